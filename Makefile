@@ -1,0 +1,182 @@
+# make env | demo | test | lint | types | wheel | clean; `make help` explains each.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+# python3.11 is what the lock files were made for, so it is tried first.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	"$$p" -c '' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+
+# cuda where a GPU answers, cpu elsewhere; `make DEVICE=cpu ...` overrides.
+DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
+CUDA_VLLM := vllm==0.32.0
+
+# A stamp is named after what it was made from: a changed lock file makes a new one.
+checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d' ' -f1)
+STAMPS := $(VENV)/stamps
+METADATA := packaging/vllm-metadata/pyproject.toml
+VLLM_STAMP := $(STAMPS)/vllm-$(DEVICE)-$(call checksum,requirements/cpu.lock $(METADATA))
+PACKAGE_STAMP := $(STAMPS)/package-$(call checksum,pyproject.toml)
+DEV_STAMP := $(STAMPS)/dev-$(call checksum,requirements/dev.lock)
+
+# Shows pip as one line per package; $(VENV)/install.log keeps everything it said.
+define run_pip
+run_pip() {
+  $(PIP) install --progress-bar off "$$@" 2>&1 | tee -a $(VENV)/install.log \
+    | awk -v total="$${total:-0}" '
+        ($$1 == "Collecting" || $$1 == "Processing") && !seen[$$2]++ {
+          name = $$2; sub(/\/$$/, "", name); sub(/.*\//, "", name)
+          if (total) printf "  %3d/%d  %s\n", ++n, total, name
+          else print "        " name
+        }
+        /^Requirement already satisfied/ { n++ }
+        $$1 == "Downloading" && /\([0-9.]+ [MG]B\)/ {
+          gsub(/[()]/, ""); if ($$NF == "GB" || $$(NF-1) > 30)
+            print "           downloading " $$(NF-1) " " $$NF
+        }
+        /^Installing collected/ { print "        installing" }
+        { fflush() }' || {
+    echo; tail -n 15 $(VENV)/install.log; echo
+    echo "pip failed: the end of $(VENV)/install.log is above." >&2
+    return 1
+  }
+}
+endef
+
+.PHONY: help env dev demo test test-slow lint format types wheel clean
+
+help:
+	@cat <<-'TEXT'
+	make env        make .venv: the CUDA vLLM where a GPU answers, the CPU one elsewhere
+	make demo       serve llada-tiny, ask it over HTTP, compare the strategies
+	make test       the fast tests       (PYTEST_ARGS="-k threshold" passes arguments on)
+	make test-slow  the tests marked slow
+	make lint       ruff check and ruff format --check
+	make format     let ruff rewrite what lint would complain about
+	make types      mypy
+	make wheel      build the wheel and try it in an environment of its own
+	make clean      remove .venv and everything built
+	DEVICE=cpu or DEVICE=cuda overrides the detection, PYTHON=... names the interpreter.
+	TEXT
+
+env: $(VLLM_STAMP) $(PACKAGE_STAMP)
+
+dev: env $(DEV_STAMP)
+
+$(BIN)/python:
+	@if [[ -z "$(PYTHON)" ]]; then
+	  echo "No python3 found. vllm-dlm needs Python 3.11 or newer:" \
+	    "install it, or name one with 'make PYTHON=/path/to/python3 ...'." >&2
+	  exit 1
+	fi
+	"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and
+	  f"vllm-dlm needs Python 3.11 or newer, and {sys.executable} is "
+	  f"{v[0]}.{v[1]}: name another with make PYTHON=/path/to/python3")'
+	"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || {
+	  echo "$(PYTHON) cannot make virtual environments: install its venv module" \
+	    "(on Debian and Ubuntu the package python3-venv)." >&2
+	  exit 1
+	}
+	echo "==> making $(VENV) with $$("$(PYTHON)" --version)"
+	rm -rf $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VLLM_STAMP): | $(BIN)/python
+	@$(run_pip)
+	mkdir -p $(STAMPS)
+	: > $(VENV)/install.log
+	if [[ $(DEVICE) == cuda ]]; then
+	  echo "==> installing $(CUDA_VLLM) for CUDA"
+	  run_pip "$(CUDA_VLLM)"
+	else
+	  echo "==> installing vLLM for the CPU: some minutes, most of it downloads"
+	  torch=$$(sed -n 's/^torch==//p' requirements/cpu.lock)
+	  if [[ -n $$($(PIP) download --no-deps --dest $(VENV)/torch "torch==$$torch+cpu" \
+	      >> $(VENV)/install.log 2>&1 && echo found) ]]; then
+	    run_pip --no-deps $(VENV)/torch/*.whl
+	  else
+	    echo "    pip finds no CPU build of torch $$torch: the plain one, which" \
+	      "brings its CUDA libraries"
+	    run_pip "torch==$$torch" --constraint requirements/cpu.lock
+	  fi
+	  rm -rf $(VENV)/torch
+	  total=$$(grep -c '^[^#].*==' requirements/cpu.lock)
+	  run_pip --no-deps -r requirements/cpu.lock
+	  total=0 run_pip --no-deps --no-build-isolation ./packaging/vllm-metadata
+	fi
+	rm -f $(STAMPS)/vllm-*
+	touch $@
+
+$(PACKAGE_STAMP): $(VLLM_STAMP)
+	@$(run_pip)
+	echo "==> installing vllm-dlm, editable"
+	no_deps=--no-deps
+	[[ $(DEVICE) == cuda ]] && no_deps=
+	run_pip $$no_deps -e .
+	rm -f $(STAMPS)/package-*
+	touch $@
+
+$(DEV_STAMP): $(VLLM_STAMP)
+	@$(run_pip)
+	echo "==> installing the development tools"
+	total=$$(grep -c '^[^#].*==' requirements/dev.lock)
+	run_pip --no-deps -r requirements/dev.lock
+	rm -f $(STAMPS)/dev-*
+	touch $@
+
+demo: env
+	@$(BIN)/python -m vllm_dlm.demo
+
+test: dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: dev
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: dev
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: dev
+	@$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: dev
+	@$(BIN)/mypy
+
+# The new environment sees the packages of .venv, but not the editable vllm-dlm in it:
+# a path added by a .pth file does not have its own .pth files read.
+wheel: dev
+	@rm -rf dist build .wheel-venv
+	echo "==> building"
+	$(BIN)/python -m build --wheel --no-isolation . > $(VENV)/build.log 2>&1 || {
+	  tail -n 20 $(VENV)/build.log; exit 1; }
+	ls -lh dist/*.whl | awk '{ print "    " $$NF, $$5 }'
+	echo "==> trying it in an environment of its own"
+	$(BIN)/python -m venv .wheel-venv
+	site=$$(.wheel-venv/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')
+	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' > $$site/base.pth
+	.wheel-venv/bin/python -m pip install -q --disable-pip-version-check --no-deps dist/*.whl
+	bin=$$PWD/.wheel-venv/bin
+	cd "$$(mktemp -d)"
+	$$bin/python -c 'import vllm_dlm as m; assert ".wheel-venv" in m.__file__, m.__file__
+	from importlib.resources import files
+	card = files(m) / "assets/llada-tiny/config.json"
+	assert card.is_file(), f"{card} is not in the wheel"'
+	$$bin/vllm-dlm strategies
+	$$bin/vllm-dlm doctor
+	echo "==> the wheel works"
+
+clean:
+	@rm -rf $(VENV) .wheel-venv dist build packaging/vllm-metadata/build
+	find . -name '*.egg-info' -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@echo "clean"

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings and marks for all tests. Nothing heavy is imported until a test needs it."""
+
+import os
+
+# vLLM reads these when it is imported: an engine in this process, a small KV cache,
+# no network, no usage report. What the caller has set already stays.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if any(map(item.get_closest_marker, GPUS_NEEDED))]
+    if not marked:
+        return
+    import torch
+
+    present = torch.cuda.device_count()
+    for item in marked:
+        needed = max(n for m, n in GPUS_NEEDED.items() if item.get_closest_marker(m))
+        if present < needed:
+            reason = f"needs {needed} CUDA GPU(s), this machine has {present}"
+            item.add_marker(pytest.mark.skip(reason=reason))

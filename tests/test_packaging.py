@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as it lies on disk: links, the `kernels` name, a light import."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKS = {
+    "kernels": "vllm_dlm/kernels",
+    "model_executor": "vllm_dlm/model_executor",
+}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run_python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
+    """Run `code` with the root first on sys.path, as `python -c` there does."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def fake_hf_kernels(tmp_path: Path) -> Path:
+    """A folder that looks to transformers like Hugging Face's installed `kernels`."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "__version__ = '0.17.2'\n"
+        "class _Anything:\n"
+        "    def __init__(self, *args, **kwargs): pass\n"
+        "    def __call__(self, *args, **kwargs): return self\n"
+        "    def __getattr__(self, name): return _Anything()\n"
+        "def __getattr__(name):\n"
+        "    if name.startswith('__'): raise AttributeError(name)\n"
+        "    return _Anything\n"
+    )
+    metadata = tmp_path / "kernels-0.17.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_root_has_relative_links(name: str) -> None:
+    link = ROOT / name
+    assert link.is_symlink()
+    assert os.readlink(link) == LINKS[name]
+    assert link.is_dir()
+
+
+def test_kernels_is_a_namespace_package() -> None:
+    assert not (ROOT / "vllm_dlm/kernels/__init__.py").exists()
+
+
+def test_tests_are_not_a_package() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_transformers_finds_hf_kernels_not_ours(fake_hf_kernels: Path) -> None:
+    code = (
+        "import transformers.activations, kernels\n"
+        "from transformers.utils import import_utils\n"
+        "assert import_utils.is_kernels_available()\n"
+        "print(kernels.__file__)"
+    )
+    result = run_python(code, fake_hf_kernels)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().startswith(str(fake_hf_kernels))
+
+
+def test_transformers_imports_without_hf_kernels() -> None:
+    result = run_python("import transformers.activations")
+    assert result.returncode == 0, result.stderr
+
+
+def test_package_import_is_light() -> None:
+    code = (
+        "import sys, vllm_dlm\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'numba', 'triton', 'numpy'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_ruff_bans_importing_through_the_links(name: str) -> None:
+    banned = PYPROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
+    assert f"vllm_dlm.{name}" in banned[name]["msg"]
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select=TID251", "-"],
+        input=f"import {name}\n",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1, result.stdout
+    assert "TID251" in result.stdout
+
+
+def test_entry_points_name_modules_that_exist() -> None:
+    project = PYPROJECT["project"]
+    groups = [project["scripts"], *project["entry-points"].values()]
+    for target in (target for group in groups for target in group.values()):
+        module = target.partition(":")[0]
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), target
+
+
+def test_lock_is_pinned_and_leaves_cuda_out() -> None:
+    for name in ("cpu", "dev"):
+        lines = (ROOT / f"requirements/{name}.lock").read_text().splitlines()
+        names = set()
+        for line in (line for line in lines if line and not line.startswith("#")):
+            project, pinned, version = line.partition("==")
+            assert pinned and version, line
+            names.add(project.lower())
+        unwanted = {"torchvision", "torchaudio", "torchcodec", "vllm"}
+        assert not names & unwanted
+        assert not [n for n in names if n.startswith(("nvidia-", "cuda-"))]

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Diffusion language models on stock vLLM.
+
+Importing this package is cheap on purpose: vLLM loads its platform plugins while
+`vllm.config` is half imported, and anything of vLLM imported here would be circular.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_dlm.llm import LLM
+
+try:
+    __version__ = version("vllm-dlm")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0+unknown"
+
+__all__ = ["LLM", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from vllm_dlm.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `vllm-dlm` command; each subcommand imports what it needs when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_dlm.strategies import Strategy
+
+DESCRIPTION = """\
+Serve diffusion language models on stock vLLM. Serving itself is vLLM's own command:
+
+  vllm serve llada-tiny --dlm-strategy learn2pd    a server (llada-tiny is built in)
+  vllm serve --help=DlmConfig                      all flags of this package
+
+The commands below show what there is, check the installation, and train.
+"""
+
+TRAINABLE = {"llada-tiny": "vllm_dlm.training.llada_tiny"}
+"""What `vllm-dlm train` trains -> module with `add_arguments` and `run`."""
+
+TOOLS = {
+    "traces": (
+        "vllm_dlm.training.traces",
+        "record what a model decides, to train a filter on",
+    ),
+    "train-filter": (
+        "vllm_dlm.training.filter",
+        "train the learned filter of the strategy learn2pd",
+    ),
+}
+"""Further subcommands -> module with `add_arguments` and `run`, and a summary."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vllm-dlm`; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser(argv).parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except ValueError as error:
+        print(f"vllm-dlm: error: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of `vllm-dlm`.
+
+    Args:
+        argv: the command line; only modules of the subcommand named in it are
+            imported for their arguments.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vllm-dlm",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    strategies = commands.add_parser(
+        "strategies",
+        help="list the decoding strategies, or one's parameters",
+        description="List the decoding strategies. With NAME: its parameters, which go "
+        "into --dlm-strategy-config or a request's `strategy_config`.",
+    )
+    strategies.add_argument("name", nargs="?", metavar="NAME", help="a strategy")
+    strategies.set_defaults(run=lambda args: _show_strategies(args.name))
+
+    models = commands.add_parser(
+        "models",
+        help="list the models with a short name, and where they are found",
+        description="List the models with a short name. Any other LLaDA checkpoint is "
+        "served by its folder or hub id. Nothing is downloaded.",
+    )
+    models.set_defaults(run=lambda args: _show_models())
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that vLLM loads this package, and show what it changes",
+        description="Check that vLLM loads this package: versions, plugins, platform, "
+        "patched symbols, models, strategies. Exit status 1 if something is wrong.",
+    )
+    doctor.set_defaults(run=lambda args: _run_doctor())
+
+    train = commands.add_parser(
+        "train",
+        help="train a built-in model",
+        description="Train a built-in model from scratch; an interrupted run resumes.",
+    )
+    trainable = train.add_subparsers(metavar="MODEL", required=True)
+    for name, module in TRAINABLE.items():
+        _add_tool(trainable, name, module, f"train {name}", argv[:2] == ["train", name])
+    for name, (module, summary) in TOOLS.items():
+        if find_spec(module) is not None:
+            _add_tool(commands, name, module, summary, argv[:1] == [name])
+    return parser
+
+
+def _add_tool(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    module: str,
+    summary: str,
+    is_chosen: bool,
+) -> None:
+    tool = commands.add_parser(name, help=summary, description=f"{summary}.")
+    if is_chosen:
+        imported = import_module(module)
+        imported.add_arguments(tool)
+        run: Callable[[argparse.Namespace], int | None] = imported.run
+        tool.set_defaults(run=run)
+
+
+def _show_strategies(name: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vllm_dlm.strategies import STRATEGIES
+
+    console = Console()
+    if name is not None:
+        _show_strategy(name, STRATEGIES[name])
+        return
+    table = Table("strategy", "summary", "source", box=None, pad_edge=False)
+    for known in STRATEGIES:
+        strategy = STRATEGIES[known]
+        table.add_row(known, strategy.summary, strategy.paper)
+    console.print(table)
+    console.print("\nParameters of one: vllm-dlm strategies NAME", highlight=False)
+
+
+def _show_strategy(name: str, strategy: type[Strategy]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_dlm.messages import values_of
+
+    console = Console(highlight=False)
+    console.print(Text(f"{name}: {strategy.summary}\nSource: {strategy.paper}\n"))
+    fields = strategy.Params.model_fields
+    if not fields:
+        console.print("It has no parameters.")
+        return
+    table = Table("parameter", "values", "default", "meaning", box=None, pad_edge=False)
+    for parameter, field in fields.items():
+        default = "required" if field.is_required() else str(field.default)
+        cells = (parameter, values_of(field), default, field.description or "")
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    console.print(
+        Text(
+            f"\nvllm serve MODEL --dlm-strategy {name} "
+            f"--dlm-strategy-config.{next(iter(fields))} VALUE"
+        )
+    )
+
+
+def _show_models() -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_dlm import aliases
+
+    table = Table("name", "family", "stands for", "found in", box=None, pad_edge=False)
+    for name, alias in aliases.ALIASES.items():
+        place = aliases.local_folder(name)
+        target = "built in" if alias.built_in else alias.target
+        cells = (
+            name,
+            alias.family,
+            f"{target}: {alias.summary}",
+            place or "not here; `vllm serve` downloads it",
+        )
+        table.add_row(*map(Text, cells))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(Text("\n" + FAMILIES))
+
+
+FAMILIES = """\
+LLaDA: class A (full bidirectional attention); by default strategy threshold, blocks of
+32, cache none. Other LLaDA checkpoints: pass the folder or the hub id."""
+
+
+def _run_doctor() -> int:
+    from vllm_dlm.doctor import run
+
+    return run()

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the wrapped functions of vLLM's front end do: flags, aliases, admission.
+
+`WRAPPERS` maps entries of the ledger (`patches.py`) to makers; each maker gets the
+original function and returns its replacement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_dlm import aliases, request
+
+FLAG_PREFIX = "dlm_"
+
+_METAVARS = {
+    "strategy": "NAME",
+    "strategy_config": "JSON",
+    "cache": "{none,prefix,dual}",
+    "filter_dir": "FOLDER",
+}
+
+
+def add_engine_arguments(parser: Any) -> Any:
+    """Add the argument group "DlmConfig" to vLLM's parser and return the parser.
+
+    A flag that is not given leaves no attribute behind, so that it overrides nothing.
+    """
+    from vllm_dlm.config import DlmConfig
+
+    group = parser.add_argument_group(
+        "DlmConfig",
+        "Decoding of diffusion language models (vllm-dlm): the defaults of the server. "
+        "A request may override all but the canvas limit and the learned filters, in "
+        "`vllm_xargs` (HTTP) or `SamplingParams.extra_args`.",
+    )
+    for name, field in DlmConfig.model_fields.items():
+        flag = f"--{FLAG_PREFIX}{name}".replace("_", "-")
+        kind: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction}
+            if field.annotation is bool
+            else {"type": _checked(name), "metavar": _METAVARS.get(name, "N")}
+        )
+        text = (field.description or "").replace("%", "%%")
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+    return parser
+
+
+def _checked(name: str) -> Callable[[str], Any]:
+    """An argparse type: one option, validated as in any other source."""
+
+    def parse(text: str) -> Any:
+        from vllm_dlm.config import parse_options
+
+        try:
+            return getattr(parse_options({name: text}, where=name), name)
+        except ValueError as error:
+            # argparse names the flag.
+            message = str(error).removeprefix(f"{name}: {name}: ")
+            raise argparse.ArgumentTypeError(message) from None
+
+    return parse
+
+
+def fold_options(additional_config: Any, options: Mapping[str, Any]) -> Any:
+    """`additional_config` with `options` (without prefix) put into its "dlm" part.
+
+    Options win over what is there; a changed strategy drops the other's parameters.
+
+    Raises:
+        ValueError: the merged options are not valid.
+    """
+    from vllm_dlm.config import DlmConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return additional_config
+    if not isinstance(additional_config, Mapping | None):
+        raise ValueError(
+            "the dlm options need additional_config to be a dict, not "
+            f"{type(additional_config).__name__}"
+        )
+    before = dict((additional_config or {}).get("dlm") or {})
+    if given.get("strategy", before.get("strategy")) != before.get("strategy"):
+        before.pop("strategy_config", None)
+    merged = before | given
+    DlmConfig.from_mapping(merged, where="dlm options")
+    return {**(additional_config or {}), "dlm": merged}
+
+
+def _prepare(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of `vllm serve`'s arguments in terms that vLLM itself understands."""
+    prepared = argparse.Namespace(**vars(args))
+    options = {
+        name.removeprefix(FLAG_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(FLAG_PREFIX)
+    }
+    prepared.additional_config = fold_options(
+        getattr(args, "additional_config", None) or {}, options
+    )
+    typed = getattr(args, "model_tag", None) or getattr(args, "model", None)
+    if typed in aliases.ALIASES:
+        prepared.model = aliases.resolve(
+            typed, getattr(args, "revision", None), getattr(args, "hf_token", None)
+        )
+        if getattr(args, "served_model_name", None) is None:
+            # Clients ask for the name that the server was started with.
+            prepared.served_model_name = [typed]
+    return prepared
+
+
+def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        return add_engine_arguments(original(parser))
+
+    return add_cli_args
+
+
+def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
+        return original(cls, _prepare(args))
+
+    return from_cli_args
+
+
+def _validate_serve(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate(self: Any, args: argparse.Namespace) -> None:
+        try:
+            prepared = _prepare(args)
+        except ValueError as error:
+            # As argparse ends: one line, no traceback.
+            print(f"vllm {self.name}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        # API server processes get these arguments and load plugins only after they
+        # have read them.
+        args.additional_config = prepared.additional_config
+        original(self, args)
+
+    return validate
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_dlm.config import DlmConfig
+
+        typed = self.model
+        self.model = aliases.resolve(typed, self.revision, self.hf_token)
+        if self.model != typed and self.served_model_name is None:
+            self.served_model_name = [typed]
+        if self.tokenizer is not None:
+            self.tokenizer = aliases.resolve(self.tokenizer, self.tokenizer_revision)
+        additional = self.additional_config
+        options = additional.get("dlm") if isinstance(additional, Mapping) else None
+        if options is not None:
+            DlmConfig.from_mapping(options, where='additional_config["dlm"]')
+        config = original(self, *args, **kwargs)
+        ours = request.is_ours(config.model_config.hf_config)
+        if options and not ours:
+            raise ValueError(
+                f"the dlm options ({', '.join(options)}) are for diffusion language "
+                f"models that vllm-dlm serves, and {typed!r} is not one; "
+                "`vllm-dlm models` lists them"
+            )
+        _front_end["ours"] = ours
+        return config
+
+    return create_engine_config
+
+
+# Whether this process is the front end of one of our models: `get_max_tokens` is not
+# told whom it works for.
+_front_end = {"ours": False}
+
+
+def _get_model_path(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_model_path(model: Any, revision: str | None = None) -> Any:
+        if isinstance(model, str):
+            model = aliases.resolve(model, revision)
+        return original(model, revision)
+
+    return get_model_path
+
+
+def _get_max_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_max_tokens(
+        max_model_len: int,
+        max_tokens: int | None,
+        input_length: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        if _front_end["ours"]:
+            request.refuse_long_request(max_model_len, max_tokens, input_length)
+        return original(max_model_len, max_tokens, input_length, *args, **kwargs)
+
+    return get_max_tokens
+
+
+def _validate_diffusion(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate(self: Any, model_config: Any) -> None:
+        if request.is_ours(model_config.hf_config):
+            request.validate_sampling_params(self, model_config)
+        else:
+            original(self, model_config)
+
+    return validate
+
+
+def _check_supports_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check(self: Any, config: Any = None, **kwargs: Any) -> bool:
+        from vllm.sampling_params import BeamSearchParams
+
+        # The one place where both ways of beam search show their parameters.
+        if isinstance(config, BeamSearchParams):
+            request.refuse_beam_search(self.model_config)
+        return original(self, config, **kwargs)
+
+    return check
+
+
+WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args": _add_cli_args,
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args": _from_cli_args,
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": _create_engine_config,
+    "vllm.engine.arg_utils:get_model_path": _get_model_path,
+    "vllm.sampling_params:SamplingParams._validate_diffusion": _validate_diffusion,
+    "vllm.config.vllm:VllmConfig._check_supports_watermarking": (
+        _check_supports_watermarking
+    ),
+}
+
+SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
+    "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
+}
+"""Only where the HTTP server's module is loaded: importing it costs seconds."""

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeded draws of candidate tokens: temperature, top-k, top-p and min-p, row by row.
+
+A token is drawn by the Gumbel-max trick, argmax(logit / temperature + noise). The noise
+is no generator's state but a hash of (seed, position, step, token id): a request draws
+the same tokens at any batch size, in any row, and on any device up to the last digit of
+a logarithm.
+
+The hash is SplitMix64's finaliser (Steele, Lea, Flood 2014) in wrapping int64
+arithmetic: one round each over seed, position and step gives a row's key, one more over
+key + (token id + 1) * golden ratio the token's 64 bits; token id -1 serves `uniform`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_dlm.kernels.token_stats import forbid
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+
+_SLICE_CPU = 1 << 18
+_SLICE = 1 << 22
+"""Logits per slice of rows: the hash takes 8 bytes each, on a CPU from its cache."""
+
+
+def draw(
+    logits: torch.Tensor,
+    argmax: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    step: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    truncated_rows: torch.Tensor | None = None,
+    banned: torch.Tensor | None = None,
+    ban_id: int = -1,
+) -> torch.Tensor:
+    """One token per row; the argmax where the temperature is 0.
+
+    The order is vLLM's: temperature, min-p, top-k (ties of the k-th logit all stay),
+    top-p of what is left (ties at the edge: lower ids stay).
+
+    Args:
+        logits: [N, V], floating point. NaN counts as -inf.
+        argmax: [N] int64, `TokenStats.argmax` of the same logits.
+        temperature: [N]; 0 is greedy.
+        top_k: [N] integer; 0 or less is off.
+        top_p: [N] in (0, 1]; 1 is off.
+        min_p: [N] in [0, 1]; 0 is off.
+        seed: [N] int64.
+        position: [N] int64, of the token in the request, not in the batch.
+        step: [N] int64, denoise step; the same triple gives the same noise.
+        rows: [M] int64, the rows with temperature > 0, top-k off and top-p off.
+        truncated_rows: int64, the other rows with temperature > 0: these are sorted,
+            which is slow. Where the host knows both, give both: if one is None, both
+            are found here, and a GPU has to be waited for.
+        banned: [N] bool, rows in which `ban_id` is never drawn; None means all rows.
+        ban_id: the mask id; -1 for none.
+
+    Returns:
+        [N] int64.
+    """
+    tokens = argmax.clone()
+    if rows is None or truncated_rows is None:
+        hot, cut = temperature > 0, (top_k > 0) | (top_p < 1)
+        rows = (hot & ~cut).nonzero()[:, 0]
+        truncated_rows = (hot & cut).nonzero()[:, 0]
+    vocab = logits.shape[1]
+    key = _row_key(seed, position, step)
+    all_ids = torch.arange(vocab, device=logits.device)
+    size = _SLICE_CPU if logits.device.type == "cpu" else _SLICE
+    for chosen, truncate in ((rows, False), (truncated_rows, True)):
+        for part in chosen.split(max(1, size // vocab)) if len(chosen) else ():
+            part_banned = None if banned is None else banned[part]
+            scores = forbid(logits[part].float(), part_banned, ban_id)
+            top = scores.max(dim=1, keepdim=True).values
+            scores = (scores - top) / temperature[part, None]
+            scores.masked_fill_(scores < min_p[part, None].log(), -torch.inf)
+            ids = all_ids
+            if truncate:
+                scores, ids = _truncated(scores, top_k[part], top_p[part])
+            drawn = (scores + _gumbel(key[part], ids)).argmax(dim=1)
+            if truncate:
+                drawn = ids.gather(1, drawn[:, None])[:, 0]
+            # A row without a finite maximum has nothing to draw from.
+            drawn = torch.where(top[:, 0].isfinite(), drawn, argmax[part])
+            tokens.index_copy_(0, part, drawn)
+    return tokens
+
+
+def uniform(
+    seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    """Uniform numbers in [0, 1), independent of the noise of `draw`.
+
+    Args:
+        seed, position, step: int64 tensors that broadcast together, [N] say.
+
+    Returns:
+        float32 of the broadcast shape; a pure function of the three numbers.
+    """
+    bits = _mix(_row_key(seed, position, step))
+    return _shifted(bits, 40).float() * 2.0**-24
+
+
+def _truncated(
+    scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted scores with what top-k and top-p drop at -inf, and their token ids."""
+    scores, ids = scores.sort(dim=1, descending=True, stable=True)
+    vocab = scores.shape[1]
+    last = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab).long() - 1
+    scores = scores.masked_fill(scores < scores.gather(1, last[:, None]), -torch.inf)
+    probability = scores.softmax(dim=1, dtype=torch.float64)
+    before = probability.cumsum(dim=1) - probability
+    # The first always stays; so does all where top-p is off, whatever the rounding.
+    drop = (before >= top_p[:, None]) & (top_p[:, None] < 1) & (before > 0)
+    return scores.masked_fill(drop, -torch.inf), ids
+
+
+def _gumbel(key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise, float32 [N, V], for row keys [N] and token ids [V] or [N, V]."""
+    bits = _shifted(_mix(key[:, None] + (ids + 1) * _GOLDEN), 11)
+    # -log(-log(u)) is large for u near 1, where float32 is coarse: v = 1 - u is exact
+    # there. Below 1, so that the noise never rules a token out by itself.
+    v = ((bits.float() + 0.5) * 2.0**-53).clamp_(max=1.0 - 2.0**-24)
+    return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def _row_key(
+    seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    key = _mix(_mix(seed) + (position + 1) * _GOLDEN)
+    return _mix(key + (step + 1) * _GOLDEN)
+
+
+def _mix(bits: torch.Tensor) -> torch.Tensor:
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """Right shift that brings in zeros; torch's brings in the sign."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)

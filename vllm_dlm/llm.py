@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm.LLM` with the dlm options as keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import vllm
+
+from vllm_dlm.front_end import FLAG_PREFIX, fold_options
+from vllm_dlm.messages import unknown
+
+
+class LLM(vllm.LLM):
+    """`vllm.LLM` for diffusion language models.
+
+    Args:
+        model: a folder, a hub id, or an alias such as "llada-tiny".
+        dlm_strategy: decoding strategy; `vllm-dlm strategies` lists them.
+        dlm_strategy_config: the strategy's own parameters.
+        dlm_block_length: positions decoded together.
+        dlm_cache: "none" (exact), "prefix" or "dual".
+        dlm_steps: denoise steps over a request's whole canvas.
+        dlm_reference_exact: decode as the published reference code does.
+        dlm_max_canvas: most positions of a canvas.
+        dlm_online_learning: let strategies learn from finished requests.
+        dlm_filter_dir: folder of learned filters.
+        additional_config: as in `vllm.LLM`; the options above go into its "dlm".
+        **kwargs: everything else `vllm.LLM` takes.
+
+    Raises:
+        TypeError: an unknown `dlm_*` argument; the message lists the known ones.
+        ValueError: a value that is not valid; the message says what is.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dlm_strategy: str | None = None,
+        dlm_strategy_config: Mapping[str, Any] | None = None,
+        dlm_block_length: int | None = None,
+        dlm_cache: str | None = None,
+        dlm_steps: int | None = None,
+        dlm_reference_exact: bool | None = None,
+        dlm_max_canvas: int | None = None,
+        dlm_online_learning: bool | None = None,
+        dlm_filter_dir: str | None = None,
+        additional_config: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        options = {
+            "strategy": dlm_strategy,
+            "strategy_config": dlm_strategy_config and dict(dlm_strategy_config),
+            "block_length": dlm_block_length,
+            "cache": dlm_cache,
+            "steps": dlm_steps,
+            "reference_exact": dlm_reference_exact,
+            "max_canvas": dlm_max_canvas,
+            "online_learning": dlm_online_learning,
+            "filter_dir": dlm_filter_dir,
+        }
+        for name in kwargs:
+            if name.startswith(FLAG_PREFIX):
+                valid = [FLAG_PREFIX + option for option in options]
+                raise TypeError(f"LLM(): {unknown(name, valid)}")
+        super().__init__(
+            model,
+            additional_config=fold_options(additional_config or {}, options),
+            **kwargs,
+        )

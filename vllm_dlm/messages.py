@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How errors about options read: what is wrong, what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def unknown(name: object, valid: Iterable[str], *, hint: str = "") -> str:
+    """Text about an unknown option: a guess at what was meant, and what is valid.
+
+    Args:
+        name: what was given.
+        valid: the names that exist.
+        hint: a sentence that replaces the guess.
+    """
+    valid = list(valid)
+    if not hint and (close := get_close_matches(str(name), valid, n=1)):
+        hint = f"Did you mean {close[0]!r}?"
+    parts = [f"unknown option {name!r}.", hint, f"Valid: {', '.join(valid) or 'none'}"]
+    return " ".join(part for part in parts if part)
+
+
+def explain(error: ValidationError) -> str:
+    """pydantic's findings in one line: `name: what is wrong, got value`."""
+    findings = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] != "value_error":
+            message += f", got {item['input']!r}"
+        findings.append(f"{name}: {message}" if name else message)
+    return "; ".join(findings)
+
+
+def values_of(field: FieldInfo) -> str:
+    """What a field may hold, for people: `float, > 0, < 1` or `block | off`."""
+    annotation: Any = field.annotation
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    names = [
+        "none" if kind is type(None) else getattr(kind, "__name__", str(kind))
+        for kind in get_args(annotation) or (annotation,)
+    ]
+    limits = [
+        f"{sign} {limit:g}"
+        for item in field.metadata
+        for name, sign in _SIGNS.items()
+        if (limit := getattr(item, name, None)) is not None
+    ]
+    return ", ".join([" | ".join(names), *limits])

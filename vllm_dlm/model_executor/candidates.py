@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates: which token each position would write, under the request's sampling.
+
+Sampling parameters act on which token is drawn, never on how sure the model is of it:
+the confidence a strategy sees is the candidate's probability under the model's own,
+untempered distribution. (Measuring it after temperature makes threshold decoding
+collapse: Gen-Verse/dLLM-RL issue 5.)
+
+Rows of plain greedy requests cost nothing here: their candidate is the argmax.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_dlm.kernels.draw import draw
+from vllm_dlm.kernels.token_stats import TokenStats, prob_of
+from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_dlm.model_executor.segments import SegmentPlan
+    from vllm_dlm.model_executor.state import DlmModelState
+
+
+class Candidates:
+    """Draws candidates and knows which of them end a text."""
+
+    def __init__(self, state: DlmModelState) -> None:
+        self.state = state
+        slots, device = state.max_num_reqs, state.device
+        self._temperature = torch.zeros(slots, device=device)
+        self._top_p = torch.ones(slots, device=device)
+        self._min_p = torch.zeros(slots, device=device)
+        self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._min_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._stop_ids = torch.full((slots, 2), -1, dtype=torch.int64, device=device)
+
+    def add(self, slot: int) -> None:
+        """Take over a new request's sampling parameters."""
+        request = self.state.requests[slot]
+        params = request.params
+        self._temperature[slot] = params.temperature
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._top_k[slot] = max(params.top_k, 0)
+        self._seed[slot] = request.seed
+        self._min_tokens[slot] = params.min_tokens
+        missing = len(request.stop_ids) - self._stop_ids.shape[1]
+        if missing > 0:
+            more = self._stop_ids.new_full((self._stop_ids.shape[0], missing), -1)
+            self._stop_ids = torch.cat([self._stop_ids, more], dim=1)
+        self._stop_ids[slot] = -1
+        if request.stop_ids:
+            self._stop_ids[slot, : len(request.stop_ids)] = torch.tensor(
+                request.stop_ids, device=self.state.device
+            )
+
+    # -- drawing -----------------------------------------------------------
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        stats: TokenStats,
+        masked: torch.Tensor,
+        plan: SegmentPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates and their untempered probabilities, both [R, B].
+
+        Args:
+            logits: [R * B, V], mask id banned.
+            masked: [R, B] bool; decided positions keep the argmax as candidate.
+        """
+        shape = masked.shape
+        candidate = stats.argmax.view(shape)
+        confidence = stats.confidence.view(shape)
+        rows = [
+            row
+            for row, slot in enumerate(plan.slots_cpu)
+            if _is_special(self.state.requests[slot].params)
+        ]
+        if not rows:
+            return candidate, confidence
+        index = torch.tensor(rows, device=logits.device)
+        flat = index[:, None] * shape[1] + torch.arange(shape[1], device=logits.device)
+        flat = flat.flatten()
+        raw = logits[flat]
+        processed = raw.float()
+        for block, row in zip(
+            processed.view(len(rows), shape[1], -1), rows, strict=True
+        ):
+            self._restrict(block, row, plan)
+        slots = plan.slots[index].repeat_interleave(shape[1])
+        drawn = draw(
+            processed,
+            temperature=self._temperature[slots],
+            top_k=self._top_k[slots],
+            top_p=self._top_p[slots],
+            min_p=self._min_p[slots],
+            seed=self._seed[slots],
+            position=plan.positions[index].flatten(),
+            step=self.state.step[slots],
+        )
+        sure = prob_of(raw, drawn, stats.logsumexp[flat])
+        part = (len(rows), shape[1])
+        candidate, confidence = candidate.clone(), confidence.clone()
+        candidate[index] = torch.where(
+            masked[index], drawn.view(part), candidate[index]
+        )
+        confidence[index] = torch.where(
+            masked[index], sure.view(part), confidence[index]
+        )
+        return candidate, confidence
+
+    def noise_keys(
+        self, plan: SegmentPlan
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Seed, position, step of every block position, each [R * B] int64."""
+        width = plan.positions.shape[1]
+        return (
+            self._seed[plan.slots].repeat_interleave(width),
+            plan.positions.flatten(),
+            self.state.step[plan.slots].repeat_interleave(width),
+        )
+
+    def _restrict(self, block: torch.Tensor, row: int, plan: SegmentPlan) -> None:
+        """Apply one request's token restrictions to its [B, V] logits in place."""
+        params = self.state.requests[plan.slots_cpu[row]].params
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=block.device)
+            bias = torch.tensor(list(params.logit_bias.values()), device=block.device)
+            block[:, ids] += bias.to(block.dtype)
+        if params.allowed_token_ids:
+            allowed = torch.tensor(params.allowed_token_ids, device=block.device)
+            kept = block[:, allowed]
+            block.fill_(-torch.inf)
+            block[:, allowed] = kept
+        if params.min_tokens:
+            early = self._early(plan)[row]
+            stop = torch.tensor(sorted(params.all_stop_token_ids), device=block.device)
+            block[early.nonzero()[:, 0, None], stop] = -torch.inf
+        if params.bad_words_token_ids:
+            for offset, token in self._banned(row, plan):
+                block[offset, token] = -torch.inf
+
+    # -- what ends a text --------------------------------------------------
+
+    def _early(self, plan: SegmentPlan) -> torch.Tensor:
+        """[R, B] bool: output positions at which `min_tokens` forbids to stop."""
+        output_index = plan.positions - self.state.prompt_len[plan.slots][:, None]
+        return output_index < self._min_tokens[plan.slots][:, None]
+
+    def is_stop(self, tokens: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
+        """[R, B] bool: the token would end its request's text there."""
+        stop = self._stop_ids[plan.slots][:, None, :]
+        return (tokens[:, :, None] == stop).any(dim=2) & ~self._early(plan)
+
+    # -- bad words ---------------------------------------------------------
+
+    def _banned(self, row: int, plan: SegmentPlan) -> list[tuple[int, int]]:
+        """(block offset, token) pairs that would complete a bad word."""
+        slot = plan.slots_cpu[row]
+        words = self.state.requests[slot].params.bad_words_token_ids
+        tokens, first = self._output(slot, row, plan)
+        return [(i - first, token) for i, token in banned_tokens(tokens, words, first)]
+
+    def veto_bad_words(
+        self, commit: torch.Tensor, new_tokens: torch.Tensor, plan: SegmentPlan
+    ) -> torch.Tensor:
+        """Withdraw commits that together would write a bad word."""
+        for row, slot in enumerate(plan.slots_cpu):
+            words = self.state.requests[slot].params.bad_words_token_ids
+            if not words or all(len(word) == 1 for word in words):
+                continue
+            tokens, first = self._output(slot, row, plan)
+            writes = {
+                first + offset: int(new_tokens[row, offset])
+                for offset in commit[row].nonzero()[:, 0].tolist()
+            }
+            for index in vetoed(tokens, writes, words):
+                commit[row, index - first] = False
+        return commit
+
+    def _output(
+        self, slot: int, row: int, plan: SegmentPlan
+    ) -> tuple[list[int | None], int]:
+        """Output tokens up to the block's end (None: masked); the block's index."""
+        begin = int(self.state.prompt_len[slot])
+        block_start = int(plan.positions[row, 0])
+        end = block_start + int(plan.valid[row].sum())
+        tokens = self.state.tokens[slot, begin:end].tolist()
+        masked = self.state.masked[slot, begin:end].tolist()
+        known = [
+            None if hidden else token
+            for token, hidden in zip(tokens, masked, strict=True)
+        ]
+        return known, block_start - begin
+
+
+def _is_special(params: SamplingParams) -> bool:
+    """Whether a request's candidates may differ from the argmax."""
+    return bool(
+        params.temperature > 0
+        or params.logit_bias
+        or params.allowed_token_ids
+        or params.min_tokens
+        or params.bad_words_token_ids
+    )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stable name for a model's weights, to file what was learned about them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+_SHAPE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "mask_token_id",
+)
+
+
+def model_key(model: str, revision: str | None, hf_config: Any) -> str:
+    """Readable name plus a digest of architecture, shape and weight files.
+
+    Two checkouts of the same checkpoint share a key; fine-tuned weights of the same
+    shape do not, unless the hub id and revision say they are the same.
+
+    Args:
+        model: local folder or hub id.
+        revision: hub revision, if one was asked for.
+        hf_config: the model's configuration.
+    """
+    facts: dict[str, Any] = {
+        "architectures": getattr(hf_config, "architectures", None),
+        **{name: getattr(hf_config, name, None) for name in _SHAPE_FIELDS},
+    }
+    folder = Path(model)
+    if folder.is_dir():
+        digest = hashlib.blake2b(digest_size=16)
+        for file in sorted(folder.glob("*.safetensors")):
+            if file.name.startswith("learn2pd"):
+                continue  # what is learned about the weights is not the weights
+            digest.update(f"{file.name}:{file.stat().st_size};".encode())
+            with file.open("rb") as stream:
+                # The header names every tensor; the head of the data tells
+                # fine-tunes of one shape apart without reading gigabytes.
+                digest.update(stream.read(1 << 20))
+        facts["weights"] = digest.hexdigest()
+    else:
+        facts["hub"] = [model, revision]
+    text = json.dumps(facts, sort_keys=True)
+    name = "".join(c if c.isalnum() or c in "-._" else "-" for c in folder.name)
+    short = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    return f"{name[:40]}-{short}"

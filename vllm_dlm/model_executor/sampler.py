@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DenoisingSampler: logits of the active blocks in, final tokens out.
+
+One step, for all requests of the batch at once:
+
+    rows -> statistics -> candidates -> strategy decides -> safety -> canvas -> reply
+
+The strategies say which positions to write; everything that must hold for all of them
+is here: the mask id is never predicted (unless `reference_exact`), every block makes
+progress, every block ends, a cut canvas stays cut, what was streamed never changes.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_dlm.kernels.draw import uniform
+from vllm_dlm.kernels.token_stats import token_stats
+from vllm_dlm.model_executor.cache import POLICIES
+from vllm_dlm.model_executor.candidates import Candidates
+from vllm_dlm.model_executor.groups import StrategyGroups
+from vllm_dlm.model_executor.logprobs import RevealedLogprobs
+from vllm_dlm.strategies.base import Decision, View, best_masked
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.segments import SegmentPlan
+    from vllm_dlm.model_executor.state import DlmModelState
+
+
+class DenoisingSampler:
+    """Replaces vLLM's sampler for diffusion models; see the module docstring."""
+
+    # What vLLM's runner reads off any sampler. No penalties: `post_update` takes None
+    # for "no counts to keep".
+    penalties_state = SimpleNamespace(output_bin_counts=None)
+    compute_nans = False
+
+    def __init__(self, state: DlmModelState, req_states: Any) -> None:
+        self.state = state
+        self.req_states = req_states
+        self.groups = StrategyGroups(state)
+        self.candidates = Candidates(state)
+        self.logprobs = RevealedLogprobs(state)
+
+    def add_request(self, req_index: int, sampling_params: Any) -> None:
+        """Called by the runner after `DlmModelState.add_request`."""
+        self.groups.add(req_index)
+        self.candidates.add(req_index)
+        self.logprobs.add(req_index)
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    # -- one step ----------------------------------------------------------
+
+    def __call__(self, logits: torch.Tensor, input_batch: Any) -> SamplerOutput:
+        """Decide one denoise step.
+
+        Args:
+            logits: [R * B, V], rows as `SegmentPlan.logits_rows` names them.
+            input_batch: vLLM's batch, for the query lengths.
+        """
+        plan = self.state.take_plan()
+        if plan is None:
+            return _nothing_sampled(input_batch.num_reqs, logits.device)
+        view, raw = self._view(logits, plan)
+        decision = self._safe(view, self.groups.select(view, plan), plan)
+        self.logprobs.record(raw, view, decision, plan)
+        return self._advance(view, decision, plan)
+
+    def _view(
+        self, logits: torch.Tensor, plan: SegmentPlan
+    ) -> tuple[View, torch.Tensor]:
+        """Statistics of the active blocks, [R, B], and the logits they came from."""
+        state, slots = self.state, plan.slots
+        shape = plan.positions.shape
+        exact = state.exact[slots]
+        column = logits[:, state.mask_id]
+        banned = ~exact.repeat_interleave(shape[1])
+        logits[:, state.mask_id] = torch.where(banned, -torch.inf, column)
+
+        needs = self.groups.needs(plan.slots_cpu)
+        stats = token_stats(
+            logits, need_entropy="entropy" in needs, need_margin="margin" in needs
+        )
+        step = state.step[slots]
+        # Canvas rows past max_model_len do not exist in the state; their index is
+        # clamped and `valid` is False there.
+        positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
+        masked = state.masked[slots[:, None], positions] & plan.valid
+        candidate, confidence = self.candidates.choose(logits, stats, masked, plan)
+        noise = None
+        if "uniform" in needs:
+            noise = uniform(*self.candidates.noise_keys(plan)).view(shape)
+
+        num_masked = masked.sum(dim=1)
+        block_masks = torch.where(step == 0, num_masked, state.block_masks[slots])
+        state.block_masks[slots] = block_masks
+        budget = state.steps_per_block[slots]
+        scheduled = torch.where(
+            step < budget,
+            block_masks // budget + (step < block_masks % budget).long(),
+            shape[1],
+        ).clamp(min=1)
+        view = View(
+            tokens=state.tokens[slots[:, None], positions].long(),
+            masked=masked,
+            valid=plan.valid,
+            candidate=candidate,
+            confidence=confidence,
+            is_eos=self.candidates.is_stop(candidate, plan),
+            step=step,
+            scheduled=scheduled,
+            slots=slots,
+            entropy=None if stats.entropy is None else stats.entropy.view(shape),
+            margin=None if stats.margin is None else stats.margin.view(shape),
+            uniform=noise,
+        )
+        return view, logits
+
+    def _safe(self, view: View, decision: Decision, plan: SegmentPlan) -> Decision:
+        """Hold any strategy to the rules of decoding."""
+        state, slots = self.state, plan.slots
+        rewrites = self.groups.may_rewrite[slots][:, None]
+        decided = view.valid & ~view.masked
+        commit = decision.commit & view.masked
+        edit = decided & rewrites & _or_false(decision.edit, commit)
+        remask = decided & rewrites & ~edit & _or_false(decision.remask, commit)
+        new_tokens = (
+            view.candidate if decision.new_tokens is None else decision.new_tokens
+        )
+        commit = self.candidates.veto_bad_words(commit, new_tokens, plan)
+
+        # Progress: a step that writes nothing would be repeated for ever.
+        stalled = commit.sum(dim=1) <= remask.sum(dim=1)
+        commit = commit | (best_masked(view) & stalled[:, None])
+        # A block ends: with B steps every position has had its turn; strategies that
+        # rewrite get as many again.
+        limit = state.block_length[slots] * (1 + rewrites[:, 0].long())
+        exact_limit = torch.minimum(limit, state.steps_per_block[slots])
+        limit = torch.where(state.exact[slots], exact_limit, limit)
+        last = (view.step + 1 >= limit)[:, None]
+        commit = torch.where(last, view.masked, commit)
+        return Decision(
+            commit=commit,
+            new_tokens=new_tokens,
+            edit=edit & ~last,
+            remask=remask & ~last,
+            hold=_or_false(decision.hold, stalled) & ~last[:, 0],
+            truncate_at=decision.truncate_at,
+        )
+
+    def _advance(
+        self, view: View, decision: Decision, plan: SegmentPlan
+    ) -> SamplerOutput:
+        """Write the decision to the canvas and tell runner and scheduler."""
+        state, slots = self.state, plan.slots
+        commit, hold = decision.commit, decision.hold
+        edit, remask, new_tokens = decision.edit, decision.remask, decision.new_tokens
+        assert edit is not None and remask is not None and hold is not None
+        assert new_tokens is not None
+        block_start = plan.positions[:, 0]
+
+        # Canvas. A predicted mask (reference_exact) stays masked until the block ends.
+        last = (view.step + 1 >= state.steps_per_block[slots])[:, None]
+        stays = commit & (new_tokens == state.mask_id) & ~last
+        write = commit | edit
+        tokens = torch.where(write, new_tokens, view.tokens)
+        tokens = torch.where(remask, state.mask_id, tokens)
+        masked = (view.masked & ~commit) | stays | remask
+
+        # Truncation: what lies right of the cut no longer exists.
+        canvas_end = state.canvas_end[slots]
+        if decision.truncate_at is not None:
+            cut = decision.truncate_at
+            cut_end = torch.where(cut >= 0, block_start + cut + 1, canvas_end)
+            canvas_end = torch.minimum(canvas_end, cut_end)
+            state.canvas_end[slots] = canvas_end
+        exists = view.valid & (plan.positions < canvas_end[:, None])
+        rows = slots[:, None].expand_as(plan.positions)[view.valid]
+        where = plan.positions[view.valid]
+        state.tokens[rows, where] = tokens[view.valid].to(state.tokens.dtype)
+        state.masked[rows, where] = masked[view.valid]
+
+        # Progress of the block.
+        open_ = masked & exists
+        block_end = block_start + exists.sum(dim=1)
+        offsets = torch.arange(open_.shape[1], device=open_.device)
+        first_open = torch.where(open_, offsets, open_.shape[1]).amin(dim=1)
+        done = ~open_.any(dim=1) & ~hold
+        frontier = torch.minimum(block_start + first_open, block_end)
+        # A strategy that may rewrite has nothing final before its block is done.
+        waits = self.groups.may_rewrite[slots] & ~done
+        frontier = torch.where(waits, block_start, frontier)
+        next_block = torch.where(done, block_end, block_start)
+        state.block_start[slots] = next_block
+        state.step[slots] = torch.where(done, 0, view.step + 1)
+
+        # The reply: tokens that became final, then where the canvas ends.
+        old = state.emitted[slots]
+        new = torch.maximum(old, frontier - state.prompt_len[slots])
+        state.emitted[slots] = new
+        count = new - old
+        width = plan.positions.shape[1]
+        reach = torch.arange(width + 1, device=slots.device)
+        source = (state.prompt_len[slots] + old)[:, None] + reach
+        sampled = state.tokens[
+            slots[:, None], source.clamp(max=state.tokens.shape[1] - 1)
+        ].long()
+        continues = state.prompt_len[slots] + new < canvas_end
+        at_end = (reach == count[:, None]) & continues[:, None]
+        sampled = torch.where(at_end, -(canvas_end[:, None] + 1), sampled)
+        num_sampled = (count + continues.long()).to(torch.int32)
+
+        # Where the next forward of each request starts, by the rule that the
+        # scheduler applies too (`cache.plan_rows`).
+        keeps = ~done & (state.policy[slots] != POLICIES.index("none"))
+        next_start = torch.where(keeps, block_start, 0)
+        query_len = plan.query_start_loc[1:] - plan.query_start_loc[:-1]
+        num_rejected = query_len - (next_start - plan.start)
+        return SamplerOutput(
+            sampled_token_ids=sampled,
+            logprobs_tensors=self.logprobs.emit(old, new, plan),
+            num_nans=None,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected.to(torch.int32),
+        )
+
+
+def _or_false(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if mask is None else mask
+
+
+def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
+    """Reply to a dummy batch of vLLM's profiling."""
+    zeros = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    return SamplerOutput(
+        sampled_token_ids=zeros[:, None],
+        logprobs_tensors=None,
+        num_nans=None,
+        num_sampled=zeros,
+        num_rejected=zeros,
+    )

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DlmModelState: every request's canvas, by slot, on the device.
+
+vLLM's V2 runner asks this object what a step feeds the network (`prepare_inputs`),
+what it attends to (`prepare_attn`) and who reads the logits (`custom_sampler`). All
+per-request facts are tensors addressed by slot; the host keeps only what it needs to
+group requests (strategy, sampling parameters).
+
+A request that was preempted comes back as a new one with its finished tokens; its
+active block is masked again and replayed (see `scheduler.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from vllm_dlm.config import ModelDefaults, RequestConfig, resolve, server_config
+from vllm_dlm.model_executor.cache import POLICIES, canvas_width, steps_per_block
+from vllm_dlm.model_executor.model_key import model_key
+from vllm_dlm.model_executor.segments import SegmentPlan
+from vllm_dlm.strategies.base import Context
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+
+class DlmModelState(ModelState):
+    """State of class A requests: tokens, masks, active block, step counters."""
+
+    # A diffusion forward writes as many tokens as its strategy says; none is implied.
+    num_new_sampled_tokens_per_step = 0
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        model: torch.nn.Module,
+        encoder_cache: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.server = server_config(vllm_config)
+        hf_config = self.model_config.hf_config
+        self.defaults = ModelDefaults.from_hf_config(hf_config)
+        self.mask_id = self.defaults.mask_token_id
+        self._model_key = model_key(
+            self.model_config.model, self.model_config.revision, hf_config
+        )
+        self.max_canvas: int = hf_config.canvas_length
+        self.plan: SegmentPlan | None = None
+        """The forward in flight; None while vLLM profiles with dummy batches."""
+
+        slots, length = self.max_num_reqs, self.model_config.max_model_len
+
+        def per_slot(dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(slots, dtype=dtype, device=device)
+
+        # int32 as vLLM's own token buffers; 4 bytes x slots x max_model_len.
+        self.tokens = torch.zeros(slots, length, dtype=torch.int32, device=device)
+        # A bitmap, not a comparison with the mask id: a literal mask token in a
+        # prompt is ordinary text.
+        self.masked = torch.zeros(slots, length, dtype=torch.bool, device=device)
+        self.prompt_len = per_slot()
+        self.canvas_end = per_slot()
+        self.block_start = per_slot()
+        self.block_length = per_slot()
+        self.emitted = per_slot()
+        """Output tokens handed to the scheduler so far."""
+        self.step = per_slot()
+        """Denoise steps spent on the active block."""
+        self.block_masks = per_slot()
+        """Masks the active block began with: what the step schedule divides."""
+        self.steps_per_block = per_slot()
+        self.policy = per_slot()
+        """Index into `cache.POLICIES`."""
+        self.exact = per_slot(torch.bool)
+        """`reference_exact`: the mask id may be predicted, as in the references."""
+
+        self.requests: dict[int, DlmRequest] = {}
+        self._slot_of: dict[str, int] = {}
+
+    # -- requests ----------------------------------------------------------
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """Give a request's slot its prompt, finished tokens and an all-mask canvas."""
+        params = new_req_data.sampling_params
+        config = resolve(self.server, params.extra_args, self.defaults)
+        slot, block = req_index, config.block_length
+        known = new_req_data.prefill_token_ids
+        prompt_len = new_req_data.prompt_len
+        emitted = len(known) - prompt_len
+        # The active block is replayed whole, also where part of it was streamed.
+        block_start = prompt_len + emitted // block * block
+
+        self.tokens[slot].fill_(self.mask_id)
+        self.tokens[slot, : len(known)] = torch.tensor(known, dtype=torch.int32)
+        self.tokens[slot, block_start:].fill_(self.mask_id)
+        self.masked[slot].fill_(False)
+        self.masked[slot, block_start:] = True
+        self.prompt_len[slot] = prompt_len
+        self.block_start[slot] = block_start
+        self.block_length[slot] = block
+        self.emitted[slot] = emitted
+        self.step[slot] = 0
+        self.policy[slot] = POLICIES.index(config.cache)
+        self.exact[slot] = config.reference_exact
+        width = canvas_width(params.max_tokens, block, self.max_canvas)
+        self.steps_per_block[slot] = steps_per_block(config.steps, width, block)
+
+        self._slot_of[new_req_data.req_id] = slot
+        self.requests[slot] = DlmRequest(
+            new_req_data.req_id, config, params, self.model_config.seed
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget a finished or preempted request."""
+        slot = self._slot_of.pop(req_id, None)
+        if slot is not None:
+            del self.requests[slot]
+
+    # -- one step ----------------------------------------------------------
+
+    def preprocess_state(
+        self,
+        input_batch: Any,
+        block_tables: tuple[torch.Tensor, ...],
+        kv_cache_config: Any,
+        num_computed_tokens: torch.Tensor,
+    ) -> None:
+        """Plan the forward. vLLM calls this for real batches only, before the rest."""
+        num_reqs = input_batch.num_reqs
+        slots = input_batch.idx_mapping[:num_reqs]
+        query_start_loc = input_batch.query_start_loc[: num_reqs + 1]
+        start = num_computed_tokens[slots].to(torch.int64)
+
+        # A forward that starts at 0 covers the whole canvas, as the scheduler cut it.
+        seq_lens = input_batch.seq_lens[:num_reqs].to(torch.int64)
+        canvas_end = torch.where(start == 0, seq_lens, self.canvas_end[slots])
+        self.canvas_end[slots] = canvas_end
+
+        slots_cpu = input_batch.idx_mapping_np.tolist()
+        width = max(self.requests[slot].config.block_length for slot in slots_cpu)
+        block_start = self.block_start[slots]
+        offsets = torch.arange(width, device=self.device)
+        positions = block_start[:, None] + offsets
+        valid = (positions < canvas_end[:, None]) & (
+            offsets < self.block_length[slots][:, None]
+        )
+        rows = query_start_loc[:-1, None] + positions - start[:, None]
+        # Rows past the canvas are never read; keep their index inside the batch.
+        rows = torch.where(valid, rows, query_start_loc[1:, None] - 1)
+
+        self.plan = SegmentPlan(
+            slots=slots,
+            slots_cpu=slots_cpu,
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=torch.from_numpy(
+                input_batch.query_start_loc_np[: num_reqs + 1]
+            ),
+            max_query_len=int(input_batch.num_scheduled_tokens.max()),
+            start=start,
+            kv_lens=canvas_end.to(torch.int32),
+            positions=positions,
+            valid=valid,
+            logits_rows=rows.flatten(),
+        )
+
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: Any,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: Any,
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Non-causal attention over the plan's segments (or a dummy batch's rows)."""
+        num_reqs, plan = input_batch.num_reqs, self.plan
+        if plan is None:
+            query_start_loc = input_batch.query_start_loc[: num_reqs + 1]
+            query_start_loc_cpu = torch.from_numpy(
+                input_batch.query_start_loc_np[: num_reqs + 1]
+            )
+            max_query_len = int(input_batch.num_scheduled_tokens.max())
+            kv_lens = input_batch.seq_lens[:num_reqs]
+        else:
+            query_start_loc = plan.query_start_loc
+            query_start_loc_cpu = plan.query_start_loc_cpu
+            max_query_len = plan.max_query_len
+            kv_lens = plan.kv_lens
+        metadata: dict[str, Any] = build_attn_metadata(
+            attn_groups=attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=input_batch.num_tokens,
+            query_start_loc_gpu=query_start_loc,
+            query_start_loc_cpu=query_start_loc_cpu,
+            max_query_len=max_query_len,
+            seq_lens=kv_lens,
+            max_seq_len=self.max_model_len,
+            block_tables=block_tables,
+            slot_mappings=slot_mappings,
+            kv_cache_config=kv_cache_config,
+            causal=False,
+            for_cudagraph_capture=for_capture,
+            ubatch_idx=ubatch_idx,
+        )
+        return metadata
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Write the batch's token ids and name the rows that need logits."""
+        if self.plan is None:
+            return {}
+        num_tokens = input_batch.num_tokens
+        row_slots = torch.from_numpy(
+            np.repeat(input_batch.idx_mapping_np, input_batch.num_scheduled_tokens)
+        ).to(self.device, non_blocking=True)
+        positions = input_batch.positions[:num_tokens]
+        # In place: CUDA graphs replay from vLLM's own buffer.
+        input_batch.input_ids[:num_tokens] = self.tokens[row_slots, positions]
+        input_batch.logits_indices = self.plan.logits_rows
+        return {}
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: Any, input_batch: Any, req_states: Any
+    ) -> None:
+        """Text only: no embeddings to prepare."""
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Nothing beyond vLLM's own dummy token ids."""
+        return {}
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        """Ours replaces vLLM's; there is no rejection sampling."""
+        from vllm_dlm.model_executor.sampler import DenoisingSampler
+
+        return DenoisingSampler(self, sampler.req_states), None
+
+    def postprocess_state(
+        self,
+        idx_mapping: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_computed_tokens: torch.Tensor | None = None,
+    ) -> None:
+        """Nothing: the sampler has advanced the state already."""
+
+    def context(self, cache: str) -> Context:
+        """Engine facts for the strategies of requests under one KV policy."""
+        return Context(
+            device=self.device,
+            model=self.model_config.model,
+            model_key=self._model_key,
+            cache=cache,
+            options=self.server.strategy_options(),
+        )
+
+    def take_plan(self) -> SegmentPlan | None:
+        """The plan of the forward just run; None after a dummy batch."""
+        plan, self.plan = self.plan, None
+        return plan
+
+
+class DlmRequest:
+    """Host-side facts of one request, fixed while it lives."""
+
+    def __init__(
+        self, req_id: str, config: RequestConfig, params: SamplingParams, seed: int
+    ) -> None:
+        self.config = config
+        self.params = params
+        # Unseeded requests still need one seed that all tensor-parallel ranks share.
+        digest = hashlib.blake2b(f"{seed}:{req_id}".encode(), digest_size=8).digest()
+        self.seed = (
+            params.seed
+            if params.seed is not None
+            else int.from_bytes(digest, "little") >> 1
+        )
+        stop_ids = set(params.stop_token_ids or ())
+        # vLLM leaves this None under ignore_eos.
+        if params.eos_token_id is not None:
+            stop_ids.add(params.eos_token_id)
+        self.stop_ids: list[int] = sorted(stop_ids)
+        """Token ids at which the scheduler ends this request."""

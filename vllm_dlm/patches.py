@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: every vLLM symbol this package wraps, and why.
+
+`PATCHES` is the data: one entry per symbol. `apply_*` functions below install the
+entries, each at most once per process, and import vLLM only when called.
+"""
+
+import functools
+import inspect
+import pkgutil
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_MARK = "_vllm_dlm_patches"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped vLLM symbol."""
+
+    symbol: str
+    """`module:Class.attribute` or `module:attribute`."""
+    why: str
+    how: str
+    upstream: str
+    """The upstream issue or seam that would make this unnecessary."""
+    drop_when: str
+
+
+PATCHES: dict[str, Patch] = {
+    patch.symbol: patch
+    for patch in (
+        Patch(
+            symbol="vllm.config.vllm:VllmConfig.use_v2_model_runner",
+            why=(
+                "Diffusion models run only on model runner V2, which vLLM does not "
+                "pick where Triton is missing, as on the CPU wheel."
+            ),
+            how=(
+                "True for diffusion models on a CPU whose kernels we replace; every "
+                "other model, and an explicit VLLM_USE_V2_MODEL_RUNNER, is untouched."
+            ),
+            upstream="no issue yet: a platform cannot say that it replaces kernels",
+            drop_when="vLLM asks the platform instead of HAS_TRITON",
+        ),
+        Patch(
+            symbol="vllm.config.vllm:VllmConfig._validate_v2_model_runner",
+            why="The same gate, where the finished config is validated.",
+            how="Keeps the check for unsupported features, skips the one for Triton.",
+            upstream="no issue yet: a platform cannot say that it replaces kernels",
+            drop_when="vLLM asks the platform instead of HAS_TRITON",
+        ),
+        Patch(
+            symbol="vllm.triton_utils:triton.next_power_of_2",
+            why=(
+                "Runner V2 sizes its launches with triton.next_power_of_2 on the "
+                "host; vLLM's stand-in for a missing Triton lacks it."
+            ),
+            how="Adds vLLM's own next_power_of_2 to the stand-in.",
+            upstream="no issue yet: TritonPlaceholder has cdiv only",
+            drop_when="TritonPlaceholder has next_power_of_2",
+        ),
+        Patch(
+            symbol="vllm.triton_utils.dispatcher:_rebind_kernels",
+            why=(
+                "Overriding a kernel scans every loaded module and dies on llvmlite's "
+                "library handle, which answers any attribute, so on any CPU worker "
+                "that starts after numba was imported."
+            ),
+            how="Hides llvmlite, which holds no kernels, from the scan.",
+            upstream="no issue yet: `vars(value).get` assumes a dict",
+            drop_when="the scan checks that `__dict__` is a dict",
+        ),
+        Patch(
+            symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+            why="A plugin has no seam for flags of its own.",
+            how="Adds the argument group DlmConfig to the parser.",
+            upstream="no issue yet: plugins cannot register arguments",
+            drop_when="general plugins may add engine arguments",
+        ),
+        Patch(
+            symbol="vllm.engine.arg_utils:EngineArgs.from_cli_args",
+            why="vLLM drops arguments that are not fields of EngineArgs.",
+            how=(
+                'Folds --dlm-* into additional_config["dlm"] and resolves model '
+                "aliases; clients keep asking for the name that was typed."
+            ),
+            upstream="no issue yet: plugins cannot register arguments",
+            drop_when="general plugins may add engine arguments",
+        ),
+        Patch(
+            symbol="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+            why=(
+                "Offline use builds EngineArgs before plugins are loaded: this is the "
+                "first method after it."
+            ),
+            how=(
+                "Resolves the model alias, validates the dlm options, and refuses them "
+                "for models that are not ours."
+            ),
+            upstream="no issue yet: no hook between arguments and model config",
+            drop_when="vLLM has a hook for model names or engine arguments",
+        ),
+        Patch(
+            symbol="vllm.engine.arg_utils:get_model_path",
+            why="With HF_HUB_OFFLINE, EngineArgs looks its model up when it is built.",
+            how="Resolves the model alias first.",
+            upstream="no issue yet: no hook for model names",
+            drop_when="vLLM has a hook for model names",
+        ),
+        Patch(
+            symbol="vllm.entrypoints.cli.serve:ServeSubcommand.validate",
+            why="A wrong option would end `vllm serve` in a traceback, minutes later.",
+            how="Checks the dlm options and the model alias before anything starts.",
+            upstream="no issue yet: plugins cannot validate arguments",
+            drop_when="general plugins may add engine arguments",
+        ),
+        Patch(
+            symbol="vllm.sampling_params:SamplingParams._validate_diffusion",
+            why="It refuses temperature, seed and others for every diffusion model.",
+            how="Our models get `request.validate_sampling_params`; others keep it.",
+            upstream="no issue yet: the check does not ask the model",
+            drop_when="a model can say which sampling parameters it honours",
+        ),
+        Patch(
+            symbol="vllm.config.vllm:VllmConfig._check_supports_watermarking",
+            why="Beam search reaches the engine as one-token requests.",
+            how="Called first by both ways of beam search; refuses it for our models.",
+            upstream="no issue yet: beam search does not ask the model",
+            drop_when="vLLM refuses beam search for diffusion models",
+        ),
+        Patch(
+            symbol="vllm.entrypoints.serve.utils.api_utils:get_max_tokens",
+            why="The HTTP server cuts max_tokens to what fits and does not say so.",
+            how="Refuses an explicit max_tokens that does not fit, for our models.",
+            upstream="no issue yet: clamping is on purpose",
+            drop_when="vLLM can refuse instead of clamping",
+        ),
+    )
+}
+
+_applied: list[Patch] = []
+
+
+def applied() -> list[Patch]:
+    """The entries in force in this process, in the order they were applied."""
+    return list(_applied)
+
+
+def wrap(symbol: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+    """Replace `symbol` of the ledger by `make(original)`, once per process.
+
+    Functions, methods, class and static methods and properties keep their kind.
+
+    Args:
+        symbol: a key of `PATCHES`.
+        make: gets the plain function behind the symbol and returns its replacement,
+            which takes the same arguments.
+
+    Raises:
+        ValueError: no such entry in the ledger.
+        RuntimeError: this vLLM has no such symbol.
+    """
+    patch = _entry(symbol)
+    owner, attribute = _owner(symbol)
+    raw = inspect.getattr_static(owner, attribute, None)
+    if raw is None:
+        raise RuntimeError(_missing(symbol))
+    original = raw
+    if isinstance(raw, property):
+        original = raw.fget
+    elif isinstance(raw, (classmethod, staticmethod)):
+        original = raw.__func__
+    marks: frozenset[str] = getattr(original, _MARK, frozenset())
+    if symbol in marks:
+        return
+    replacement: Any = functools.wraps(original)(make(original))
+    setattr(replacement, _MARK, marks | {symbol})
+    if isinstance(raw, property):
+        replacement = raw.getter(replacement)
+    elif isinstance(raw, (classmethod, staticmethod)):
+        replacement = type(raw)(replacement)
+    setattr(owner, attribute, replacement)
+    _applied.append(patch)
+
+
+def add(symbol: str, value: Any) -> None:
+    """Set `symbol` of the ledger to `value` where vLLM has nothing by that name."""
+    patch = _entry(symbol)
+    owner, attribute = _owner(symbol)
+    if not hasattr(owner, attribute):
+        setattr(owner, attribute, value)
+        _applied.append(patch)
+
+
+def apply_cpu_runner_patches() -> None:
+    """Let diffusion models use model runner V2 on a CPU build without Triton.
+
+    Call it once `vllm.config` is fully imported. Where Triton works it does nothing.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON:
+        return
+
+    from vllm import envs
+    from vllm.triton_utils import dispatcher
+    from vllm.utils.math_utils import next_power_of_2
+
+    def use_v2_model_runner(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        def decide(self: Any) -> bool:
+            if envs.VLLM_USE_V2_MODEL_RUNNER is None and _is_diffusion(self):
+                return True
+            return original(self)
+
+        return decide
+
+    def validate(original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def check(self: Any) -> None:
+            if not _is_diffusion(self):
+                return original(self)
+            unsupported = self._get_v2_model_runner_unsupported_features()
+            if unsupported:
+                raise ValueError(
+                    "Model Runner V2, which diffusion models need, does not yet "
+                    f"support: {', '.join(unsupported)}"
+                )
+            return None
+
+        return check
+
+    def rebind_kernels(original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def rebind(overrides: Any) -> None:
+            seen = {
+                name: module
+                for name, module in sys.modules.items()
+                if name.partition(".")[0] != "llvmlite"
+            }
+            dispatcher.sys = types.SimpleNamespace(modules=seen)
+            try:
+                original(overrides)
+            finally:
+                dispatcher.sys = sys
+
+        return rebind
+
+    wrap("vllm.config.vllm:VllmConfig.use_v2_model_runner", use_v2_model_runner)
+    wrap("vllm.config.vllm:VllmConfig._validate_v2_model_runner", validate)
+    wrap("vllm.triton_utils.dispatcher:_rebind_kernels", rebind_kernels)
+    add("vllm.triton_utils:triton.next_power_of_2", next_power_of_2)
+
+
+def apply_front_end_patches() -> None:
+    """Flags, model aliases and the admission of requests.
+
+    What only the HTTP server needs is applied where its modules are loaded already,
+    as they are when `vllm serve` loads plugins.
+    """
+    from vllm_dlm.front_end import SERVER_WRAPPERS, WRAPPERS
+
+    for symbol, make in WRAPPERS.items():
+        wrap(symbol, make)
+    for symbol, make in SERVER_WRAPPERS.items():
+        if symbol.partition(":")[0] in sys.modules:
+            wrap(symbol, make)
+
+
+def _is_diffusion(vllm_config: Any) -> bool:
+    model_config = vllm_config.model_config
+    return model_config is not None and model_config.is_diffusion
+
+
+def _entry(symbol: str) -> Patch:
+    if symbol not in PATCHES:
+        raise ValueError(
+            f"{symbol!r} is not in the patch ledger; it has: {', '.join(PATCHES)}"
+        )
+    return PATCHES[symbol]
+
+
+def _owner(symbol: str) -> tuple[Any, str]:
+    module, _, path = symbol.partition(":")
+    parent, _, attribute = path.rpartition(".")
+    try:
+        return pkgutil.resolve_name(f"{module}:{parent}"), attribute
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(_missing(symbol)) from error
+
+
+def _missing(symbol: str) -> str:
+    from vllm import __version__
+
+    return (
+        f"vllm-dlm wraps {symbol}, which vLLM {__version__} does not have. "
+        "Install a vLLM version that this vllm-dlm release supports."
+    )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU platform: diffusion models on the CPU wheel of vLLM, Ray included.
+
+vLLM imports this module while `vllm.config` is half loaded, in every process, so
+nothing of vLLM is imported at the top: the platform class is made when it is asked
+for.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+def platform_plugin() -> str | None:
+    """Entry point of `vllm.platform_plugins`.
+
+    Returns:
+        The path of `DlmCpuPlatform` where the installed vLLM is a CPU build, else
+        None, which leaves the choice to vLLM. `VLLM_DLM_DISABLE=1` also gives None.
+    """
+    if os.environ.get("VLLM_DLM_DISABLE") == "1" or not _is_cpu_build():
+        return None
+    return f"{__name__}.DlmCpuPlatform"
+
+
+def _is_cpu_build() -> bool:
+    from vllm.platforms import vllm_version_matches_substr
+
+    return vllm_version_matches_substr("cpu")
+
+
+def _cpu_platform_class() -> "type[CpuPlatform]":
+    """The CPU platform vLLM itself would pick: plain, or AMD Zen."""
+    from vllm.platforms import cpu_platform_plugin
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    return resolve_obj_by_qualname(
+        cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform"
+    )
+
+
+def _make_platform_class() -> "type[CpuPlatform]":
+    base: Any = _cpu_platform_class()
+
+    class DlmCpuPlatform(base):
+        """vLLM's CPU platform with model runner V2 for diffusion models."""
+
+        # vLLM's Ray executor refuses a platform without a device key. On a CPU
+        # cluster start Ray with logical GPUs: `ray start --num-gpus=<ranks>`.
+        ray_device_key: str = "GPU"
+
+        @classmethod
+        def pre_register_and_update(
+            cls, parser: "FlexibleArgumentParser | None" = None
+        ) -> None:
+            """Runs in the front end before the engine's config is built."""
+            super().pre_register_and_update(parser)
+            _apply_patches()
+
+        @classmethod
+        def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+            """Runs while the config is validated, also without `EngineArgs`."""
+            _apply_patches()
+            super().check_and_update_config(vllm_config)
+
+        @classmethod
+        def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig") -> None:
+            """Runs in the engine core, which unpickles its config, before its
+            scheduler asks which model runner serves it."""
+            _apply_patches()
+            super().register_custom_kv_cache_specs(vllm_config)
+
+        @classmethod
+        def register_triton_kernel_overrides(cls) -> None:
+            """Runs in each worker before its class is resolved."""
+            _apply_patches()  # first: one of them repairs the registration
+            super().register_triton_kernel_overrides()
+
+            from vllm_dlm.kernels.runner_cpu import register
+
+            register()
+
+    # Pickles of the platform refer to it by name.
+    DlmCpuPlatform.__qualname__ = "DlmCpuPlatform"
+    return DlmCpuPlatform
+
+
+def _apply_patches() -> None:
+    from vllm_dlm.patches import apply_cpu_runner_patches
+
+    apply_cpu_runner_patches()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DlmCpuPlatform":
+        platform = globals()[name] = _make_platform_class()
+        return platform
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The general plugin: models, config classes, flags, aliases, request admission.
+
+vLLM calls `register` in every process, possibly several times. A failed step is
+logged and the rest goes on, so that an unfit vLLM keeps serving its own models;
+`vllm-dlm doctor` lists what failed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+
+SUPPORTED_VLLM = ">=0.32,<0.34"
+
+ARCHITECTURES = {
+    "LLaDAModelLM": "vllm_dlm.model_executor.models.llada:LLaDAModelLM",
+}
+"""HF architecture -> model class."""
+
+HF_CONFIGS = {
+    "llada": "vllm_dlm.model_executor.models.llada_config:LLaDAConfig",
+}
+"""HF `model_type` -> config class, so that no checkpoint needs trust_remote_code."""
+
+CONFIG_HOOK = "vllm_dlm.model_executor.config_hook:DlmModelConfig"
+
+problems: list[str] = []
+"""What `register` could not do in this process."""
+
+_registered = False
+
+
+def is_disabled() -> bool:
+    """Whether VLLM_DLM_DISABLE=1 makes the package a no-op."""
+    return os.environ.get("VLLM_DLM_DISABLE") == "1"
+
+
+def is_registered() -> bool:
+    """Whether `register` has run in this process."""
+    return _registered
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; idempotent."""
+    global _registered
+    if _registered or is_disabled():
+        return
+    _registered = True
+
+    from vllm.logger import init_logger
+
+    logger = init_logger(__name__)
+    if message := version_problem():
+        logger.warning("%s", message)
+    steps: tuple[Callable[[], None], ...] = (
+        _register_models,
+        _register_hf_configs,
+        _register_config_hooks,
+        _wrap_front_end,
+    )
+    for step in steps:
+        try:
+            step()
+        except (ImportError, AttributeError, RuntimeError) as error:
+            problems.append(f"{step.__name__.lstrip('_')}: {error}")
+            logger.error("vllm-dlm: %s", problems[-1], exc_info=True)
+
+
+def version_problem() -> str | None:
+    """One sentence if the installed vLLM is outside the supported range."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+    from vllm import __version__
+
+    try:
+        supported = SpecifierSet(SUPPORTED_VLLM).contains(
+            Version(__version__).public, prereleases=True
+        )
+    except InvalidVersion:
+        supported = False
+    if supported:
+        return None
+    return (
+        f"vllm-dlm supports vLLM {SUPPORTED_VLLM}, and {__version__} is installed: "
+        "diffusion language models may fail in any way"
+    )
+
+
+def _load(target: str) -> type:
+    module, _, name = target.partition(":")
+    loaded: type = getattr(import_module(module), name)
+    return loaded
+
+
+def _register_models() -> None:
+    from vllm import ModelRegistry
+
+    for architecture, target in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, target)
+
+
+def _register_hf_configs() -> None:
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    for model_type, target in HF_CONFIGS.items():
+        # The registry looks strings up in a module of vLLM's own: a class it must be.
+        _CONFIG_REGISTRY[model_type] = _load(target)
+
+
+def _register_config_hooks() -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for architecture in ARCHITECTURES:
+        MODELS_CONFIG_MAP[architecture] = _load(CONFIG_HOOK)
+
+
+def _wrap_front_end() -> None:
+    from vllm_dlm.patches import apply_front_end_patches
+
+    apply_front_end_patches()

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission of a request: what is honoured, what is refused, nothing ignored.
+
+vLLM refuses most sampling parameters for its own diffusion model; ours honour them.
+What they cannot honour is refused here, in the API process, as HTTP 400.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_dlm.config import RequestConfig
+
+HONOURED = frozenset(
+    {
+        # The sampler.
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "logit_bias",
+        "bad_words",
+        "allowed_token_ids",
+        "min_tokens",
+        "ignore_eos",
+        "logprobs",
+        # The scheduler, over finished tokens: lengths and stops.
+        "max_tokens",
+        "stop_token_ids",
+        "repetition_detection",
+        # The front end.
+        "n",
+        "stop",
+        "include_stop_str_in_output",
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "flat_logprobs",
+        "output_kind",
+        "stream_interval",
+        "skip_clone",
+        "output_text_buffer_length",
+        # A hint that cannot change a result: prefix caching is vLLM's affair.
+        "skip_reading_prefix_cache",
+        # Read below.
+        "extra_args",
+    }
+)
+"""`SamplingParams` fields that mean what they say."""
+
+_ORDER = "it counts the tokens written so far, and a canvas has no such order"
+_PROMPT = "prompt tokens are read, not predicted, by a diffusion model"
+
+REFUSED: dict[str, str] = {
+    "presence_penalty": _ORDER,
+    "frequency_penalty": _ORDER,
+    "repetition_penalty": _ORDER,
+    "structured_outputs": "a grammar needs text that grows from left to right",
+    "prompt_logprobs": _PROMPT,
+    "prompt_logprob_token_ids": _PROMPT,
+    "prompt_logprob_start": _PROMPT,
+    "logprob_token_ids": "ask for `logprobs` instead",
+    "thinking_token_budget": "it forces tokens into a text that grows left to right",
+    "trace_decode_token_ids": "it forces tokens into a text that grows left to right",
+    "watermarking": "the watermark is drawn from the token to the left",
+    "routed_experts_prompt_start": "expert choices are not returned",
+}
+"""Fields that are refused when set, and why."""
+
+DIFFUSION_GEMMA = "diffusion_"
+"""Prefix of the `extra_args` keys of vLLM's own diffusion model."""
+
+
+def is_ours(hf_config: Any) -> bool:
+    """Whether a model is served by this package (not vLLM's DiffusionGemma)."""
+    return getattr(hf_config, "dlm_class", None) is not None
+
+
+@cache
+def _defaults(cls: type[SamplingParams]) -> dict[str, Any]:
+    """Public field -> the value that means "not set"."""
+    unset = cls()
+    return {
+        name: getattr(unset, name)
+        for name in cls.__struct_fields__
+        if not name.startswith("_")
+    }
+
+
+def validate_sampling_params(
+    params: SamplingParams, model_config: ModelConfig
+) -> RequestConfig:
+    """Check a request for one of our models; replaces vLLM's diffusion check.
+
+    Returns:
+        How the request will be decoded.
+
+    Raises:
+        VLLMValidationError: the request cannot be honoured (HTTP 400).
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        _check_fields(params, model_config)
+        return _check_options(params, model_config)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from error
+
+
+def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
+    for name, default in _defaults(type(params)).items():
+        if name in HONOURED:
+            continue
+        value = getattr(params, name)
+        # Not `==` alone: one of the fields is an array.
+        if value is None or value is False or (value is default):
+            continue
+        if isinstance(value, (int, float, str)) and value == default:
+            continue
+        reason = REFUSED.get(name, "this version of vllm-dlm does not know it")
+        raise ValueError(
+            f"{name} is not supported for diffusion language models: {reason}. Remove "
+            "it from the request."
+        )
+    if params.logprobs == -1:
+        raise ValueError(
+            "logprobs=-1 (the whole vocabulary) is not supported for diffusion "
+            "language models; ask for a number, up to the server's --max-logprobs"
+        )
+    mask = model_config.hf_config.mask_token_id
+    if params.allowed_token_ids and set(params.allowed_token_ids) == {mask}:
+        raise ValueError(
+            f"allowed_token_ids holds only the mask token ({mask}), which is never "
+            "written; add a token"
+        )
+
+
+def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
+    import torch
+
+    from vllm_dlm.config import ModelDefaults, resolve, served_config
+    from vllm_dlm.strategies import STRATEGIES
+    from vllm_dlm.strategies.base import Context
+
+    for key in params.extra_args or ():
+        if str(key).startswith(DIFFUSION_GEMMA):
+            raise ValueError(
+                f"{key!r} is an option of DiffusionGemma; the options of this model "
+                "begin with `dlm_`, or sit in `dlm`"
+            )
+    hf_config = model_config.hf_config
+    server = served_config(hf_config)
+    config = resolve(server, params.extra_args, ModelDefaults.from_hf_config(hf_config))
+    limit = server.canvas_limit(model_config.max_model_len)
+    if config.block_length > limit:
+        raise ValueError(
+            f"block_length {config.block_length} does not fit into the server's canvas "
+            f"of {limit} positions"
+        )
+    context = Context(
+        device=torch.device("cpu"),
+        model=model_config.model,
+        cache=config.cache,
+        options=server.strategy_options(),
+    )
+    STRATEGIES[config.strategy].validate(config.params, config.block_length, context)
+    return config
+
+
+def refuse_beam_search(model_config: ModelConfig | None) -> None:
+    """Beam search extends texts token by token, which no diffusion model does.
+
+    Raises:
+        VLLMValidationError: the model is one of ours (HTTP 400).
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if model_config is not None and is_ours(model_config.hf_config):
+        raise VLLMValidationError(
+            "beam search is not supported for diffusion language models: it extends "
+            "texts token by token; use `n` with a temperature instead",
+            parameter="use_beam_search",
+        )
+
+
+def refuse_long_request(
+    max_model_len: int, max_tokens: int | None, prompt_length: int
+) -> None:
+    """A canvas is laid out for `max_tokens`: what does not fit is no silent cut.
+
+    Args:
+        max_model_len: context length, in tokens.
+        max_tokens: what the request asked for; None takes what is left.
+        prompt_length: in tokens.
+
+    Raises:
+        VLLMValidationError: prompt and output do not fit (HTTP 400).
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if max_tokens is not None and prompt_length + max_tokens > max_model_len:
+        raise VLLMValidationError(
+            f"the prompt has {prompt_length} tokens and max_tokens is {max_tokens}, "
+            f"together more than the context length of {max_model_len}; shorten the "
+            f"prompt or set max_tokens to at most {max(max_model_len - prompt_length, 0)}",
+            parameter="max_tokens",
+            value=max_tokens,
+        )
+
+
+def refuse_server_options(vllm_config: Any) -> None:
+    """Refuse server options that our sampler would ignore; for the config hook.
+
+    Raises:
+        ValueError: such an option is set.
+    """
+    model_config = vllm_config.model_config
+    checks: dict[str, Callable[[], Any]] = {
+        "--logits-processors": lambda: model_config.logits_processors,
+        "--enable-trace-replay": lambda: model_config.enable_trace_replay,
+        "--watermark-config": lambda: vllm_config.watermark_config,
+    }
+    for flag, is_set in checks.items():
+        if is_set():
+            raise ValueError(
+                f"{flag} is not supported for diffusion language models; remove it"
+            )

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategy contract: declarations, a view in, a decision out.
+
+A strategy is a pure function over `[R, B]` tensors: R rows (requests that decode
+with it in this step) by B block positions. It sees statistics, never logits rows of
+other requests, never Python lists; it must not call `.item()` nor loop over rows.
+Everything that keeps decoding safe (mask-id ban, progress, step caps, NaN) belongs
+to the wrapper in `model_executor/sampler.py` and is the same for all strategies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+
+class Params(BaseModel):
+    """Base of a strategy's parameters: frozen, strict about unknown names.
+
+    Float and int fields may differ between the requests of one batch: they reach
+    `Strategy.select` as `[R]` tensors. All other fields (modes, paths) split a batch
+    into groups and are read from `Strategy.params`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# Inside `Strategy` the name `Params` is that strategy's own class.
+AnyParams: TypeAlias = Params
+
+
+@dataclass(frozen=True)
+class View:
+    """What a strategy sees in one step; every tensor is on the engine's device.
+
+    Shapes: R rows, B block length. Only statistics named in `Strategy.needs` are set,
+    except `confidence`, which always is.
+    """
+
+    tokens: torch.Tensor
+    """[R, B] int64: tokens of the active block; the mask id where still masked."""
+    masked: torch.Tensor
+    """[R, B] bool: positions still to be decided."""
+    valid: torch.Tensor
+    """[R, B] bool: False beyond the canvas end (short last block)."""
+    candidate: torch.Tensor
+    """[R, B] int64: token that would be written (drawn, or the argmax)."""
+    confidence: torch.Tensor
+    """[R, B] float32: untempered probability of `candidate`."""
+    is_eos: torch.Tensor
+    """[R, B] bool: `candidate` ends the text, and this request honours that."""
+    step: torch.Tensor
+    """[R] int64: denoise steps already spent on this block."""
+    scheduled: torch.Tensor
+    """[R] int64: tokens the integer step schedule writes in this step (at least 1)."""
+    slots: torch.Tensor
+    """[R] int64: the rows' slots, to address state (never index state by row)."""
+    entropy: torch.Tensor | None = None
+    """[R, B] float32, nats, of the untempered distribution (need "entropy")."""
+    margin: torch.Tensor | None = None
+    """[R, B] float32: best minus second-best probability (need "margin")."""
+    uniform: torch.Tensor | None = None
+    """[R, B] float32 in [0, 1): seeded per request, position, step (need "uniform")."""
+
+
+@dataclass
+class Decision:
+    """What a strategy decides in one step. Only `commit` is required."""
+
+    commit: torch.Tensor
+    """[R, B] bool: masked positions to write `new_tokens` (or the candidates) to."""
+    new_tokens: torch.Tensor | None = None
+    """[R, B] int64: tokens to write where they differ from `View.candidate`."""
+    edit: torch.Tensor | None = None
+    """[R, B] bool: decided positions to overwrite (needs `may_rewrite`)."""
+    remask: torch.Tensor | None = None
+    """[R, B] bool: decided positions to mask again (needs `may_rewrite`)."""
+    hold: torch.Tensor | None = None
+    """[R] bool: keep the block open although no mask is left."""
+    truncate_at: torch.Tensor | None = None
+    """[R] int64: cut the canvas right after this block position; -1 cuts nothing."""
+
+
+class Strategy:
+    """One decoding rule. Subclass it, set the declarations, write `select`."""
+
+    name: ClassVar[str]
+    """The registered name, as in `--dlm-strategy NAME`."""
+    paper: ClassVar[str]
+    """Source: an arXiv id or repository."""
+    summary: ClassVar[str]
+    """One line for `vllm-dlm strategies`."""
+    Params: ClassVar[type[Params]] = Params
+    needs: frozenset[str] = frozenset()
+    """Extra statistics, of: "entropy", "margin", "uniform". The class names all that
+    it may ever read; `__init__` may narrow it to what its parameters call for."""
+    logit_rows: ClassVar[str] = "masked"
+    """"masked": only masked positions' statistics are read; "block": all of them."""
+    may_rewrite: ClassVar[bool] = False
+    """Whether decisions may edit or remask decided positions."""
+
+    def __init__(self, params: AnyParams, block_length: int, context: Context) -> None:
+        """Build the strategy of one group of requests.
+
+        Args:
+            params: validated parameters; numeric fields here are those of the first
+                request of the group only: read them from `select`'s `row_params`.
+            block_length: B of every view this instance will see.
+            context: engine facts (device, model folder, cache policy).
+
+        Raises:
+            ValueError: the parameters do not fit the model or the block length. This
+                is also called at admission, so the user sees the message.
+        """
+        self.params = params
+        self.block_length = block_length
+        self.context = context
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        """Decide one step for R rows.
+
+        Args:
+            view: statistics and canvas of the active blocks.
+            row_params: numeric parameter name -> [R] tensor (float32 or int64).
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
+        """Check parameters against the model at admission.
+
+        Raises:
+            ValueError: they do not fit; the message says what would.
+        """
+
+
+@dataclass(frozen=True)
+class Context:
+    """Engine facts a strategy may need when it is built."""
+
+    device: torch.device
+    model: str
+    """Folder or hub id the engine was started with."""
+    model_key: str = ""
+    """Stable key of the model's weights and shape, to file learned filters under."""
+    cache: str = "none"
+    """KV policy that is served: "none", "prefix" or "dual"."""
+    options: Mapping[str, Any] | None = None
+    """Server-level options (folder for learned filters, ...)."""
+
+
+def numeric_fields(params: type[Params]) -> list[str]:
+    """Names of the parameters that may differ from row to row, in field order."""
+    return [
+        name
+        for name, field in params.model_fields.items()
+        if field.annotation in (int, float)
+    ]
+
+
+def best_masked(view: View) -> torch.Tensor:
+    """[R, B] bool: each row's most confident masked position (lowest on ties)."""
+    score = torch.where(view.masked, view.confidence, -torch.inf)
+    best = torch.zeros_like(view.masked)
+    best.scatter_(1, score.argmax(dim=1, keepdim=True), True)
+    return best & view.masked
+
+
+def top_masked(view: View, score: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """[R, B] bool: each row's `count` best masked positions by `score`.
+
+    Args:
+        score: [R, B]; only masked positions compete, ties go to the lowest position.
+        count: [R] int64.
+    """
+    score = torch.where(view.masked, score.double(), -torch.inf)
+    order = torch.argsort(score, dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank.scatter_(1, order, ranks)
+    return (rank < count[:, None]) & view.masked

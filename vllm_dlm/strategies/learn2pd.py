@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learn2PD: a tiny network learned which tokens are final already.
+
+commit = { i masked : sigmoid(filter(c))_i > threshold } and the `scheduled` most
+confident masked positions, where c are the confidences of all B block positions: those
+of decided positions are the model's in its own best token, and positions beyond the
+canvas end count as 1.0. End-of-text prediction (`eotp.py`) drops the padding.
+Source: Learning to Parallel Decode, arXiv 2509.25188.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from vllm_dlm.strategies.base import (
+    AnyParams,
+    Context,
+    Decision,
+    Params,
+    Strategy,
+    View,
+    top_masked,
+)
+from vllm_dlm.strategies.eotp import end_of_text
+from vllm_dlm.strategies.learn2pd_filter import (
+    Filter,
+    available,
+    describe,
+    find_filter,
+    warn_if_foreign,
+)
+
+logger = logging.getLogger(__name__)
+
+FALLBACK_CONFIDENCE = 0.9
+"""Without a filter: the threshold rule's value, Fast-dLLM's default."""
+
+
+class Learn2PDParams(Params):
+    """Parameters of `Learn2PD`."""
+
+    threshold: float = Field(
+        default=0.96,
+        gt=0.0,
+        lt=1.0,
+        description=(
+            "Cut on the filter's sigmoid above which a token is written. Lower is "
+            "faster and less exact."
+        ),
+    )
+    eotp: Literal["block", "off"] = Field(
+        default="block",
+        description=(
+            "End-of-text prediction: cut the canvas at an end-of-text token of the "
+            "active block as soon as it is written or predicted, or never."
+        ),
+    )
+    eotp_threshold: float = Field(
+        default=0.9,
+        ge=0.0,
+        le=2.0,
+        description=(
+            "Least probability of an end-of-text token that cuts the canvas before it "
+            "is written; above 1 only written ones do."
+        ),
+    )
+    filter: str | None = Field(
+        default=None,
+        description=(
+            "Filter file; by default the one in the model folder or among the learned "
+            "ones that fits the block length and the cache policy."
+        ),
+    )
+
+
+class Learn2PD(Strategy):
+    """Write the masked positions that the filter takes for final."""
+
+    name = "learn2pd"
+    paper = "arXiv 2509.25188 (Learn2PD + EoTP)"
+    summary = "a tiny learned filter says which tokens are final; padding is dropped"
+    Params = Learn2PDParams
+    logit_rows = "block"
+
+    params: Learn2PDParams
+
+    def __init__(
+        self, params: Learn2PDParams, block_length: int, context: Context
+    ) -> None:
+        super().__init__(params, block_length, context)
+        self.has_filter = True
+        """False while the threshold rule stands in for a filter not learned yet."""
+        if params.filter is not None:
+            filter = _load(params.filter, block_length, context)
+            warn_if_foreign(filter, context, params.filter)
+        else:
+            found = find_filter(context, block_length)
+            self.has_filter = found is not None
+            filter = found or Filter.identity(
+                block_length,
+                FALLBACK_CONFIDENCE,
+                Learn2PDParams.model_fields["threshold"].default,
+            )
+            if found is None:
+                _announce_fallback(
+                    context.model, block_length, context.cache, _listing(context)
+                )
+        # Float64, so that neither the batch size nor TF32 moves a position over the
+        # cut: the two matrices are small.
+        self._filter = filter.to(context.device, torch.float64)
+        self._retired = self._filter
+
+    @property
+    def filter(self) -> Filter:
+        """The filter in use, in float64 on the engine's device."""
+        return self._filter
+
+    def set_filter(self, filter: Filter) -> None:
+        """Use `filter` from the next step on; any thread may call this.
+
+        Raises:
+            ValueError: it is for another block length.
+        """
+        _check(filter, self.block_length, "the new filter", self.context)
+        placed = filter.to(self.context.device, torch.float64)
+        # The old weights stay alive for one more swap: a queued kernel may read them.
+        self._retired, self._filter = self._filter, placed
+        self.has_filter = True
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        logits = self._filter.apply(torch.where(view.valid, view.confidence, 1.0))
+        # sigmoid(z) > t as z > logit(t): sigmoid saturates where z does not.
+        cut = torch.logit(row_params["threshold"].to(logits.dtype))
+        commit = (logits > cut[:, None]) & view.masked
+        commit |= top_masked(view, view.confidence, view.scheduled)
+        if self.params.eotp == "off":
+            return Decision(commit)
+        end = end_of_text(view, commit, row_params["eotp_threshold"])
+        return Decision(commit, truncate_at=end)
+
+    @classmethod
+    def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
+        if isinstance(params, Learn2PDParams) and params.filter is not None:
+            _load(params.filter, block_length, context)
+
+
+def _load(path: str, block_length: int, context: Context) -> Filter:
+    try:
+        filter = Filter.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; available: {_listing(context)}") from error
+    _check(filter, block_length, f"the filter {path}", context)
+    return filter
+
+
+def _check(filter: Filter, block_length: int, what: str, context: Context) -> None:
+    if filter.block_length != block_length:
+        raise ValueError(
+            f"{what} is for block length {filter.block_length}, not {block_length}; "
+            f"available: {_listing(context)}"
+        )
+
+
+def _listing(context: Context) -> str:
+    return ", ".join(describe(path) for path in available(context)) or "none"
+
+
+@functools.cache
+def _announce_fallback(model: str, block_length: int, cache: str, others: str) -> None:
+    logger.warning(
+        "no Learn2PD filter of %s for block length %d and cache %r (available: %s): "
+        "tokens are written at confidence >= %s until a filter is learned",
+        model,
+        block_length,
+        cache,
+        others,
+        FALLBACK_CONFIDENCE,
+    )

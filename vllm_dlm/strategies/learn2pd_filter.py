@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learn2PD's filter: a two-layer network from a block's confidences to acceptances.
+
+z = w2 relu(w1 c + b1) + b2 for the confidences c of all B block positions; position i
+may be written if sigmoid(z_i) exceeds a cut. A filter file is safetensors with the four
+tensors in float32 and the other fields of `Filter` as metadata strings.
+Source: arXiv 2509.25188.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_dlm.strategies.base import Context
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("w1", "b1", "w2", "b2")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Weights of one filter (B block positions, H hidden units) and their history."""
+
+    w1: torch.Tensor
+    """[H, B]"""
+    b1: torch.Tensor
+    """[H]"""
+    w2: torch.Tensor
+    """[B, H]"""
+    b2: torch.Tensor
+    """[B]"""
+    threshold: float = 0.96
+    """Cut on sigmoid(z) that it was tuned for."""
+    model_key: str = ""
+    """Model whose confidences it was trained on; empty if unknown."""
+    cache: str = ""
+    """KV policy they were collected under; empty if unknown."""
+    source: str = ""
+    """What it was trained on, in words."""
+    false_positive_rate: float = float("nan")
+    """Share of wrongly accepted positions at `threshold`, on held-out text."""
+
+    def __post_init__(self) -> None:
+        hidden, block_length = self.w1.shape
+        shapes = ((hidden, block_length), (hidden,), (block_length, hidden))
+        found = tuple(tuple(getattr(self, name).shape) for name in _WEIGHTS)
+        if found != (*shapes, (block_length,)):
+            raise ValueError(
+                "a filter's w1, b1, w2, b2 must be [H, B], [H], [B, H], [B]; "
+                f"got {', '.join(map(str, found))}"
+            )
+
+    @property
+    def block_length(self) -> int:
+        """B: it fits blocks of this length only."""
+        return int(self.w1.shape[1])
+
+    def apply(self, confidence: torch.Tensor) -> torch.Tensor:
+        """Logits [R, B] of accepting each position, from confidences [R, B].
+
+        Computed and returned in the weights' dtype. Positions beyond the canvas end
+        must be 1.0.
+        """
+        confidence = confidence.to(self.w1.dtype)
+        hidden = torch.relu(confidence @ self.w1.T + self.b1)
+        return hidden @ self.w2.T + self.b2
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Filter:
+        """The same filter on `device` in `dtype`."""
+        w1, b1, w2, b2 = (
+            getattr(self, name).detach().to(device=device, dtype=dtype, copy=True)
+            for name in _WEIGHTS
+        )
+        return replace(self, w1=w1, b1=b1, w2=w2, b2=b2)
+
+    def calibrated(self, tau: float) -> Filter:
+        """A filter that accepts at the cut `tau` what this one does at `threshold`.
+
+        Tune a cut, then save `calibrated(0.96)`: it suits requests that set none.
+        """
+        levels = torch.tensor([tau, self.threshold], dtype=torch.float64).logit()
+        shift = (levels[0] - levels[1]).to(self.b2)
+        return replace(self, b2=self.b2 + shift, threshold=tau)
+
+    def save(self, path: str | Path) -> None:
+        """Write a filter file; a reader sees the old one or the new one, never half."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        cpu = self.to(torch.device("cpu"), torch.float32)
+        save_file(
+            {name: getattr(cpu, name).contiguous() for name in _WEIGHTS},
+            part,
+            metadata={
+                "block_length": str(self.block_length),
+                "model_key": self.model_key,
+                "cache": self.cache,
+                "threshold": repr(self.threshold),
+                "source": self.source,
+                "false_positive_rate": repr(self.false_positive_rate),
+            },
+        )
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Filter:
+        """Read a filter file, onto the CPU.
+
+        Raises:
+            ValueError: there is no such file, or it is not a filter file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                w1, b1, w2, b2 = (file.get_tensor(name) for name in _WEIGHTS)
+            return cls(
+                w1,
+                b1,
+                w2,
+                b2,
+                threshold=float(metadata.get("threshold", "0.96")),
+                model_key=metadata.get("model_key", ""),
+                cache=metadata.get("cache", ""),
+                source=metadata.get("source", ""),
+                false_positive_rate=float(metadata.get("false_positive_rate", "nan")),
+            )
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"cannot read the filter {path}: {error}") from error
+
+    @classmethod
+    def identity(cls, block_length: int, threshold: float, tau: float = 0.96) -> Filter:
+        """The filter that accepts, at the cut `tau`, exactly c_i >= `threshold`.
+
+        z_i = 40 c_i + const, so a higher cut than `tau` asks for more confidence.
+        Exact for float32 confidences if applied in float64.
+
+        Raises:
+            ValueError: `threshold` is not in [0.1, 1] or `tau` not in (0, 1).
+        """
+        if not 0.1 <= threshold <= 1.0 or not 0.0 < tau < 1.0:
+            raise ValueError(
+                f"threshold must be in [0.1, 1] and tau in (0, 1); got {threshold} "
+                f"and {tau}"
+            )
+        slope = 40.0
+        least = np.float32(threshold)
+        below = np.nextafter(least, np.float32(0.0))
+        cut = float(np.float32(tau))
+        logit = np.log(cut) - np.log1p(-cut)
+        # Halfway between `least` and the number below it. Half of `least` is taken off
+        # before the slope, or b2 would be too large to place that in float32.
+        offset = least / np.float32(2.0)
+        b2 = logit - slope * (0.5 * (float(least) + float(below)) - float(offset))
+        eye = torch.eye(block_length)
+        return cls(
+            eye,
+            torch.full((block_length,), -float(offset)),
+            slope * eye,
+            torch.full((block_length,), float(b2)),
+            threshold=tau,
+            source=f"none: the rule confidence >= {threshold}",
+        )
+
+
+def describe(path: str | Path) -> str:
+    """One filter file in words: name, block length, cache policy."""
+    filter = Filter.load(path)
+    return f"{path} (block length {filter.block_length}, cache {filter.cache or 'any'})"
+
+
+def available(context: Context) -> list[Path]:
+    """Filter files that exist for the model, of any block length and cache policy."""
+    model, filed = Path(context.model), _filed_under(context)
+    found: list[Path] = []
+    if model.is_dir():
+        found += [*model.glob("learn2pd-b*.safetensors")]
+        found += [*model.glob("learn2pd.safetensors")]
+    if filed is not None and filed.is_dir():
+        found += filed.glob("b*.safetensors")
+    return sorted(found)
+
+
+def find_filter(context: Context, block_length: int) -> Filter | None:
+    """The filter trained for this model, block length and cache policy, if any.
+
+    Looked for, in this order: `learn2pd-b{B}-{cache}.safetensors` and
+    `learn2pd.safetensors` in the model folder, then
+    `{model_key}/b{B}-{cache}.safetensors` in the option `filter_dir`. Warns if it was
+    trained under another cache policy or on another model.
+    """
+    for path in _places(context, block_length):
+        if path.is_file():
+            filter = Filter.load(path)
+            if filter.block_length == block_length:
+                warn_if_foreign(filter, context, path)
+                return filter
+    return None
+
+
+def warn_if_foreign(filter: Filter, context: Context, path: str | Path) -> None:
+    """Log that a filter was trained on another model or under another cache policy."""
+    if filter.cache and filter.cache != context.cache:
+        logger.warning(
+            "the filter %s was trained under the cache policy %r, but %r is served: "
+            "confidences differ, so expect lower quality",
+            path,
+            filter.cache,
+            context.cache,
+        )
+    if filter.model_key and context.model_key not in ("", filter.model_key):
+        logger.warning(
+            "the filter %s was trained on the model %s, but %s is served",
+            path,
+            filter.model_key,
+            context.model_key,
+        )
+
+
+def _filed_under(context: Context) -> Path | None:
+    filter_dir = (context.options or {}).get("filter_dir")
+    if not filter_dir or not context.model_key:
+        return None
+    return Path(filter_dir) / context.model_key
+
+
+def _places(context: Context, block_length: int) -> Iterator[Path]:
+    model, filed = Path(context.model), _filed_under(context)
+    yield model / f"learn2pd-b{block_length}-{context.cache}.safetensors"
+    yield model / "learn2pd.safetensors"
+    if filed is not None:
+        yield filed / f"b{block_length}-{context.cache}.safetensors"

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaDA's static schedule: a fixed number of tokens per step, the best by a score.
+
+A block of B masked tokens decoded in S steps writes B // S tokens a step and one more
+in each of the first B mod S steps; the engine counts that out as `View.scheduled`.
+Source: LLaDA, arXiv 2502.09992.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from vllm_dlm.strategies.base import (
+    Context,
+    Decision,
+    Params,
+    Strategy,
+    View,
+    top_masked,
+)
+
+_NEEDS = {"random": "uniform", "margin": "margin", "entropy": "entropy"}
+
+
+class StaticParams(Params):
+    """Parameters of `Static`; the number of steps is the request's, not the rule's."""
+
+    mode: Literal["low_confidence", "random", "margin", "entropy", "left_to_right"] = (
+        Field(
+            default="low_confidence",
+            description=(
+                "What is written first: the most confident tokens (low_confidence: the "
+                "least confident stay masked), random ones, those with the largest lead "
+                "over the second-best token (margin), those with the least entropy, or "
+                "the leftmost."
+            ),
+        )
+    )
+
+
+class Static(Strategy):
+    """Write the `scheduled` best masked positions of each step."""
+
+    name = "static"
+    paper = "arXiv 2502.09992 (LLaDA)"
+    summary = "a fixed number of tokens per step, the most confident first"
+    Params = StaticParams
+    needs = frozenset(_NEEDS.values())
+
+    params: StaticParams
+
+    def __init__(
+        self, params: StaticParams, block_length: int, context: Context
+    ) -> None:
+        super().__init__(params, block_length, context)
+        self.needs = frozenset({_NEEDS[params.mode]} if params.mode in _NEEDS else ())
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        return Decision(top_masked(view, self._score(view), view.scheduled))
+
+    def _score(self, view: View) -> torch.Tensor:
+        mode = self.params.mode
+        if mode == "random" and view.uniform is not None:
+            return view.uniform
+        if mode == "margin" and view.margin is not None:
+            return view.margin
+        if mode == "entropy" and view.entropy is not None:
+            return -view.entropy
+        if mode == "left_to_right":
+            places = torch.arange(view.masked.shape[1], device=view.masked.device)
+            return -places.expand_as(view.masked)
+        if mode == "low_confidence":
+            return view.confidence
+        raise ValueError(f"mode {mode!r} needs View.{_NEEDS[mode]}, which is not set")

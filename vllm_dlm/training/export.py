@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write llada-tiny as a Hugging Face folder with LLaDA's layout and names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.modeling import LLaDAModel
+
+
+def export(model: LLaDAModel, output_dir: str | Path) -> None:
+    """Write the weights, the configuration and the tokenizer of a model."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().float().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(tensors, output_dir / "model.safetensors", metadata={"format": "pt"})
+    _write_json(output_dir / "config.json", make_config(model))
+    generation = {
+        "bos_token_id": tiny_tokenizer.BOS_ID,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+    }
+    _write_json(output_dir / "generation_config.json", generation)
+    tiny_tokenizer.save_tokenizer(output_dir)
+
+
+def make_config(model: LLaDAModel) -> dict[str, object]:
+    """config.json with the field names of LLaDA's own."""
+    shape = model.shape
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "alibi": False,
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "bias_for_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": shape.d_model,
+        "embedding_dropout": 0.0,
+        "embedding_size": shape.vocab_size,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "flash_attention": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "mask_token_id": tiny_tokenizer.MASK_ID,
+        "max_sequence_length": shape.max_sequence_length,
+        "mlp_hidden_size": shape.mlp_hidden_size,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_heads,
+        "n_layers": shape.n_layers,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "residual_dropout": 0.0,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": shape.rope_theta,
+        "scale_logits": False,
+        "torch_dtype": "float32",
+        "use_cache": False,
+        "vocab_size": shape.vocab_size,
+        "weight_tying": False,
+    }
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaDA in plain PyTorch, for training small models and as a reference.
+
+A Llama whose attention sees both ways (arXiv 2502.09992). Its state dict has the
+tensor names of LLaDA's own checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# Wider than the 0.02 of large models: with 128 dimensions that learns slowly.
+INIT_STD = 0.06
+
+
+@dataclass(frozen=True)
+class LLaDAShape:
+    """Sizes of a LLaDA model, with LLaDA's own field names."""
+
+    vocab_size: int
+    d_model: int = 128
+    n_layers: int = 5
+    n_heads: int = 4
+    mlp_hidden_size: int = 384
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    max_sequence_length: int = 1024
+
+
+class LLaDABlock(nn.Module):
+    """One layer: attention over the whole row, then SwiGLU."""
+
+    def __init__(self, shape: LLaDAShape) -> None:
+        super().__init__()
+        size, inner = shape.d_model, shape.mlp_hidden_size
+        self.n_heads = shape.n_heads
+        self.attn_norm = nn.RMSNorm(size, eps=shape.rms_norm_eps)
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.attn_out = nn.Linear(size, size, bias=False)
+        self.ff_norm = nn.RMSNorm(size, eps=shape.rms_norm_eps)
+        self.ff_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.ff_out = nn.Linear(inner, size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None
+    ) -> Tensor:
+        rows, length, size = x.shape
+
+        def heads(y: Tensor) -> Tensor:
+            return y.view(rows, length, self.n_heads, -1).transpose(1, 2)
+
+        h = self.attn_norm(x)
+        query = _rotate(heads(self.q_proj(h)), cos, sin)
+        key = _rotate(heads(self.k_proj(h)), cos, sin)
+        value = heads(self.v_proj(h))
+        h = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+        x = x + self.attn_out(h.transpose(1, 2).reshape(rows, length, size))
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
+class LLaDAModel(nn.Module):
+    """The whole model; `forward` gives the logits of every position."""
+
+    def __init__(self, shape: LLaDAShape) -> None:
+        super().__init__()
+        self.shape = shape
+        size = shape.d_model
+        transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(shape.vocab_size, size),
+                "blocks": nn.ModuleList(
+                    LLaDABlock(shape) for _ in range(shape.n_layers)
+                ),
+                "ln_f": nn.RMSNorm(size, eps=shape.rms_norm_eps),
+                "ff_out": nn.Linear(size, shape.vocab_size, bias=False),
+            }
+        )
+        # LLaDA's names begin with "model.transformer.".
+        self.model = nn.ModuleDict({"transformer": transformer})
+        self._init_weights()
+        head_dim = size // shape.n_heads
+        steps = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        positions = torch.arange(shape.max_sequence_length, dtype=torch.float32)
+        angles = torch.outer(positions, shape.rope_theta**-steps).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def _init_weights(self) -> None:
+        residual_scale = (2 * self.shape.n_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                into_residual = "attn_out" in name or (
+                    "blocks" in name and "ff_out" in name
+                )
+                nn.init.normal_(
+                    parameter, std=INIT_STD * (residual_scale if into_residual else 1.0)
+                )
+
+    def forward(self, input_ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits [rows, length, vocab] of token ids [rows, length].
+
+        Args:
+            input_ids: Token ids, the rows left-aligned.
+            valid: Bool [rows, length], False at padding that nobody may attend to.
+        """
+        transformer = self.model["transformer"]
+        length = input_ids.shape[1]
+        cos, sin = self.cos[:length], self.sin[:length]
+        key_mask = None if valid is None else valid[:, None, None, :]
+        x = transformer["wte"](input_ids)
+        for block in transformer["blocks"]:
+            x = block(x, cos, sin, key_mask)
+        return transformer["ff_out"](transformer["ln_f"](x))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Half rotation (neox), computed in float32 as in LLaDA.
+    y = x.float()
+    left, right = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
