@@ -165,13 +165,21 @@ wheel: dev
 	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' > $$site/base.pth
 	.wheel-venv/bin/python -m pip install -q --disable-pip-version-check --no-deps dist/*.whl
 	bin=$$PWD/.wheel-venv/bin
-	cd "$$(mktemp -d)"
+	scratch=$$(mktemp -d)
+	trap 'rm -rf "$$scratch"' EXIT
+	awk '/^```python/ { inside = 1; next } inside && /^```/ { exit } inside' \
+	  README.md > "$$scratch/example.py"
+	cd "$$scratch"
 	$$bin/python -c 'import vllm_dlm as m; assert ".wheel-venv" in m.__file__, m.__file__
 	from importlib.resources import files
-	card = files(m) / "assets/llada-tiny/config.json"
-	assert card.is_file(), f"{card} is not in the wheel"'
+	model = files(m) / "assets/llada-tiny/config.json"
+	assert model.is_file(), f"{model} is not in the wheel"'
 	$$bin/vllm-dlm strategies
 	$$bin/vllm-dlm doctor
+	echo "==> the README's offline example, with the wheel"
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR \
+	  $$bin/python example.py 2> example.log || {
+	  tail -n 40 example.log; exit 1; }
 	echo "==> the wheel works"
 
 clean:

@@ -180,6 +180,18 @@ print([config(True).use_v2_model_runner, config(False).use_v2_model_runner])
     assert run_python(code) == "[True, False]"
 
 
+def test_engine_core_applies_the_patches_before_its_scheduler():
+    """It unpickles its config: of the platform's hooks it calls only this one."""
+    code = """
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm_dlm import patches
+assert not patches.applied()
+register_all_kvcache_specs(None)
+print(bool(patches.applied()))
+"""
+    assert run_python(code, VLLM_DLM_DISABLE="0", VLLM_PLUGINS="dlm_cpu") == "True"
+
+
 def test_kernels_register_after_numba_was_imported():
     """vLLM's own registration dies on llvmlite; see the patch ledger."""
     code = """
@@ -238,6 +250,11 @@ class Batch:
         self.prefill_lens = ints(1, MODEL_LEN, MAX_REQS)
         self.token_ids = ints(0, 1000, MAX_REQS, MODEL_LEN)
         self.seq_lens = self.computed[self.idx_mapping] + self.query_lens
+        # Two rows on the edges: the prompt ends where the logits start, or the query.
+        for row, back in enumerate((int(self.num_logits[0]), 0)):
+            if row < self.num_reqs:
+                slot = self.idx_mapping[row]
+                self.prefill_lens[slot] = self.seq_lens[row] - back
 
 
 def cumulative(lengths: torch.Tensor) -> torch.Tensor:

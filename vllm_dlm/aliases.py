@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short model names: "llada" -> a hub checkpoint, "llada-tiny" -> the built-in model."""
+"""Short model names: "llada" for a hub checkpoint, "llada-tiny" for the built-in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Alias:
 
     target: str
     """Hub id, or a folder below `vllm_dlm/assets` when `built_in`."""
-    family: str
+    model_type: str
+    """The checkpoint's HF `model_type`, a key of `plugin.HF_CONFIGS`."""
     summary: str
     built_in: bool = False
 
@@ -28,11 +29,11 @@ class Alias:
 
 
 ALIASES: dict[str, Alias] = {
-    "llada": Alias("GSAI-ML/LLaDA-8B-Instruct", "LLaDA", "8B, instructions and chat"),
-    "llada-base": Alias("GSAI-ML/LLaDA-8B-Base", "LLaDA", "8B, plain text"),
-    "llada-1.5": Alias("GSAI-ML/LLaDA-1.5", "LLaDA", "8B, preference-optimised"),
+    "llada": Alias("GSAI-ML/LLaDA-8B-Instruct", "llada", "8B, instructions and chat"),
+    "llada-base": Alias("GSAI-ML/LLaDA-8B-Base", "llada", "8B, plain text"),
+    "llada-1.5": Alias("GSAI-ML/LLaDA-1.5", "llada", "8B, preference-optimised"),
     "llada-tiny": Alias(
-        "llada-tiny", "LLaDA", "built in: small tasks, no network", built_in=True
+        "llada-tiny", "llada", "built in: small tasks, no network", built_in=True
     ),
 }
 

@@ -167,27 +167,35 @@ def _show_models() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vllm_dlm import aliases
+    from vllm_dlm import aliases, plugin
+    from vllm_dlm.config import ModelDefaults
 
-    table = Table("name", "family", "stands for", "found in", box=None, pad_edge=False)
+    columns = ("name", "stands for", "class", "strategy", "block")
+    table = Table(*columns, box=None, pad_edge=False)
+    table.add_column("found in", overflow="fold")
     for name, alias in aliases.ALIASES.items():
-        place = aliases.local_folder(name)
-        target = "built in" if alias.built_in else alias.target
+        folder = aliases.local_folder(name)
+        config_class = plugin.load(plugin.HF_CONFIGS[alias.model_type])
+        config = config_class.from_pretrained(folder) if folder else config_class()
+        defaults = ModelDefaults.from_hf_config(config)
         cells = (
             name,
-            alias.family,
-            f"{target}: {alias.summary}",
-            place or "not here; `vllm serve` downloads it",
+            f"{'' if alias.built_in else alias.target + ': '}{alias.summary}",
+            defaults.model_class,
+            defaults.strategy,
+            str(defaults.block_length),
+            folder or "not on this machine",
         )
         table.add_row(*map(Text, cells))
     console = Console(highlight=False)
     console.print(table)
-    console.print(Text("\n" + FAMILIES))
-
-
-FAMILIES = """\
-LLaDA: class A (full bidirectional attention); by default strategy threshold, blocks of
-32, cache none. Other LLaDA checkpoints: pass the folder or the hub id."""
+    console.print(
+        Text(
+            "\nStrategy and block are the model's defaults. Any other checkpoint of "
+            "these architectures is served by its folder or hub id: "
+            f"{', '.join(plugin.ARCHITECTURES)}."
+        )
+    )
 
 
 def _run_doctor() -> int:

@@ -33,7 +33,7 @@ Cache = Literal["none", "prefix", "dual"]
 DEFAULT_MAX_CANVAS = 1024
 """Positions; the canvas limit of a server that sets none."""
 
-SERVER_ONLY = ("max_canvas", "online_learning", "filter_dir")
+SERVER_ONLY = ("max_canvas", "online_learning", "filter_dir", "record_traces")
 """Options a request cannot change."""
 
 SERVER_PARAMETER = {"server_only": True}
@@ -67,7 +67,7 @@ class DlmConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     strategy: str | None = Field(
-        None,
+        default=None,
         description="Decoding strategy: which masked positions are written in a step. "
         "`vllm-dlm strategies` lists them. Default: the model's own.",
     )
@@ -77,47 +77,52 @@ class DlmConfig(BaseModel):
         "`vllm-dlm strategies NAME` lists them.",
     )
     block_length: Count | None = Field(
-        None,
+        default=None,
         ge=1,
         le=1024,
         description="Positions decoded together before the next block begins, from 1 "
         "to 1024. Default: the model's own.",
     )
     cache: Cache = Field(
-        "none",
+        default="none",
         description="KV policy of models with full attention: `none` recomputes "
         "everything in each step and is exact; `prefix` keeps what is left of the "
         "block, `dual` both sides of it, until the block is done: faster, approximate "
         "(Fast-dLLM, arXiv 2505.22618).",
     )
     steps: Count | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Denoise steps of a request over its whole canvas, spread evenly "
         "over its blocks, for strategies that follow a schedule. Default: one token "
         "per step.",
     )
     reference_exact: bool = Field(
-        False,
+        default=False,
         description="Decode as the published reference code does, its quirks included "
         "(the mask token may be chosen, float64 sampling): to compare, not to serve.",
     )
     max_canvas: Count | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Most positions a request's canvas may have at a time; longer "
         "outputs continue on a further canvas. Default: "
         f"{DEFAULT_MAX_CANVAS}, or the model's context length if that is less.",
     )
     online_learning: bool = Field(
-        True,
+        default=True,
         description="Let strategies with a learned part (learn2pd) learn in the "
         "background from finished requests; no text is stored.",
     )
     filter_dir: str | None = Field(
-        None,
+        default=None,
         description="Folder where learned filters are kept. Default: "
         "vllm-dlm/filters in $XDG_CACHE_HOME or ~/.cache.",
+    )
+    record_traces: bool = Field(
+        default=False,
+        description="Keep confidences of finished requests in memory, whatever their "
+        "strategy; `vllm-dlm traces` reads them. No text is kept.",
     )
 
     @field_validator("strategy")

@@ -137,5 +137,11 @@ def _check_strategies(report: Report) -> None:
 
 
 def _show_patches(report: Report) -> None:
-    for patch in patches.applied():
-        report.good("patched", f"{patch.symbol}\n      {patch.how}")
+    from vllm.platforms import current_platform
+
+    # As the engine's front end does before it builds its configuration.
+    current_platform.pre_register_and_update()
+    in_force = patches.applied()
+    for patch in patches.PATCHES.values():
+        where = "" if patch in in_force else " (not here: where it is needed)"
+        report.good("patched", f"{patch.symbol}{where}\n      {patch.how}")

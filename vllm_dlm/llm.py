@@ -26,6 +26,7 @@ class LLM(vllm.LLM):
         dlm_max_canvas: most positions of a canvas.
         dlm_online_learning: let strategies learn from finished requests.
         dlm_filter_dir: folder of learned filters.
+        dlm_record_traces: keep confidences of finished requests in memory.
         additional_config: as in `vllm.LLM`; the options above go into its "dlm".
         **kwargs: everything else `vllm.LLM` takes.
 
@@ -47,6 +48,7 @@ class LLM(vllm.LLM):
         dlm_max_canvas: int | None = None,
         dlm_online_learning: bool | None = None,
         dlm_filter_dir: str | None = None,
+        dlm_record_traces: bool | None = None,
         additional_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -60,6 +62,7 @@ class LLM(vllm.LLM):
             "max_canvas": dlm_max_canvas,
             "online_learning": dlm_online_learning,
             "filter_dir": dlm_filter_dir,
+            "record_traces": dlm_record_traces,
         }
         for name in kwargs:
             if name.startswith(FLAG_PREFIX):

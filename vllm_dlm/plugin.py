@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
 
@@ -65,7 +66,7 @@ def register() -> None:
             step()
         except (ImportError, AttributeError, RuntimeError) as error:
             problems.append(f"{step.__name__.lstrip('_')}: {error}")
-            logger.error("vllm-dlm: %s", problems[-1], exc_info=True)
+            logger.exception("vllm-dlm: %s", problems[-1])
 
 
 def version_problem() -> str | None:
@@ -88,10 +89,10 @@ def version_problem() -> str | None:
     )
 
 
-def _load(target: str) -> type:
+def load(target: str) -> Any:
+    """The class behind `module:name`."""
     module, _, name = target.partition(":")
-    loaded: type = getattr(import_module(module), name)
-    return loaded
+    return getattr(import_module(module), name)
 
 
 def _register_models() -> None:
@@ -106,14 +107,14 @@ def _register_hf_configs() -> None:
 
     for model_type, target in HF_CONFIGS.items():
         # The registry looks strings up in a module of vLLM's own: a class it must be.
-        _CONFIG_REGISTRY[model_type] = _load(target)
+        _CONFIG_REGISTRY[model_type] = load(target)
 
 
 def _register_config_hooks() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     for architecture in ARCHITECTURES:
-        MODELS_CONFIG_MAP[architecture] = _load(CONFIG_HOOK)
+        MODELS_CONFIG_MAP[architecture] = load(CONFIG_HOOK)
 
 
 def _wrap_front_end() -> None:

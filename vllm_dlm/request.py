@@ -63,7 +63,7 @@ REFUSED: dict[str, str] = {
     "frequency_penalty": _ORDER,
     "repetition_penalty": _ORDER,
     "structured_outputs": "a grammar needs text that grows from left to right",
-    "prompt_logprobs": _PROMPT,
+    "prompt_logprobs": f"{_PROMPT} (`echo` with `logprobs` asks for them too)",
     "prompt_logprob_token_ids": _PROMPT,
     "prompt_logprob_start": _PROMPT,
     "logprob_token_ids": "ask for `logprobs` instead",
@@ -84,12 +84,14 @@ def is_ours(hf_config: Any) -> bool:
 
 
 @cache
-def _defaults(cls: type[SamplingParams]) -> dict[str, Any]:
-    """Public field -> the value that means "not set"."""
-    unset = cls()
+def _defaults() -> dict[str, Any]:
+    """Public field of `SamplingParams` -> the value that means "not set"."""
+    from vllm.sampling_params import SamplingParams
+
+    unset = SamplingParams()
     return {
         name: getattr(unset, name)
-        for name in cls.__struct_fields__
+        for name in SamplingParams.__struct_fields__
         if not name.startswith("_")
     }
 
@@ -115,7 +117,7 @@ def validate_sampling_params(
 
 
 def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
-    for name, default in _defaults(type(params)).items():
+    for name, default in _defaults().items():
         if name in HONOURED:
             continue
         value = getattr(params, name)
@@ -205,11 +207,12 @@ def refuse_long_request(
     """
     from vllm.exceptions import VLLMValidationError
 
-    if max_tokens is not None and prompt_length + max_tokens > max_model_len:
+    room = max(max_model_len - prompt_length, 0)
+    if max_tokens is not None and max_tokens > room:
         raise VLLMValidationError(
             f"the prompt has {prompt_length} tokens and max_tokens is {max_tokens}, "
             f"together more than the context length of {max_model_len}; shorten the "
-            f"prompt or set max_tokens to at most {max(max_model_len - prompt_length, 0)}",
+            f"prompt or set max_tokens to at most {room}",
             parameter="max_tokens",
             value=max_tokens,
         )

@@ -21,7 +21,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 
-_SLICE_CPU = 1 << 18
+_SLICE_CPU = 1 << 17
 _SLICE = 1 << 22
 """Logits per slice of rows: the hash takes 8 bytes each, on a CPU from its cache."""
 
@@ -58,8 +58,9 @@ def draw(
         step: [N] int64, denoise step; the same triple gives the same noise.
         rows: [M] int64, the rows with temperature > 0, top-k off and top-p off.
         truncated_rows: int64, the other rows with temperature > 0: these are sorted,
-            which is slow. Where the host knows both, give both: if one is None, both
-            are found here, and a GPU has to be waited for.
+            which is slow. A row in both is drawn twice and truncated in the end.
+            Where the host knows both, give both: if one is None, both are found here,
+            and a GPU has to be waited for.
         banned: [N] bool, rows in which `ban_id` is never drawn; None means all rows.
         ban_id: the mask id; -1 for none.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_dlm.kernels.draw import draw
-from vllm_dlm.kernels.token_stats import TokenStats, prob_of
+from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
 from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
 
 if TYPE_CHECKING:
@@ -85,18 +85,18 @@ class Candidates:
         ]
         if not rows:
             return candidate, confidence
+        width = shape[1]
         index = torch.tensor(rows, device=logits.device)
-        flat = index[:, None] * shape[1] + torch.arange(shape[1], device=logits.device)
-        flat = flat.flatten()
+        flat = _block_rows(index, width)
         raw = logits[flat]
         processed = raw.float()
-        for block, row in zip(
-            processed.view(len(rows), shape[1], -1), rows, strict=True
-        ):
+        for block, row in zip(processed.view(len(rows), width, -1), rows, strict=True):
             self._restrict(block, row, plan)
-        slots = plan.slots[index].repeat_interleave(shape[1])
+        slots = plan.slots[index].repeat_interleave(width)
+        tempered, truncated = self._rows_to_draw(rows, plan)
         drawn = draw(
             processed,
+            argmax=token_stats(processed).argmax,
             temperature=self._temperature[slots],
             top_k=self._top_k[slots],
             top_p=self._top_p[slots],
@@ -104,9 +104,11 @@ class Candidates:
             seed=self._seed[slots],
             position=plan.positions[index].flatten(),
             step=self.state.step[slots],
+            rows=_block_rows(tempered, width),
+            truncated_rows=_block_rows(truncated, width),
         )
         sure = prob_of(raw, drawn, stats.logsumexp[flat])
-        part = (len(rows), shape[1])
+        part = (len(rows), width)
         candidate, confidence = candidate.clone(), confidence.clone()
         candidate[index] = torch.where(
             masked[index], drawn.view(part), candidate[index]
@@ -115,6 +117,19 @@ class Candidates:
             masked[index], sure.view(part), confidence[index]
         )
         return candidate, confidence
+
+    def _rows_to_draw(
+        self, rows: list[int], plan: SegmentPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `rows`, by index: those with a temperature; those with top-k or top-p."""
+        params = [self.state.requests[plan.slots_cpu[row]].params for row in rows]
+        tempered = [i for i, p in enumerate(params) if p.temperature > 0]
+        truncated = [i for i in tempered if params[i].top_k > 0 or params[i].top_p < 1]
+        device = plan.slots.device
+        return (
+            torch.tensor(tempered, dtype=torch.int64, device=device),
+            torch.tensor(truncated, dtype=torch.int64, device=device),
+        )
 
     def noise_keys(
         self, plan: SegmentPlan
@@ -199,6 +214,12 @@ class Candidates:
             for token, hidden in zip(tokens, masked, strict=True)
         ]
         return known, block_start - begin
+
+
+def _block_rows(index: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of a flattened [R, B] tensor that belong to the requests of `index`."""
+    offsets = torch.arange(width, device=index.device)
+    return (index[:, None] * width + offsets).flatten()
 
 
 def _is_special(params: SamplingParams) -> bool:

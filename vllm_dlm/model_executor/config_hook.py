@@ -69,6 +69,10 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         # speculative path that vLLM's own diffusion models use is kept at width 1.
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)
 
+        # The references decode greedily unless told otherwise, and confidence rules
+        # are tuned for that; `--override-generation-config` says otherwise.
+        model_config.override_generation_config.setdefault("temperature", 0.0)
+
         scheduler.scheduler_cls = SCHEDULER
         # Which rows the next step computes depends on this step's outcome.
         scheduler.async_scheduling = False

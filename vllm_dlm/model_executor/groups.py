@@ -155,5 +155,3 @@ def _merge(
             target[index, :width] = decided
         else:
             target[index] = decided
-
-

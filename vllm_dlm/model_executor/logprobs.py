@@ -29,21 +29,22 @@ class RevealedLogprobs:
         self._ranks: dict[int, torch.Tensor] = {}
 
     def add(self, slot: int) -> None:
-        """Make room for a new request that asked for logprobs; drop its forerunner's.
+        """Make room for a new request that asked for logprobs.
 
         Stored per slot: [max_model_len, k + 1] ids and values, column 0 the token's.
         """
-        for store in (self._ids, self._values, self._ranks):
-            store.pop(slot, None)
         top = self.state.requests[slot].params.num_logprobs
         if top is None:
             return
         length, device = self.state.tokens.shape[1], self.state.device
-        self._ids[slot] = torch.zeros(
-            length, top + 1, dtype=torch.int32, device=device
-        )
+        self._ids[slot] = torch.zeros(length, top + 1, dtype=torch.int32, device=device)
         self._values[slot] = torch.zeros(length, top + 1, device=device)
         self._ranks[slot] = torch.zeros(length, dtype=torch.int64, device=device)
+
+    def remove(self, slot: int) -> None:
+        """Drop what is kept for a request that has left."""
+        for store in (self._ids, self._values, self._ranks):
+            store.pop(slot, None)
 
     def record(
         self, logits: torch.Tensor, view: View, decision: Decision, plan: SegmentPlan

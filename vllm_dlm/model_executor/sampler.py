@@ -23,6 +23,7 @@ from vllm_dlm.kernels.token_stats import token_stats
 from vllm_dlm.model_executor.cache import POLICIES
 from vllm_dlm.model_executor.candidates import Candidates
 from vllm_dlm.model_executor.groups import StrategyGroups
+from vllm_dlm.model_executor.learning import Learning
 from vllm_dlm.model_executor.logprobs import RevealedLogprobs
 from vllm_dlm.strategies.base import Decision, View, best_masked
 
@@ -45,12 +46,19 @@ class DenoisingSampler:
         self.groups = StrategyGroups(state)
         self.candidates = Candidates(state)
         self.logprobs = RevealedLogprobs(state)
+        self.learning = Learning(state, self.groups)
+        state.on_remove = self._forget
+
+    def _forget(self, slot: int) -> None:
+        self.learning.remove(slot)
+        self.logprobs.remove(slot)
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """Called by the runner after `DlmModelState.add_request`."""
         self.groups.add(req_index)
         self.candidates.add(req_index)
         self.logprobs.add(req_index)
+        self.learning.add(req_index)
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
@@ -68,6 +76,7 @@ class DenoisingSampler:
         if plan is None:
             return _nothing_sampled(input_batch.num_reqs, logits.device)
         view, raw = self._view(logits, plan)
+        self.learning.observe(view, plan)
         decision = self._safe(view, self.groups.select(view, plan), plan)
         self.logprobs.record(raw, view, decision, plan)
         return self._advance(view, decision, plan)
@@ -196,6 +205,7 @@ class DenoisingSampler:
         # A strategy that may rewrite has nothing final before its block is done.
         waits = self.groups.may_rewrite[slots] & ~done
         frontier = torch.where(waits, block_start, frontier)
+        self.learning.finish(done, plan)
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block
         state.step[slots] = torch.where(done, 0, view.step + 1)

@@ -89,9 +89,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             params = request.sampling_params
             # vLLM builds the request; only its class says how tokens are counted.
             request.__class__ = CanvasRequest
-            request.dlm = resolve(
-                self.dlm_server, params.extra_args, self.dlm_defaults
-            )
+            request.dlm = resolve(self.dlm_server, params.extra_args, self.dlm_defaults)
             if not params.ignore_eos:
                 # Ids that end a text but are known to the tokenizer only.
                 params.stop_token_ids = sorted(
@@ -140,15 +138,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
         for request_id in output.num_scheduled_tokens:
             request = self.requests[request_id]
             request.refreshed_block = request.block_index
-        if len(self.running) > 1 and any(
-            r.next_decode_eligible_step > self.current_step for r in self.running
-        ):
-            # Those that sat out go first next time.
-            skipped = [
-                r for r in self.running if r.request_id not in output.num_scheduled_tokens
-            ]
-            ran = [r for r in self.running if r.request_id in output.num_scheduled_tokens]
-            self.running = skipped + ran
+        # Who sat out goes first next time. (A stable sort: False before True.)
+        self.running.sort(key=lambda r: r.request_id in output.num_scheduled_tokens)
         return output
 
     def update_from_output(

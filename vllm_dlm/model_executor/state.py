@@ -13,6 +13,7 @@ active block is masked again and replayed (see `scheduler.py`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class DlmModelState(ModelState):
         self.server = server_config(vllm_config)
         hf_config = self.model_config.hf_config
         self.defaults = ModelDefaults.from_hf_config(hf_config)
+        self.default_config = resolve(self.server, None, self.defaults)
+        """How a request without options of its own is decoded."""
         self.mask_id = self.defaults.mask_token_id
         self._model_key = model_key(
             self.model_config.model, self.model_config.revision, hf_config
@@ -83,6 +86,8 @@ class DlmModelState(ModelState):
 
         self.requests: dict[int, DlmRequest] = {}
         self._slot_of: dict[str, int] = {}
+        self.on_remove: Callable[[int], None] | None = None
+        """Called with a request's slot before it is forgotten."""
 
     # -- requests ----------------------------------------------------------
 
@@ -121,6 +126,8 @@ class DlmModelState(ModelState):
         """Forget a finished or preempted request."""
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
+            if self.on_remove is not None:
+                self.on_remove(slot)
             del self.requests[slot]
 
     # -- one step ----------------------------------------------------------

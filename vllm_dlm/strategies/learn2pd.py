@@ -76,6 +76,8 @@ class Learn2PDParams(Params):
             "Filter file; by default the one in the model folder or among the learned "
             "ones that fits the block length and the cache policy."
         ),
+        # A path on the server's disk: not for its clients to choose.
+        json_schema_extra={"server_only": True},
     )
 
 

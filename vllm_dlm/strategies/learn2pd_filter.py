@@ -10,6 +10,7 @@ Source: arXiv 2509.25188.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = ("w1", "b1", "w2", "b2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Filter:
     """Weights of one filter (B block positions, H hidden units) and their history."""
 
@@ -144,28 +145,28 @@ class Filter:
         Exact for float32 confidences if applied in float64.
 
         Raises:
-            ValueError: `threshold` is not in [0.1, 1] or `tau` not in (0, 1).
+            ValueError: `threshold` is not in [0.001, 1] or `tau` not in (0, 1).
         """
-        if not 0.1 <= threshold <= 1.0 or not 0.0 < tau < 1.0:
+        if not 0.001 <= threshold <= 1.0 or not 0.0 < tau < 1.0:
             raise ValueError(
-                f"threshold must be in [0.1, 1] and tau in (0, 1); got {threshold} "
+                f"threshold must be in [0.001, 1] and tau in (0, 1); got {threshold} "
                 f"and {tau}"
             )
         slope = 40.0
         least = np.float32(threshold)
-        below = np.nextafter(least, np.float32(0.0))
+        # The cut on c lies halfway between `least` and the float32 below it. A quarter
+        # of it goes into b1, where float32 is four times as fine as at the cut.
+        middle = 0.5 * (float(least) + float(np.nextafter(least, np.float32(0.0))))
         cut = float(np.float32(tau))
-        logit = np.log(cut) - np.log1p(-cut)
-        # Halfway between `least` and the number below it. Half of `least` is taken off
-        # before the slope, or b2 would be too large to place that in float32.
-        offset = least / np.float32(2.0)
-        b2 = logit - slope * (0.5 * (float(least) + float(below)) - float(offset))
+        logit = math.log(cut) - math.log1p(-cut)
+        b2 = float(np.float32(logit - 0.75 * slope * middle))
+        b1 = (logit - b2) / slope - middle
         eye = torch.eye(block_length)
         return cls(
             eye,
-            torch.full((block_length,), -float(offset)),
+            torch.full((block_length,), b1),
             slope * eye,
-            torch.full((block_length,), float(b2)),
+            torch.full((block_length,), b2),
             threshold=tau,
             source=f"none: the rule confidence >= {threshold}",
         )

@@ -33,9 +33,9 @@ class StaticParams(Params):
         Field(
             default="low_confidence",
             description=(
-                "What is written first: the most confident tokens (low_confidence: the "
-                "least confident stay masked), random ones, those with the largest lead "
-                "over the second-best token (margin), those with the least entropy, or "
+                "What is written first: the most confident tokens (low_confidence: "
+                "the least confident stay masked), random ones, those with the largest "
+                "lead over the runner-up (margin), those with the least entropy, or "
                 "the leftmost."
             ),
         )

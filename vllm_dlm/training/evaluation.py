@@ -87,6 +87,8 @@ def evaluate_model(
 
     Every other problem is asked through the chat template, the rest as plain text.
     """
+    was_training = model.training
+    model.eval()
     problems = tiny_tasks.sample_problems(num_problems, seed, "heldout", tasks)
     right: dict[str, list[bool]] = defaultdict(list)
     for first in range(0, len(problems), batch_size):
@@ -106,6 +108,7 @@ def evaluate_model(
             is_right = problem.check(tiny_tokenizer.decode(answer))
             right[problem.task].append(is_right)
             right["all"].append(is_right)
+    model.train(was_training)
     order = [*tiny_tasks.TASKS, "all"]
     return {task: sum(right[task]) / len(right[task]) for task in order if right[task]}
 

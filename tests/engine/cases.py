@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that both an engine and the oracle can decode, and their comparison."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine.harness import Engine, Finished, params
+from reference import procedures
+from reference.llada import TinyLLaDA
+from reference.procedures import Rule, View, generate
+from vllm import SamplingParams
+
+from vllm_dlm.kernels.draw import uniform
+
+RULES = (
+    *(f"static/{mode}" for mode in procedures.STATIC_MODES),
+    "threshold",
+    "factor",
+    "learn2pd/off",
+    "learn2pd/block",
+)
+"""strategy or strategy/variant."""
+
+TIE = 1e-5
+"""Scores closer than this may be ordered either way by two float32 programs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request."""
+
+    prompt: tuple[int, ...]
+    rule: str = "static/low_confidence"
+    cache: str = "none"
+    block: int = 16
+    max_tokens: int = 32
+    steps: int | None = None
+    ignore_eos: bool = False
+    seed: int = 0
+    number: float | None = None
+    """The rule's threshold, factor or EoTP threshold, where not the usual one."""
+
+    def params(self, filters: Filters, **more: Any) -> SamplingParams:
+        strategy, _, variant = self.rule.partition("/")
+        config: dict[str, Any] = {}
+        if strategy == "static":
+            config["mode"] = variant
+        elif strategy == "learn2pd":
+            config |= {"filter": str(filters.path(self.block)), "eotp": variant}
+            if self.number is not None:
+                config["eotp_threshold"] = self.number
+        elif self.number is not None:
+            config[strategy] = self.number
+        dlm = {
+            "strategy": strategy,
+            "strategy_config": config,
+            "cache": self.cache,
+            "block_length": self.block,
+            "steps": self.steps,
+        }
+        options = {"ignore_eos": self.ignore_eos, "seed": self.seed} | more
+        return params(self.max_tokens, dlm=dlm, **options)
+
+
+class Filters:
+    """Random Learn2PD filters, one per block length, as files and as rules.
+
+    Near the identity, so that some positions pass and some do not, but with every
+    position weighing on every other: reading a wrong or missing confidence shows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def weights(self, block: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(block)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        return {
+            "w1": torch.eye(block) + 0.05 * noise(block, block),
+            "b1": 0.05 * noise(block),
+            "w2": 12 * torch.eye(block) + 0.3 * noise(block, block),
+            "b2": -5.0 + 0.3 * noise(block),
+        }
+
+    def path(self, block: int) -> Path:
+        from vllm_dlm.strategies.learn2pd_filter import Filter
+
+        path = self.folder / f"filter-{block}.safetensors"
+        if not path.exists():
+            Filter(**self.weights(block)).save(path)
+        return path
+
+    def rule(self, block: int, k: int) -> Rule:
+        return procedures.learn2pd(**self.weights(block), k=k)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the oracle says a request's tokens and forwards are."""
+
+    tokens: list[int]
+    forwards: int
+    near_tie: bool
+    """Whether a decision on the way was closer than float32 programs agree."""
+
+
+def expect(
+    case: Case,
+    model: TinyLLaDA,
+    filters: Filters,
+    *,
+    max_canvas: int = 256,
+    observe: Callable[[View, list[int]], None] | None = None,
+    **options: Any,
+) -> Expected:
+    """Decode a case with the oracle, canvas after canvas."""
+    _, _, variant = case.rule.partition("/")
+    blocks_at_most = max(max_canvas // case.block, 1)
+    blocks = min(-(-case.max_tokens // case.block), blocks_at_most)
+    per_block = case.block
+    if case.steps is not None:
+        per_block = min(max(case.steps // blocks, 1), case.block)
+    tokens: list[int] = []
+    forwards, near_tie = 0, False
+    while len(tokens) < case.max_tokens:
+        left = case.max_tokens - len(tokens)
+        blocks = min(-(-left // case.block), blocks_at_most)
+        rule = case_rule(case, filters, len(tokens), per_block)
+
+        def watch(view: View, chosen: list[int], rule: Rule = rule) -> None:
+            nonlocal near_tie
+            near_tie = near_tie or is_near_tie(rule, view, chosen)
+            if observe is not None:
+                observe(view, chosen)
+
+        result = generate(
+            model,
+            [*case.prompt, *tokens],
+            gen_length=blocks * case.block,
+            block_length=case.block,
+            steps=per_block * blocks,
+            rule=rule,
+            cache=case.cache,
+            eos_stop=not case.ignore_eos,
+            # Who ignores the end of the text has none to predict.
+            eotp="first" if variant == "block" and not case.ignore_eos else None,
+            eot_threshold=0.9 if case.number is None else case.number,
+            observe=watch,
+            **options,
+        )
+        kept = result.tokens[:left]
+        tokens += kept
+        # The reference denoises whole blocks; the engine stops as soon as the tokens
+        # that are wanted are final.
+        forwards += max(result.step_of_position[: len(kept)]) + 1
+        cut = len(result.tokens) < blocks * case.block
+        if cut or (not case.ignore_eos and model.eos_id in kept):
+            break
+    return Expected(tokens, forwards, near_tie)
+
+
+def case_rule(case: Case, filters: Filters, begin: int, per_block: int) -> Rule:
+    """The oracle's rule for a canvas that begins after `begin` output tokens."""
+    strategy, _, variant = case.rule.partition("/")
+    if strategy == "threshold":
+        return procedures.threshold(0.9 if case.number is None else case.number)
+    if strategy == "factor":
+        return procedures.factor(1.0 if case.number is None else case.number)
+    if strategy == "learn2pd":
+        return filters.rule(case.block, max(case.block // per_block, 1))
+    if variant != "random":
+        return procedures.static(variant)
+    first = len(case.prompt) + begin
+
+    def engine_noise(forward: int, position: int) -> float:
+        # The engine's own numbers; a block takes `per_block` forwards, no more.
+        key = (case.seed, first + position, forward % per_block)
+        return float(uniform(*(torch.tensor(number) for number in key)))
+
+    return procedures.static("random", engine_noise)
+
+
+def is_near_tie(rule: Rule, view: View, chosen: list[int]) -> bool:
+    """Whether changes smaller than `TIE` would turn a decision or a token."""
+    if chosen and float(view.margin[chosen].min()) < TIE:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        noise = TIE * (2 * torch.rand(len(view.masked), generator=generator) - 1)
+        moved = replace(
+            view,
+            confidence=view.confidence + noise,
+            margin=view.margin + noise,
+            entropy=view.entropy + noise,
+        )
+        if sorted(rule.select(moved)) != sorted(chosen):
+            return True
+    return False
+
+
+def run_cases(
+    engine: Engine, cases: Sequence[Case], filters: Filters, **more: Any
+) -> list[Finished]:
+    return engine.run(
+        [case.prompt for case in cases],
+        [case.params(filters, **more) for case in cases],
+    )
+
+
+def assert_equal(
+    cases: Sequence[Case], got: Sequence[Finished], wanted: Sequence[Expected]
+) -> None:
+    """Tokens and forwards of every case; near-ties may differ, but not many."""
+    wrong = [
+        (case, result, expected)
+        for case, result, expected in zip(cases, got, wanted, strict=True)
+        if (result.tokens, result.forwards) != (expected.tokens, expected.forwards)
+    ]
+    real = [entry for entry in wrong if not entry[2].near_tie]
+    assert not real, f"{len(real)} of {len(cases)} differ, first: {real[0]}"
+    assert len(wrong) <= len(cases) // 100, f"too many near-ties: {len(wrong)}"
+
+
+def make_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Ordinary words: no special token of the random checkpoints."""
+    source = random.Random(f"{length}:{seed}")
+    return tuple(source.randrange(110) for _ in range(length))
+
+

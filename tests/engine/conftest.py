@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random LLaDA checkpoints and engines that serve them, shared by all tests here.
+
+An engine start costs more than most tests: all tests but those about lengths and
+memory use one engine, and set what they need per request.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.cases import Filters
+from engine.harness import Engine
+from reference.llada import TinyLLaDA, write_random_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Seed 2 produces an EOS now and then, early ones too.
+    return write_random_checkpoint(tmp_path_factory.mktemp("llada"), seed=2)
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Path) -> TinyLLaDA:
+    return TinyLLaDA.from_folder(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def filters(tmp_path_factory: pytest.TempPathFactory) -> Filters:
+    return Filters(tmp_path_factory.mktemp("filters"))
+
+
+@pytest.fixture(scope="session")
+def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
+    """`engines(**options)`: the engine with these options, started once."""
+    started: dict[str, Engine] = {}
+
+    def engine(**options: Any) -> Engine:
+        from vllm import LLM
+
+        options = {
+            "max_model_len": 256,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 64 << 20,
+        } | options
+        key = repr(sorted(options.items()))
+        if key not in started:
+            started[key] = Engine(
+                LLM(
+                    str(checkpoint),
+                    dtype="float32",
+                    enforce_eager=True,
+                    disable_log_stats=True,
+                    **options,
+                )
+            )
+        return started[key]
+
+    yield engine
+    started.clear()
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def engine(engines: Callable[..., Engine]) -> Engine:
+    """The engine that most tests share: 8 requests at a time, context 256."""
+    return engines()
+
+
+@pytest.fixture(scope="session")
+def small_engine(engines: Callable[..., Engine]) -> Engine:
+    """Canvases of at most 32 positions, context 128."""
+    return engines(max_model_len=128, additional_config={"dlm": {"max_canvas": 32}})

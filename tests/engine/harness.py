@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engines in this process, and what they finished, in terms of the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
+
+DUMMY_TEXT = {"prompt_token_ids": [1]}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished output sequence."""
+
+    tokens: list[int]
+    forwards: int
+    """Model forwards this sequence took part in."""
+    output: CompletionOutput = field(compare=False, repr=False)
+
+
+def finished(output: CompletionOutput) -> Finished:
+    metrics = output.spec_decode_metrics
+    assert metrics is not None
+    return Finished(list(output.token_ids), sum(metrics.histogram), output)
+
+
+def params(max_tokens: int, *, dlm: dict[str, Any] | None = None, **options):
+    """Greedy sampling parameters; `dlm` are the request's own options."""
+    options = {"temperature": 0.0} | options
+    if dlm is not None:
+        options["extra_args"] = {"dlm": dlm}
+    return SamplingParams(max_tokens=max_tokens, **options)
+
+
+class Engine:
+    """A vLLM engine whose steps a test may drive itself."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._count = 0
+
+    # -- whole runs --------------------------------------------------------
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+    ) -> list[Finished]:
+        """Decode all prompts together; the first output sequence of each."""
+        return [finished(result.outputs[0]) for result in self.outputs(prompts, sampling)]
+
+    def outputs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+    ) -> list[RequestOutput]:
+        return self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            sampling,
+            use_tqdm=False,
+        )
+
+    # -- step by step ------------------------------------------------------
+
+    def add(self, prompt: Sequence[int], sampling: SamplingParams) -> str:
+        """Enqueue a request; its id."""
+        self._count += 1
+        request_id = f"test-{self._count}"
+        self.llm.llm_engine.add_request(
+            request_id, {"prompt_token_ids": list(prompt)}, sampling
+        )
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        return self.llm.llm_engine.step()
+
+    def abort(self, request_id: str) -> None:
+        self.llm.llm_engine.abort_request([request_id])
+
+    @property
+    def busy(self) -> bool:
+        return self.llm.llm_engine.has_unfinished_requests()
+
+    def drain(self) -> dict[str, Finished]:
+        """Step until nothing is left; what finished, by request id."""
+        return collect(self.step() for _ in iter(lambda: self.busy, False))
+
+    # -- insides -----------------------------------------------------------
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @property
+    def runner(self) -> Any:
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    @property
+    def free_pages(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def collect(steps: Iterable[list[RequestOutput]]) -> dict[str, Finished]:
+    """Finished outputs of some steps, by request id."""
+    return {
+        output.request_id: finished(output.outputs[0])
+        for step in steps
+        for output in step
+        if output.finished
+    }

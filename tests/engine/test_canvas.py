@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The canvas: cut, continued, limited by the context, and the mask id in odd places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from engine.cases import (
+    RULES,
+    Case,
+    Expected,
+    Filters,
+    assert_equal,
+    expect,
+    make_prompt,
+    run_cases,
+)
+from engine.harness import Engine
+from reference import procedures
+from reference.llada import TinyLLaDA
+from reference.procedures import CACHES, Rule, View, generate
+
+
+def check(
+    engine: Engine,
+    oracle: TinyLLaDA,
+    filters: Filters,
+    cases: list[Case],
+    **options,
+) -> list[Expected]:
+    wanted = [expect(case, oracle, filters, **options) for case in cases]
+    assert_equal(cases, run_cases(engine, cases, filters), wanted)
+    return wanted
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_outputs_longer_than_a_canvas_continue_on_another(
+    small_engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str
+):
+    cases = [
+        Case(
+            make_prompt(5 + number, number),
+            rule=rule,
+            cache=cache,
+            # Canvases of 32, of 32, and of 24: max_canvas in whole blocks.
+            block=(8, 16, 12)[number % 3],
+            max_tokens=(70, 64, 41)[number % 3],
+            steps=None if number % 2 else 18,
+            ignore_eos=number % 4 == 0 or not rule.startswith("learn2pd"),
+            seed=number,
+        )
+        for number, rule in enumerate(RULES)
+    ]
+    wanted = check(small_engine, oracle, filters, cases, max_canvas=32)
+    assert sum(len(expected.tokens) > 32 for expected in wanted) >= 6
+
+
+def test_block_longer_than_the_canvas_limit_is_one_canvas(
+    small_engine: Engine, oracle: TinyLLaDA, filters: Filters
+):
+    """A server's block length is checked at its start, the model's default is not."""
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_canvas_is_cut_at_the_context_length(
+    small_engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str
+):
+    """128 positions; a last block shorter than the block length."""
+    lengths = range(97, 128, 3)
+    cases = [
+        Case(
+            make_prompt(length),
+            rule=("static/low_confidence", "threshold", "factor")[length % 3],
+            cache=cache,
+            block=128 - length,
+            max_tokens=128 - length,
+            ignore_eos=True,
+        )
+        for length in lengths
+    ]
+    wanted = [expect(case, oracle, filters, max_canvas=32) for case in cases]
+    got = run_cases(small_engine, [replace(case, block=32) for case in cases], filters)
+    assert_equal(cases, got, wanted)
+
+
+def first_blocks_first(rule: Rule, block: int) -> Rule:
+    """A rule on one long block that acts as on blocks of `block`, left to right."""
+
+    def select(view: View) -> list[int]:
+        start = min(view.masked_offsets()) // block * block
+        ahead = torch.arange(len(view.masked)) >= start + block
+        return rule.select(replace(view, masked=view.masked & ~ahead))
+
+    return Rule(select, rule.ends_by_schedule)
+
+
+def test_last_of_several_blocks_is_cut_at_the_context_length(
+    small_engine: Engine, oracle: TinyLLaDA, filters: Filters
+):
+    """Exact cache: only which positions may be written tells blocks apart."""
+    cases = [
+        Case(make_prompt(length), rule, block=8, max_tokens=128 - length, ignore_eos=True)
+        for length in (98, 101, 106, 111)
+        for rule in ("static/low_confidence", "threshold", "factor")
+    ]
+    got = run_cases(small_engine, cases, filters)
+    for case, result in zip(cases, got, strict=True):
+        rule = {
+            "static": procedures.static(),
+            "threshold": procedures.threshold(0.9),
+            "factor": procedures.factor(1.0),
+        }[case.rule.partition("/")[0]]
+        reference = generate(
+            oracle,
+            list(case.prompt),
+            gen_length=case.max_tokens,
+            block_length=case.max_tokens,
+            rule=first_blocks_first(rule, case.block),
+            eos_stop=False,
+        )
+        assert (result.tokens, result.forwards) == (
+            reference.tokens,
+            reference.forwards,
+        ), case
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_literal_mask_token_in_a_prompt_is_text(
+    engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str
+):
+    mask = oracle.mask_id
+    prompts = [(mask,), (3, mask), (mask,) * 9, (*make_prompt(20), mask, mask, 4)]
+    cases = [
+        Case(prompt, rule, cache, max_tokens=48, ignore_eos=True)
+        for prompt in prompts
+        for rule in ("static/low_confidence", "threshold")
+    ]
+    check(engine, oracle, filters, cases)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_reference_exact_lets_the_mask_be_predicted(
+    engine: Engine, mask_lover: TinyLLaDA, filters: Filters, cache: str
+):
+    """The published static loop: a predicted mask uses up its write.
+
+    Compared where no mask is left when a block's schedule ends: the engine then
+    writes the mask id for good, the published loop leaves it open for later blocks.
+    """
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_end_of_text_predicted_wrongly(
+    engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str
+):
+    """EoTP cuts after an unsure EOS that later becomes another token: text ends."""
+    cases = [
+        Case(
+            make_prompt(length, 1),
+            "learn2pd/block",
+            cache,
+            block=(8, 16)[length % 2],
+            max_tokens=64,
+            number=0.02,
+        )
+        for length in range(1, 33)
+    ]
+    wanted = [expect(case, oracle, filters) for case in cases]
+    wrongly = [e for e in wanted if len(e.tokens) < 64 and e.tokens[-1] != oracle.eos_id]
+    assert len(wrongly) >= 3
+    assert_equal(cases, run_cases(engine, cases, filters), wanted)

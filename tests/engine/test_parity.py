@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine against the oracle: the same tokens in the same number of forwards."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+from engine.cases import (
+    RULES,
+    Case,
+    Filters,
+    assert_equal,
+    expect,
+    make_prompt,
+    run_cases,
+)
+from engine.harness import Engine
+from reference.llada import TinyLLaDA
+from reference.procedures import CACHES
+
+BLOCKS = (8, 16, 32)
+LENGTHS = range(1, 71)
+
+
+def make_case(
+    rule: str, cache: str, block: int, length: int, fewer_steps: bool, number: int
+) -> Case:
+    """One combination; `number` varies what the combination leaves open."""
+    # Whole canvases and cut ones, of one to four blocks.
+    max_tokens = block * (1 + number % 3) - (number % 4) * (number % 2)
+    blocks = -(-max_tokens // block)
+    # Learn2PD's oracle writes a fixed number per step: its steps divide the block.
+    per_block = 3 if rule.startswith("static") else block // 4
+    return Case(
+        make_prompt(length, seed=number),
+        rule=rule,
+        cache=cache,
+        block=block,
+        max_tokens=max_tokens,
+        steps=per_block * blocks if fewer_steps else None,
+        ignore_eos=number % 3 == 0,
+        seed=number,
+    )
+
+
+def all_cases(cache: str, block: int) -> list[Case]:
+    combinations = itertools.product(RULES, LENGTHS, (False, True))
+    return [
+        make_case(rule, cache, block, length, fewer_steps, number)
+        for number, (rule, length, fewer_steps) in enumerate(combinations)
+    ]
+
+
+def sample_cases(cache: str, block: int) -> list[Case]:
+    """Every rule with and without fewer steps, a prompt length drawn for each."""
+    source = random.Random(f"{cache}:{block}")
+    combinations = itertools.product(RULES, (False, True))
+    return [
+        make_case(rule, cache, block, source.choice(LENGTHS), fewer_steps, number)
+        for number, (rule, fewer_steps) in enumerate(combinations)
+    ]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_parity(
+    engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str, block: int
+):
+    cases = sample_cases(cache, block)
+    wanted = [expect(case, oracle, filters) for case in cases]
+    assert_equal(cases, run_cases(engine, cases, filters), wanted)
+    # One request at a time.
+    for i in range(0, len(cases), 5):
+        assert_equal(cases[i : i + 1], run_cases(engine, cases[i : i + 1], filters), wanted[i : i + 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_parity_of_the_full_product(
+    engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str, block: int
+):
+    cases = all_cases(cache, block)
+    wanted = [expect(case, oracle, filters) for case in cases]
+    assert_equal(cases, run_cases(engine, cases, filters), wanted)
+    solo = random.Random(0).sample(range(len(cases)), 60)
+    for i in solo:
+        assert_equal(cases[i : i + 1], run_cases(engine, cases[i : i + 1], filters), wanted[i : i + 1])

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views to try strategies on: the specification's worked block, and random ones."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from reference import procedures
+
+from vllm_dlm.strategies.base import Context, Decision, Strategy, View
+
+# "C8": position 0 is decided already, 1..7 are masked.
+C8 = [0.99, 0.97, 0.80, 0.55, 0.78, 0.93, 0.40, 0.76]
+
+MASK_ID = 99
+CPU = Context(device=torch.device("cpu"), model="no-such-model")
+
+
+def make_view(
+    confidence: list[list[float]] | torch.Tensor,
+    masked: torch.Tensor | None = None,
+    **changes: Any,
+) -> View:
+    """A view of given confidences [R, B]; all but position 0 masked by default."""
+    confidence = torch.as_tensor(confidence, dtype=torch.float32)
+    rows, width = confidence.shape
+    if masked is None:
+        masked = torch.ones(rows, width, dtype=torch.bool)
+        masked[:, 0] = False
+    candidate = torch.arange(width).repeat(rows, 1)
+    view = View(
+        tokens=torch.where(masked, MASK_ID, candidate),
+        masked=masked,
+        valid=torch.ones_like(masked),
+        candidate=candidate,
+        confidence=confidence,
+        is_eos=torch.zeros_like(masked),
+        step=torch.zeros(rows, dtype=torch.int64),
+        scheduled=torch.ones(rows, dtype=torch.int64),
+        slots=torch.arange(rows),
+    )
+    return replace(view, **changes)
+
+
+def random_view(seed: int, rows: int = 5, width: int = 8, ties: bool = False) -> View:
+    """A random view with all statistics, short last blocks and decided positions.
+
+    `ties` rounds the statistics so that many are equal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform() -> torch.Tensor:
+        values = torch.rand(rows, width, generator=generator)
+        return (values * 4).round() / 4 if ties else values
+
+    length = torch.randint(1, width + 1, (rows, 1), generator=generator)
+    valid = torch.arange(width) < length
+    masked = (torch.rand(rows, width, generator=generator) < 0.7) & valid
+    masked[:, 0] |= ~masked.any(dim=1)
+    candidate = torch.randint(0, 90, (rows, width), generator=generator)
+    return View(
+        tokens=torch.where(masked, MASK_ID, candidate),
+        masked=masked,
+        valid=valid,
+        candidate=candidate,
+        confidence=torch.where(valid, uniform() ** 0.2, 0.0),
+        is_eos=(torch.rand(rows, width, generator=generator) < 0.2) & valid,
+        step=torch.randint(0, width, (rows,), generator=generator),
+        scheduled=torch.randint(1, width + 1, (rows,), generator=generator),
+        slots=torch.randperm(rows, generator=generator),
+        entropy=uniform() * 3,
+        margin=uniform(),
+        uniform=uniform(),
+    )
+
+
+def take_rows(view: View, index: torch.Tensor) -> View:
+    """The view with rows [n] of `index`, in that order."""
+    values = {field.name: getattr(view, field.name) for field in fields(view)}
+    return View(**{k: v if v is None else v[index] for k, v in values.items()})
+
+
+def row_params(strategy: Strategy, rows: int) -> dict[str, torch.Tensor]:
+    """The strategy's own numeric parameters for every row."""
+    values = strategy.params.model_dump()
+    return {
+        name: torch.full((rows,), value, dtype=torch.float32)
+        for name, value in values.items()
+        if isinstance(value, float)
+    }
+
+
+def select(strategy: Strategy, view: View) -> Decision:
+    """One step with the strategy's own parameters in every row."""
+    return strategy.select(view, row_params(strategy, view.masked.shape[0]))
+
+
+def chosen(strategy: Strategy, view: View) -> list[list[int]]:
+    """Positions that one step commits, per row."""
+    commit = select(strategy, view).commit
+    return [row.nonzero()[:, 0].tolist() for row in commit]
+
+
+def expected(rule: procedures.Rule, view: View) -> list[list[int]]:
+    """Positions that the row-wise reference commits; each row cut where invalid."""
+    found = []
+    for row in range(view.masked.shape[0]):
+        size = int(view.valid[row].sum())
+        one = procedures.View(
+            masked=view.masked[row, :size],
+            argmax=view.candidate[row, :size],
+            confidence=view.confidence[row, :size],
+            margin=torch.empty(0) if view.margin is None else view.margin[row, :size],
+            entropy=(
+                torch.empty(0) if view.entropy is None else view.entropy[row, :size]
+            ),
+            first=0,
+            forward=row,
+            scheduled=int(view.scheduled[row]),
+        )
+        found.append(sorted(rule.select(one)))
+    return found
+
+
+def assert_rows_independent(strategy: Strategy, view: View, seed: int = 0) -> None:
+    """Shuffling rows or changing the others never moves a row's decision."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, width = view.masked.shape
+    whole = select(strategy, view)
+    order = torch.randperm(rows, generator=generator)
+    shuffled = select(strategy, take_rows(view, order))
+    assert torch.equal(shuffled.commit, whole.commit[order])
+    stranger = random_view(seed + 1, rows, width)
+    for row in range(rows):
+        mixed = View(
+            **{
+                f.name: None
+                if getattr(view, f.name) is None
+                else torch.cat(
+                    [getattr(stranger, f.name), getattr(view, f.name)[row : row + 1]]
+                )
+                for f in fields(view)
+            }
+        )
+        got = select(strategy, mixed)
+        assert torch.equal(got.commit[-1], whole.commit[row])
+        if whole.truncate_at is not None and got.truncate_at is not None:
+            assert got.truncate_at[-1] == whole.truncate_at[row]

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+import logging
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from reference import procedures
+from reference.views import (
+    C8,
+    CPU,
+    assert_rows_independent,
+    chosen,
+    expected,
+    make_view,
+    random_view,
+    select,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import View, numeric_fields
+from vllm_dlm.strategies.eotp import end_of_text
+from vllm_dlm.strategies.learn2pd import Learn2PD, Learn2PDParams
+from vllm_dlm.strategies.learn2pd_filter import Filter, find_filter
+from vllm_dlm.strategies.threshold import Threshold, ThresholdParams
+
+# z_i = 40 c_i - 35, so tau = 0.96 is c > 0.95445 and tau = 0.9 is c > 0.92993.
+STEEP = Filter(torch.eye(8), torch.zeros(8), 40 * torch.eye(8), torch.full((8,), -35.0))
+
+
+def random_filter(seed: int, width: int = 8, hidden: int = 6) -> Filter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Filter(
+        normal(hidden, width), normal(hidden), normal(width, hidden), normal(width)
+    )
+
+
+def learn2pd(filter: Filter | None = STEEP, width: int = 8, **params) -> Learn2PD:
+    strategy = Learn2PD(Learn2PDParams(**params), width, CPU)
+    if filter is not None:
+        strategy.set_filter(filter)
+    return strategy
+
+
+# --- The rule -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tau", "positions"), [(0.96, [1]), (0.9, [1, 5])])
+def test_worked_block(tau, positions):
+    assert chosen(learn2pd(threshold=tau), make_view([C8])) == [positions]
+
+
+def test_the_schedule_forces_tokens_the_filter_rejects():
+    view = make_view([C8], scheduled=torch.tensor([3]))
+    assert chosen(learn2pd(), view) == [[1, 2, 5]]
+
+
+def test_each_row_has_its_own_cut():
+    params = {
+        "threshold": torch.tensor([0.96, 0.9]),
+        "eotp_threshold": torch.tensor([0.9, 0.9]),
+    }
+    commit = learn2pd().select(make_view([C8, C8]), params).commit
+    assert commit.sum(dim=1).tolist() == [1, 2]
+
+
+def test_the_filter_sees_decided_positions_and_ones_beyond_the_end():
+    # One hidden unit adds up all confidences: 3 decided or masked ones and 5 missing.
+    total = Filter(
+        torch.ones(1, 8), torch.zeros(1), torch.ones(8, 1), torch.full((8,), -7.5)
+    )
+    view = make_view([[0.9, 0.8, 0.7] + [0.0] * 5])
+    view.masked[:, 3:] = False
+    view.valid[:, 3:] = False
+    logits = total.apply(torch.where(view.valid, view.confidence, 1.0))
+    assert torch.allclose(logits, torch.full((1, 8), 0.9 + 0.8 + 0.7 + 5 - 7.5))
+    # The sum is 7.4, so z = -0.1 everywhere.
+    low, high = torch.tensor([-0.2, 0.0]).sigmoid().tolist()
+    assert chosen(learn2pd(total, threshold=low), view) == [[1, 2]]
+    assert chosen(learn2pd(total, threshold=high), view) == [[1]]
+
+
+@given(seed=st.integers(0, 2**20), tau=st.floats(0.05, 0.95))
+def test_agrees_with_the_row_wise_reference(seed, tau):
+    view, filter = random_view(seed), random_filter(seed)
+    want = []
+    for row in range(5):
+        k = int(view.scheduled[row])
+        rule = procedures.learn2pd(
+            filter.w1, filter.b1, filter.w2, filter.b2, tau=tau, k=k
+        )
+        want.append(expected(rule, view)[row])
+    assert chosen(learn2pd(filter, threshold=tau), view) == want
+
+
+@given(seed=st.integers(0, 2**20))
+def test_other_rows_do_not_matter(seed):
+    assert_rows_independent(learn2pd(random_filter(seed)), random_view(seed), seed)
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    ties=st.booleans(),
+    threshold=st.floats(0.001, 1.0),
+    tau=st.floats(1e-4, 1 - 1e-4),
+)
+def test_the_identity_filter_is_the_threshold_rule(seed, ties, threshold, tau):
+    view = random_view(seed, ties=ties)
+    view.scheduled.fill_(1)
+    # The hardest confidences: the threshold itself and its neighbours.
+    edge = np.float32(threshold)
+    near = [np.nextafter(edge, np.float32(0)), edge, np.nextafter(edge, np.float32(2))]
+    view.confidence[:, ::2] = torch.tensor(near + near[:1])
+    view.confidence[view.confidence > 1] = 1.0
+    identity = learn2pd(Filter.identity(8, threshold, tau), threshold=tau)
+    rule = Threshold(ThresholdParams(threshold=threshold), 8, CPU)
+    assert chosen(identity, view) == chosen(rule, view)
+
+
+# --- End-of-text prediction -----------------------------------------------------
+
+
+def slow_end_of_text(view: View, commit: torch.Tensor, threshold: float) -> list[int]:
+    found = []
+    for row in range(commit.shape[0]):
+        end = -1
+        for i in reversed(range(commit.shape[1])):
+            sure = view.confidence[row, i] >= torch.tensor(threshold)
+            if view.masked[row, i] and not commit[row, i] and sure:
+                end = i if view.is_eos[row, i] else end
+        written = [
+            i
+            for i in range(commit.shape[1])
+            if commit[row, i] and view.masked[row, i] and view.is_eos[row, i]
+        ]
+        found.append(written[0] if written else end)
+    return found
+
+
+def eos_at(*positions: int) -> torch.Tensor:
+    flags = torch.zeros(1, 8, dtype=torch.bool)
+    flags[0, list(positions)] = True
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("eos", "tau", "cut"),
+    [
+        ((), 0.9, -1),
+        ((1, 5), 0.9, 1),  # both are written: the first
+        ((2, 5), 0.9, 5),  # 5 is written; 2 is only predicted
+        ((5, 6), 0.96, 5),  # predicted at 0.93
+        ((2, 6), 0.96, -1),  # predicted, but unsure
+        ((0,), 0.96, -1),  # decided already
+    ],
+)
+def test_where_the_text_is_cut(eos, tau, cut):
+    view = make_view([C8], is_eos=eos_at(*eos))
+    decision = select(learn2pd(threshold=tau), view)
+    assert decision.truncate_at is not None
+    assert decision.truncate_at.tolist() == [cut]
+
+
+def test_the_first_sure_prediction_counts_not_the_surest():
+    view = make_view([C8], is_eos=eos_at(2, 5))
+    cut = select(learn2pd(eotp_threshold=0.7), view).truncate_at
+    assert cut is not None
+    assert cut.tolist() == [2]
+
+
+def test_end_of_text_prediction_can_be_off():
+    view = make_view([C8], is_eos=eos_at(1))
+    assert select(learn2pd(eotp="off"), view).truncate_at is None
+
+
+@given(seed=st.integers(0, 2**20), ties=st.booleans(), threshold=st.floats(0, 1))
+def test_end_of_text_agrees_with_a_slow_loop(seed, ties, threshold):
+    view = random_view(seed, ties=ties)
+    commit = view.masked & (torch.rand_like(view.confidence) < 0.3)
+    got = end_of_text(view, commit, torch.full((5,), threshold))
+    assert got.dtype == torch.int64
+    assert got.tolist() == slow_end_of_text(view, commit, threshold)
+
+
+# --- Filters and files ----------------------------------------------------------
+
+
+def test_a_file_keeps_everything(tmp_path):
+    path = tmp_path / "deep" / "b8-dual.safetensors"
+    saved = replace(
+        random_filter(1),
+        threshold=0.93,
+        model_key="abc",
+        cache="dual",
+        source="toy sums",
+        false_positive_rate=0.0125,
+    )
+    saved.save(path)
+    loaded = Filter.load(path)
+    for name in ("w1", "b1", "w2", "b2"):
+        assert torch.equal(getattr(loaded, name), getattr(saved, name))
+    for name in ("threshold", "model_key", "cache", "source", "false_positive_rate"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["block_length"] == "8"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_calibration_moves_the_cut_only():
+    filter = replace(random_filter(2), threshold=0.7)
+    moved = filter.calibrated(0.96)
+    confidence = torch.rand(50, 8)
+    old = filter.apply(confidence).sigmoid() > 0.7
+    assert torch.equal(moved.apply(confidence).sigmoid() > 0.96, old)
+    assert moved.threshold == 0.96
+
+
+def test_bad_filters_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must be \[H, B\]"):
+        Filter(torch.eye(8), torch.zeros(7), torch.eye(8), torch.zeros(8))
+    for threshold, tau in ((0.0, 0.96), (1.5, 0.96), (0.9, 1.0)):
+        with pytest.raises(ValueError, match="must be in"):
+            Filter.identity(8, threshold, tau)
+    with pytest.raises(ValueError, match="cannot read the filter"):
+        Filter.load(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("no such thing")
+    with pytest.raises(ValueError, match="cannot read the filter"):
+        Filter.load(tmp_path / "text.safetensors")
+    save_file({"w1": torch.eye(8)}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match="cannot read the filter"):
+        Filter.load(tmp_path / "part.safetensors")
+
+
+def test_where_filters_are_looked_for(tmp_path, caplog):
+    model, learned = tmp_path / "model", tmp_path / "learned"
+    model.mkdir()
+    context = replace(
+        CPU,
+        model=str(model),
+        model_key="key",
+        cache="dual",
+        options={"filter_dir": str(learned)},
+    )
+    assert find_filter(context, 8) is None
+
+    replace(STEEP, source="learned").save(learned / "key" / "b8-dual.safetensors")
+    replace(STEEP, source="other cache").save(learned / "key" / "b8-none.safetensors")
+    found = find_filter(context, 8)
+    assert found is not None
+    assert found.source == "learned"
+
+    random_filter(1, width=4).save(model / "learn2pd.safetensors")
+    found = find_filter(context, 8)
+    assert found is not None
+    assert found.source == "learned"  # another block length is passed over
+    with caplog.at_level(logging.WARNING):
+        replace(STEEP, source="any", cache="none").save(model / "learn2pd.safetensors")
+        found = find_filter(context, 8)
+    assert found is not None
+    assert found.source == "any"
+    assert "trained under the cache policy 'none', but 'dual' is served" in caplog.text
+
+    replace(STEEP, source="exact").save(model / "learn2pd-b8-dual.safetensors")
+    found = find_filter(context, 8)
+    assert found is not None
+    assert found.source == "exact"
+    assert Learn2PD(Learn2PDParams(), 8, context).has_filter
+
+
+def test_without_a_filter_it_is_the_threshold_rule(tmp_path, caplog):
+    random_filter(1, width=4).save(tmp_path / "learn2pd-b4-none.safetensors")
+    context = replace(CPU, model=str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        strategies = [Learn2PD(Learn2PDParams(), 8, context) for _ in range(3)]
+    assert len(caplog.records) == 1
+    assert "until a filter is learned" in caplog.text
+    assert "learn2pd-b4-none.safetensors (block length 4" in caplog.text
+    assert not strategies[0].has_filter
+    assert chosen(strategies[0], make_view([C8])) == [[1, 5]]
+    strategies[0].set_filter(STEEP)
+    assert strategies[0].has_filter
+    assert chosen(strategies[0], make_view([C8])) == [[1]]
+
+
+def test_a_named_file_must_fit(tmp_path, caplog):
+    fits, wide = tmp_path / "fits.safetensors", tmp_path / "wide.safetensors"
+    replace(STEEP, model_key="another").save(fits)
+    random_filter(1, width=32).save(wide)
+    STEEP.save(tmp_path / "learn2pd.safetensors")
+    context = replace(CPU, model=str(tmp_path), model_key="this")
+    Learn2PD.validate(Learn2PDParams(), 16, context)
+    Learn2PD.validate(Learn2PDParams(filter=str(fits)), 8, context)
+    params = Learn2PDParams(filter=str(wide))
+    for build in (Learn2PD, Learn2PD.validate):
+        with pytest.raises(
+            ValueError, match=r"length 32, not 8; available: .*length 8"
+        ):
+            build(params, 8, context)
+    with pytest.raises(ValueError, match=r"cannot read .* available: .*learn2pd"):
+        Learn2PD.validate(Learn2PDParams(filter="nowhere"), 8, context)
+    with caplog.at_level(logging.WARNING):
+        strategy = Learn2PD(Learn2PDParams(filter=str(fits)), 8, context)
+    assert "trained on the model another, but this is served" in caplog.text
+    assert chosen(strategy, make_view([C8])) == [[1]]
+    with pytest.raises(ValueError, match="length 32, not 8"):
+        strategy.set_filter(random_filter(1, width=32))
+
+
+def test_filters_are_swapped_whole():
+    strategy = learn2pd()
+    none = replace(STEEP, b2=torch.full((8,), -1e3))
+    every = replace(STEEP, b2=torch.full((8,), 1e3))
+    view = make_view([C8])
+    stop = threading.Event()
+
+    def swap():
+        while not stop.is_set():
+            strategy.set_filter(none)
+            strategy.set_filter(every)
+
+    strategy.set_filter(none)
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        counts = {len(chosen(strategy, view)[0]) for _ in range(300)}
+    finally:
+        stop.set()
+        thread.join()
+    assert counts <= {1, 7}
+
+
+def test_registered_with_bounds():
+    assert STRATEGIES["learn2pd"] is Learn2PD
+    assert Learn2PD.logit_rows == "block"
+    assert numeric_fields(Learn2PDParams) == ["threshold", "eotp_threshold"]
+    with pytest.raises(ValidationError):
+        Learn2PDParams(threshold=1.0)
+    with pytest.raises(ValidationError, match="'block' or 'off'"):
+        Learn2PDParams(eotp="paper")

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags of `vllm serve` and the `vllm-dlm` command, without an engine."""
+
+import argparse
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_dlm import aliases, cli, front_end
+from vllm_dlm.config import DlmConfig
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch, tmp_path):
+    """A stand-in for the built-in model's folder."""
+    from vllm_dlm.patches import apply_front_end_patches
+
+    apply_front_end_patches()
+    folder = tmp_path / "assets" / "llada-tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llada"}')
+    monkeypatch.setattr(aliases, "files", lambda package: tmp_path)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def parser():
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_dlm.patches import apply_front_end_patches
+
+    apply_front_end_patches()
+    return EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
+
+
+def engine_args(parser, *argv):
+    from vllm.engine.arg_utils import EngineArgs
+
+    # The default model is on the hub, and tests have no network.
+    argv = ("--model", "llada-tiny", *argv)
+    return EngineArgs.from_cli_args(parser.parse_args(list(argv)))
+
+
+def test_flags_are_folded_into_additional_config(parser):
+    args = engine_args(
+        parser,
+        *("--dlm-strategy", "learn2pd", "--dlm-strategy-config", '{"threshold": 0.5}'),
+        *("--dlm-block-length", "16", "--dlm-cache", "dual", "--dlm-steps", "8"),
+        *("--dlm-max-canvas", "64", "--dlm-filter-dir", "/filters"),
+        *("--dlm-reference-exact", "--no-dlm-online-learning"),
+        *("--additional-config", '{"other": 1}'),
+    )
+    assert args.additional_config == {
+        "other": 1,
+        "dlm": {
+            "strategy": "learn2pd",
+            "strategy_config": {"threshold": 0.5},
+            "block_length": 16,
+            "cache": "dual",
+            "steps": 8,
+            "max_canvas": 64,
+            "filter_dir": "/filters",
+            "reference_exact": True,
+            "online_learning": False,
+        },
+    }
+
+
+def test_no_flag_leaves_no_trace(parser):
+    assert engine_args(parser).additional_config == {}
+    args = engine_args(parser, "--additional-config", '{"dlm": {"steps": 4}}')
+    assert args.additional_config == {"dlm": {"steps": 4}}
+
+
+def test_dotted_parameters(parser):
+    args = engine_args(
+        parser, "--dlm-strategy", "factor", "--dlm-strategy-config.factor", "2.0"
+    )
+    assert args.additional_config["dlm"]["strategy_config"] == {"factor": 2.0}
+
+
+def test_a_flag_that_changes_the_strategy_drops_the_others_parameters(parser):
+    config = '{"dlm": {"strategy": "factor", "strategy_config": {"factor": 2}}}'
+    argv = ("--additional-config", config, "--dlm-strategy")
+    same = engine_args(parser, *argv, "factor").additional_config["dlm"]
+    assert same["strategy_config"] == {"factor": 2}
+    changed = engine_args(parser, *argv, "static").additional_config["dlm"]
+    assert changed == {"strategy": "static"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (("--dlm-strategy", "nope"), ["--dlm-strategy", "learn2pd", "threshold"]),
+        (("--dlm-strategy-config", "{"), ["--dlm-strategy-config", "JSON"]),
+        (("--dlm-block-length", "0"), ["--dlm-block-length", "greater"]),
+        (("--dlm-cache", "most"), ["--dlm-cache", "'dual'"]),
+        (("--dlm-steps", "few"), ["--dlm-steps", "integer"]),
+    ],
+)
+def test_wrong_values_end_the_parser(parser, capsys, argv, fragments):
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(list(argv))
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert all(fragment in message for fragment in fragments)
+
+
+def test_help_teaches(parser):
+    group = next(g for g in parser._action_groups if g.title == "DlmConfig")
+    assert len(group._group_actions) == len(DlmConfig.model_fields)
+    assert all(len(action.help) > 40 for action in group._group_actions)
+    parser.format_help()
+
+
+def test_alias_is_resolved_and_served_under_its_own_name(parser, tiny_model):
+    args = engine_args(parser)
+    assert args.model == tiny_model
+    assert args.served_model_name == ["llada-tiny"]
+    named = engine_args(parser, "--served-model-name", "x")
+    assert named.served_model_name == ["x"]
+
+
+def serve(**options):
+    options = {"model_tag": None, "model": "m", "additional_config": {}} | options
+    check = front_end.SERVER_WRAPPERS[
+        "vllm.entrypoints.cli.serve:ServeSubcommand.validate"
+    ]
+    args = argparse.Namespace(**options)
+    seen = []
+    check(lambda self, args: seen.append(args))(SimpleNamespace(name="serve"), args)
+    return seen[0]
+
+
+def test_serve_checks_before_anything_starts(capsys, monkeypatch):
+    args = serve(dlm_strategy="factor", dlm_strategy_config={"factor": 2.0})
+    # API server processes read this before they load plugins.
+    assert args.additional_config["dlm"]["strategy"] == "factor"
+    with pytest.raises(SystemExit) as caught:
+        serve(dlm_strategy="factor", dlm_strategy_config={"threshold": 0.5})
+    assert caught.value.code == 2
+    assert "vllm serve: error" in capsys.readouterr().err
+
+    monkeypatch.setattr(aliases, "cached_folder", lambda *args: None)
+    monkeypatch.setattr(aliases, "_hub_answers", lambda *args: False)
+    with pytest.raises(SystemExit):
+        serve(model_tag="llada")
+    error = capsys.readouterr().err
+    assert "hf download" in error and "Traceback" not in error
+
+
+def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
+    from vllm.engine.arg_utils import EngineArgs
+
+    built = []
+
+    def original(self):
+        built.append(self)
+        hf_config = SimpleNamespace(dlm_class=dlm_class)
+        return SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+
+    create = front_end._create_engine_config(original)
+    monkeypatch.setitem(front_end._front_end, "ours", False)
+    dlm_class = "A"
+    args = SimpleNamespace(
+        model="llada-tiny",
+        tokenizer="llada-tiny",
+        revision=None,
+        tokenizer_revision=None,
+        hf_token=None,
+        served_model_name=None,
+        additional_config={"dlm": {"strategy": "static"}},
+    )
+    create(args)
+    assert (args.model, args.tokenizer) == (tiny_model, tiny_model)
+    assert args.served_model_name == ["llada-tiny"]
+    assert front_end._front_end["ours"]
+
+    args.additional_config = {"dlm": {"strategi": "static"}}
+    with pytest.raises(ValueError, match="Did you mean 'strategy'"):
+        create(args)
+    dlm_class = None
+    args.additional_config = {"dlm": {"strategy": "static"}}
+    with pytest.raises(ValueError, match="is not one"):
+        create(args)
+    args.additional_config = {}
+    create(args)
+    assert not front_end._front_end["ours"]
+    # Offline mode looks the model up while EngineArgs is built.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert EngineArgs(model="llada-tiny").model == tiny_model
+
+
+def test_llm_folds_its_keywords(monkeypatch):
+    import vllm
+
+    from vllm_dlm.llm import LLM
+
+    seen = {}
+    monkeypatch.setattr(
+        vllm.LLM, "__init__", lambda self, model, **kwargs: seen.update(kwargs)
+    )
+    LLM("m", dlm_strategy="factor", dlm_strategy_config={"factor": 2.0}, seed=3)
+    dlm = {"strategy": "factor", "strategy_config": {"factor": 2.0}}
+    assert seen == {"seed": 3, "additional_config": {"dlm": dlm}}
+    with pytest.raises(TypeError, match="Did you mean 'dlm_strategy'"):
+        LLM("m", dlm_stratgy="factor")
+    with pytest.raises(ValueError, match="threshold"):
+        LLM("m", dlm_strategy="nope")
+
+
+def test_every_option_is_a_keyword_of_llm():
+    import inspect
+
+    from vllm_dlm.llm import LLM
+
+    names = inspect.signature(LLM.__init__).parameters
+    keywords = {name for name in names if name.startswith("dlm_")}
+    assert keywords == {f"dlm_{name}" for name in DlmConfig.model_fields}
+
+
+def test_strategies_command(capsys):
+    assert cli.main(["strategies"]) == 0
+    listing = capsys.readouterr().out
+    assert all(name in listing for name in ("static", "threshold", "learn2pd"))
+    assert cli.main(["strategies", "threshold"]) == 0
+    assert "float" in capsys.readouterr().out
+    assert cli.main(["strategies", "nope"]) == 2
+    assert "choose one of" in capsys.readouterr().err
+
+
+def test_models_command(capsys, monkeypatch):
+    monkeypatch.setattr(aliases, "cached_folder", lambda *args: None)
+    assert cli.main(["models"]) == 0
+    listing = capsys.readouterr().out
+    assert all(name in listing for name in aliases.ALIASES)
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("strategies", "models", "doctor", "train"))
+
+
+def test_tools_are_imported_only_when_chosen(monkeypatch, capsys):
+    def add_arguments(parser):
+        parser.add_argument("--steps", type=int)
+
+    ran = []
+    module = SimpleNamespace(
+        add_arguments=add_arguments, run=lambda args: ran.append(args.steps)
+    )
+    monkeypatch.setitem(sys.modules, "fake_tool", module)
+    monkeypatch.setattr(cli, "TRAINABLE", {"llada-tiny": "fake_tool"})
+    monkeypatch.setattr(cli, "TOOLS", {"traces": ("no_such_tool", "none")})
+    assert cli.main(["train", "llada-tiny", "--steps", "5"]) == 0
+    assert ran == [5]
+    with pytest.raises(SystemExit):
+        cli.main(["traces"])
+
+
+def test_doctor_finds_problems(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_DLM_DISABLE", "1")
+    assert cli.main(["doctor"]) == 1
+    assert "VLLM_DLM_DISABLE" in capsys.readouterr().out

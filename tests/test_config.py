@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options: merged in the right order, wrong ones refused with a helpful text."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+from pydantic import Field
+
+from vllm_dlm.config import (
+    DEFAULT_MAX_CANVAS,
+    REQUEST_OPTIONS,
+    SERVER_PARAMETER,
+    DlmConfig,
+    ModelDefaults,
+    resolve,
+    served_config,
+    server_config,
+)
+from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import Params, Strategy
+
+DEFAULTS = ModelDefaults("threshold", 32, mask_token_id=9, eos_token_id=8)
+
+
+def server(**options):
+    return DlmConfig.from_mapping(options, where="server")
+
+
+def refused(call, *fragments):
+    with pytest.raises(ValueError) as caught:
+        call()
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_nothing_set_gives_the_models_defaults():
+    config = resolve(server(), None, DEFAULTS)
+    assert (config.strategy, config.block_length) == ("threshold", 32)
+    assert (config.cache, config.steps, config.reference_exact) == ("none", None, False)
+    assert config.params == STRATEGIES["threshold"].Params()
+
+
+def test_request_wins_over_server_wins_over_model():
+    base = server(block_length=16, cache="prefix", steps=8)
+    request = {"dlm": {"cache": "none", "block_length": 8}}
+    config = resolve(base, request, DEFAULTS)
+    assert (config.block_length, config.cache, config.steps) == (8, "none", 8)
+    exact = server(reference_exact=True)
+    assert resolve(exact, {}, DEFAULTS).reference_exact
+    assert not resolve(exact, {"dlm_reference_exact": 0}, DEFAULTS).reference_exact
+
+
+def test_parameters_merge_for_the_same_strategy_and_never_leak_into_another():
+    base = server(strategy="learn2pd", strategy_config={"threshold": 0.5})
+    same = resolve(base, {"dlm": {"strategy_config": {"eotp": "off"}}}, DEFAULTS)
+    assert (same.params.threshold, same.params.eotp) == (0.5, "off")
+    other = resolve(base, {"dlm_strategy": "threshold"}, DEFAULTS)
+    assert other.params == STRATEGIES["threshold"].Params()
+
+
+def test_the_default_strategy_takes_the_servers_parameters():
+    base = server(strategy_config={"threshold": 0.7})
+    assert resolve(base, None, DEFAULTS).params.threshold == 0.7
+    named = resolve(base, {"dlm_strategy": "threshold"}, DEFAULTS)
+    assert named.params.threshold == 0.7
+
+
+@pytest.mark.parametrize(
+    "extra_args",
+    [
+        {"dlm": {"strategy_config": {"threshold": 0.25}, "block_length": 8}},
+        {"dlm": '{"strategy_config": {"threshold": 0.25}, "block_length": 8}'},
+        {"dlm": {"strategy_config": '{"threshold": "0.25"}', "block_length": "8"}},
+        {"dlm_threshold": 0.25, "dlm_block_length": 8.0},
+        {"dlm_threshold": "0.25", "dlm_block_length": "8", "other": object()},
+        {"dlm": {"block_length": 8, "cache": None}, "dlm_threshold": 0.25},
+    ],
+)
+def test_forms_a_request_may_take(extra_args):
+    config = resolve(server(), extra_args, DEFAULTS)
+    assert (config.params.threshold, config.block_length) == (0.25, 8)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "fragments"),
+    [
+        ({"dlm": {"strategy": "nope"}}, ["'nope'", "threshold", "static"]),
+        ({"dlm": {"blok_length": 8}}, ["'blok_length'", "'block_length'", "cache"]),
+        ({"dlm": {"block_length": 0}}, ["block_length", "greater than", "0"]),
+        ({"dlm": {"block_length": 4096}}, ["1024", "4096"]),
+        ({"dlm": {"block_length": 8.5}}, ["block_length", "8.5"]),
+        ({"dlm": {"block_length": True}}, ["integer", "boolean"]),
+        ({"dlm": {"steps": "many"}}, ["steps", "'many'"]),
+        ({"dlm": {"cache": "all"}}, ["'none'", "'prefix'", "'dual'"]),
+        ({"dlm": {"strategy_config": [1]}}, ["strategy_config", "dict"]),
+        ({"dlm": {"strategy_config": "{"}}, ["strategy_config", "JSON"]),
+        ({"dlm": {"strategy_config": {"threshold": 7}}}, ["threshold", "7"]),
+        ({"dlm": {"strategy_config": {"treshold": 1}}}, ["'threshold'", "treshold"]),
+        ({"dlm": {"strategy_config": {"threshold": True}}}, ["number", "boolean"]),
+        (
+            {"dlm": {"strategy": "threshold", "threshold": 0.5}},
+            ["parameter of 'threshold'", "strategy_config"],
+        ),
+        ({"dlm": "{"}, ["dlm", "JSON"]),
+        ({"dlm": "[1]"}, ["dlm", "list"]),
+        ({"dlm": 3}, ["dlm", "int"]),
+        ({"dlm_treshold": 0.5}, ["'dlm_treshold'", "'dlm_threshold'", "dlm_cache"]),
+        ({"dlm_factor": 1.0}, ["'dlm_factor'", "'threshold'"]),
+        ({"dlm": {"max_canvas": 8}}, ["server", "--dlm-max-canvas", "strategy"]),
+        ({"dlm_online_learning": 1}, ["server", "--dlm-online-learning"]),
+        ({"dlm": {"cache": "dual"}, "dlm_cache": "dual"}, ["dlm_cache", "one place"]),
+        (
+            {"dlm": {"strategy_config": {"threshold": 0.5}}, "dlm_threshold": 0.5},
+            ["dlm_threshold", "one place"],
+        ),
+    ],
+)
+def test_wrong_requests_say_what_is_right(extra_args, fragments):
+    refused(lambda: resolve(server(), extra_args, DEFAULTS), *fragments)
+
+
+def test_a_request_cannot_set_a_parameter_of_the_server(monkeypatch):
+    class PathParams(Params):
+        file: str | None = Field(None, json_schema_extra=SERVER_PARAMETER)
+
+    class Rule(Strategy):
+        name = "rule"
+        Params = PathParams
+
+    monkeypatch.setitem(STRATEGIES._targets, "rule", "tests:Rule")
+    monkeypatch.setitem(STRATEGIES._loaded, "rule", Rule)
+    base = server(strategy="rule", strategy_config={"file": "a"})
+    assert resolve(base, {}, DEFAULTS).params.file == "a"
+    refused(
+        lambda: resolve(base, {"dlm_file": "/etc/x"}, DEFAULTS), "set by the server"
+    )
+
+
+def test_server_options_are_checked_with_their_strategy():
+    refused(lambda: server(strategy="nope"), "nope", "threshold")
+    refused(
+        lambda: server(strategy="threshold", strategy_config={"x": 1}), "'x'", "'thr"
+    )
+    refused(lambda: server(polar=1), "'polar'", "strategy_config", "max_canvas")
+    refused(lambda: DlmConfig.from_mapping([], where="here"), "here", "list")
+
+
+def vllm_config(options, **hf_config):
+    hf = SimpleNamespace(
+        dlm_class="A",
+        dlm_strategy="threshold",
+        dlm_block_length=32,
+        mask_token_id=9,
+        eos_token_id=[8, 7],
+        **hf_config,
+    )
+    model_config = SimpleNamespace(hf_config=hf, max_model_len=256)
+    return SimpleNamespace(additional_config=options, model_config=model_config)
+
+
+def test_server_config_reads_additional_config():
+    assert server_config(vllm_config({})) == DlmConfig()
+    assert server_config(vllm_config({"dlm": {"steps": "4"}})).steps == 4
+    assert ModelDefaults.from_hf_config(
+        vllm_config({}).model_config.hf_config
+    ) == ModelDefaults("threshold", 32, 9, 8)
+
+
+def test_server_config_knows_the_models_default_strategy():
+    wrong = vllm_config({"dlm": {"strategy_config": {"factor": 1.0}}})
+    refused(lambda: server_config(wrong), "'factor'", "'threshold'")
+    refused(
+        lambda: server_config(vllm_config({"dlm": {"block_length": 512}})), "512", "256"
+    )
+
+
+def test_what_the_hook_stores_is_read_back():
+    config = server(strategy="factor", max_canvas=64)
+    for stored in (config, config.model_dump(), pickle.loads(pickle.dumps(config))):
+        assert served_config(SimpleNamespace(dlm_server=stored)) == config
+    assert served_config(SimpleNamespace()) == DlmConfig()
+
+
+def test_canvas_limit_and_filter_folder(monkeypatch, tmp_path):
+    assert server().canvas_limit(256) == 256
+    assert server().canvas_limit(8192) == DEFAULT_MAX_CANVAS
+    assert server(max_canvas=64).canvas_limit(8192) == 64
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert server().filters_path() == tmp_path / "vllm-dlm" / "filters"
+    assert server(filter_dir="/x").strategy_options()["filter_dir"] == "/x"
+
+
+def test_every_option_says_what_it_is():
+    assert all(field.description for field in DlmConfig.model_fields.values())
+    assert "max_canvas" not in REQUEST_OPTIONS

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration: once or often, on or off, and light where it must be."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vllm_dlm import patches, plugin
+
+
+def run_python(code, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_register_twice_is_harmless(monkeypatch):
+    from vllm import ModelRegistry
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    monkeypatch.setattr(plugin, "_registered", False)
+    plugin.register()
+    wrapped, count = EngineArgs.create_engine_config, len(patches.applied())
+    monkeypatch.setattr(plugin, "_registered", False)
+    plugin.register()
+    assert plugin.is_registered()
+    assert plugin.problems == []
+    assert EngineArgs.create_engine_config is wrapped
+    assert len(patches.applied()) == count
+    assert "LLaDAModelLM" in ModelRegistry.get_supported_archs()
+    assert _CONFIG_REGISTRY["llada"].__name__ == "LLaDAConfig"
+    assert MODELS_CONFIG_MAP["LLaDAModelLM"].__name__ == "DlmModelConfig"
+
+
+def test_disabled_registers_nothing(monkeypatch):
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setenv("VLLM_DLM_DISABLE", "1")
+    plugin.register()
+    assert not plugin.is_registered()
+
+
+def test_importing_the_plugin_is_light():
+    heavy = run_python(
+        "import sys, vllm_dlm, vllm_dlm.plugin, vllm_dlm.cli\n"
+        "print(*sys.modules.keys() & {'torch', 'vllm', 'transformers', 'pydantic'})"
+    )
+    assert heavy == []
+
+
+def test_listing_strategy_names_imports_none_of_them():
+    loaded = run_python(
+        "import sys\nfrom vllm_dlm.strategies import STRATEGIES\nSTRATEGIES.names()\n"
+        "print(*(m for m in sys.modules if m.startswith('vllm_dlm.strategies.')))"
+    )
+    assert loaded == ["vllm_dlm.strategies.base"]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_problem"),
+    [
+        ("0.32.0", False),
+        ("0.32.0+cpu", False),
+        ("0.33.1", False),
+        ("0.34.0", True),
+        ("0.31.2", True),
+        ("dev", True),
+    ],
+)
+def test_version_range(monkeypatch, version, is_problem):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    problem = plugin.version_problem()
+    assert (problem is not None) == is_problem
+    if problem:
+        assert version in problem and plugin.SUPPORTED_VLLM in problem
+
+
+def test_a_step_that_fails_is_recorded_and_the_rest_goes_on(monkeypatch):
+    def fail():
+        raise RuntimeError("no such symbol")
+
+    steps = []
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr(plugin, "problems", [])
+    monkeypatch.setattr(plugin, "_register_models", fail)
+    monkeypatch.setattr(plugin, "_wrap_front_end", lambda: steps.append("front end"))
+    plugin.register()
+    assert steps == ["front end"]
+    assert plugin.problems == ["fail: no such symbol"]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission: what is honoured passes, what is not is a 400, nothing is ignored."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import (
+    BeamSearchParams,
+    RepetitionDetectionParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+
+from vllm_dlm import front_end, request
+from vllm_dlm.config import DlmConfig
+
+MASK = 9
+
+
+@pytest.fixture(autouse=True)
+def patched():
+    from vllm_dlm.patches import apply_front_end_patches
+
+    apply_front_end_patches()
+
+
+def model_config(server=None, **hf_config):
+    hf = SimpleNamespace(
+        dlm_class="A",
+        dlm_strategy="threshold",
+        dlm_block_length=32,
+        mask_token_id=MASK,
+        eos_token_id=8,
+        dlm_server=DlmConfig(**(server or {})).model_dump(),
+    )
+    vars(hf).update(hf_config)
+    return SimpleNamespace(
+        hf_config=hf,
+        model="folder",
+        is_diffusion=True,
+        max_logprobs=20,
+        max_model_len=256,
+        get_vocab_size=lambda: 64,
+    )
+
+
+def verify(params, config=None):
+    from vllm.config import StructuredOutputsConfig
+
+    params.verify(config or model_config(), None, StructuredOutputsConfig(), None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 1},
+        {
+            "logit_bias": {3: 5.0},
+            "bad_words": ["no"],
+            "allowed_token_ids": [1, 2, MASK],
+        },
+        {"min_tokens": 4, "max_tokens": None, "ignore_eos": True},
+        {"stop": ["a"], "include_stop_str_in_output": True, "stop_token_ids": [3]},
+        {"n": 3, "logprobs": 20, "flat_logprobs": True},
+        {"detokenize": False, "skip_special_tokens": False, "stream_interval": 4},
+        {"repetition_detection": RepetitionDetectionParams(4, 1, 3)},
+        {"watermarking": False, "thinking_token_budget": -1},
+        {"extra_args": {"dlm": {"strategy": "static"}, "kv_transfer_params": {}}},
+        {"extra_args": {"dlm_threshold": "0.5"}},
+    ],
+)
+def test_honoured(options):
+    verify(SamplingParams(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": -0.5}, "frequency_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"structured_outputs": StructuredOutputsParams(regex="a")}, "structured"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"prompt_logprob_token_ids": [[1]]}, "prompt_logprob_token_ids"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"thinking_token_budget": 3}, "thinking_token_budget"),
+        ({"watermarking": True}, "watermarking"),
+        ({"routed_experts_prompt_start": 2}, "routed_experts_prompt_start"),
+        ({"trace_decode_token_ids": [1]}, "trace_decode_token_ids"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"allowed_token_ids": [MASK]}, "mask token"),
+        ({"extra_args": {"diffusion_max_steps": 3}}, "DiffusionGemma"),
+        ({"extra_args": {"dlm": {"strategy": "nope"}}}, "threshold"),
+        ({"extra_args": {"dlm_block_length": 512}}, "canvas of 256"),
+    ],
+)
+def test_refused(options, fragment):
+    with pytest.raises(VLLMValidationError, match=fragment):
+        verify(SamplingParams(**options))
+
+
+def test_logprobs_of_the_whole_vocabulary_are_refused_whatever_the_server_allows():
+    config = model_config()
+    config.max_logprobs = -1
+    with pytest.raises(VLLMValidationError, match="logprobs=-1"):
+        verify(SamplingParams(logprobs=-1), config)
+
+
+def test_the_servers_options_apply():
+    config = model_config({"strategy": "factor", "max_canvas": 16})
+    extra = {"dlm_block_length": 8, "dlm_factor": 2.0}
+    result = request.validate_sampling_params(SamplingParams(extra_args=extra), config)
+    assert (result.strategy, result.params.factor) == ("factor", 2.0)
+    with pytest.raises(VLLMValidationError, match="canvas of 16"):
+        verify(SamplingParams(extra_args={"dlm_block_length": 32}), config)
+
+
+def test_a_strategy_may_refuse_at_admission(monkeypatch):
+    from vllm_dlm.strategies.threshold import Threshold
+
+    def validate(cls, params, block_length, context):
+        raise ValueError(f"needs blocks of 8, got {block_length} ({context.cache})")
+
+    monkeypatch.setattr(Threshold, "validate", classmethod(validate))
+    with pytest.raises(VLLMValidationError, match=r"blocks of 8, got 32 \(none\)"):
+        verify(SamplingParams())
+
+
+def test_every_sampling_parameter_is_decided():
+    """A parameter that a new vLLM brings must be put into one of the two tables."""
+    public = {n for n in SamplingParams.__struct_fields__ if not n.startswith("_")}
+    assert public == request.HONOURED | request.REFUSED.keys()
+    assert not request.HONOURED & request.REFUSED.keys()
+
+
+def test_an_undecided_parameter_is_refused_when_set(monkeypatch):
+    monkeypatch.setattr(request, "HONOURED", request.HONOURED - {"top_k"})
+    verify(SamplingParams())
+    with pytest.raises(VLLMValidationError, match="top_k"):
+        verify(SamplingParams(top_k=3))
+
+
+def test_other_diffusion_models_keep_vllms_check():
+    gemma = model_config(dlm_class=None)
+    with pytest.raises(VLLMValidationError, match="not yet supported with diffusion"):
+        verify(SamplingParams(temperature=0.0), gemma)
+    verify(SamplingParams(extra_args={"diffusion_max_steps": 3}), gemma)
+
+
+def test_beam_search_is_refused_for_our_models_only():
+    from vllm.config import VllmConfig
+
+    check = VllmConfig._check_supports_watermarking
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    ours = SimpleNamespace(model_config=model_config(), watermark_config=None)
+    with pytest.raises(VLLMValidationError, match="beam search"):
+        check(ours, params)
+    assert check(ours, SamplingParams()) is False
+    other = SimpleNamespace(
+        model_config=model_config(dlm_class=None), watermark_config=None
+    )
+    assert check(other, params) is False
+
+
+def test_an_output_that_does_not_fit_is_refused_not_cut(monkeypatch):
+    from vllm.entrypoints.serve.utils import api_utils
+
+    arguments = (100, 60, 50, {})
+    monkeypatch.setitem(front_end._front_end, "ours", False)
+    assert api_utils.get_max_tokens(*arguments) == 50
+    monkeypatch.setitem(front_end._front_end, "ours", True)
+    assert api_utils.get_max_tokens(100, 50, 50, {}) == 50
+    assert api_utils.get_max_tokens(100, None, 50, {}) == 50
+    with pytest.raises(VLLMValidationError, match="at most 50"):
+        api_utils.get_max_tokens(*arguments)
+
+
+@pytest.mark.parametrize(
+    "option", ["logits_processors", "enable_trace_replay", "watermark_config"]
+)
+def test_server_options_the_sampler_would_ignore(option):
+    options = dict.fromkeys(
+        ("logits_processors", "enable_trace_replay", "watermark_config")
+    )
+    config = SimpleNamespace(model_config=SimpleNamespace(**options), **options)
+    request.refuse_server_options(config)
+    setattr(config, option, ["x"])
+    setattr(config.model_config, option, ["x"])
+    with pytest.raises(ValueError, match=option.replace("_", "-")):
+        request.refuse_server_options(config)
