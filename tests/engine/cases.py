@@ -27,6 +27,9 @@ RULES = (
 )
 """strategy or strategy/variant."""
 
+FILTER_BLOCKS = (8, 12, 16, 32)
+"""Block lengths that have a Learn2PD filter."""
+
 TIE = 1e-5
 """Scores closer than this may be ordered either way by two float32 programs."""
 
@@ -46,13 +49,13 @@ class Case:
     number: float | None = None
     """The rule's threshold, factor or EoTP threshold, where not the usual one."""
 
-    def params(self, filters: Filters, **more: Any) -> SamplingParams:
+    def params(self, **more: Any) -> SamplingParams:
         strategy, _, variant = self.rule.partition("/")
         config: dict[str, Any] = {}
         if strategy == "static":
             config["mode"] = variant
         elif strategy == "learn2pd":
-            config |= {"filter": str(filters.path(self.block)), "eotp": variant}
+            config["eotp"] = variant
             if self.number is not None:
                 config["eotp_threshold"] = self.number
         elif self.number is not None:
@@ -68,39 +71,32 @@ class Case:
         return params(self.max_tokens, dlm=dlm, **options)
 
 
-class Filters:
-    """Random Learn2PD filters, one per block length, as files and as rules.
+def filter_weights(block: int) -> dict[str, torch.Tensor]:
+    """A random Learn2PD filter, near the identity: some positions pass, some do not.
 
-    Near the identity, so that some positions pass and some do not, but with every
-    position weighing on every other: reading a wrong or missing confidence shows.
+    Every position weighs on every other: a wrong or missing confidence shows.
     """
+    generator = torch.Generator().manual_seed(block)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
 
-    def weights(self, block: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(block)
+    return {
+        "w1": torch.eye(block) + 0.05 * noise(block, block),
+        "b1": 0.05 * noise(block),
+        "w2": 12 * torch.eye(block) + 0.3 * noise(block, block),
+        "b2": -5.0 + 0.3 * noise(block),
+    }
 
-        def noise(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator)
 
-        return {
-            "w1": torch.eye(block) + 0.05 * noise(block, block),
-            "b1": 0.05 * noise(block),
-            "w2": 12 * torch.eye(block) + 0.3 * noise(block, block),
-            "b2": -5.0 + 0.3 * noise(block),
-        }
+def write_filters(folder: Path) -> None:
+    """Where an engine that serves `folder` finds them."""
+    from vllm_dlm.strategies.learn2pd_filter import Filter
 
-    def path(self, block: int) -> Path:
-        from vllm_dlm.strategies.learn2pd_filter import Filter
-
-        path = self.folder / f"filter-{block}.safetensors"
-        if not path.exists():
-            Filter(**self.weights(block)).save(path)
-        return path
-
-    def rule(self, block: int, k: int) -> Rule:
-        return procedures.learn2pd(**self.weights(block), k=k)
+    for block in FILTER_BLOCKS:
+        for cache in procedures.CACHES:
+            name = f"learn2pd/b{block}-{cache}.safetensors"
+            Filter(**filter_weights(block), cache=cache).save(folder / name)
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,6 @@ class Expected:
 def expect(
     case: Case,
     model: TinyLLaDA,
-    filters: Filters,
     *,
     max_canvas: int = 256,
     observe: Callable[[View, list[int]], None] | None = None,
@@ -134,7 +129,7 @@ def expect(
     while len(tokens) < case.max_tokens:
         left = case.max_tokens - len(tokens)
         blocks = min(-(-left // case.block), blocks_at_most)
-        rule = case_rule(case, filters, len(tokens), per_block)
+        rule = case_rule(case, len(tokens), per_block)
 
         def watch(view: View, chosen: list[int], rule: Rule = rule) -> None:
             nonlocal near_tie
@@ -168,7 +163,7 @@ def expect(
     return Expected(tokens, forwards, near_tie)
 
 
-def case_rule(case: Case, filters: Filters, begin: int, per_block: int) -> Rule:
+def case_rule(case: Case, begin: int, per_block: int) -> Rule:
     """The oracle's rule for a canvas that begins after `begin` output tokens."""
     strategy, _, variant = case.rule.partition("/")
     if strategy == "threshold":
@@ -176,7 +171,9 @@ def case_rule(case: Case, filters: Filters, begin: int, per_block: int) -> Rule:
     if strategy == "factor":
         return procedures.factor(1.0 if case.number is None else case.number)
     if strategy == "learn2pd":
-        return filters.rule(case.block, max(case.block // per_block, 1))
+        return procedures.learn2pd(
+            **filter_weights(case.block), k=max(case.block // per_block, 1)
+        )
     if variant != "random":
         return procedures.static(variant)
     first = len(case.prompt) + begin
@@ -207,12 +204,10 @@ def is_near_tie(rule: Rule, view: View, chosen: list[int]) -> bool:
     return False
 
 
-def run_cases(
-    engine: Engine, cases: Sequence[Case], filters: Filters, **more: Any
-) -> list[Finished]:
+def run_cases(engine: Engine, cases: Sequence[Case], **more: Any) -> list[Finished]:
     return engine.run(
         [case.prompt for case in cases],
-        [case.params(filters, **more) for case in cases],
+        [case.params(**more) for case in cases],
     )
 
 
@@ -234,5 +229,3 @@ def make_prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     """Ordinary words: no special token of the random checkpoints."""
     source = random.Random(f"{length}:{seed}")
     return tuple(source.randrange(110) for _ in range(length))
-
-

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.cases import Filters
+from engine.cases import write_filters
 from engine.harness import Engine
 from reference.llada import TinyLLaDA, write_random_checkpoint
 
@@ -27,7 +27,9 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Seed 2 produces an EOS now and then, early ones too.
-    return write_random_checkpoint(tmp_path_factory.mktemp("llada"), seed=2)
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("llada"), seed=2)
+    write_filters(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -36,19 +38,17 @@ def oracle(checkpoint: Path) -> TinyLLaDA:
 
 
 @pytest.fixture(scope="session")
-def filters(tmp_path_factory: pytest.TempPathFactory) -> Filters:
-    return Filters(tmp_path_factory.mktemp("filters"))
-
-
-@pytest.fixture(scope="session")
 def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
-    """`engines(**options)`: the engine with these options, started once."""
+    """`engines(dlm, **options)`: the engine with these options, started once."""
     started: dict[str, Engine] = {}
 
-    def engine(**options: Any) -> Engine:
+    def engine(dlm: dict[str, Any] | None = None, **options: Any) -> Engine:
         from vllm import LLM
 
+        # Learning would change decisions while tests run.
+        dlm = {"online_learning": False} | (dlm or {})
         options = {
+            "additional_config": {"dlm": dlm},
             "max_model_len": 256,
             "max_num_seqs": 8,
             "kv_cache_memory_bytes": 64 << 20,
@@ -80,4 +80,4 @@ def engine(engines: Callable[..., Engine]) -> Engine:
 @pytest.fixture(scope="session")
 def small_engine(engines: Callable[..., Engine]) -> Engine:
     """Canvases of at most 32 positions, context 128."""
-    return engines(max_model_len=128, additional_config={"dlm": {"max_canvas": 32}})
+    return engines(dlm={"max_canvas": 32}, max_model_len=128)

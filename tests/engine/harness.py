@@ -52,7 +52,9 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams],
     ) -> list[Finished]:
         """Decode all prompts together; the first output sequence of each."""
-        return [finished(result.outputs[0]) for result in self.outputs(prompts, sampling)]
+        return [
+            finished(result.outputs[0]) for result in self.outputs(prompts, sampling)
+        ]
 
     def outputs(
         self,

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 from engine.cases import (
     RULES,
     Case,
-    Filters,
     assert_equal,
     expect,
     make_prompt,
@@ -67,26 +64,28 @@ def sample_cases(cache: str, block: int) -> list[Case]:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cache", CACHES)
-def test_parity(
-    engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str, block: int
-):
+def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, block: int):
     cases = sample_cases(cache, block)
-    wanted = [expect(case, oracle, filters) for case in cases]
-    assert_equal(cases, run_cases(engine, cases, filters), wanted)
+    wanted = [expect(case, oracle) for case in cases]
+    assert_equal(cases, run_cases(engine, cases), wanted)
     # One request at a time.
     for i in range(0, len(cases), 5):
-        assert_equal(cases[i : i + 1], run_cases(engine, cases[i : i + 1], filters), wanted[i : i + 1])
+        assert_equal(
+            cases[i : i + 1], run_cases(engine, cases[i : i + 1]), wanted[i : i + 1]
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cache", CACHES)
 def test_parity_of_the_full_product(
-    engine: Engine, oracle: TinyLLaDA, filters: Filters, cache: str, block: int
+    engine: Engine, oracle: TinyLLaDA, cache: str, block: int
 ):
     cases = all_cases(cache, block)
-    wanted = [expect(case, oracle, filters) for case in cases]
-    assert_equal(cases, run_cases(engine, cases, filters), wanted)
+    wanted = [expect(case, oracle) for case in cases]
+    assert_equal(cases, run_cases(engine, cases), wanted)
     solo = random.Random(0).sample(range(len(cases)), 60)
     for i in solo:
-        assert_equal(cases[i : i + 1], run_cases(engine, cases[i : i + 1], filters), wanted[i : i + 1])
+        assert_equal(
+            cases[i : i + 1], run_cases(engine, cases[i : i + 1]), wanted[i : i + 1]
+        )

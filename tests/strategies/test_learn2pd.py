@@ -259,32 +259,28 @@ def test_where_filters_are_looked_for(tmp_path, caplog):
     assert found is not None
     assert found.source == "learned"
 
-    random_filter(1, width=4).save(model / "learn2pd.safetensors")
+    shipped = model / "learn2pd" / "b8-dual.safetensors"
+    random_filter(1, width=4).save(shipped)
     found = find_filter(context, 8)
     assert found is not None
     assert found.source == "learned"  # another block length is passed over
     with caplog.at_level(logging.WARNING):
-        replace(STEEP, source="any", cache="none").save(model / "learn2pd.safetensors")
+        replace(STEEP, source="shipped", cache="none").save(shipped)
         found = find_filter(context, 8)
     assert found is not None
-    assert found.source == "any"
+    assert found.source == "shipped"
     assert "trained under the cache policy 'none', but 'dual' is served" in caplog.text
-
-    replace(STEEP, source="exact").save(model / "learn2pd-b8-dual.safetensors")
-    found = find_filter(context, 8)
-    assert found is not None
-    assert found.source == "exact"
     assert Learn2PD(Learn2PDParams(), 8, context).has_filter
 
 
 def test_without_a_filter_it_is_the_threshold_rule(tmp_path, caplog):
-    random_filter(1, width=4).save(tmp_path / "learn2pd-b4-none.safetensors")
+    random_filter(1, width=4).save(tmp_path / "learn2pd" / "b4-none.safetensors")
     context = replace(CPU, model=str(tmp_path))
     with caplog.at_level(logging.WARNING):
         strategies = [Learn2PD(Learn2PDParams(), 8, context) for _ in range(3)]
     assert len(caplog.records) == 1
     assert "until a filter is learned" in caplog.text
-    assert "learn2pd-b4-none.safetensors (block length 4" in caplog.text
+    assert "b4-none.safetensors (block length 4" in caplog.text
     assert not strategies[0].has_filter
     assert chosen(strategies[0], make_view([C8])) == [[1, 5]]
     strategies[0].set_filter(STEEP)
@@ -296,7 +292,7 @@ def test_a_named_file_must_fit(tmp_path, caplog):
     fits, wide = tmp_path / "fits.safetensors", tmp_path / "wide.safetensors"
     replace(STEEP, model_key="another").save(fits)
     random_filter(1, width=32).save(wide)
-    STEEP.save(tmp_path / "learn2pd.safetensors")
+    STEEP.save(tmp_path / "learn2pd" / "b8-none.safetensors")
     context = replace(CPU, model=str(tmp_path), model_key="this")
     Learn2PD.validate(Learn2PDParams(), 16, context)
     Learn2PD.validate(Learn2PDParams(filter=str(fits)), 8, context)

@@ -121,10 +121,11 @@ class Candidates:
     def _rows_to_draw(
         self, rows: list[int], plan: SegmentPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of `rows`, by index: those with a temperature; those with top-k or top-p."""
+        """Of `rows`, by index: those with a temperature, without and with top-k/p."""
         params = [self.state.requests[plan.slots_cpu[row]].params for row in rows]
-        tempered = [i for i, p in enumerate(params) if p.temperature > 0]
-        truncated = [i for i in tempered if params[i].top_k > 0 or params[i].top_p < 1]
+        warm = [i for i, p in enumerate(params) if p.temperature > 0]
+        truncated = [i for i in warm if params[i].top_k > 0 or params[i].top_p < 1]
+        tempered = [i for i in warm if i not in truncated]
         device = plan.slots.device
         return (
             torch.tensor(tempered, dtype=torch.int64, device=device),

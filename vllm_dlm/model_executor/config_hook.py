@@ -9,10 +9,13 @@ budget that holds one whole prompt plus canvas.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import psutil
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vllm_dlm.config import server_config
 from vllm_dlm.request import refuse_server_options
@@ -92,3 +95,37 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         # A page's KV changes with the canvas in every forward: nothing to share.
         vllm_config.cache_config.enable_prefix_caching = False
         vllm_config.attention_config.use_non_causal = True
+        if current_platform.is_cpu():
+            _size_cpu_kv_cache(vllm_config)
+
+
+def _size_cpu_kv_cache(vllm_config: VllmConfig) -> None:
+    """Take what the requests can use, not 92 % of the machine's memory.
+
+    vLLM's default for a CPU is a share of all memory, and it refuses to start where
+    neighbours hold some of it.
+    """
+    cache, model_config = vllm_config.cache_config, vllm_config.model_config
+    default = type(cache).__pydantic_fields__["gpu_memory_utilization"].default
+    if (
+        cache.kv_cache_memory_bytes is not None
+        or cache.gpu_memory_utilization != default
+        or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+    ):
+        return
+    parallel = vllm_config.parallel_config
+    token_bytes = (
+        2
+        * model_config.get_num_layers(parallel)
+        * model_config.get_num_kv_heads(parallel)
+        * model_config.get_head_size()
+        * model_config.dtype.itemsize
+    )
+    tokens = vllm_config.scheduler_config.max_num_seqs * model_config.max_model_len
+    share = psutil.virtual_memory().available // (2 * parallel.tensor_parallel_size)
+    cache.kv_cache_memory_bytes = min(tokens * token_bytes, share)
+    logger.info(
+        "KV cache: %.2f GiB, enough for %d tokens; --kv-cache-memory-bytes sets it.",
+        cache.kv_cache_memory_bytes / 2**30,
+        cache.kv_cache_memory_bytes // token_bytes,
+    )

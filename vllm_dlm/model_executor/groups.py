@@ -7,7 +7,7 @@ may differ from row to row and live in one tensor per parameter, addressed by sl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -124,7 +124,8 @@ def _rows(view: View, index: slice | torch.Tensor, width: int) -> View:
         rows = tensor[index]
         return rows[:, :width] if rows.dim() == 2 else rows
 
-    return View(**{name: pick(value) for name, value in vars(view).items()})
+    parts: dict[str, Any] = {name: pick(part) for name, part in vars(view).items()}
+    return View(**parts)
 
 
 def _merge(

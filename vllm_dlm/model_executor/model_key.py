@@ -38,8 +38,6 @@ def model_key(model: str, revision: str | None, hf_config: Any) -> str:
     if folder.is_dir():
         digest = hashlib.blake2b(digest_size=16)
         for file in sorted(folder.glob("*.safetensors")):
-            if file.name.startswith("learn2pd"):
-                continue  # what is learned about the weights is not the weights
             digest.update(f"{file.name}:{file.stat().st_size};".encode())
             with file.open("rb") as stream:
                 # The header names every tensor; the head of the data tells

@@ -183,8 +183,7 @@ def available(context: Context) -> list[Path]:
     model, filed = Path(context.model), _filed_under(context)
     found: list[Path] = []
     if model.is_dir():
-        found += [*model.glob("learn2pd-b*.safetensors")]
-        found += [*model.glob("learn2pd.safetensors")]
+        found += model.glob("learn2pd/b*.safetensors")
     if filed is not None and filed.is_dir():
         found += filed.glob("b*.safetensors")
     return sorted(found)
@@ -193,10 +192,10 @@ def available(context: Context) -> list[Path]:
 def find_filter(context: Context, block_length: int) -> Filter | None:
     """The filter trained for this model, block length and cache policy, if any.
 
-    Looked for, in this order: `learn2pd-b{B}-{cache}.safetensors` and
-    `learn2pd.safetensors` in the model folder, then
-    `{model_key}/b{B}-{cache}.safetensors` in the option `filter_dir`. Warns if it was
-    trained under another cache policy or on another model.
+    Looked for as `b{B}-{cache}.safetensors`, in this order: in the folder `learn2pd`
+    of the model folder (not beside the weights: vLLM loads every safetensors file
+    there), then in `{model_key}` of the option `filter_dir`. Warns if it was trained
+    under another cache policy or on another model.
     """
     for path in _places(context, block_length):
         if path.is_file():
@@ -235,7 +234,7 @@ def _filed_under(context: Context) -> Path | None:
 
 def _places(context: Context, block_length: int) -> Iterator[Path]:
     model, filed = Path(context.model), _filed_under(context)
-    yield model / f"learn2pd-b{block_length}-{context.cache}.safetensors"
-    yield model / "learn2pd.safetensors"
+    name = f"b{block_length}-{context.cache}.safetensors"
+    yield model / "learn2pd" / name
     if filed is not None:
-        yield filed / f"b{block_length}-{context.cache}.safetensors"
+        yield filed / name

@@ -11,7 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer

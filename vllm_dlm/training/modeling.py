@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # Wider than the 0.02 of large models: with 128 dimensions that learns slowly.
 INIT_STD = 0.06
 
