@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Admission: what is honoured passes, what is not is a 400, nothing is ignored."""
 
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -179,16 +180,29 @@ def test_an_output_that_does_not_fit_is_refused_not_cut(monkeypatch):
         api_utils.get_max_tokens(*arguments)
 
 
-@pytest.mark.parametrize(
-    "option", ["logits_processors", "enable_trace_replay", "watermark_config"]
-)
-def test_server_options_the_sampler_would_ignore(option):
-    options = dict.fromkeys(
-        ("logits_processors", "enable_trace_replay", "watermark_config")
+def server_options(**changed: object) -> SimpleNamespace:
+    """A VllmConfig's options, none set but `changed` (by the end of their path)."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
+        parallel_config=SimpleNamespace(),
     )
-    config = SimpleNamespace(model_config=SimpleNamespace(**options), **options)
-    request.refuse_server_options(config)
-    setattr(config, option, ["x"])
-    setattr(config.model_config, option, ["x"])
-    with pytest.raises(ValueError, match=option.replace("_", "-")):
+    for path in (*request.SERVER_OPTIONS.values(), "model_config.logprobs_mode"):
+        *parents, name = path.split(".")
+        owner = attrgetter(*parents)(config) if parents else config
+        unset = getattr(owner, name, None)
+        setattr(owner, name, changed.get(name, unset))
+    return config
+
+
+@pytest.mark.parametrize("flag", request.SERVER_OPTIONS)
+def test_server_options_the_engine_would_ignore(flag):
+    request.refuse_server_options(server_options())
+    name = request.SERVER_OPTIONS[flag].rpartition(".")[2]
+    with pytest.raises(ValueError, match=flag):
+        request.refuse_server_options(server_options(**{name: ["x"]}))
+
+
+def test_other_logprobs_than_the_raw_ones():
+    config = server_options(logprobs_mode="processed_logprobs")
+    with pytest.raises(ValueError, match="only raw_logprobs"):
         request.refuse_server_options(config)

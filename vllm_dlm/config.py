@@ -99,8 +99,8 @@ class DlmConfig(BaseModel):
     )
     reference_exact: bool = Field(
         default=False,
-        description="Decode as the published reference code does, its quirks included "
-        "(the mask token may be chosen, float64 sampling): to compare, not to serve.",
+        description="Let the mask token be predicted, as the published reference code "
+        "does: to compare with it, not to serve.",
     )
     max_canvas: Count | None = Field(
         default=None,

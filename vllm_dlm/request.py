@@ -7,8 +7,8 @@ What they cannot honour is refused here, in the API process, as HTTP 400.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -218,20 +218,31 @@ def refuse_long_request(
         )
 
 
+SERVER_OPTIONS: dict[str, str] = {
+    "--logits-processors": "model_config.logits_processors",
+    "--enable-trace-replay": "model_config.enable_trace_replay",
+    "--watermark-config": "watermark_config",
+    "--kv-transfer-config": "kv_transfer_config",
+    "--enable-dbo": "parallel_config.enable_dbo",
+    "--enable-batch-sharded-sampling": "parallel_config.enable_batch_sharded_sampling",
+}
+"""Server options that the engine would ignore: flag -> where `VllmConfig` keeps it."""
+
+
 def refuse_server_options(vllm_config: Any) -> None:
-    """Refuse server options that our sampler would ignore; for the config hook.
+    """Refuse server options that the engine would ignore; for the config hook.
 
     Raises:
         ValueError: such an option is set.
     """
-    model_config = vllm_config.model_config
-    checks: dict[str, Callable[[], Any]] = {
-        "--logits-processors": lambda: model_config.logits_processors,
-        "--enable-trace-replay": lambda: model_config.enable_trace_replay,
-        "--watermark-config": lambda: vllm_config.watermark_config,
-    }
-    for flag, is_set in checks.items():
-        if is_set():
+    for flag, path in SERVER_OPTIONS.items():
+        if attrgetter(path)(vllm_config):
             raise ValueError(
                 f"{flag} is not supported for diffusion language models; remove it"
             )
+    mode = vllm_config.model_config.logprobs_mode
+    if mode != "raw_logprobs":
+        raise ValueError(
+            f"--logprobs-mode {mode} is not supported for diffusion language models; "
+            "only raw_logprobs is"
+        )

@@ -49,7 +49,7 @@ class Case:
     number: float | None = None
     """The rule's threshold, factor or EoTP threshold, where not the usual one."""
 
-    def params(self, **more: Any) -> SamplingParams:
+    def params(self, reference_exact: bool = False, **more: Any) -> SamplingParams:
         strategy, _, variant = self.rule.partition("/")
         config: dict[str, Any] = {}
         if strategy == "static":
@@ -66,6 +66,7 @@ class Case:
             "cache": self.cache,
             "block_length": self.block,
             "steps": self.steps,
+            "reference_exact": reference_exact,
         }
         options = {"ignore_eos": self.ignore_eos, "seed": self.seed} | more
         return params(self.max_tokens, dlm=dlm, **options)

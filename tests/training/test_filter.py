@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of Learn2PD's filter, on traces whose truth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from vllm_dlm.model_executor.traces import IGNORED, RIGHT, WRONG, Traces
+from vllm_dlm.strategies.base import Context
+from vllm_dlm.strategies.learn2pd_filter import find_filter
 from vllm_dlm.training.filter import THRESHOLD, filter_path, train_filter
 from vllm_dlm.training.traces import load_traces, save_traces
 
@@ -83,6 +88,14 @@ def test_a_file_that_holds_no_traces_is_refused(tmp_path):
 
 def test_a_filter_is_saved_where_a_server_looks(tmp_path):
     filter, _ = train_filter(neighbour_traces(40), steps=10)
-    path = filter_path(tmp_path, filter)
-    assert path.parent.parent == tmp_path
-    assert path.name == f"b{WIDTH}-.safetensors"
+    filter = replace(filter, model_key="m-1", cache="dual")
+    filter.save(filter_path(tmp_path, filter))
+    context = Context(
+        device=torch.device("cpu"),
+        model="some/model",
+        model_key="m-1",
+        cache="dual",
+        options={"filter_dir": str(tmp_path)},
+    )
+    assert find_filter(context, WIDTH) is not None
+    assert find_filter(replace(context, cache="none"), WIDTH) is None

@@ -212,6 +212,10 @@ class DenoisingSampler:
 
         # The reply: tokens that became final, then where the canvas ends.
         old = state.emitted[slots]
+        # vLLM has counted the last step's canvas end as a token: a step each, that
+        # would run past its row of token ids.
+        total_len = state.prompt_len[slots] + old
+        self.req_states.total_len.gpu[slots] = total_len.to(torch.int32)
         new = torch.maximum(old, frontier - state.prompt_len[slots])
         state.emitted[slots] = new
         count = new - old

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
@@ -242,6 +243,13 @@ class DlmModelState(ModelState):
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Nothing beyond vLLM's own dummy token ids."""
         return {}
+
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str]:
+        """No full CUDA graphs: a plan's key lengths are new tensors in each step.
+
+        Piecewise graphs, which leave attention out, are fine.
+        """
+        return AttentionCGSupport.NEVER, "SegmentPlan"
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Ours replaces vLLM's; there is no rejection sampling."""

@@ -30,7 +30,7 @@ MUON_LEARNING_RATE = 3e-3
 ADAM_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 200
 # Warm-up, constant, then a fall to zero over the last part of the steps.
-DECAY_SHARE = 0.4
+DECAY_SHARE = 0.65
 # Token budget of a batch: short rows come in larger batches.
 BATCH_TOKENS = 3072
 # The row is prompt plus canvas, without padding: the canvas takes what the prompt
