@@ -15,6 +15,7 @@ from vllm.sampling_params import (
 
 from vllm_dlm import front_end, request
 from vllm_dlm.config import DlmConfig
+from vllm_dlm.patches import apply_front_end_patches
 
 MASK = 9
 
@@ -170,6 +171,8 @@ def test_beam_search_is_refused_for_our_models_only():
 def test_an_output_that_does_not_fit_is_refused_not_cut(monkeypatch):
     from vllm.entrypoints.serve.utils import api_utils
 
+    # In a server that module is loaded before the plugins are.
+    apply_front_end_patches()
     arguments = (100, 60, 50, {})
     monkeypatch.setitem(front_end._front_end, "ours", False)
     assert api_utils.get_max_tokens(*arguments) == 50

@@ -138,34 +138,36 @@ def test_literal_mask_token_in_a_prompt_is_text(
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
-    """The mask id has mass and may be chosen, as in the published loop.
+    """The mask id has mass and may be chosen, as in the published static loop.
 
-    Only static schedules, one block, and only the requests that leave no mask behind:
-    the published loop goes on to fill such masks from later blocks, the engine ends
-    a block for good.
+    One block: the published loop goes on to fill masks that are left over from later
+    blocks, the engine ends a block for good, with the mask id as a token.
     """
-    numbers = range(24)
     cases = [
         Case(
-            make_prompt(number % 40 + 1, number),
+            make_prompt(number + 1, number),
             cache=cache,
             block=32,
             max_tokens=32,
             steps=None if number % 3 else 11,
             ignore_eos=True,
         )
-        for number in numbers
+        for number in range(24)
     ]
     wanted = [expect(case, oracle, forbid_mask=False) for case in cases]
     got = run_cases(engine, cases, reference_exact=True)
-    print([(w.tokens==g.tokens, w.forwards==g.forwards, w.tokens.count(oracle.mask_id), g.tokens.count(oracle.mask_id)) for w,g in zip(wanted,got)])
-    complete = [i for i in numbers if oracle.mask_id not in wanted[i].tokens]
-    assert len(complete) >= 10
-    assert_equal(*([list_[i] for i in complete] for list_ in (cases, got, wanted)))
-    # It makes a difference.
-    plain = [expect(cases[i], oracle) for i in complete]
-    assert sum(wanted[i] != other for i, other in zip(complete, plain, strict=True)) > 0
-    assert 0
+    # Steps that wasted themselves on the mask id count as well.
+    assert {result.forwards for result in got} == {11, 32}
+    by_schedule = [
+        replace(expected, forwards=case.steps or case.block)
+        for case, expected in zip(cases, wanted, strict=True)
+    ]
+    assert_equal(cases, got, by_schedule)
+    with_masks = sum(oracle.mask_id in expected.tokens for expected in wanted)
+    assert 3 <= with_masks <= 20
+    # Elsewhere its mass alone makes a difference.
+    banned = [expect(case, oracle).tokens for case in cases]
+    assert sum(e.tokens != b for e, b in zip(wanted, banned, strict=True)) > with_masks
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -62,17 +62,20 @@ def sample_cases(cache: str, block: int) -> list[Case]:
     ]
 
 
+def check(engine: Engine, oracle: TinyLLaDA, cases: list[Case], solo: int) -> None:
+    """All cases eight at a time, and `solo` of them again, one at a time."""
+    wanted = [expect(case, oracle) for case in cases]
+    assert_equal(cases, run_cases(engine, cases), wanted)
+    alone = random.Random(0).sample(range(len(cases)), solo)
+    cases = [cases[i] for i in alone]
+    got = [run_cases(engine, [case])[0] for case in cases]
+    assert_equal(cases, got, [wanted[i] for i in alone])
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("cache", CACHES)
 def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, block: int):
-    cases = sample_cases(cache, block)
-    wanted = [expect(case, oracle) for case in cases]
-    assert_equal(cases, run_cases(engine, cases), wanted)
-    # One request at a time.
-    for i in range(0, len(cases), 5):
-        assert_equal(
-            cases[i : i + 1], run_cases(engine, cases[i : i + 1]), wanted[i : i + 1]
-        )
+    check(engine, oracle, sample_cases(cache, block), solo=4)
 
 
 @pytest.mark.slow
@@ -81,11 +84,4 @@ def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, block: int):
 def test_parity_of_the_full_product(
     engine: Engine, oracle: TinyLLaDA, cache: str, block: int
 ):
-    cases = all_cases(cache, block)
-    wanted = [expect(case, oracle) for case in cases]
-    assert_equal(cases, run_cases(engine, cases), wanted)
-    solo = random.Random(0).sample(range(len(cases)), 60)
-    for i in solo:
-        assert_equal(
-            cases[i : i + 1], run_cases(engine, cases[i : i + 1]), wanted[i : i + 1]
-        )
+    check(engine, oracle, all_cases(cache, block), solo=60)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from vllm_dlm.model_executor.traces import IGNORED, RIGHT, WRONG, Traces
 from vllm_dlm.strategies.base import Context
 from vllm_dlm.strategies.learn2pd_filter import find_filter

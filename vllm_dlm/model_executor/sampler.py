@@ -75,16 +75,14 @@ class DenoisingSampler:
         plan = self.state.take_plan()
         if plan is None:
             return _nothing_sampled(input_batch.num_reqs, logits.device)
-        view, raw = self._view(logits, plan)
+        view = self._view(logits, plan)
         self.learning.observe(view, plan)
         decision = self._safe(view, self.groups.select(view, plan), plan)
-        self.logprobs.record(raw, view, decision, plan)
+        self.logprobs.record(logits, view, decision, plan)
         return self._advance(view, decision, plan)
 
-    def _view(
-        self, logits: torch.Tensor, plan: SegmentPlan
-    ) -> tuple[View, torch.Tensor]:
-        """Statistics of the active blocks, [R, B], and the logits they came from."""
+    def _view(self, logits: torch.Tensor, plan: SegmentPlan) -> View:
+        """Statistics of the active blocks, [R, B]; bans the mask id in `logits`."""
         state, slots = self.state, plan.slots
         shape = plan.positions.shape
         exact = state.exact[slots]
@@ -115,7 +113,7 @@ class DenoisingSampler:
             block_masks // budget + (step < block_masks % budget).long(),
             shape[1],
         ).clamp(min=1)
-        view = View(
+        return View(
             tokens=state.tokens[slots[:, None], positions].long(),
             masked=masked,
             valid=plan.valid,
@@ -129,7 +127,6 @@ class DenoisingSampler:
             margin=None if stats.margin is None else stats.margin.view(shape),
             uniform=noise,
         )
-        return view, logits
 
     def _safe(self, view: View, decision: Decision, plan: SegmentPlan) -> Decision:
         """Hold any strategy to the rules of decoding."""
@@ -153,6 +150,9 @@ class DenoisingSampler:
         exact_limit = torch.minimum(limit, state.steps_per_block[slots])
         limit = torch.where(state.exact[slots], exact_limit, limit)
         last = (view.step + 1 >= limit)[:, None]
+        # The references' schedule ends with masks where masks were predicted.
+        left = state.exact[slots][:, None] & last & ~commit
+        new_tokens = torch.where(left, state.mask_id, new_tokens)
         commit = torch.where(last, view.masked, commit)
         return Decision(
             commit=commit,
@@ -183,7 +183,7 @@ class DenoisingSampler:
         masked = (view.masked & ~commit) | stays | remask
 
         # Truncation: what lies right of the cut no longer exists.
-        canvas_end = state.canvas_end[slots]
+        uncut_end = canvas_end = state.canvas_end[slots]
         if decision.truncate_at is not None:
             cut = decision.truncate_at
             cut_end = torch.where(cut >= 0, block_start + cut + 1, canvas_end)
@@ -225,10 +225,12 @@ class DenoisingSampler:
         sampled = state.tokens[
             slots[:, None], source.clamp(max=state.tokens.shape[1] - 1)
         ].long()
-        continues = state.prompt_len[slots] + new < canvas_end
-        at_end = (reach == count[:, None]) & continues[:, None]
+        # Said of a full canvas only if it was cut just now: vLLM also writes this
+        # number into its row of token ids, which may end with the canvas.
+        says_end = state.prompt_len[slots] + new < uncut_end
+        at_end = (reach == count[:, None]) & says_end[:, None]
         sampled = torch.where(at_end, -(canvas_end[:, None] + 1), sampled)
-        num_sampled = (count + continues.long()).to(torch.int32)
+        num_sampled = (count + says_end.long()).to(torch.int32)
 
         # Where the next forward of each request starts, by the rule that the
         # scheduler applies too (`cache.plan_rows`).

@@ -169,6 +169,24 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 request.block_canvas_end = request.canvas_end
         return outputs
 
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        """Append and stop as vLLM does; a full canvas that was cut stops too.
+
+        Its strategy said that the text ends there, also where no stop token came.
+        """
+        new_token_ids, stopped = super()._update_request_with_output(
+            request, new_token_ids, is_stale
+        )
+        assert isinstance(request, CanvasRequest)
+        if not stopped and (
+            request.num_tokens == request.canvas_end < request.block_canvas_end
+        ):
+            request.status = RequestStatus.FINISHED_STOPPED
+            stopped = True
+        return new_token_ids, stopped
+
     def _canvas_rows(self, request_id: str, num_rows: int) -> int:
         """How many of the rows just computed for a request were canvas."""
         request = self.requests.get(request_id)

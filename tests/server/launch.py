@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `vllm serve` process of its own, and what its users see of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+MODEL = "llada-tiny"
+VLLM = str(Path(sys.executable).with_name("vllm"))
+COMMAND = [
+    *(VLLM, "serve", "--model", MODEL, "--dlm-strategy", "threshold"),
+    # Float32: equal texts are compared. Eager: a start without compilation.
+    *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"),
+    # Nothing of a test run shall be kept.
+    "--no-dlm-online-learning",
+]
+
+START_SECONDS = 300
+REPLY_SECONDS = 120
+IDLE_SECONDS = 60
+"""Limits against hanging, generous: cores may be shared."""
+
+
+class Server:
+    """A running server, over HTTP only."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client = openai.OpenAI(**self.client_options())
+
+    def client_options(self) -> dict[str, Any]:
+        """Arguments of an `openai` client of this server: no second tries."""
+        return {
+            "base_url": f"{self.url}/v1",
+            "api_key": "none",
+            "max_retries": 0,
+            "timeout": REPLY_SECONDS,
+        }
+
+    # -- requests ----------------------------------------------------------
+
+    def complete(self, prompt: str = "Copy [Ada, Ben]", **options: Any) -> Any:
+        """A completion; options that `openai` does not know go into the body."""
+        return self.client.completions.create(
+            model=MODEL, prompt=prompt, **split_options(options)
+        )
+
+    def text(self, prompt: str = "Copy [Ada, Ben]", **options: Any) -> str:
+        """The text of a completion."""
+        return self.complete(prompt, **options).choices[0].text
+
+    def chat(self, question: str = "Copy [Ada, Ben]", **options: Any) -> Any:
+        """A chat completion of one question."""
+        messages = [{"role": "user", "content": question}]
+        return self.client.chat.completions.create(
+            model=MODEL, messages=messages, **split_options(options)
+        )
+
+    # -- what it reports ---------------------------------------------------
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric's samples; `name` may end in labels, as `x{reason="y"`."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=REPLY_SECONDS).text.splitlines()
+        prefix, _, label = name.partition("{")
+        values = [
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith(prefix + "{") and label in line
+        ]
+        assert values, f"no metric {name}"
+        return sum(values)
+
+    def load(self) -> tuple[float, float, float]:
+        """Requests running, requests waiting, share of the KV cache in use."""
+        return (
+            self.metric("vllm:num_requests_running"),
+            self.metric("vllm:num_requests_waiting"),
+            self.metric("vllm:kv_cache_usage_perc"),
+        )
+
+    def wait_until_idle(self) -> None:
+        """Wait until no request and no KV page is left."""
+        until(lambda: self.load() == (0, 0, 0), f"still busy: {self.load}")
+
+
+def split_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Greedy unless told otherwise; fields that are vLLM's own go to `extra_body`."""
+    own = {
+        *("vllm_xargs", "min_tokens", "ignore_eos", "stop_token_ids", "top_k", "min_p"),
+        *("return_token_ids", "repetition_penalty", "structured_outputs"),
+        *("prompt_logprobs", "use_beam_search", "include_stop_str_in_output"),
+    }
+    known = {name: value for name, value in options.items() if name not in own}
+    body = {name: value for name, value in options.items() if name in own}
+    return {"temperature": 0, **known, "extra_body": body}
+
+
+def until(condition: Callable[[], bool], message: str) -> None:
+    """Wait for `condition`, but not for ever."""
+    deadline = time.monotonic() + IDLE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, message
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def running_server(log: Path) -> Iterator[Server]:
+    """Start `COMMAND` on a free port; stop it in the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*COMMAND, "--host", "127.0.0.1", "--port", str(port)]
+    # A user's server, not the in-process engine that the other tests ask for.
+    environment = dict(os.environ)
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for_health(url, process, log)
+        yield Server(url)
+        assert process.poll() is None, f"the server died:\n{tail(log)}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for_health(url: str, process: subprocess.Popen[Any], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        assert process.poll() is None, f"the server did not start:\n{tail(log)}"
+        assert time.monotonic() < deadline, f"the server is not up:\n{tail(log)}"
+        time.sleep(0.5)
+
+
+def tail(log: Path, num_lines: int = 60) -> str:
+    """The end of a server's log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
