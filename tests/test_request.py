@@ -97,7 +97,7 @@ def test_honoured(options):
         ({"allowed_token_ids": [MASK]}, "mask token"),
         ({"extra_args": {"diffusion_max_steps": 3}}, "DiffusionGemma"),
         ({"extra_args": {"dlm": {"strategy": "nope"}}}, "threshold"),
-        ({"extra_args": {"dlm_block_length": 512}}, "canvas of 256"),
+        ({"extra_args": {"dlm_block_length": 512}}, "in a request: 64"),
     ],
 )
 def test_refused(options, fragment):
@@ -117,7 +117,7 @@ def test_the_servers_options_apply():
     extra = {"dlm_block_length": 8, "dlm_factor": 2.0}
     result = request.validate_sampling_params(SamplingParams(extra_args=extra), config)
     assert (result.strategy, result.params.factor) == ("factor", 2.0)
-    with pytest.raises(VLLMValidationError, match="canvas of 16"):
+    with pytest.raises(VLLMValidationError, match="in a request: 16"):
         verify(SamplingParams(extra_args={"dlm_block_length": 32}), config)
 
 

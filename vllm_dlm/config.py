@@ -39,6 +39,13 @@ SERVER_ONLY = ("max_canvas", "online_learning", "filter_dir", "record_traces")
 SERVER_PARAMETER = {"server_only": True}
 """`json_schema_extra` of a strategy parameter that no request may set (paths, say)."""
 
+LONGEST_REQUEST_BLOCK = 64
+"""Positions; a request may not ask for longer blocks, unless the server's are longer.
+
+Every request of a batch gets logits for as many rows as the longest block has, so one
+client's long block would be paid for by all.
+"""
+
 PREFIX = "dlm_"
 """Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
 
@@ -231,7 +238,7 @@ def server_config(vllm_config: Any) -> DlmConfig:
         defaults = ModelDefaults.from_hf_config(model_config.hf_config)
         resolved = resolve(config, None, defaults)
         limit = config.canvas_limit(model_config.max_model_len)
-        if config.block_length is not None and resolved.block_length > limit:
+        if resolved.block_length > limit:
             raise ValueError(
                 f"block_length {resolved.block_length} does not fit into a canvas of "
                 f"{limit} positions; lower it or raise max_canvas"

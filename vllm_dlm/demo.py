@@ -178,8 +178,8 @@ def _compare(problems: list[Problem]) -> None:
         )
     console.print(table)
     console.print(
-        "A request ends at its end-of-text token, so `static` spends one block of 32 "
-        f"forwards; LLaDA's own loop would spend all {MAX_TOKENS}."
+        "A request ends at its end-of-text token, so `static` spends at most one block "
+        f"of 32 forwards here; LLaDA's own loop would spend all {MAX_TOKENS}."
     )
 
 

@@ -147,7 +147,12 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
 def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
     import torch
 
-    from vllm_dlm.config import ModelDefaults, resolve, served_config
+    from vllm_dlm.config import (
+        LONGEST_REQUEST_BLOCK,
+        ModelDefaults,
+        resolve,
+        served_config,
+    )
     from vllm_dlm.strategies import STRATEGIES
     from vllm_dlm.strategies.base import Context
 
@@ -160,11 +165,16 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
     hf_config = model_config.hf_config
     server = served_config(hf_config)
     config = resolve(server, params.extra_args, ModelDefaults.from_hf_config(hf_config))
-    limit = server.canvas_limit(model_config.max_model_len)
+    defaults = ModelDefaults.from_hf_config(hf_config)
+    own = server.block_length or defaults.block_length
+    limit = min(
+        max(own, LONGEST_REQUEST_BLOCK),
+        server.canvas_limit(model_config.max_model_len),
+    )
     if config.block_length > limit:
         raise ValueError(
-            f"block_length {config.block_length} does not fit into the server's canvas "
-            f"of {limit} positions"
+            f"block_length {config.block_length} is more than this server takes in a "
+            f"request: {limit}"
         )
     context = Context(
         device=torch.device("cpu"),

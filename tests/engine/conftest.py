@@ -51,7 +51,10 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
             "additional_config": {"dlm": dlm},
             "max_model_len": 256,
             "max_num_seqs": 8,
-            "kv_cache_memory_bytes": 64 << 20,
+            # Small pages, the smallest that a CPU has, so that blocks begin and end
+            # anywhere in them; enough for all 8 requests.
+            "block_size": 32,
+            "num_gpu_blocks_override": 80,
         } | options
         key = repr(sorted(options.items()))
         if key not in started:
@@ -79,5 +82,7 @@ def engine(engines: Callable[..., Engine]) -> Engine:
 
 @pytest.fixture(scope="session")
 def small_engine(engines: Callable[..., Engine]) -> Engine:
-    """Canvases of at most 32 positions, context 128."""
-    return engines(dlm={"max_canvas": 32}, max_model_len=128)
+    """Canvases of at most 32 positions, context 128, pages for three of those."""
+    return engines(
+        dlm={"max_canvas": 32}, max_model_len=128, num_gpu_blocks_override=13
+    )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,9 +88,10 @@ class Engine:
     def busy(self) -> bool:
         return self.llm.llm_engine.has_unfinished_requests()
 
-    def drain(self) -> dict[str, Finished]:
-        """Step until nothing is left; what finished, by request id."""
-        return collect(self.step() for _ in iter(lambda: self.busy, False))
+    def flush(self) -> None:
+        """One step more: the worker hears of finished requests with the next batch."""
+        assert not self.busy
+        self.step()
 
     # -- insides -----------------------------------------------------------
 
@@ -106,13 +107,3 @@ class Engine:
     @property
     def free_pages(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-
-
-def collect(steps: Iterable[list[RequestOutput]]) -> dict[str, Finished]:
-    """Finished outputs of some steps, by request id."""
-    return {
-        output.request_id: finished(output.outputs[0])
-        for step in steps
-        for output in step
-        if output.finished
-    }

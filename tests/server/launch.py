@@ -69,29 +69,27 @@ class Server:
 
     # -- what it reports ---------------------------------------------------
 
-    def metric(self, name: str) -> float:
-        """Sum of a metric's samples; `name` may end in labels, as `x{reason="y"`."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=REPLY_SECONDS).text.splitlines()
-        prefix, _, label = name.partition("{")
-        values = [
-            float(line.rpartition(" ")[2])
-            for line in lines
-            if line.startswith(prefix + "{") and label in line
-        ]
-        assert values, f"no metric {name}"
-        return sum(values)
+    def metrics(self, *names: str) -> tuple[float, ...]:
+        """Values of vLLM's metrics at one moment, summed over their labels."""
+        lines = httpx.get(
+            f"{self.url}/metrics", timeout=REPLY_SECONDS
+        ).text.splitlines()
+        values = []
+        for name in names:
+            found = [line for line in lines if line.startswith(f"vllm:{name}{{")]
+            assert found, f"no metric {name}"
+            values.append(sum(float(line.rpartition(" ")[2]) for line in found))
+        return tuple(values)
 
-    def load(self) -> tuple[float, float, float]:
+    def load(self) -> tuple[float, ...]:
         """Requests running, requests waiting, share of the KV cache in use."""
-        return (
-            self.metric("vllm:num_requests_running"),
-            self.metric("vllm:num_requests_waiting"),
-            self.metric("vllm:kv_cache_usage_perc"),
+        return self.metrics(
+            "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
         )
 
     def wait_until_idle(self) -> None:
         """Wait until no request and no KV page is left."""
-        until(lambda: self.load() == (0, 0, 0), f"still busy: {self.load}")
+        until(lambda: self.load() == (0, 0, 0), "requests or KV pages are left behind")
 
 
 def split_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "block length a boolean": (dlm(block_length=True), ["block_length", "integer"]),
     "steps no integer": (xargs(dlm_steps="many"), ["steps", "integer", "'many'"]),
     "unknown cache": (xargs(dlm_cache="most"), ["'none', 'prefix' or 'dual'"]),
-    "set twice": (xargs(dlm_strategy="static", dlm='{"strategy": "static"}'), ["'dlm'"]),
+    "set twice": (
+        xargs(dlm_strategy="static", dlm='{"strategy": "static"}'),
+        ["'dlm'"],
+    ),
     "bad JSON": (xargs(dlm="{"), ["dlm: not valid JSON"]),
     "JSON of a list": (xargs(dlm="[1]"), ["an object of options", "list"]),
     "dlm a number": (xargs(dlm=3), ["an object of options", "int"]),
@@ -82,7 +85,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         xargs(diffusion_max_steps=3),
         ["'diffusion_max_steps'", "dlm_"],
     ),
-    "output too long": ({"max_tokens": 1023}, ["max_tokens", "1023", "1024", "at most"]),
+    "output too long": (
+        {"max_tokens": 1023},
+        ["max_tokens", "1023", "1024", "at most"],
+    ),
     "prompt too long": ({"prompt": "Ada Ben " * 600}, ["1024", "prompt"]),
     "presence penalty": ({"presence_penalty": 0.5}, ["presence_penalty", "canvas"]),
     "frequency penalty": ({"frequency_penalty": 0.5}, ["frequency_penalty"]),
@@ -107,7 +113,10 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["1020", "at most"],
     ),
     "JSON schema": ({"response_format": JSON_SCHEMA}, ["not supported", "grammar"]),
-    "JSON": ({"response_format": {"type": "json_object"}}, ["not supported", "grammar"]),
+    "JSON": (
+        {"response_format": {"type": "json_object"}},
+        ["not supported", "grammar"],
+    ),
     "prompt log-probabilities": CASES["prompt log-probabilities"],
     "beam search": CASES["beam search"],
 }
@@ -144,9 +153,20 @@ def test_chat_is_refused(server: Server, healthy_text: str, name: str):
     assert server.text(max_tokens=8) == healthy_text
 
 
-def test_a_stream_is_refused_before_it_begins(server: Server):
-    message = refuse(server.complete, {"stream": True, **xargs(dlm_strategy="nope")})
-    assert "threshold" in message
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_refused_stream_holds_the_reason_alone(server: Server, is_chat: bool):
+    """vLLM looks at a streamed request once the reply has begun: an event says 400."""
+    options, fragments = CASES["unknown strategy"]
+    chunks = []
+    with pytest.raises(openai.APIError) as caught:
+        for chunk in (server.chat if is_chat else server.complete)(
+            stream=True, max_tokens=16, **options
+        ):
+            chunks.append(chunk)
+    assert not chunks
+    assert not [part for part in fragments if part not in str(caught.value)]
+    body = caught.value.body
+    assert isinstance(body, dict) and body["code"] == 400
 
 
 def test_refusals_change_no_other_request(server: Server):
@@ -157,7 +177,7 @@ def test_refusals_change_no_other_request(server: Server):
             "Spell ngkkkx backwards",
             vllm_xargs={"dlm_strategy": ("static", "threshold")[number % 2]},
             logit_bias={"0": -100, "5": -100},
-            max_tokens=160,
+            max_tokens=96,
             temperature=0.8,
             seed=number,
         )

@@ -145,7 +145,8 @@ class Candidates:
 
     def _restrict(self, block: torch.Tensor, row: int, plan: SegmentPlan) -> None:
         """Apply one request's token restrictions to its [B, V] logits in place."""
-        params = self.state.requests[plan.slots_cpu[row]].params
+        request = self.state.requests[plan.slots_cpu[row]]
+        params = request.params
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=block.device)
             bias = torch.tensor(list(params.logit_bias.values()), device=block.device)
@@ -157,7 +158,8 @@ class Candidates:
             block[:, allowed] = kept
         if params.min_tokens:
             early = self._early(plan)[row]
-            stop = torch.tensor(sorted(params.all_stop_token_ids), device=block.device)
+            ids = {*params.all_stop_token_ids, *request.stop_ids}
+            stop = torch.tensor(sorted(ids), device=block.device)
             block[early.nonzero()[:, 0, None], stop] = -torch.inf
         if params.bad_words_token_ids:
             for offset, token in self._banned(row, plan):

@@ -55,6 +55,10 @@ class StrategyGroups:
         for name in numeric:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
 
+    def remove(self, slot: int) -> None:
+        """A request has left."""
+        self._strategy_of.pop(slot, None)
+
     def strategy_of(self, slot: int) -> Strategy:
         """The strategy that decides a slot."""
         return self._strategy_of[slot]

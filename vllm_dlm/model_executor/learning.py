@@ -51,6 +51,8 @@ class Learning:
         request = self.state.requests[slot]
         if request.params.temperature > 0:
             return  # what was drawn is not what the model was sure of
+        if request.config.block_length != self.state.default_config.block_length:
+            return  # clients may ask for many lengths; memory is for the served one
         strategy = self.groups.strategy_of(slot)
         learns = (
             self.state.server.online_learning

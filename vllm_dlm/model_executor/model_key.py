@@ -22,8 +22,8 @@ _SHAPE_FIELDS = (
 def model_key(model: str, revision: str | None, hf_config: Any) -> str:
     """Readable name plus a digest of architecture, shape and weight files.
 
-    Two checkouts of the same checkpoint share a key; fine-tuned weights of the same
-    shape do not, unless the hub id and revision say they are the same.
+    Folders of one name with the same weights share a key, wherever they lie; weights
+    fine-tuned from them do not. A hub id and its revision are taken at their word.
 
     Args:
         model: local folder or hub id.

@@ -52,6 +52,7 @@ class DenoisingSampler:
     def _forget(self, slot: int) -> None:
         self.learning.remove(slot)
         self.logprobs.remove(slot)
+        self.groups.remove(slot)
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """Called by the runner after `DlmModelState.add_request`."""

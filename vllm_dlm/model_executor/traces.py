@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm_dlm.strategies.base import View
 
 CAPACITY = 1 << 16
-"""Trace rows kept per block length; 32-position blocks take 10 MB."""
+"""Trace rows kept per block length and KV policy; 32-position blocks take 10 MB."""
 
 WRONG, RIGHT, IGNORED = 0, 1, 2
 """Labels: the best token was not the final one; it was; decided before, or unknown."""

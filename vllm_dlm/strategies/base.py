@@ -99,7 +99,9 @@ class Strategy:
     """Extra statistics, of: "entropy", "margin", "uniform". The class names all that
     it may ever read; `__init__` may narrow it to what its parameters call for."""
     logit_rows: ClassVar[str] = "masked"
-    """"masked": only masked positions' statistics are read; "block": all of them."""
+    """"masked": only masked positions' statistics are read; "block": all of them.
+
+    A declaration; the engine computes all rows of the block so far."""
     may_rewrite: ClassVar[bool] = False
     """Whether decisions may edit or remask decided positions."""
 
@@ -113,8 +115,9 @@ class Strategy:
             context: engine facts (device, model folder, cache policy).
 
         Raises:
-            ValueError: the parameters do not fit the model or the block length. This
-                is also called at admission, so the user sees the message.
+            ValueError: the parameters do not fit the model or the block length.
+                Check in `validate` what a request can get wrong: an error here comes
+                too late for the user to see.
         """
         self.params = params
         self.block_length = block_length

@@ -110,33 +110,20 @@ class Learn2PD(Strategy):
                 Learn2PDParams.model_fields["threshold"].default,
             )
             if found is None:
+                learning = (context.options or {}).get("online_learning", False)
                 _announce_fallback(
-                    context.model, block_length, context.cache, _listing(context)
+                    context.model,
+                    block_length,
+                    context.cache,
+                    _listing(context),
+                    "until a filter is learned" if learning else "as by `threshold`",
                 )
         # Float64, so that neither the batch size nor TF32 moves a position over the
         # cut: the two matrices are small.
-        self._filter = filter.to(context.device, torch.float64)
-        self._retired = self._filter
-
-    @property
-    def filter(self) -> Filter:
-        """The filter in use, in float64 on the engine's device."""
-        return self._filter
-
-    def set_filter(self, filter: Filter) -> None:
-        """Use `filter` from the next step on; any thread may call this.
-
-        Raises:
-            ValueError: it is for another block length.
-        """
-        _check(filter, self.block_length, "the new filter", self.context)
-        placed = filter.to(self.context.device, torch.float64)
-        # The old weights stay alive for one more swap: a queued kernel may read them.
-        self._retired, self._filter = self._filter, placed
-        self.has_filter = True
+        self.filter = filter.to(context.device, torch.float64)
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        logits = self._filter.apply(torch.where(view.valid, view.confidence, 1.0))
+        logits = self.filter.apply(torch.where(view.valid, view.confidence, 1.0))
         # sigmoid(z) > t as z > logit(t): sigmoid saturates where z does not.
         cut = torch.logit(row_params["threshold"].to(logits.dtype))
         commit = (logits > cut[:, None]) & view.masked
@@ -174,13 +161,16 @@ def _listing(context: Context) -> str:
 
 
 @functools.cache
-def _announce_fallback(model: str, block_length: int, cache: str, others: str) -> None:
+def _announce_fallback(
+    model: str, block_length: int, cache: str, others: str, how_long: str
+) -> None:
     logger.warning(
         "no Learn2PD filter of %s for block length %d and cache %r (available: %s): "
-        "tokens are written at confidence >= %s until a filter is learned",
+        "tokens are written at confidence >= %s %s",
         model,
         block_length,
         cache,
         others,
         FALLBACK_CONFIDENCE,
+        how_long,
     )

@@ -174,7 +174,10 @@ class Filter:
 
 def describe(path: str | Path) -> str:
     """One filter file in words: name, block length, cache policy."""
-    filter = Filter.load(path)
+    try:
+        filter = Filter.load(path)
+    except ValueError:
+        return f"{path} (cannot be read)"
     return f"{path} (block length {filter.block_length}, cache {filter.cache or 'any'})"
 
 
@@ -199,7 +202,12 @@ def find_filter(context: Context, block_length: int) -> Filter | None:
     """
     for path in _places(context, block_length):
         if path.is_file():
-            filter = Filter.load(path)
+            try:
+                filter = Filter.load(path)
+            except ValueError as error:
+                # A damaged file must not end the engine that looks for one.
+                logger.warning("%s; it is passed over", error)
+                continue
             if filter.block_length == block_length:
                 warn_if_foreign(filter, context, path)
                 return filter

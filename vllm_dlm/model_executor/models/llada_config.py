@@ -20,10 +20,9 @@ LLADA_VOCAB_SIZE = 126464
 class LLaDAConfig(PretrainedConfig):
     """LLaDA's configuration, OLMo names mapped to Llama's.
 
-    The `dlm_*` fields are the declarations the engine reads (design: model class):
+    The `dlm_*` fields declare what kind of model it is, for the engine:
 
     - `dlm_class`: "A", full bidirectional attention, nothing reusable exactly.
-    - `dlm_shift`: 0, row i of the logits predicts position i.
     - `dlm_block_length`, `dlm_strategy`: serving defaults.
     - `dlm_stop_ids`: ids that end a text besides `eos_token_id`.
     """
@@ -90,7 +89,6 @@ class LLaDAConfig(PretrainedConfig):
         self.mlp_bias = False
         self.mask_token_id = mask_token_id
         self.dlm_class = "A"
-        self.dlm_shift = 0
         self.dlm_block_length = dlm_block_length
         self.dlm_strategy = dlm_strategy
         if dlm_stop_ids is None:

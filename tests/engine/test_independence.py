@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's tokens depend on the request alone, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from engine.cases import RULES, Case, make_prompt
+from engine.harness import Engine, Finished, finished
+from reference.procedures import CACHES
+from vllm import SamplingParams
+
+Request = tuple[tuple[int, ...], SamplingParams]
+Tokens = list[list[int]]
+
+
+def make_requests(count: int, max_tokens: int, longest: int) -> list[Request]:
+    """Every rule and cache, blocks of 8 to 32, some drawn, some with logprobs."""
+    requests = []
+    for number in range(count):
+        case = Case(
+            make_prompt(1 + 7 * number % longest, number),
+            rule=RULES[number % len(RULES)],
+            cache=CACHES[number % len(CACHES)],
+            block=(8, 16, 32, 12)[number % 4],
+            max_tokens=max_tokens - number % 5,
+            ignore_eos=number % 2 == 0,
+            seed=number,
+        )
+        more = {}
+        if number % 3 == 1:
+            more = {"temperature": 0.8, "top_p": 0.9 if number % 2 else 1.0}
+        if number % 4 == 2:
+            more["logprobs"] = 2
+        requests.append((case.prompt, case.params(**more)))
+    return requests
+
+
+REQUESTS = make_requests(26, max_tokens=60, longest=60)
+
+
+@pytest.fixture(scope="module")
+def solo(engine: Engine) -> Tokens:
+    """What each request says when it is alone."""
+    return [engine.run([prompt], sampling)[0].tokens for prompt, sampling in REQUESTS]
+
+
+@pytest.fixture(scope="module")
+def small_requests() -> list[Request]:
+    return make_requests(14, max_tokens=90, longest=16)
+
+
+@pytest.fixture(scope="module")
+def small_solo(small_engine: Engine, small_requests: list[Request]) -> Tokens:
+    return [
+        small_engine.run([prompt], sampling)[0].tokens
+        for prompt, sampling in small_requests
+    ]
+
+
+def drive(engine: Engine, meddle: Callable[[int], None]) -> dict[str, Finished]:
+    """Step until nothing is left, calling `meddle(step)` between steps."""
+    done = {}
+    step = 0
+    while engine.busy:
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = finished(output.outputs[0])
+        meddle(step)
+        step += 1
+    return done
+
+
+def test_mixed_batch_equals_solo_runs(engine: Engine, solo: Tokens):
+    prompts, sampling = zip(*REQUESTS, strict=True)
+    assert [result.tokens for result in engine.run(prompts, sampling)] == solo
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_order_of_admission(engine: Engine, solo: Tokens, seed: int):
+    order = random.Random(seed).sample(range(len(REQUESTS)), len(REQUESTS))
+    prompts, sampling = zip(*(REQUESTS[i] for i in order), strict=True)
+    got = [result.tokens for result in engine.run(prompts, sampling)]
+    assert got == [solo[i] for i in order]
+
+
+def test_requests_join_while_others_decode(engine: Engine, solo: Tokens):
+    number_of = {engine.add(*REQUESTS[0]): 0}
+
+    def join(step: int) -> None:
+        if step % 3 == 0 and len(number_of) < len(REQUESTS):
+            number = len(number_of)
+            number_of[engine.add(*REQUESTS[number])] = number
+
+    done = drive(engine, join)
+    assert {number_of[i]: result.tokens for i, result in done.items()} == dict(
+        enumerate(solo)
+    )
+
+
+def test_neighbours_are_aborted(engine: Engine, solo: Tokens):
+    source = random.Random(3)
+    victims, number_of = [], {}
+    for number, request in enumerate(REQUESTS):
+        number_of[engine.add(*request)] = number
+        victims.append(engine.add(*source.choice(REQUESTS)))
+    unharmed = set(victims)
+
+    def abort(step: int) -> None:
+        running = [i for i in victims if i in unharmed]
+        if step % 4 == 1 and running:
+            engine.abort(running[0])
+            unharmed.discard(running[0])
+
+    done = drive(engine, abort)
+    assert len(unharmed) < len(victims)
+    got = {number_of[i]: done[i].tokens for i in number_of}
+    assert got == dict(enumerate(solo))
+
+
+def preempt(engine: Engine, request_id: str) -> None:
+    """What the scheduler does to a running request when pages run out."""
+    scheduler = engine.scheduler
+    request = scheduler.requests[request_id]
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, time.monotonic())
+
+
+def test_preempted_at_any_step(engine: Engine, solo: Tokens):
+    source = random.Random(4)
+    number_of = {engine.add(*request): i for i, request in enumerate(REQUESTS)}
+    hit = 0
+
+    def meddle(step: int) -> None:
+        nonlocal hit
+        running = [r for r in engine.scheduler.running if r.num_preemptions < 2]
+        if step % 5 == 2 and running:
+            preempt(engine, source.choice(running).request_id)
+            hit += 1
+
+    done = drive(engine, meddle)
+    assert hit >= 20
+    got = {number_of[i]: result.tokens for i, result in done.items()}
+    assert got == dict(enumerate(solo))
+
+
+def test_all_preempted_together(
+    small_engine: Engine, small_requests: list[Request], small_solo: Tokens
+):
+    """Canvas after canvas; a block of 32 gets the time that it needs."""
+    number_of = {
+        small_engine.add(*request): i for i, request in enumerate(small_requests)
+    }
+
+    def reset(step: int) -> None:
+        if step % 40 == 7:
+            assert small_engine.llm.reset_prefix_cache(reset_running_requests=True)
+
+    done = drive(small_engine, reset)
+    got = {number_of[i]: result.tokens for i, result in done.items()}
+    assert got == dict(enumerate(small_solo))
+
+
+def test_memory_runs_out(
+    small_engine: Engine, small_requests: list[Request], small_solo: Tokens
+):
+    """A further canvas finds no pages: someone is preempted, nobody notices."""
+    number_of = {
+        small_engine.add(*request): i for i, request in enumerate(small_requests)
+    }
+    preempted = set()
+
+    def watch(step: int) -> None:
+        preempted.update(
+            request.request_id
+            for request in small_engine.scheduler.waiting
+            if request.num_preemptions
+        )
+
+    done = drive(small_engine, watch)
+    print("PAGES",len(preempted))
+    assert len(preempted) >= 3
+    got = {number_of[i]: result.tokens for i, result in done.items()}
+    assert got == dict(enumerate(small_solo))
+
+
+def stores(engine: Engine) -> Iterator[tuple[str, int]]:
+    """Everything per request that scheduler, runner and our state keep: name, size."""
+    scheduler, runner = engine.scheduler, engine.runner
+    state, sampler = runner.model_state, runner.sampler
+    yield "scheduler.requests", len(scheduler.requests)
+    yield "scheduler.running", len(scheduler.running)
+    yield "scheduler.waiting", len(scheduler.waiting)
+    yield "runner slots", len(runner.req_states.req_id_to_index)
+    for owner in (state, sampler, *vars(sampler).values()):
+        for name, value in vars(owner).items():
+            # Grows with the variety of requests, not with their number.
+            if isinstance(value, dict) and name not in ("_strategies", "_numbers"):
+                yield f"{type(owner).__name__}.{name}", len(value)
+
+
+def test_nothing_is_left_of_a_hundred_requests(engine: Engine):
+    engine.flush()
+    pages = engine.free_pages
+    source = random.Random(5)
+    waiting = make_requests(100, max_tokens=40, longest=60)
+    added: list[str] = []
+
+    def meddle(step: int) -> None:
+        for _ in range(min(source.randrange(4), len(waiting))):
+            added.append(engine.add(*waiting.pop()))
+        if source.random() < 0.2:
+            engine.abort(source.choice(added))
+
+    added.append(engine.add(*waiting.pop()))
+    done = drive(engine, meddle)
+    assert len(added) == 100
+    assert 50 <= len(done) <= 95
+    engine.flush()
+    assert {name: size for name, size in stores(engine) if size} == {}
+    assert engine.free_pages == pages
+    assert sorted(engine.runner.req_states.free_indices) == list(range(8))
