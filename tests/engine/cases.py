@@ -23,9 +23,13 @@ RULES = (
     "threshold",
     "factor",
     "learn2pd/off",
+    "learn2pd/token",
     "learn2pd/block",
 )
 """strategy or strategy/variant."""
+
+EOTP = {"token": "first", "block": "block"}
+"""Our names of end-of-text prediction and the oracle's."""
 
 FILTER_BLOCKS = (8, 12, 16, 32)
 """Block lengths that have a Learn2PD filter."""
@@ -106,6 +110,8 @@ class Expected:
 
     tokens: list[int]
     forwards: int
+    written_at: list[int]
+    """Forward, from 0, that wrote each token; -1 where it is a mask left over."""
     near_tie: bool
     """Whether a decision on the way was closer than float32 programs agree."""
 
@@ -126,6 +132,7 @@ def expect(
     if case.steps is not None:
         per_block = min(max(case.steps // blocks, 1), case.block)
     tokens: list[int] = []
+    written_at: list[int] = []
     forwards, near_tie = 0, False
     while len(tokens) < case.max_tokens:
         left = case.max_tokens - len(tokens)
@@ -148,20 +155,23 @@ def expect(
             cache=case.cache,
             eos_stop=not case.ignore_eos,
             # Who ignores the end of the text has none to predict.
-            eotp="first" if variant == "block" and not case.ignore_eos else None,
+            eotp=None if case.ignore_eos else EOTP.get(variant),
             eot_threshold=0.9 if case.number is None else case.number,
             observe=watch,
             **options,
         )
         kept = result.tokens[:left]
         tokens += kept
+        steps = result.step_of_position[: len(kept)]
+        written_at += [-1 if step < 0 else forwards + step for step in steps]
         # The reference denoises whole blocks; the engine stops as soon as the tokens
         # that are wanted are final.
-        forwards += max(result.step_of_position[: len(kept)]) + 1
-        cut = len(result.tokens) < blocks * case.block
-        if cut or (not case.ignore_eos and model.eos_id in kept):
+        forwards += max(steps) + 1
+        if not case.ignore_eos and model.eos_id in kept:
             break
-    return Expected(tokens, forwards, near_tie)
+        if len(tokens) % case.block:  # a canvas cut inside a block is the last
+            break
+    return Expected(tokens, forwards, written_at, near_tie)
 
 
 def case_rule(case: Case, begin: int, per_block: int) -> Rule:

@@ -254,7 +254,8 @@ def generate(
             none, after the first position of the active block that is still masked
             and whose argmax is EOS with confidence >= eot_threshold. "paper": the
             second branch takes the most confident one of *all* masked positions
-            whose rows this forward computed, whatever its confidence.
+            whose rows this forward computed, whatever its confidence. "block": as
+            "first", but the cut is at the end of the active block.
         observe: called with the view and the chosen offsets, before the commit.
 
     Raises:
@@ -264,8 +265,10 @@ def generate(
     """
     if cache not in CACHES:
         raise ValueError(f"cache {cache!r} is not one of {CACHES}")
-    if eotp not in (None, "first", "paper"):
-        raise ValueError(f"eotp {eotp!r} is not one of (None, 'first', 'paper')")
+    if eotp not in (None, "first", "block", "paper"):
+        raise ValueError(
+            f"eotp {eotp!r} is not one of (None, 'first', 'block', 'paper')"
+        )
     if gen_length % block_length:
         raise ValueError("gen_length must be a multiple of block_length")
     mask_id = model.mask_id if mask_id is None else mask_id
@@ -349,13 +352,15 @@ def generate(
                     cut = min(revealed) + 1
                 elif eotp == "paper" and predicted:
                     cut = max(predicted, key=lambda p: (predicted[p], -p)) + 1
-                elif eotp == "first":
+                elif eotp != "paper":
                     sure = [
                         p
                         for p, c in predicted.items()
                         if p < end and c >= _float32(eot_threshold)
                     ]
                     cut = min(sure) + 1 if sure else cut
+                if eotp == "block" and cut < len(row):
+                    cut = end
                 del row[cut:], set_at[cut:]
                 if store is not None:
                     store.truncate(cut)

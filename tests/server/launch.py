@@ -21,8 +21,9 @@ VLLM = str(Path(sys.executable).with_name("vllm"))
 COMMAND = [
     *(VLLM, "serve", "--model", MODEL, "--dlm-strategy", "threshold"),
     # Float32: equal texts are compared. Eager: a start without compilation.
-    *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"),
-    # Nothing of a test run shall be kept.
+    *("--dtype", "float32", "--enforce-eager"),
+    *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
+    # Every run of the tests sees the same filters.
     "--no-dlm-online-learning",
 ]
 
@@ -98,6 +99,7 @@ def split_options(options: dict[str, Any]) -> dict[str, Any]:
         *("vllm_xargs", "min_tokens", "ignore_eos", "stop_token_ids", "top_k", "min_p"),
         *("return_token_ids", "repetition_penalty", "structured_outputs"),
         *("prompt_logprobs", "use_beam_search", "include_stop_str_in_output"),
+        *("bad_words", "allowed_token_ids"),
     }
     known = {name: value for name, value in options.items() if name not in own}
     body = {name: value for name, value in options.items() if name in own}
@@ -118,7 +120,10 @@ def running_server(log: Path) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [*COMMAND, "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        *(*COMMAND, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dlm-filter-dir", str(log.parent / "filters")),
+    ]
     # A user's server, not the in-process engine that the other tests ask for.
     environment = dict(os.environ)
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)

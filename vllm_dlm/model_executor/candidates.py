@@ -89,7 +89,8 @@ class Candidates:
         index = torch.tensor(rows, device=logits.device)
         flat = _block_rows(index, width)
         raw = logits[flat]
-        processed = raw.float()
+        # A copy, also of float32: what is restricted must not move the confidence.
+        processed = raw.to(torch.float32, copy=True)
         for block, row in zip(processed.view(len(rows), width, -1), rows, strict=True):
             self._restrict(block, row, plan)
         slots = plan.slots[index].repeat_interleave(width)

@@ -172,16 +172,20 @@ class DiffusionStepScheduler(DiffusionScheduler):
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        """Append and stop as vLLM does; a full canvas that was cut stops too.
+        """Append and stop as vLLM does; a canvas cut inside a block stops too.
 
-        Its strategy said that the text ends there, also where no stop token came.
+        Its strategy said that the text ends there, also where no stop token came. A cut
+        at a block's end drops padding only: without a stop token the text goes on, on a
+        further canvas.
         """
         new_token_ids, stopped = super()._update_request_with_output(
             request, new_token_ids, is_stale
         )
         assert isinstance(request, CanvasRequest)
-        if not stopped and (
-            request.num_tokens == request.canvas_end < request.block_canvas_end
+        if (
+            not stopped
+            and request.num_tokens == request.canvas_end < request.block_canvas_end
+            and request.num_output_tokens % request.dlm.block_length
         ):
             request.status = RequestStatus.FINISHED_STOPPED
             stopped = True

@@ -4,7 +4,8 @@
 What lies beyond the end of the text is padding, which in long canvases is most of the
 work. Source: Learn2PD, arXiv 2509.25188; here the prediction needs a confidence and
 stays inside the active block, because a lone unsure end-of-text guess far to the right
-would cut the answer short.
+would cut the answer short. Learn2PD's default keeps the rest of that block as well: a
+model was not trained on canvases that end with the text, and the rest costs no forward.
 """
 
 from __future__ import annotations

@@ -54,11 +54,12 @@ class Learn2PDParams(Params):
             "faster and less exact."
         ),
     )
-    eotp: Literal["block", "off"] = Field(
+    eotp: Literal["block", "token", "off"] = Field(
         default="block",
         description=(
-            "End-of-text prediction: cut the canvas at an end-of-text token of the "
-            "active block as soon as it is written or predicted, or never."
+            "End-of-text prediction: as soon as the active block has an end-of-text "
+            "token, written or predicted, drop the blocks after it (block), or all "
+            "that is right of the token, as the paper does (token), or nothing (off)."
         ),
     )
     eotp_threshold: float = Field(
@@ -131,6 +132,8 @@ class Learn2PD(Strategy):
         if self.params.eotp == "off":
             return Decision(commit)
         end = end_of_text(view, commit, row_params["eotp_threshold"])
+        if self.params.eotp == "block":
+            end = torch.where(end >= 0, self.block_length - 1, end)
         return Decision(commit, truncate_at=end)
 
     @classmethod

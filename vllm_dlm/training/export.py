@@ -20,7 +20,10 @@ def export(model: LLaDAModel, output_dir: str | Path) -> None:
         name: tensor.detach().float().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(tensors, output_dir / "model.safetensors", metadata={"format": "pt"})
+    weights = output_dir / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    # safetensors leaves the file readable by its owner only.
+    weights.chmod(0o644)
     _write_json(output_dir / "config.json", make_config(model))
     generation = {
         "bos_token_id": tiny_tokenizer.BOS_ID,

@@ -60,8 +60,8 @@ names, words {min_letters} to {max_letters} letters.
 stable hash of the question keeps one question in {parts} out of the training.
 - Command: `vllm-dlm train llada-tiny`, which has these defaults: seed {seed}, \
 {steps} steps of about 3072 tokens, Muon for the layers and AdamW for the rest. The \
-same seed gives the same data; the weights may differ in the last digits between \
-machines.
+same seed gives the same problems; the CPU, the number of threads and torch.compile \
+change the roundings, so that a new run ends at other weights of similar accuracy.
 - Objective: cross-entropy on the masked tokens, mask ratio uniform, padding \
 weighted {padding_weight}; prompts half plain, half chat; rows of 44 to 288 tokens.
 - Time: {minutes:.0f} minutes on {hardware}, bf16 autocast.
