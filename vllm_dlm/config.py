@@ -114,7 +114,7 @@ class DlmConfig(BaseModel):
         ge=1,
         description="Most positions a request's canvas may have at a time; longer "
         "outputs continue on a further canvas. Default: "
-        f"{DEFAULT_MAX_CANVAS}, or the model's context length if that is less.",
+        f"the model's own, or {DEFAULT_MAX_CANVAS}, at most the context length.",
     )
     online_learning: bool = Field(
         default=True,
@@ -155,9 +155,16 @@ class DlmConfig(BaseModel):
             parse_params(config.strategy, config.strategy_config, where=where)
         return config
 
-    def canvas_limit(self, max_model_len: int) -> int:
-        """Most positions of a canvas, given the model's context length in tokens."""
-        return min(self.max_canvas or DEFAULT_MAX_CANVAS, max_model_len)
+    def canvas_limit(
+        self, max_model_len: int, default: int = DEFAULT_MAX_CANVAS
+    ) -> int:
+        """Most positions of a canvas.
+
+        Args:
+            max_model_len: the model's context length, in tokens.
+            default: the model's `ModelDefaults.max_canvas`.
+        """
+        return min(self.max_canvas or default, max_model_len)
 
     def filters_path(self) -> Path:
         """Folder of learned filters; it need not exist yet."""
@@ -194,6 +201,8 @@ class ModelDefaults:
     eos_token_id: int | None
     model_class: str = "A"
     """"A" full bidirectional, "B" block-causal, "C" causal context."""
+    max_canvas: int = DEFAULT_MAX_CANVAS
+    """Widest canvas by default: the widest it was trained on, where that is known."""
     stop_ids: tuple[int, ...] = ()
     """Ids that end a text besides `eos_token_id`, known to the tokenizer only."""
 
@@ -207,6 +216,7 @@ class ModelDefaults:
             mask_token_id=hf_config.mask_token_id,
             eos_token_id=eos[0] if isinstance(eos, list) else eos,
             model_class=hf_config.dlm_class,
+            max_canvas=getattr(hf_config, "dlm_max_canvas", None) or DEFAULT_MAX_CANVAS,
             stop_ids=tuple(getattr(hf_config, "dlm_stop_ids", ())),
         )
 
@@ -237,7 +247,7 @@ def server_config(vllm_config: Any) -> DlmConfig:
     if model_config is not None and hasattr(model_config.hf_config, "dlm_class"):
         defaults = ModelDefaults.from_hf_config(model_config.hf_config)
         resolved = resolve(config, None, defaults)
-        limit = config.canvas_limit(model_config.max_model_len)
+        limit = config.canvas_limit(model_config.max_model_len, defaults.max_canvas)
         if resolved.block_length > limit:
             raise ValueError(
                 f"block_length {resolved.block_length} does not fit into a canvas of "

@@ -8,6 +8,7 @@ original function and returns its replacement.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -166,10 +167,18 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 "`vllm-dlm models` lists them"
             )
         _front_end["ours"] = ours
+        if ours and _SERVER_MODULE in sys.modules:
+            from vllm_dlm.patches import apply_front_end_patches
+
+            # The server imports it next; its requests are checked when they come.
+            importlib.import_module("vllm.v1.engine.async_llm")
+            apply_front_end_patches()
         return config
 
     return create_engine_config
 
+
+_SERVER_MODULE = "vllm.entrypoints.serve.utils.api_utils"
 
 # Whether this process is the front end of one of our models: `get_max_tokens` is not
 # told whom it works for.
@@ -222,6 +231,18 @@ def _check_supports_watermarking(original: Callable[..., Any]) -> Callable[..., 
     return check
 
 
+def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate(
+        self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        model_config = self.model_config
+        if request.is_ours(model_config.hf_config):
+            request.validate_sampling_params(sampling_params, model_config)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    return generate
+
+
 WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.engine.arg_utils:EngineArgs.add_cli_args": _add_cli_args,
     "vllm.engine.arg_utils:EngineArgs.from_cli_args": _from_cli_args,
@@ -236,5 +257,6 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
     "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
 }
 """Only where the HTTP server's module is loaded: importing it costs seconds."""

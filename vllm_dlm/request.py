@@ -169,7 +169,7 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
     own = server.block_length or defaults.block_length
     limit = min(
         max(own, LONGEST_REQUEST_BLOCK),
-        server.canvas_limit(model_config.max_model_len),
+        server.canvas_limit(model_config.max_model_len, defaults.max_canvas),
     )
     if config.block_length > limit:
         raise ValueError(

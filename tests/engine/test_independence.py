@@ -150,6 +150,32 @@ def test_preempted_at_any_step(engine: Engine, solo: Tokens):
     assert got == dict(enumerate(solo))
 
 
+@pytest.mark.parametrize("rule", ["learn2pd/token", "learn2pd/block"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_preempted_after_its_canvas_was_cut(engine: Engine, rule: str, cache: str):
+    """The block is replayed with the canvas that it began with."""
+    hit = 0
+    for length in range(1, 33):
+        prompt = make_prompt(length, 1)
+        case = Case(prompt, rule, cache, block=8, max_tokens=40, number=0.02)
+        engine.add(prompt, case.params())
+        tokens, preempted = [], False
+        while engine.busy:
+            for request in list(engine.scheduler.running):
+                cut = request.canvas_end < request.block_canvas_end
+                if cut and request.num_output_tokens % 8 and not preempted:
+                    preempt(engine, request.request_id)
+                    preempted = True
+            for output in engine.step():
+                tokens = list(output.outputs[0].token_ids)
+        hit += preempted
+        if preempted:
+            assert tokens == engine.run([prompt], case.params())[0].tokens
+        if hit == 4:
+            return
+    raise AssertionError("too few cuts")
+
+
 def test_all_preempted_together(
     small_engine: Engine, small_requests: list[Request], small_solo: Tokens
 ):

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_dlm.config import server_config
+from vllm_dlm.config import ModelDefaults, server_config
 from vllm_dlm.request import refuse_server_options
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         server = server_config(vllm_config)
         hf_config = model_config.hf_config
         hf_config.dlm_server = server.model_dump()
-        hf_config.canvas_length = server.canvas_limit(model_config.max_model_len)
+        hf_config.canvas_length = server.canvas_limit(
+            model_config.max_model_len,
+            ModelDefaults.from_hf_config(hf_config).max_canvas,
+        )
         # The canvas lives in the worker and does not travel as draft tokens, so the
         # speculative path that vLLM's own diffusion models use is kept at width 1.
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)

@@ -48,6 +48,8 @@ def make_config(model: LLaDAModel) -> dict[str, object]:
         "block_group_size": 1,
         "block_type": "llama",
         "d_model": shape.d_model,
+        # Read by vllm-dlm: no wider canvas was trained on.
+        "dlm_max_canvas": 256,
         "embedding_dropout": 0.0,
         "embedding_size": shape.vocab_size,
         "eos_token_id": tiny_tokenizer.EOS_ID,

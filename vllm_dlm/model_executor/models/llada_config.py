@@ -24,6 +24,7 @@ class LLaDAConfig(PretrainedConfig):
 
     - `dlm_class`: "A", full bidirectional attention, nothing reusable exactly.
     - `dlm_block_length`, `dlm_strategy`: serving defaults.
+    - `dlm_max_canvas`: the widest canvas it was trained on, if that is known.
     - `dlm_stop_ids`: ids that end a text besides `eos_token_id`.
     """
 
@@ -56,6 +57,7 @@ class LLaDAConfig(PretrainedConfig):
         mask_token_id: int = LLADA_MASK_ID,
         dlm_block_length: int = 32,
         dlm_strategy: str = "threshold",
+        dlm_max_canvas: int | None = None,
         dlm_stop_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -91,6 +93,7 @@ class LLaDAConfig(PretrainedConfig):
         self.dlm_class = "A"
         self.dlm_block_length = dlm_block_length
         self.dlm_strategy = dlm_strategy
+        self.dlm_max_canvas = dlm_max_canvas
         if dlm_stop_ids is None:
             # <|eot_id|> is known to LLaDA's tokenizer only, not to its config.
             dlm_stop_ids = [LLADA_EOT_ID] if mask_token_id == LLADA_MASK_ID else []
