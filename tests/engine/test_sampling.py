@@ -179,6 +179,8 @@ def test_logit_bias(engine: Engine, oracle: TinyLLaDA):
     assert all(favourite not in result.tokens for result in shunned)
     forced = engine.run(PROMPTS[:2], drawn(0, logit_bias={7: 100.0}))
     assert all(result.tokens == [7] * 24 for result in forced)
+    # The model itself is unsure of them: one a step.
+    assert [result.forwards for result in forced] == [24, 24]
     # The mask id stays banned.
     masked = engine.run(PROMPTS[:2], drawn(0, logit_bias={oracle.mask_id: 100.0}))
     assert all(oracle.mask_id not in result.tokens for result in masked)

@@ -159,8 +159,8 @@ class Candidates:
             block[:, allowed] = kept
         if params.min_tokens:
             early = self._early(plan)[row]
-            ids = {*params.all_stop_token_ids, *request.stop_ids}
-            stop = torch.tensor(sorted(ids), device=block.device)
+            stop_ids = {*params.all_stop_token_ids, *request.stop_ids}
+            stop = torch.tensor(sorted(stop_ids), device=block.device)
             block[early.nonzero()[:, 0, None], stop] = -torch.inf
         if params.bad_words_token_ids:
             for offset, token in self._banned(row, plan):

@@ -103,7 +103,8 @@ def make_optimizers(model: LLaDAModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the rest."""
     import torch
 
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         in_layer = parameter.dim() == 2 and ".blocks." in name
         (matrices if in_layer else others).append(parameter)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.evaluation import evaluate_model, load_model
+from vllm_dlm.training.modeling import LLaDAModel
 
 # (canvas, tokens per step) of the columns of the accuracy table.
 SETTINGS = ((64, 1), (256, 1), (64, 2), (64, 4), (64, 8))
@@ -129,7 +130,7 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
     return accuracy
 
 
-def _accuracy_table(model: torch.nn.Module, per_task: int) -> str:
+def _accuracy_table(model: LLaDAModel, per_task: int) -> str:
     columns = []
     for canvas, tokens_per_step in tqdm(SETTINGS, desc="evaluating"):
         column = {}

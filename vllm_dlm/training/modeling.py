@@ -8,6 +8,7 @@ tensor names of LLaDA's own checkpoints.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,9 @@ class LLaDABlock(nn.Module):
 class LLaDAModel(nn.Module):
     """The whole model; `forward` gives the logits of every position."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, shape: LLaDAShape) -> None:
         super().__init__()
         self.shape = shape
@@ -114,7 +118,7 @@ class LLaDAModel(nn.Module):
             input_ids: Token ids, the rows left-aligned.
             valid: Bool [rows, length], False at padding that nobody may attend to.
         """
-        transformer = self.model["transformer"]
+        transformer: Any = self.model["transformer"]
         length = input_ids.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
         key_mask = None if valid is None else valid[:, None, None, :]
