@@ -142,7 +142,8 @@ def _print(how: str, problem: Problem, answer: str) -> None:
 
 
 def _compare(problems: list[Problem]) -> None:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # The table is the point here; the server above has logged what vLLM has to say.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import SamplingParams
 
     from vllm_dlm import LLM
@@ -176,6 +177,7 @@ def _compare(problems: list[Problem]) -> None:
             f"{tokens / forwards:.2f}",
             f"{tokens / seconds:.0f}",
         )
+    llm.llm_engine.engine_core.shutdown()
     console.print(table)
     console.print(
         "A request ends at its end-of-text token, so `static` spends at most one block "

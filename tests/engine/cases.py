@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,12 @@ class Expected:
     forwards: int
     written_at: list[int]
     """Forward, from 0, that wrote each token; -1 where it is a mask left over."""
-    near_tie: bool
-    """Whether a decision on the way was closer than float32 programs agree."""
+    look_for_ties: Callable[[], bool] = field(compare=False, repr=False)
+
+    @cached_property
+    def near_tie(self) -> bool:
+        """Whether a decision on the way was closer than float32 programs agree."""
+        return self.look_for_ties()
 
 
 def expect(
@@ -122,6 +127,7 @@ def expect(
     *,
     max_canvas: int = 256,
     observe: Callable[[View, list[int]], None] | None = None,
+    watch: Callable[[Rule, View, list[int]], None] | None = None,
     **options: Any,
 ) -> Expected:
     """Decode a case with the oracle, canvas after canvas."""
@@ -133,18 +139,13 @@ def expect(
         per_block = min(max(case.steps // blocks, 1), case.block)
     tokens: list[int] = []
     written_at: list[int] = []
-    forwards, near_tie = 0, False
+    forwards = 0
     while len(tokens) < case.max_tokens:
         left = case.max_tokens - len(tokens)
         blocks = min(-(-left // case.block), blocks_at_most)
         rule = case_rule(case, len(tokens), per_block)
-
-        def watch(view: View, chosen: list[int], rule: Rule = rule) -> None:
-            nonlocal near_tie
-            near_tie = near_tie or is_near_tie(rule, view, chosen)
-            if observe is not None:
-                observe(view, chosen)
-
+        if watch is not None:
+            observe = partial(watch, rule)
         result = generate(
             model,
             [*case.prompt, *tokens],
@@ -157,7 +158,7 @@ def expect(
             # Who ignores the end of the text has none to predict.
             eotp=None if case.ignore_eos else EOTP.get(variant),
             eot_threshold=0.9 if case.number is None else case.number,
-            observe=watch,
+            observe=observe,
             **options,
         )
         kept = result.tokens[:left]
@@ -171,7 +172,17 @@ def expect(
             break
         if len(tokens) % case.block:  # a canvas cut inside a block is the last
             break
-    return Expected(tokens, forwards, written_at, near_tie)
+
+    def look_for_ties() -> bool:
+        found = []
+
+        def look(rule: Rule, view: View, chosen: list[int]) -> None:
+            found.append(is_near_tie(rule, view, chosen))
+
+        expect(case, model, max_canvas=max_canvas, watch=look, **options)
+        return any(found)
+
+    return Expected(tokens, forwards, written_at, look_for_ties)
 
 
 def case_rule(case: Case, begin: int, per_block: int) -> Rule:

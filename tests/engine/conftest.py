@@ -86,3 +86,15 @@ def small_engine(engines: Callable[..., Engine]) -> Engine:
     return engines(
         dlm={"max_canvas": 32}, max_model_len=128, num_gpu_blocks_override=13
     )
+
+
+@pytest.fixture(scope="session")
+def busy_engine(engines: Callable[..., Engine]) -> Engine:
+    """Forwards of at most 128 rows; a model with a stop token of its own, 11."""
+    return engines(
+        dlm={"max_canvas": 32},
+        max_model_len=128,
+        num_gpu_blocks_override=33,
+        max_num_batched_tokens=128,
+        hf_overrides={"dlm_stop_ids": [11]},
+    )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -107,20 +107,14 @@ def test_rows_of_a_batch(engine: Engine):
     assert [result.forwards for result in results] == [16] * 3
 
 
-def test_a_token_budget_makes_requests_take_turns(engines: Callable[..., Engine]):
+def test_a_token_budget_makes_requests_take_turns(busy_engine: Engine):
     """Too many rows for one forward: whole requests sit a step out, none is cut."""
-    engine = engines(
-        dlm={"max_canvas": 32},
-        max_model_len=128,
-        num_gpu_blocks_override=33,
-        max_num_batched_tokens=128,
-    )
     cases = [
         Case(make_prompt(8 + i, i), max_tokens=24, ignore_eos=True) for i in range(8)
     ]
-    alone = [engine.run([case.prompt], case.params())[0] for case in cases]
-    with counting(engine) as counts:
-        together = engine.run(
+    alone = [busy_engine.run([case.prompt], case.params())[0] for case in cases]
+    with counting(busy_engine) as counts:
+        together = busy_engine.run(
             [case.prompt for case in cases], [case.params() for case in cases]
         )
     assert together == alone

@@ -315,6 +315,22 @@ def test_stop_token_ids(engine: Engine):
         assert result.output.stop_reason == stop
 
 
+def test_stop_ids_that_only_the_model_knows(busy_engine: Engine):
+    """As <|eot_id|> of LLaDA-8B: they stop, unless it is too early or ignored."""
+    dlm = {"block_length": 8}
+    free = busy_engine.run(PROMPTS, params(24, dlm=dlm, ignore_eos=True))
+    stopped = busy_engine.run(PROMPTS, params(24, dlm=dlm))
+    later = busy_engine.run(PROMPTS, params(24, dlm=dlm, min_tokens=24))
+    ends = 0
+    for whole, result, long in zip(free, stopped, later, strict=True):
+        assert len(long.tokens) == 24
+        assert 11 not in long.tokens[:24]
+        if 11 in whole.tokens and 121 not in whole.tokens[: whole.tokens.index(11)]:
+            ends += 1
+            assert result.tokens == whole.tokens[: whole.tokens.index(11) + 1]
+    assert ends >= 2
+
+
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_strings(engine: Engine, include: bool):
     free = engine.run(PROMPTS[:4], drawn(0, temperature=0.0))
