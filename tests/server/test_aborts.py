@@ -169,9 +169,9 @@ def test_a_hundred_requests_with_aborts_leave_nothing_behind(server: Server):
 
 def test_aborts_while_waiting(server: Server):
     """More than the token budget holds: those that wait are left, then the rest."""
-    streams = [server.complete(stream=True, **ENDLESS) for _ in range(8)]
+    streams = [server.complete(stream=True, **ENDLESS) for _ in range(20)]
     try:
-        until(lambda: sum(server.load()[:2]) == 8, "8 requests are there")
+        until(lambda: sum(server.load()[:2]) == 20, "20 requests are there")
         running, waiting, _ = server.load()
         assert 0 < running < waiting
         for stream in streams[-2:]:

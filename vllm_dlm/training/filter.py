@@ -78,7 +78,7 @@ def train_filter(
             "collect at least 10, better some hundreds"
         )
     rng = np.random.default_rng(seed)
-    held_out = rng.permutation(blocks)[: max(len(blocks) // 5, 2)]
+    held_out = rng.permutation(blocks)[: len(blocks) // 2]
     is_test = np.isin(traces.block, held_out)
     confidence = torch.from_numpy(traces.confidence)
     counts = torch.from_numpy(traces.label != IGNORED)
