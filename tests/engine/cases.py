@@ -213,8 +213,9 @@ def is_near_tie(rule: Rule, view: View, chosen: list[int]) -> bool:
     if chosen and float(view.margin[chosen].min()) < TIE:
         return True
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        noise = TIE * (2 * torch.rand(len(view.masked), generator=generator) - 1)
+    for _ in range(16):
+        signs = torch.randint(2, view.masked.shape, generator=generator)
+        noise = TIE * (2 * signs - 1)
         moved = replace(
             view,
             confidence=view.confidence + noise,

@@ -2,11 +2,10 @@
 """Learn2PD without a filter: learn one from one's own finished requests.
 
 A server that finds no filter decodes by the threshold rule and records traces. A
-background thread trains a filter on them now and then; once its false positives on
+background thread trains a filter on them now and then. Once its false positives on
 held-out traces are within the bound and it is about as fast as the threshold rule, it
-is saved where the next start finds it, and requests that begin later use it. With tensor
-parallelism the ranks could not change over in the same step, so the filter is only
-saved then.
+is saved where the next start finds it, and requests that begin later use it. With
+tensor parallelism the ranks could not change over in one step: it is only saved then.
 """
 
 from __future__ import annotations

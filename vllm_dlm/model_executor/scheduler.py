@@ -60,6 +60,15 @@ class CanvasRequest(Request):
         """What vLLM schedules up to."""
         return self.rows_end
 
+    def num_tokens_to_stop(self, tokens: list[int]) -> int:
+        """How many of the tokens that follow the output belong to the text."""
+        params = self.sampling_params
+        stop_ids = {params.eos_token_id, *(params.stop_token_ids or ())}
+        for count, token in enumerate(tokens, start=1):
+            if token in stop_ids:
+                return count
+        return len(tokens)
+
     @property
     def block_index(self) -> int:
         """Index of the active block, counted from the prompt's end."""
@@ -149,12 +158,14 @@ class DiffusionStepScheduler(DiffusionScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
         for row, tokens in enumerate(model_runner_output.sampled_token_ids or ()):
-            if not tokens or tokens[-1] >= 0:
-                continue
-            canvas_end = -tokens.pop() - 1
             request = self.requests.get(model_runner_output.req_ids[row])
-            if request is not None:
+            if request is None or not tokens:
+                continue
+            if tokens[-1] < 0:
+                canvas_end = -tokens.pop() - 1
                 request.canvas_end = min(request.canvas_end, canvas_end)
+            # What became final behind the end of the text is padding: not counted.
+            del tokens[request.num_tokens_to_stop(tokens) :]
         # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
         # that its diffusion metrics and the per-request ones are right.
         scheduler_output.scheduled_spec_decode_tokens = {
