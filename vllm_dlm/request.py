@@ -186,6 +186,15 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
     return config
 
 
+def stop_ids(params: SamplingParams) -> frozenset[int]:
+    """Token ids at which the scheduler ends a request."""
+    ids = set(params.stop_token_ids or ())
+    # vLLM leaves this None under ignore_eos.
+    if params.eos_token_id is not None:
+        ids.add(params.eos_token_id)
+    return frozenset(ids)
+
+
 def refuse_beam_search(model_config: ModelConfig | None) -> None:
     """Beam search extends texts token by token, which no diffusion model does.
 

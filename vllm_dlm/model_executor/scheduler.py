@@ -28,6 +28,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.config import ModelDefaults, RequestConfig, resolve, server_config
 from vllm_dlm.model_executor.cache import canvas_width, plan_rows
+from vllm_dlm.request import stop_ids
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -39,6 +40,8 @@ class CanvasRequest(Request):
     """A vLLM request with a canvas; made of one by `DiffusionStepScheduler`."""
 
     dlm: RequestConfig
+    stop_ids: frozenset[int]
+    """Token ids that end the text."""
     canvas_end: int
     """Absolute position one past the canvas' last token."""
     block_canvas_end: int
@@ -62,10 +65,8 @@ class CanvasRequest(Request):
 
     def num_tokens_to_stop(self, tokens: list[int]) -> int:
         """How many of the tokens that follow the output belong to the text."""
-        params = self.sampling_params
-        stop_ids = {params.eos_token_id, *(params.stop_token_ids or ())}
         for count, token in enumerate(tokens, start=1):
-            if token in stop_ids:
+            if token in self.stop_ids:
                 return count
         return len(tokens)
 
@@ -104,6 +105,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 params.stop_token_ids = sorted(
                     {*(params.stop_token_ids or ()), *self.dlm_defaults.stop_ids}
                 )
+            request.stop_ids = stop_ids(params)
             request.refreshed_block = -1
             # Forwards and tokens per forward, on every request's output.
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(

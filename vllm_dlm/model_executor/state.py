@@ -26,6 +26,7 @@ from vllm_dlm.config import ModelDefaults, RequestConfig, resolve, server_config
 from vllm_dlm.model_executor.cache import POLICIES, canvas_width, steps_per_block
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.segments import SegmentPlan
+from vllm_dlm.request import stop_ids
 from vllm_dlm.strategies.base import Context
 
 if TYPE_CHECKING:
@@ -296,9 +297,5 @@ class DlmRequest:
             if params.seed is not None
             else int.from_bytes(digest, "little") >> 1
         )
-        stop_ids = set(params.stop_token_ids or ())
-        # vLLM leaves this None under ignore_eos.
-        if params.eos_token_id is not None:
-            stop_ids.add(params.eos_token_id)
-        self.stop_ids: list[int] = sorted(stop_ids)
+        self.stop_ids = sorted(stop_ids(params))
         """Token ids at which the scheduler ends this request."""

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_dlm.model_executor.traces import IGNORED, RIGHT, Traces
+from vllm_dlm.strategies.learn2pd import FALLBACK_CONFIDENCE
 from vllm_dlm.strategies.learn2pd_filter import Filter
 
 BATCH_ROWS = 128
@@ -105,7 +106,8 @@ def train_filter(
 
     rest = test & ~halves
     accepts = filter.apply(confidence)[rest] > level
-    counts, right, sure = counts[rest], right[rest], confidence[rest] >= 0.9
+    sure = confidence[rest] >= FALLBACK_CONFIDENCE
+    counts, right = counts[rest], right[rest]
     report = Report(
         rows=len(traces),
         blocks=len(blocks),
