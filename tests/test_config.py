@@ -8,15 +8,14 @@ import pytest
 from pydantic import Field
 
 from vllm_dlm.config import (
-    DEFAULT_MAX_CANVAS,
     REQUEST_OPTIONS,
     SERVER_PARAMETER,
     DlmConfig,
-    ModelDefaults,
     resolve,
     served_config,
     server_config,
 )
+from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS, ModelDefaults
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy
 

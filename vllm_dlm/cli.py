@@ -168,7 +168,7 @@ def _show_models() -> None:
     from rich.text import Text
 
     from vllm_dlm import aliases, plugin
-    from vllm_dlm.config import ModelDefaults
+    from vllm_dlm.model_defaults import ModelDefaults
 
     columns = ("name", "stands for", "class", "strategy", "block")
     table = Table(*columns, box=None, pad_edge=False)

@@ -25,13 +25,11 @@ from pydantic import (
 )
 
 from vllm_dlm.messages import explain, unknown
+from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS, ModelDefaults
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
 Cache = Literal["none", "prefix", "dual"]
-
-DEFAULT_MAX_CANVAS = 1024
-"""Positions; the canvas limit of a server that sets none."""
 
 SERVER_ONLY = ("max_canvas", "online_learning", "filter_dir", "record_traces")
 """Options a request cannot change."""
@@ -192,36 +190,6 @@ REQUEST_OPTIONS = tuple(
 
 
 @dataclass(frozen=True)
-class ModelDefaults:
-    """What a model's HF config declares to the engine."""
-
-    strategy: str
-    block_length: int
-    mask_token_id: int
-    eos_token_id: int | None
-    model_class: str = "A"
-    """"A" full bidirectional, "B" block-causal, "C" causal context."""
-    max_canvas: int = DEFAULT_MAX_CANVAS
-    """Widest canvas by default: the widest it was trained on, where that is known."""
-    stop_ids: tuple[int, ...] = ()
-    """Ids that end a text besides `eos_token_id`, known to the tokenizer only."""
-
-    @classmethod
-    def from_hf_config(cls, hf_config: Any) -> ModelDefaults:
-        """Read the `dlm_*` attributes of one of our HF config classes."""
-        eos = getattr(hf_config, "eos_token_id", None)
-        return cls(
-            strategy=getattr(hf_config, "dlm_strategy", "threshold"),
-            block_length=getattr(hf_config, "dlm_block_length", 32),
-            mask_token_id=hf_config.mask_token_id,
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
-            model_class=hf_config.dlm_class,
-            max_canvas=getattr(hf_config, "dlm_max_canvas", None) or DEFAULT_MAX_CANVAS,
-            stop_ids=tuple(getattr(hf_config, "dlm_stop_ids", ())),
-        )
-
-
-@dataclass(frozen=True)
 class RequestConfig:
     """How one request is decoded: nothing left to default."""
 
@@ -287,7 +255,8 @@ def resolve(
     server_strategy = server.strategy or defaults.strategy
     strategy = request.strategy or server_strategy
     # Parameters of one strategy mean nothing to another.
-    params = dict(server.strategy_config) if strategy == server_strategy else {}
+    params = dict(defaults.strategy_config) if strategy == defaults.strategy else {}
+    params |= server.strategy_config if strategy == server_strategy else {}
     params |= request.strategy_config
     fields = STRATEGIES[strategy].Params.model_fields
     for name, value in flat_params.items():

@@ -147,12 +147,8 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
 def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
     import torch
 
-    from vllm_dlm.config import (
-        LONGEST_REQUEST_BLOCK,
-        ModelDefaults,
-        resolve,
-        served_config,
-    )
+    from vllm_dlm.config import LONGEST_REQUEST_BLOCK, resolve, served_config
+    from vllm_dlm.model_defaults import ModelDefaults
     from vllm_dlm.strategies import STRATEGIES
     from vllm_dlm.strategies.base import Context
 

@@ -17,7 +17,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_dlm.config import ModelDefaults, server_config
+from vllm_dlm.config import server_config
+from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.request import refuse_server_options
 
 if TYPE_CHECKING:

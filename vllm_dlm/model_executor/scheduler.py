@@ -26,7 +26,8 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_dlm.config import ModelDefaults, RequestConfig, resolve, server_config
+from vllm_dlm.config import RequestConfig, resolve, server_config
+from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.cache import canvas_width, plan_rows
 from vllm_dlm.request import stop_ids
 

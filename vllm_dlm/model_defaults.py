@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family declares to the engine: the `dlm_*` fields of its HF config.
+
+A family's config class calls `declare` with the family's values; a checkpoint's
+config.json may override each of them by the same name. The engine reads
+`ModelDefaults`, never a family's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+DEFAULT_MAX_CANVAS = 1024
+"""Positions; the canvas limit of a model that knows none of its own."""
+
+ModelClass: TypeAlias = Literal["A", "B", "C"]
+"""What a position sees. A: everything. B: all blocks up to its own, the prompt's
+included. C: the prompt and finished text causally, its own block whole."""
+
+_VALID = {
+    "dlm_class": ("A", "B", "C"),
+    "dlm_shift": (0, 1),
+    "dlm_block_origin": ("start", "prompt"),
+    "dlm_schedule": ("even", "rounded"),
+}
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What a model's HF config declares to the engine."""
+
+    strategy: str
+    block_length: int
+    mask_token_id: int
+    eos_token_id: int | None
+    model_class: ModelClass = "A"
+    max_canvas: int = DEFAULT_MAX_CANVAS
+    """Widest canvas by default: the widest it was trained on, where that is known."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end a text besides `eos_token_id`, known to the tokenizer only."""
+    shift: int = 0
+    """The logits for position i are those of row i - shift."""
+    sub_block_length: int | None = None
+    """Positions of a block decided together, from the left; None is the whole block."""
+    block_origin: Literal["start", "prompt"] = "prompt"
+    """Where blocks are counted from: position 0, or the prompt's end."""
+    schedule: Literal["even", "rounded"] = "even"
+    """How a step schedule divides m masks over s steps: m // s and one more in each of
+    the first m mod s, or round(masks left / steps left)."""
+    strategy_config: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of `strategy` that differ from its own defaults."""
+
+    @property
+    def reuses_blocks(self) -> bool:
+        """Whether a finished block's KV is final: all but class A."""
+        return self.model_class != "A"
+
+    @property
+    def seeds_blocks(self) -> bool:
+        """Whether a block's first token is predicted by the block before it.
+
+        With a shift, the row left of a block is in the block before, whose rows are
+        right only once it is finished: they are computed first, alone.
+        """
+        return self.reuses_blocks and self.shift == 1
+
+    @classmethod
+    def from_hf_config(cls, hf_config: Any) -> ModelDefaults:
+        """Read the `dlm_*` attributes of one of our HF config classes."""
+        eos = getattr(hf_config, "eos_token_id", None)
+        return cls(
+            strategy=getattr(hf_config, "dlm_strategy", "threshold"),
+            block_length=getattr(hf_config, "dlm_block_length", 32),
+            mask_token_id=hf_config.mask_token_id,
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            model_class=hf_config.dlm_class,
+            max_canvas=getattr(hf_config, "dlm_max_canvas", None) or DEFAULT_MAX_CANVAS,
+            stop_ids=tuple(getattr(hf_config, "dlm_stop_ids", ())),
+            shift=getattr(hf_config, "dlm_shift", 0),
+            sub_block_length=getattr(hf_config, "dlm_sub_block_length", None),
+            block_origin=getattr(hf_config, "dlm_block_origin", "prompt"),
+            schedule=getattr(hf_config, "dlm_schedule", "even"),
+            strategy_config=getattr(hf_config, "dlm_strategy_config", {}),
+        )
+
+
+def declare(
+    config: Any,
+    given: dict[str, Any],
+    *,
+    dlm_class: ModelClass,
+    mask_token_id: int,
+    dlm_block_length: int = 32,
+    dlm_shift: int = 0,
+    dlm_sub_block_length: int | None = None,
+    dlm_block_origin: Literal["start", "prompt"] = "prompt",
+    dlm_schedule: Literal["even", "rounded"] = "even",
+    dlm_strategy: str = "threshold",
+    dlm_strategy_config: Mapping[str, Any] | None = None,
+    dlm_max_canvas: int | None = None,
+    dlm_stop_ids: tuple[int, ...] = (),
+) -> None:
+    """Set a family's declarations on its HF config; call it before `super().__init__`.
+
+    Args:
+        config: the config being built.
+        given: the config's remaining keyword arguments; declarations in it win, and
+            are taken out of it.
+
+    Raises:
+        ValueError: config.json declares something that does not exist.
+    """
+    declared: dict[str, Any] = {
+        "dlm_class": dlm_class,
+        "mask_token_id": mask_token_id,
+        "dlm_block_length": dlm_block_length,
+        "dlm_shift": dlm_shift,
+        "dlm_sub_block_length": dlm_sub_block_length,
+        "dlm_block_origin": dlm_block_origin,
+        "dlm_schedule": dlm_schedule,
+        "dlm_strategy": dlm_strategy,
+        "dlm_strategy_config": dict(dlm_strategy_config or {}),
+        "dlm_max_canvas": dlm_max_canvas,
+        "dlm_stop_ids": list(dlm_stop_ids),
+    }
+    for name in declared:
+        value = given.pop(name, None)
+        if value is not None:
+            declared[name] = value
+    for name, valid in _VALID.items():
+        if declared[name] not in valid:
+            raise ValueError(
+                f"{name} {declared[name]!r} in the model's config is not one of "
+                f"{', '.join(map(str, valid))}"
+            )
+    for name, value in declared.items():
+        setattr(config, name, value)
+    # vLLM takes a model for a diffusion model exactly when this is set.
+    given.pop("canvas_length", None)
+    config.canvas_length = declared["dlm_block_length"]
