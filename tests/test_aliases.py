@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from vllm_dlm import aliases
+from vllm_dlm import aliases, plugin
 
 
 @pytest.fixture
@@ -25,6 +25,25 @@ def hub(monkeypatch, outcome=None):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
     return asked
+
+
+def test_every_family_is_registered():
+    for alias in aliases.ALIASES.values():
+        assert alias.family.model_type in plugin.HF_CONFIGS
+        assert alias.family.architecture in plugin.ARCHITECTURES
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("sdar-4b", "JetLM/SDAR-4B-Chat"),
+        ("sdar-1.7b-b64", "JetLM/SDAR-1.7B-Chat-b64"),
+        ("sdar-30b-a3b-b8", "JetLM/SDAR-30B-A3B-Chat-b8"),
+        ("a2d-qwen3-0.6b-bd3lm", "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"),
+    ],
+)
+def test_names_of_variants(name, target):
+    assert aliases.ALIASES[name].target == target
 
 
 def test_other_names_and_folders_stay(tmp_path, monkeypatch):

@@ -37,9 +37,21 @@ def test_register_twice_is_harmless(monkeypatch):
     assert plugin.problems == []
     assert EngineArgs.create_engine_config is wrapped
     assert len(patches.applied()) == count
-    assert "LLaDAModelLM" in ModelRegistry.get_supported_archs()
-    assert _CONFIG_REGISTRY["llada"].__name__ == "LLaDAConfig"
-    assert MODELS_CONFIG_MAP["LLaDAModelLM"].__name__ == "DlmModelConfig"
+    assert set(plugin.ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
+    for model_type, target in plugin.HF_CONFIGS.items():
+        assert _CONFIG_REGISTRY[model_type] is plugin.load(target)
+        assert _CONFIG_REGISTRY[model_type].model_type == model_type
+    for architecture in plugin.ARCHITECTURES:
+        assert MODELS_CONFIG_MAP[architecture].__name__ == "DlmModelConfig"
+
+
+def test_reading_a_config_imports_no_vllm():
+    heavy = run_python(
+        "import sys\nfrom vllm_dlm import plugin\n"
+        "for target in plugin.HF_CONFIGS.values(): plugin.load(target)\n"
+        "print(*sys.modules.keys() & {'vllm'})"
+    )
+    assert heavy == []
 
 
 def test_disabled_registers_nothing(monkeypatch):

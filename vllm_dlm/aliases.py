@@ -10,13 +10,23 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Family:
+    """Checkpoints of one network."""
+
+    name: str
+    model_type: str
+    """HF `model_type`, a key of `plugin.HF_CONFIGS`."""
+    architecture: str
+    """HF architecture, a key of `plugin.ARCHITECTURES`."""
+
+
+@dataclass(frozen=True)
 class Alias:
     """What a short name stands for."""
 
+    family: Family
     target: str
     """Hub id, or a folder below `vllm_dlm/assets` when `built_in`."""
-    model_type: str
-    """The checkpoint's HF `model_type`, a key of `plugin.HF_CONFIGS`."""
     summary: str
     built_in: bool = False
 
@@ -28,13 +38,79 @@ class Alias:
         return str(files("vllm_dlm") / "assets" / self.target)
 
 
+LLADA = Family("LLaDA", "llada", "LLaDAModelLM")
+LLADA_MOE = Family("LLaDA-MoE", "llada", "LLaDAMoEModelLM")
+LLADA2 = Family("LLaDA2", "llada2_moe", "LLaDA2MoeModelLM")
+DREAM = Family("Dream", "Dream", "DreamModel")
+SDAR = Family("SDAR", "sdar", "SDARForCausalLM")
+SDAR_MOE = Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM")
+FAST_DLLM = Family("Fast-dLLM v2", "Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM")
+A2D_QWEN3 = Family("A2D-Qwen3", "a2d-qwen3", "A2DQwen3LMHeadModel")
+A2D_QWEN2 = Family("A2D-Qwen2", "a2d-qwen2", "A2DQwen2LMHeadModel")
+
+_QWEN3_A2D = "dllm-hub/Qwen3-0.6B-diffusion"
+_QWEN2_A2D = "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion"
+
 ALIASES: dict[str, Alias] = {
-    "llada": Alias("GSAI-ML/LLaDA-8B-Instruct", "llada", "8B, instructions and chat"),
-    "llada-base": Alias("GSAI-ML/LLaDA-8B-Base", "llada", "8B, plain text"),
-    "llada-1.5": Alias("GSAI-ML/LLaDA-1.5", "llada", "8B, preference-optimised"),
+    "llada": Alias(LLADA, "GSAI-ML/LLaDA-8B-Instruct", "8B, instructions and chat"),
+    "llada-base": Alias(LLADA, "GSAI-ML/LLaDA-8B-Base", "8B, plain text"),
+    "llada-1.5": Alias(LLADA, "GSAI-ML/LLaDA-1.5", "8B, preference-optimised"),
     "llada-tiny": Alias(
-        "llada-tiny", "llada", "built in: small tasks, no network", built_in=True
+        LLADA, "llada-tiny", "built in: small tasks, no network", built_in=True
     ),
+    "llada-moe": Alias(
+        LLADA_MOE, "inclusionAI/LLaDA-MoE-7B-A1B-Instruct", "7B, 1B active, chat"
+    ),
+    "llada-moe-base": Alias(
+        LLADA_MOE, "inclusionAI/LLaDA-MoE-7B-A1B-Base", "7B, 1B active, plain text"
+    ),
+    "llada2-mini": Alias(LLADA2, "inclusionAI/LLaDA2.0-mini", "16B, 1.4B active"),
+    "llada2-flash": Alias(LLADA2, "inclusionAI/LLaDA2.0-flash", "100B, 6.1B active"),
+    "llada2.1-mini": Alias(LLADA2, "inclusionAI/LLaDA2.1-mini", "16B, 1.4B active"),
+    "llada2.1-flash": Alias(LLADA2, "inclusionAI/LLaDA2.1-flash", "100B, 6.1B active"),
+    "dream": Alias(DREAM, "Dream-org/Dream-v0-Instruct-7B", "7B, instructions"),
+    "dream-base": Alias(DREAM, "Dream-org/Dream-v0-Base-7B", "7B, plain text"),
+    "dream-coder": Alias(DREAM, "Dream-org/Dream-Coder-v0-Instruct-7B", "7B, code"),
+    "dream-coder-base": Alias(
+        DREAM, "Dream-org/Dream-Coder-v0-Base-7B", "7B, code, plain text"
+    ),
+    "diffucoder": Alias(DREAM, "apple/DiffuCoder-7B-cpGRPO", "7B, code"),
+    "diffucoder-base": Alias(DREAM, "apple/DiffuCoder-7B-Base", "7B, code, plain text"),
+    **{
+        f"sdar-{size.lower()}{suffix}": Alias(
+            SDAR, f"JetLM/SDAR-{size}-Chat{suffix}", f"{size}, chat"
+        )
+        for size in ("1.7B", "4B", "8B")
+        for suffix in ("", "-b8", "-b16", "-b32", "-b64")
+    },
+    **{
+        f"sdar-30b-a3b{suffix}": Alias(
+            SDAR_MOE, f"JetLM/SDAR-30B-A3B-Chat{suffix}", "30B, 3B active, chat"
+        )
+        for suffix in ("", "-b8", "-b32")
+    },
+    "trado-4b": Alias(SDAR, "Gen-Verse/TraDo-4B-Instruct", "4B, reasoning"),
+    "trado-8b": Alias(SDAR, "Gen-Verse/TraDo-8B-Instruct", "8B, reasoning"),
+    "trado-8b-thinking": Alias(
+        SDAR, "Gen-Verse/TraDo-8B-Thinking", "8B, long reasoning"
+    ),
+    "tdar": Alias(SDAR, "lulululuyi/TDAR-8B-Thinking", "8B, long reasoning"),
+    "fast-dllm-v2-1.5b": Alias(
+        FAST_DLLM, "Efficient-Large-Model/Fast_dLLM_v2_1.5B", "1.5B, instructions"
+    ),
+    "fast-dllm-v2-7b": Alias(
+        FAST_DLLM, "Efficient-Large-Model/Fast_dLLM_v2_7B", "7B, instructions"
+    ),
+    **{
+        f"a2d-qwen3-0.6b-{way}": Alias(A2D_QWEN3, f"{_QWEN3_A2D}-{way}-v0.1", "0.6B")
+        for way in ("mdlm", "bd3lm")
+    },
+    **{
+        f"a2d-qwen2.5-coder-0.5b-{way}": Alias(
+            A2D_QWEN2, f"{_QWEN2_A2D}-{way}-v0.1", "0.5B, code"
+        )
+        for way in ("mdlm", "bd3lm")
+    },
 }
 
 

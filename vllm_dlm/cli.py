@@ -75,8 +75,8 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     models = commands.add_parser(
         "models",
         help="list the models with a short name, and where they are found",
-        description="List the models with a short name. Any other LLaDA checkpoint is "
-        "served by its folder or hub id. Nothing is downloaded.",
+        description="List the models with a short name. Any other checkpoint of "
+        "these families is served by its folder or hub id. Nothing is downloaded.",
     )
     models.set_defaults(run=lambda args: _show_models())
 
@@ -170,30 +170,39 @@ def _show_models() -> None:
     from vllm_dlm import aliases, plugin
     from vllm_dlm.model_defaults import ModelDefaults
 
-    columns = ("name", "stands for", "class", "strategy", "block")
-    table = Table(*columns, box=None, pad_edge=False)
-    table.add_column("found in", overflow="fold")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    for column in ("family", "class", "shift", "strategy", "block"):
+        table.add_column(column)
+    table.add_column("stands for", overflow="fold")
+    present = []
     for name, alias in aliases.ALIASES.items():
-        folder = aliases.local_folder(name)
-        config_class = plugin.load(plugin.HF_CONFIGS[alias.model_type])
-        config = config_class.from_pretrained(folder) if folder else config_class()
+        config_class = plugin.load(plugin.HF_CONFIGS[alias.family.model_type])
+        if folder := aliases.local_folder(name):
+            present.append(f"{name} in {folder}")
+            config = config_class.from_pretrained(folder, name_or_path=folder)
+        else:
+            known = {"architectures": [alias.family.architecture]}
+            config = config_class.from_dict(known, name_or_path=alias.target)
         defaults = ModelDefaults.from_hf_config(config)
         cells = (
             name,
-            f"{'' if alias.built_in else alias.target + ': '}{alias.summary}",
+            alias.family.name,
             defaults.model_class,
+            str(defaults.shift),
             defaults.strategy,
             str(defaults.block_length),
-            folder or "not on this machine",
+            f"{'' if alias.built_in else alias.target + ': '}{alias.summary}",
         )
         table.add_row(*map(Text, cells))
     console = Console(highlight=False)
     console.print(table)
     console.print(
         Text(
-            "\nStrategy and block are the model's defaults. Any other checkpoint of "
-            "these architectures is served by its folder or hub id: "
-            f"{', '.join(plugin.ARCHITECTURES)}."
+            "\nClass A sees everything, B all blocks up to its own. Strategy and block "
+            "are the model's defaults. Any other checkpoint of these architectures is "
+            f"served by its folder or hub id: {', '.join(plugin.ARCHITECTURES)}.\n"
+            f"\nOn this machine: {'; '.join(present) or 'none of them'}."
         )
     )
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from vllm_dlm.messages import explain, unknown
@@ -30,6 +31,9 @@ from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
 Cache = Literal["none", "prefix", "dual"]
+
+WHOLE_CANVAS = "canvas"
+"""A block length: the whole canvas is one block, as wide as `max_tokens`."""
 
 SERVER_ONLY = ("max_canvas", "online_learning", "filter_dir", "record_traces")
 """Options a request cannot change."""
@@ -63,7 +67,18 @@ def _parse_json(value: Any) -> Any:
         raise ValueError(f"not valid JSON ({error})") from None
 
 
+def _check_block_length(value: Any) -> Any:
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    is_count = isinstance(number, int) and not isinstance(number, bool)
+    if value == WHOLE_CANVAS or (is_count and 1 <= number <= 1024):
+        return number
+    raise ValueError(
+        f"expected a whole number from 1 to 1024 or {WHOLE_CANVAS!r}, got {value!r}"
+    )
+
+
 Count = Annotated[int, BeforeValidator(_refuse_bool)]
+BlockLength = Annotated[int | Literal["canvas"], BeforeValidator(_check_block_length)]
 
 
 class DlmConfig(BaseModel):
@@ -81,12 +96,20 @@ class DlmConfig(BaseModel):
         description="The strategy's own parameters, as a JSON object; "
         "`vllm-dlm strategies NAME` lists them.",
     )
-    block_length: Count | None = Field(
+    block_length: BlockLength | None = Field(
+        default=None,
+        description="Positions decoded together before the next block begins, from 1 "
+        "to 1024, or `canvas`: the whole output is one block. Block-causal models are "
+        "trained for one length, which only the server may change. Default: the "
+        "model's own.",
+    )
+    sub_block_length: Count | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="Positions decoded together before the next block begins, from 1 "
-        "to 1024. Default: the model's own.",
+        description="Positions of a block that may be written at a time, from the "
+        "left; the whole block is computed all the same (Fast-dLLM v2). Default: the "
+        "model's own, mostly the whole block.",
     )
     cache: Cache = Field(
         default="none",
@@ -101,6 +124,11 @@ class DlmConfig(BaseModel):
         description="Denoise steps of a request over its whole canvas, spread evenly "
         "over its blocks, for strategies that follow a schedule. Default: one token "
         "per step.",
+    )
+    steps_per_block: Count | None = Field(
+        default=None,
+        ge=1,
+        description="The same per block, as block-causal models' own code counts.",
     )
     reference_exact: bool = Field(
         default=False,
@@ -129,6 +157,12 @@ class DlmConfig(BaseModel):
         description="Keep confidences of finished requests in memory, whatever their "
         "strategy; `vllm-dlm traces` reads them. No text is kept.",
     )
+
+    @model_validator(mode="after")
+    def _count_steps_once(self) -> Self:
+        if self.steps and self.steps_per_block:
+            raise ValueError("set steps or steps_per_block, not both")
+        return self
 
     @field_validator("strategy")
     @classmethod
@@ -196,10 +230,21 @@ class RequestConfig:
     strategy: str
     params: Params
     block_length: int
+    """`sized` replaces 0, the whole canvas, by the request's canvas width."""
+    sub_block_length: int
+    """0, the whole block, is replaced by `sized` too."""
     cache: Cache
     steps: int | None
     """Over the whole canvas; None writes one token per step."""
+    steps_per_block: int | None
+    """Wins over `steps`."""
     reference_exact: bool
+
+    def sized(self, max_tokens: int, max_canvas: int) -> RequestConfig:
+        """With the lengths, in positions, that a request's output gives them."""
+        length = self.block_length or min(max_tokens, max_canvas)
+        sub = min(self.sub_block_length or length, length)
+        return replace(self, block_length=length, sub_block_length=sub)
 
 
 def server_config(vllm_config: Any) -> DlmConfig:
@@ -275,20 +320,52 @@ def resolve(
                 "(--dlm-strategy-config); a request cannot change it"
             )
     is_set = request.model_fields_set
-    return RequestConfig(
+    block_length = request.block_length or server.block_length or defaults.block_length
+    counts_steps = request if request.steps or request.steps_per_block else server
+    config = RequestConfig(
         strategy=strategy,
         params=parse_params(strategy, params, where="strategy_config"),
-        block_length=request.block_length
-        or server.block_length
-        or defaults.block_length,
+        block_length=0 if block_length == WHOLE_CANVAS else int(block_length),
+        sub_block_length=request.sub_block_length
+        or server.sub_block_length
+        or defaults.sub_block_length
+        or 0,
         cache=request.cache if "cache" in is_set else server.cache,
-        steps=request.steps or server.steps,
+        steps=counts_steps.steps,
+        steps_per_block=counts_steps.steps_per_block,
         reference_exact=(
             request.reference_exact
             if "reference_exact" in is_set
             else server.reference_exact
         ),
     )
+    if defaults.reuses_blocks:
+        _check_block_causal(config, server.block_length or defaults.block_length)
+    return config
+
+
+def _check_block_causal(config: RequestConfig, trained: int | str) -> None:
+    """What models that keep finished blocks' KV cannot do.
+
+    Raises:
+        ValueError: `config` asks for it.
+    """
+    if trained == WHOLE_CANVAS:
+        raise ValueError(
+            "block_length 'canvas' is for models with full attention; this one is "
+            "block-causal: give the length its blocks were trained with"
+        )
+    if config.block_length != trained:
+        raise ValueError(
+            f"block_length is {trained} for all requests of this block-causal model: "
+            "the KV of a prompt depends on it; only the server can change it "
+            "(--dlm-block-length)"
+        )
+    if config.cache != "none":
+        raise ValueError(
+            f"cache {config.cache!r} is for models with full attention; this one is "
+            "block-causal and keeps what is final in any case: leave it at 'none'"
+        )
 
 
 def parse_params(strategy: str, values: Mapping[str, Any], *, where: str) -> Params:

@@ -66,6 +66,10 @@ class ModelDefaults:
         """
         return self.reuses_blocks and self.shift == 1
 
+    def origin(self, prompt_len: int, block_length: int) -> int:
+        """Position from which the blocks of a request are counted, below B."""
+        return 0 if self.block_origin == "start" else prompt_len % block_length
+
     @classmethod
     def from_hf_config(cls, hf_config: Any) -> ModelDefaults:
         """Read the `dlm_*` attributes of one of our HF config classes."""

@@ -15,15 +15,38 @@ from typing import Any
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
 
+_MODELS = "vllm_dlm.model_executor.models"
+
 ARCHITECTURES = {
-    "LLaDAModelLM": "vllm_dlm.model_executor.models.llada:LLaDAModelLM",
+    "LLaDAModelLM": f"{_MODELS}.llada:LLaDAModelLM",
+    "LLaDAMoEModelLM": f"{_MODELS}.llada_moe:LLaDAMoEModelLM",
+    "LLaDAMoEModel": f"{_MODELS}.llada_moe:LLaDAMoEModelLM",
+    "LLaDA2MoeModelLM": f"{_MODELS}.llada2:LLaDA2MoeModelLM",
+    "DreamModel": f"{_MODELS}.dream:DreamModel",
+    "SDARForCausalLM": f"{_MODELS}.sdar:SDARForCausalLM",
+    "SDARMoeForCausalLM": f"{_MODELS}.sdar:SDARMoeForCausalLM",
+    "Fast_dLLM_QwenForCausalLM": f"{_MODELS}.fast_dllm:FastDLLMQwenForCausalLM",
+    "A2DQwen3LMHeadModel": f"{_MODELS}.a2d:A2DQwen3LMHeadModel",
+    "A2DQwen2LMHeadModel": f"{_MODELS}.a2d:A2DQwen2LMHeadModel",
+    "A2DLlamaLMHeadModel": f"{_MODELS}.a2d:A2DLlamaLMHeadModel",
 }
 """HF architecture -> model class."""
 
 HF_CONFIGS = {
-    "llada": "vllm_dlm.model_executor.models.llada_config:LLaDAConfig",
+    "llada": f"{_MODELS}.llada_config:LLaDAConfig",
+    "llada2_moe": f"{_MODELS}.llada2_config:LLaDA2MoeConfig",
+    "Dream": f"{_MODELS}.dream_config:DreamConfig",
+    "sdar": f"{_MODELS}.sdar_config:SDARConfig",
+    "sdar_moe": f"{_MODELS}.sdar_config:SDARMoeConfig",
+    "Fast_dLLM_Qwen": f"{_MODELS}.fast_dllm_config:FastDLLMQwenConfig",
+    "a2d-qwen3": f"{_MODELS}.a2d_config:A2DQwen3Config",
+    "a2d-qwen2": f"{_MODELS}.a2d_config:A2DQwen2Config",
+    "a2d-llama": f"{_MODELS}.a2d_config:A2DLlamaConfig",
 }
 """HF `model_type` -> config class, so that no checkpoint needs trust_remote_code."""
+
+TOKENIZERS = {"Dream": f"{_MODELS}.dream_tokenizer:DreamTokenizer"}
+"""HF `model_type` -> tokenizer class, where the checkpoint would bring its own code."""
 
 CONFIG_HOOK = "vllm_dlm.model_executor.config_hook:DlmModelConfig"
 
@@ -58,6 +81,7 @@ def register() -> None:
     steps: tuple[Callable[[], None], ...] = (
         _register_models,
         _register_hf_configs,
+        _register_tokenizers,
         _register_config_hooks,
         _wrap_front_end,
     )
@@ -108,6 +132,15 @@ def _register_hf_configs() -> None:
     for model_type, target in HF_CONFIGS.items():
         # The registry looks strings up in a module of vLLM's own: a class it must be.
         _CONFIG_REGISTRY[model_type] = load(target)
+
+
+def _register_tokenizers() -> None:
+    from transformers import AutoTokenizer
+
+    for model_type, target in TOKENIZERS.items():
+        AutoTokenizer.register(
+            load(HF_CONFIGS[model_type]), tokenizer_class=load(target), exist_ok=True
+        )
 
 
 def _register_config_hooks() -> None:

@@ -147,7 +147,12 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
 def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
     import torch
 
-    from vllm_dlm.config import LONGEST_REQUEST_BLOCK, resolve, served_config
+    from vllm_dlm.config import (
+        LONGEST_REQUEST_BLOCK,
+        WHOLE_CANVAS,
+        resolve,
+        served_config,
+    )
     from vllm_dlm.model_defaults import ModelDefaults
     from vllm_dlm.strategies import STRATEGIES
     from vllm_dlm.strategies.base import Context
@@ -160,13 +165,15 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
             )
     hf_config = model_config.hf_config
     server = served_config(hf_config)
-    config = resolve(server, params.extra_args, ModelDefaults.from_hf_config(hf_config))
     defaults = ModelDefaults.from_hf_config(hf_config)
+    config = resolve(server, params.extra_args, defaults)
+    canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
+    # A request without max_tokens takes what the context leaves: a whole canvas.
+    config = config.sized(params.max_tokens or canvas, canvas)
     own = server.block_length or defaults.block_length
-    limit = min(
-        max(own, LONGEST_REQUEST_BLOCK),
-        server.canvas_limit(model_config.max_model_len, defaults.max_canvas),
-    )
+    limit = canvas
+    if own != WHOLE_CANVAS:
+        limit = min(max(int(own), LONGEST_REQUEST_BLOCK), canvas)
     if config.block_length > limit:
         raise ValueError(
             f"block_length {config.block_length} is more than this server takes in a "

@@ -11,11 +11,11 @@ writes random tiny checkpoints in LLaDA's own layout: no test needs a download.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from reference.layers import KVStore, attend, rms_norm, rotate, rotation
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -27,30 +27,6 @@ CHAT_TEMPLATE = (
     "{{ message['content'] | trim }} <|eot_id|> "
     "{% endfor %}<|start_header_id|> assistant <|end_header_id|>"
 )
-
-
-@dataclass
-class KVStore:
-    """Keys (already rotated) and values of every position, for every layer.
-
-    `keys[layer]` and `values[layer]` are [L, n_kv_heads, head_dim]. A row holds
-    whatever the last forward that computed that position wrote there.
-    """
-
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-
-    def __len__(self) -> int:
-        return self.keys[0].shape[0]
-
-    def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
-        self.keys = [key[:length] for key in self.keys]
-        self.values = [value[:length] for value in self.values]
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
 
 class TinyLLaDA:
@@ -96,20 +72,9 @@ class TinyLLaDA:
         return cls(config, {name: w.to(dtype) for name, w in weights.items()})
 
     def new_store(self, length: int) -> KVStore:
-        """A store of `length` positions, full of NaN: reading an unwritten row shows.
-
-        (Softmax weights are never exactly zero for the rows of the store, so a NaN
-        key spreads into every logit.)
-        """
+        """A store of `length` positions, none of them written."""
         shape = (length, self.n_kv_heads, self.head_dim)
-
-        def empty() -> list[torch.Tensor]:
-            return [
-                torch.full(shape, torch.nan, dtype=self.dtype)
-                for _ in range(self.n_layers)
-            ]
-
-        return KVStore(empty(), empty())
+        return KVStore.unwritten(self.n_layers, shape, self.dtype)
 
     @torch.no_grad()
     def forward(
@@ -129,66 +94,36 @@ class TinyLLaDA:
         if positions is None:
             positions = torch.arange(len(ids))
         positions = torch.as_tensor(positions, dtype=torch.long)
-        cos, sin = self._rotation(positions)
+        theta = float(self.config["rope_theta"])
+        cos, sin = rotation(positions, self.head_dim, theta, self.dtype)
 
         w = self.weights
         x = w["model.transformer.wte.weight"][ids]
         for layer in range(self.n_layers):
             block = f"model.transformer.blocks.{layer}."
 
-            h = _rms_norm(x, w[block + "attn_norm.weight"], self.eps)
+            h = rms_norm(x, w[block + "attn_norm.weight"], self.eps)
             q = F.linear(h, w[block + "q_proj.weight"])
             k = F.linear(h, w[block + "k_proj.weight"])
             v = F.linear(h, w[block + "v_proj.weight"])
-            q = _rotate(q.view(-1, self.n_heads, self.head_dim), cos, sin)
-            k = _rotate(k.view(-1, self.n_kv_heads, self.head_dim), cos, sin)
+            q = rotate(q.view(-1, self.n_heads, self.head_dim), cos, sin)
+            k = rotate(k.view(-1, self.n_kv_heads, self.head_dim), cos, sin)
             v = v.view(-1, self.n_kv_heads, self.head_dim)
             if store is not None:
                 store.keys[layer][positions] = k
                 store.values[layer][positions] = v
                 k, v = store.keys[layer], store.values[layer]
-            x = x + F.linear(self._attend(q, k, v), w[block + "attn_out.weight"])
+            x = x + F.linear(attend(q, k, v), w[block + "attn_out.weight"])
 
-            h = _rms_norm(x, w[block + "ff_norm.weight"], self.eps)
+            h = rms_norm(x, w[block + "ff_norm.weight"], self.eps)
             # LLaDA's names: ff_proj is the gate (silu), up_proj the up projection.
             gate = F.silu(F.linear(h, w[block + "ff_proj.weight"]))
             up = F.linear(h, w[block + "up_proj.weight"])
             x = x + F.linear(gate * up, w[block + "ff_out.weight"])
 
-        x = _rms_norm(x, w["model.transformer.ln_f.weight"], self.eps)
+        x = rms_norm(x, w["model.transformer.ln_f.weight"], self.eps)
         # Not a block's ff_out: the one outside the blocks is the language-model head.
         return F.linear(x, w["model.transformer.ff_out.weight"])
-
-    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, [n, 1, head_dim]; float32 whatever the model's dtype.
-
-        Angles are part of the model, not of the arithmetic: served models build
-        them in float32, so a float64 run of the oracle must use the same ones.
-        """
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32)
-        theta = float(self.config["rope_theta"])
-        inverse_frequency = 1.0 / theta ** (exponent / self.head_dim)
-        angle = positions.float()[:, None] * inverse_frequency[None, :]
-        angle = torch.cat([angle, angle], dim=-1)[:, None, :]
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """[n, n_heads, head_dim] over [L, n_kv_heads, head_dim]; unmasked."""
-        group = self.n_heads // self.n_kv_heads
-        heads = []
-        for head in range(self.n_heads):
-            key, value = k[:, head // group], v[:, head // group]
-            scores = q[:, head] @ key.T / self.head_dim**0.5
-            heads.append(scores.softmax(dim=-1) @ value)
-        return torch.cat(heads, dim=-1)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Neox rotation: the first half of a head pairs with its second half."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def write_random_checkpoint(
@@ -261,8 +196,40 @@ def write_random_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     weights = _random_weights(config, seed, logit_std, eos_gain)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder, config)
+    write_tokenizer(
+        folder,
+        vocab_size=vocab_size,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        max_length=max_sequence_length,
+    )
     return folder
+
+
+class Draw:
+    """Seeded random weights, on scales that keep a tiny network lively."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, rows: int, columns: int, gain: float) -> torch.Tensor:
+        """Maps inputs of unit variance to outputs of variance gain squared."""
+        values = torch.randn(rows, columns, generator=self.generator)
+        return values * gain / columns**0.5
+
+    def near(self, size: int, value: float = 1.0) -> torch.Tensor:
+        """`value`, but not exactly: a forgotten norm weight must not go unnoticed."""
+        return value * (1.0 + 0.1 * torch.randn(size, generator=self.generator))
+
+    def embedding(self, vocab_size: int, size: int, mask_token_id: int) -> torch.Tensor:
+        """Unit variance; the mask's row is small.
+
+        Masked positions differ only through what attention brings them: a small mask
+        embedding lets that decide, so that neighbours predict different tokens.
+        """
+        rows = torch.randn(vocab_size, size, generator=self.generator)
+        rows[mask_token_id] *= 0.3
+        return rows
 
 
 def special_tokens(
@@ -283,48 +250,46 @@ def special_tokens(
 def _random_weights(
     config: dict, seed: int, logit_std: float, eos_gain: float
 ) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(rows: int, columns: int, gain: float) -> torch.Tensor:
-        """Maps inputs of unit variance to outputs of variance gain squared."""
-        return torch.randn(rows, columns, generator=generator) * gain / columns**0.5
-
-    def near_one(size: int) -> torch.Tensor:
-        # Not exactly one, or a forgotten norm weight would go unnoticed.
-        return 1.0 + 0.1 * torch.randn(size, generator=generator)
-
+    draw = Draw(seed)
     d, ff, vocab = config["d_model"], config["mlp_hidden_size"], config["vocab_size"]
     d_kv = d // config["n_heads"] * config["n_kv_heads"]
     weights = {}
-    embedding = torch.randn(vocab, d, generator=generator)
-    # Masked positions differ only through what attention brings them: a small mask
-    # embedding lets that decide, so that neighbours predict different tokens.
-    embedding[config["mask_token_id"]] *= 0.3
-    weights["model.transformer.wte.weight"] = embedding
+    weights["model.transformer.wte.weight"] = draw.embedding(
+        vocab, d, config["mask_token_id"]
+    )
     for layer in range(config["n_layers"]):
         block = f"model.transformer.blocks.{layer}."
-        weights[block + "attn_norm.weight"] = near_one(d)
+        weights[block + "attn_norm.weight"] = draw.near(d)
         # Sharp attention scores (std 4): position, through RoPE, has to matter.
-        weights[block + "q_proj.weight"] = normal(d, d, 2.0)
-        weights[block + "k_proj.weight"] = normal(d_kv, d, 2.0)
-        weights[block + "v_proj.weight"] = normal(d_kv, d, 1.5)
-        weights[block + "attn_out.weight"] = normal(d, d, 1.5)
-        weights[block + "ff_norm.weight"] = near_one(d)
-        weights[block + "ff_proj.weight"] = normal(ff, d, 1.5)
-        weights[block + "up_proj.weight"] = normal(ff, d, 1.5)
-        weights[block + "ff_out.weight"] = normal(d, ff, 1.0)
-    weights["model.transformer.ln_f.weight"] = near_one(d)
-    head = normal(vocab, d, logit_std)
+        weights[block + "q_proj.weight"] = draw.normal(d, d, 2.0)
+        weights[block + "k_proj.weight"] = draw.normal(d_kv, d, 2.0)
+        weights[block + "v_proj.weight"] = draw.normal(d_kv, d, 1.5)
+        weights[block + "attn_out.weight"] = draw.normal(d, d, 1.5)
+        weights[block + "ff_norm.weight"] = draw.near(d)
+        weights[block + "ff_proj.weight"] = draw.normal(ff, d, 1.5)
+        weights[block + "up_proj.weight"] = draw.normal(ff, d, 1.5)
+        weights[block + "ff_out.weight"] = draw.normal(d, ff, 1.0)
+    weights["model.transformer.ln_f.weight"] = draw.near(d)
+    head = draw.normal(vocab, d, logit_std)
     head[config["eos_token_id"]] *= eos_gain
     weights["model.transformer.ff_out.weight"] = head
     return weights
 
 
-def _write_tokenizer(folder: Path, config: dict) -> None:
-    special = special_tokens(
-        config["vocab_size"], config["mask_token_id"], config["eos_token_id"]
-    )
-    words = {f"t{i}": i for i in range(config["vocab_size"])}
+def write_tokenizer(
+    folder: Path,
+    *,
+    vocab_size: int,
+    mask_token_id: int,
+    eos_token_id: int,
+    max_length: int,
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json, with a chat template.
+
+    Token id i is the word "t<i>", except the special tokens (`special_tokens`).
+    """
+    special = special_tokens(vocab_size, mask_token_id, eos_token_id)
+    words = {f"t{i}": i for i in range(vocab_size)}
     by_id = {i: name for name, i in (words | special).items()}
     vocab = {name: i for i, name in by_id.items()}
     # Words outside the vocabulary become t0. It is not declared as unk_token to
@@ -339,7 +304,7 @@ def _write_tokenizer(folder: Path, config: dict) -> None:
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
         "mask_token": "<|mdm_mask|>",
-        "model_max_length": config["max_sequence_length"],
+        "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }

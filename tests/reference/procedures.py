@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reference decoding of one request by a full-attention diffusion model, greedy.
 
-Static schedules (LLaDA, arXiv 2502.09992), threshold and factor with prefix or
-dual cache (Fast-dLLM, 2505.22618), Learn2PD with end-of-text prediction
-(2509.25188). Plain loops over one row; every engine path is compared with these
-token for token.
+The rules of `reference.rules`, with prefix or dual cache (Fast-dLLM, arXiv
+2505.22618) and end-of-text prediction (Learn2PD, 2509.25188). Plain loops over one
+row; every engine path is compared with these token for token.
 
 Conventions: ties go to the lowest position and the lowest token id; confidences
 are float32 probabilities of untempered logits.
@@ -17,165 +16,44 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from reference.llada import KVStore, TinyLLaDA
+from reference.layers import KVStore
+from reference.llada import TinyLLaDA
+from reference.network import TinyModel
+from reference.rules import (
+    DREAM_ALGS,
+    STATIC_MODES,
+    Rule,
+    View,
+    dream,
+    factor,
+    float32,
+    learn2pd,
+    static,
+    static_schedule,
+    threshold,
+    top_k,
+)
 
-STATIC_MODES = ("low_confidence", "margin", "entropy", "left_to_right", "random")
+__all__ = [
+    "CACHES",
+    "DREAM_ALGS",
+    "STATIC_MODES",
+    "ReferenceResult",
+    "Rule",
+    "Statistics",
+    "View",
+    "dream",
+    "factor",
+    "generate",
+    "learn2pd",
+    "row_statistics",
+    "static",
+    "static_schedule",
+    "threshold",
+    "top_k",
+]
+
 CACHES = ("none", "prefix", "dual")
-
-
-# --- What a rule sees, and the rules -------------------------------------------
-
-
-@dataclass
-class View:
-    """The active block at one step; tensors are [B] and cover revealed positions too.
-
-    B is smaller than the block length where EoTP has cut the canvas inside the
-    block. `first` is the block's first position counted from the prompt's end,
-    `forward` the index of this forward in the request, `scheduled` the number of
-    commits that the static schedule has for this step (0 once it has run out).
-    """
-
-    masked: torch.Tensor
-    argmax: torch.Tensor
-    confidence: torch.Tensor
-    margin: torch.Tensor
-    entropy: torch.Tensor
-    first: int
-    forward: int
-    scheduled: int
-
-    def masked_offsets(self) -> list[int]:
-        return [i for i in range(len(self.masked)) if self.masked[i]]
-
-
-class Rule(NamedTuple):
-    """`select` returns the block offsets to commit, a subset of the masked ones.
-
-    `ends_by_schedule`: the block is over when its schedule is, masks left or not
-    (they can be left only if the model may choose the mask id itself).
-    """
-
-    select: Callable[[View], list[int]]
-    ends_by_schedule: bool = False
-
-
-def _float32(value: float) -> torch.Tensor:
-    # Confidences are float32, so a bound of 0.9 means float32(0.9).
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def top_k(scores: torch.Tensor, candidates: list[int], k: int) -> list[int]:
-    """The k best candidates by score, the lower offset first on a tie."""
-    return sorted(candidates, key=lambda i: (-float(scores[i]), i))[:k]
-
-
-def static_schedule(num_masked: int, num_steps: int) -> list[int]:
-    """Commits per step: m // s, and one more in each of the first m mod s steps."""
-    base, rest = divmod(num_masked, num_steps)
-    return [base + (step < rest) for step in range(num_steps)]
-
-
-def static(
-    mode: str = "low_confidence",
-    random_scores: Callable[[int, int], float] | torch.Tensor | None = None,
-) -> Rule:
-    """LLaDA's rule: the scheduled number of masked positions with the best score.
-
-    `random_scores`, for mode "random": uniform numbers, either a table
-    [forwards, gen_length] or a function of (forward index, position counted from
-    the prompt's end).
-    """
-    if mode not in STATIC_MODES:
-        raise ValueError(f"mode {mode!r} is not one of {STATIC_MODES}")
-    if mode == "random" and random_scores is None:
-        raise ValueError("mode 'random' needs random_scores")
-
-    def select(view: View) -> list[int]:
-        size = len(view.masked)
-        if mode == "low_confidence":
-            scores = view.confidence
-        elif mode == "margin":
-            scores = view.margin
-        elif mode == "entropy":
-            scores = -view.entropy
-        elif mode == "left_to_right":
-            scores = -torch.arange(size)
-        elif callable(random_scores):
-            scores = torch.tensor(
-                [random_scores(view.forward, view.first + i) for i in range(size)]
-            )
-        else:
-            scores = random_scores[view.forward, view.first : view.first + size]
-        return top_k(scores, view.masked_offsets(), view.scheduled)
-
-    return Rule(select, ends_by_schedule=True)
-
-
-def threshold(tau: float) -> Rule:
-    """Fast-dLLM: every masked position with confidence >= tau, and the best one."""
-
-    def select(view: View) -> list[int]:
-        candidates = view.masked_offsets()
-        passes = view.confidence >= _float32(tau)
-        best = top_k(view.confidence, candidates, 1)
-        return sorted({i for i in candidates if passes[i]} | set(best))
-
-    return Rule(select)
-
-
-def factor(f: float) -> Rule:
-    """Fast-dLLM: the n best, n maximal with (j+1)(1-c_(j)) < f for j = 2..n.
-
-    c_(1) >= c_(2) >= ... are the masked positions' confidences; the first always
-    passes. (The published loop also commits the last candidate when it alone
-    fails; the definition does not.)
-    """
-
-    def select(view: View) -> list[int]:
-        candidates = view.masked_offsets()
-        order = top_k(view.confidence, candidates, len(candidates))
-        n = 1
-        while n < len(order):
-            j = n + 1
-            if not bool((j + 1) * (1 - view.confidence[order[j - 1]]) < f):
-                break
-            n = j
-        return sorted(order[:n])
-
-    return Rule(select)
-
-
-def learn2pd(
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    *,
-    tau: float = 0.96,
-    k: int = 1,
-) -> Rule:
-    """Learn2PD: the masked positions that a tiny filter trusts, plus the k best.
-
-    q = sigmoid(w2 relu(w1 c + b1) + b2) > tau, with c [B] the confidences of the
-    whole block: those of revealed positions are the model's in its own argmax, and
-    positions that EoTP cut away count as 1.0. B is the filter's width.
-    """
-    width = b2.shape[0]
-
-    def select(view: View) -> list[int]:
-        candidates = view.masked_offsets()
-        c = torch.ones(width)
-        c[: len(view.confidence)] = view.confidence
-        z = w2 @ torch.relu(w1 @ c + b1) + b2
-        accepted = z.sigmoid() > _float32(tau)
-        forced = top_k(view.confidence, candidates, k)
-        return sorted({i for i in candidates if accepted[i]} | set(forced))
-
-    return Rule(select)
-
-
-# --- The decoding loop ---------------------------------------------------------
 
 
 class Statistics(NamedTuple):
@@ -217,7 +95,7 @@ class ReferenceResult:
 
 
 def generate(
-    model: TinyLLaDA,
+    model: TinyLLaDA | TinyModel,
     prompt_ids: list[int],
     *,
     gen_length: int,
@@ -225,6 +103,7 @@ def generate(
     rule: Rule,
     cache: str = "none",
     steps: int | None = None,
+    shift: int = 0,
     mask_id: int | None = None,
     eos_id: int | None = None,
     forbid_mask: bool = True,
@@ -240,8 +119,11 @@ def generate(
             in the first step of a block only; its later steps recompute the block
             and all right of it ("prefix") or the block alone ("dual"). Keys of rows
             not recomputed stay as they are.
-        steps: total steps of the static schedule, steps // num_blocks for each
-            block; default gen_length (one token a step). Other rules ignore it.
+        steps: total steps of the schedule, steps // num_blocks for each block; default
+            gen_length (one token a step). Rules without a schedule ignore it.
+        shift: the logits for position p are those of row p - shift (0 or 1; the very
+            first position's are its own row's). The row left of a block, which
+            predicts its first position, is recomputed with the block.
         mask_id, eos_id: default to the checkpoint's.
         forbid_mask: ban the mask id. False is upstream's behaviour: a position that
             chooses the mask id uses up its commit and stays masked. Masks that a
@@ -294,11 +176,11 @@ def generate(
         step = 0
         while mask_id in row[start : start + block_length]:
             scheduled = schedule[step] if step < len(schedule) else 0
-            if rule.ends_by_schedule and scheduled == 0:
+            if rule.ends_by_schedule and step >= steps_per_block:
                 break
             end = min(start + block_length, len(row))
 
-            # The forward: rows [low, high) are computed.
+            # The forward predicts positions [low, high), from rows `shift` to the left.
             low, high = 0, len(row)
             if cache != "none" and step == 0:
                 store = model.new_store(len(row))
@@ -306,8 +188,11 @@ def generate(
                 low = start
             elif cache == "dual":
                 low, high = start, end
-            logits = model.forward(row[low:high], list(range(low, high)), store)
-            stats = row_statistics(logits, mask_id if forbid_mask else None)
+            first_row = max(low - shift, 0)
+            computed = list(range(first_row, high))
+            logits = model.forward(row[first_row:high], computed, store)
+            sources = [max(p - shift, 0) - first_row for p in range(low, high)]
+            stats = row_statistics(logits[sources], mask_id if forbid_mask else None)
 
             # Masks left behind by earlier blocks widen the window to the left.
             left_over = [
@@ -323,6 +208,8 @@ def generate(
                 first=first - prompt_end,
                 forward=forwards,
                 scheduled=scheduled,
+                step=step,
+                steps=steps_per_block,
             )
             chosen = rule.select(view)
             if observe is not None:
@@ -356,7 +243,7 @@ def generate(
                     sure = [
                         p
                         for p, c in predicted.items()
-                        if p < end and c >= _float32(eot_threshold)
+                        if p < end and c >= float32(eot_threshold)
                     ]
                     cut = min(sure) + 1 if sure else cut
                 if eotp == "block" and cut < len(row):

@@ -39,6 +39,7 @@ def make_view(
         is_eos=torch.zeros_like(masked),
         step=torch.zeros(rows, dtype=torch.int64),
         scheduled=torch.ones(rows, dtype=torch.int64),
+        steps=torch.full((rows,), width),
         slots=torch.arange(rows),
     )
     return replace(view, **changes)
@@ -69,10 +70,11 @@ def random_view(seed: int, rows: int = 5, width: int = 8, ties: bool = False) ->
         is_eos=(torch.rand(rows, width, generator=generator) < 0.2) & valid,
         step=torch.randint(0, width, (rows,), generator=generator),
         scheduled=torch.randint(1, width + 1, (rows,), generator=generator),
+        steps=torch.randint(1, width + 1, (rows,), generator=generator),
         slots=torch.randperm(rows, generator=generator),
         entropy=uniform() * 3,
         margin=uniform(),
-        uniform=uniform(),
+        uniform=uniform() * 0.99,  # less than 1
     )
 
 
@@ -119,6 +121,8 @@ def expected(rule: procedures.Rule, view: View) -> list[list[int]]:
             first=0,
             forward=row,
             scheduled=int(view.scheduled[row]),
+            step=int(view.step[row]),
+            steps=int(view.steps[row]),
         )
         found.append(sorted(rule.select(one)))
     return found

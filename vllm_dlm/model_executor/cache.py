@@ -9,8 +9,8 @@ one full forward at the start of a block (its logits are the block's first step)
   are recomputed;
 - `dual`: only the block's rows are recomputed, keys on both sides stay.
 
-The scheduler (which tokens to run) and the worker (which keys to attend to) both ask
-`plan_rows`, so they cannot disagree.
+Models of the other classes need no policy: the KV of a finished block is final, and a
+forward computes what is not final yet, up to the active block's end.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ class Rows(NamedTuple):
 
 
 def plan_rows(
-    policy: str, refresh: bool, block_start: int, block_length: int, canvas_end: int
+    policy: str,
+    refresh: bool,
+    block_start: int,
+    block_length: int,
+    canvas_end: int,
+    shift: int = 0,
 ) -> Rows:
-    """Rows to compute in the next forward of a request.
+    """Rows to compute in the next forward of a class A request.
 
     Args:
         policy: "none", "prefix" or "dual".
@@ -40,12 +45,30 @@ def plan_rows(
         block_start: absolute position of the active block's first token.
         block_length: B; the last block of a canvas may be shorter.
         canvas_end: one past the canvas' last position.
+        shift: with 1, the block's first token is predicted by the row to its left,
+            which is computed along.
     """
     if refresh or policy == "none":
         return Rows(0, canvas_end)
+    start = max(block_start - shift, 0)
     if policy == "prefix":
-        return Rows(block_start, canvas_end)
-    return Rows(block_start, min(block_start + block_length, canvas_end))
+        return Rows(start, canvas_end)
+    return Rows(start, min(block_start + block_length, canvas_end))
+
+
+def block_start(num_tokens: int, block_length: int, origin: int) -> int:
+    """Position of the first token of the block that holds position `num_tokens`.
+
+    Args:
+        num_tokens: tokens so far, the prompt's included.
+        origin: where blocks are counted from, at most `num_tokens`.
+    """
+    return origin + (num_tokens - origin) // block_length * block_length
+
+
+def text_end(num_tokens: int, block_length: int, origin: int) -> int:
+    """End of the block that holds the last of `num_tokens` tokens."""
+    return block_start(num_tokens + block_length - 1, block_length, origin)
 
 
 def canvas_width(num_tokens: int, block_length: int, max_canvas: int) -> int:

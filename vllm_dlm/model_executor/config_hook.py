@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Config hook that vLLM runs for our architectures (`MODELS_CONFIG_MAP`).
 
-It turns "a Llama-shaped checkpoint with a mask token" into a vLLM configuration that
-serves it right, so that a user sets no flag: our scheduler, synchronous stepping,
-non-causal attention, no prefix caching (class A recomputes everything), and a token
-budget that holds one whole prompt plus canvas.
+It turns "a checkpoint with a mask token" into a vLLM configuration that serves it
+right, so that a user sets no flag: our scheduler, synchronous stepping, non-causal
+attention; for full attention (class A) no prefix caching and a token budget that holds
+one whole prompt plus canvas, for the others KV pages made of whole blocks.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_dlm.config import server_config
+from vllm_dlm.config import DlmConfig, server_config
 from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.request import refuse_server_options
 
 if TYPE_CHECKING:
@@ -64,13 +66,14 @@ class DlmModelConfig(VerifyAndUpdateConfig):
 
         refuse_server_options(vllm_config)
 
+        hf_config = model_config.hf_config
+        check_declarations(hf_config)
         # Validated here once and read by the API process at admission.
         server = server_config(vllm_config)
-        hf_config = model_config.hf_config
+        defaults = ModelDefaults.from_hf_config(hf_config)
         hf_config.dlm_server = server.model_dump()
         hf_config.canvas_length = server.canvas_limit(
-            model_config.max_model_len,
-            ModelDefaults.from_hf_config(hf_config).max_canvas,
+            model_config.max_model_len, defaults.max_canvas
         )
         # The canvas lives in the worker and does not travel as draft tokens, so the
         # speculative path that vLLM's own diffusion models use is kept at width 1.
@@ -83,24 +86,79 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         scheduler.scheduler_cls = SCHEDULER
         # Which rows the next step computes depends on this step's outcome.
         scheduler.async_scheduling = False
-        # Every position attends to every other: a prompt plus its canvas is one
-        # forward, or it is wrong.
-        scheduler.enable_chunked_prefill = False
-        scheduler.long_prefill_token_threshold = 0
-        if scheduler.max_num_batched_tokens < model_config.max_model_len:
-            logger.info(
-                "Raising max_num_batched_tokens from %d to %d: a full-attention "
-                "diffusion model computes a prompt and its canvas in one forward.",
-                scheduler.max_num_batched_tokens,
-                model_config.max_model_len,
-            )
-            scheduler.max_num_batched_tokens = model_config.max_model_len
+        if defaults.reuses_blocks:
+            _serve_blocks(vllm_config, defaults, server)
+        else:
+            _serve_full_attention(vllm_config)
         scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
-        # A page's KV changes with the canvas in every forward: nothing to share.
-        vllm_config.cache_config.enable_prefix_caching = False
         vllm_config.attention_config.use_non_causal = True
         if current_platform.is_cpu():
             _size_cpu_kv_cache(vllm_config)
+
+
+def _serve_full_attention(vllm_config: VllmConfig) -> None:
+    """Class A: every position attends to every other.
+
+    A prompt plus its canvas is one forward, or it is wrong; and a page's KV changes
+    with the canvas in every forward: there is nothing to share.
+    """
+    scheduler = vllm_config.scheduler_config
+    max_model_len = vllm_config.model_config.max_model_len
+    scheduler.enable_chunked_prefill = False
+    scheduler.long_prefill_token_threshold = 0
+    if scheduler.max_num_batched_tokens < max_model_len:
+        logger.info(
+            "Raising max_num_batched_tokens from %d to %d: a full-attention diffusion "
+            "model computes a prompt and its canvas in one forward.",
+            scheduler.max_num_batched_tokens,
+            max_model_len,
+        )
+        scheduler.max_num_batched_tokens = max_model_len
+    vllm_config.cache_config.enable_prefix_caching = False
+
+
+def _serve_blocks(
+    vllm_config: VllmConfig, defaults: ModelDefaults, server: DlmConfig
+) -> None:
+    """Classes B and C: finished blocks keep their KV, and requests may share it.
+
+    Raises:
+        ValueError: pages that do not hold whole blocks.
+    """
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    length = int(server.block_length or defaults.block_length)
+    # The block before the active one is computed along with it.
+    least = min(2 * length, vllm_config.model_config.max_model_len)
+    if scheduler.max_num_batched_tokens < least:
+        raise ValueError(
+            f"max_num_batched_tokens {scheduler.max_num_batched_tokens} does not hold "
+            f"two blocks of {length}: set it to at least {least}"
+        )
+    if scheduler.long_prefill_token_threshold:
+        scheduler.long_prefill_token_threshold = max(
+            scheduler.long_prefill_token_threshold, least
+        )
+    if defaults.model_class == "B" and defaults.block_origin == "prompt":
+        # What a token sees depends on the length of its prompt, which no hash covers.
+        cache.enable_prefix_caching = False
+    if defaults.model_class != "B" or not cache.enable_prefix_caching:
+        return
+    # A page's hash covers the page: KV that depends on tokens of the next page must
+    # not be found by it.
+    if not cache.user_specified_block_size:
+        usual = 128 if current_platform.is_cpu() else cache.DEFAULT_BLOCK_SIZE
+        if usual % length:
+            unit = 32 if current_platform.is_cpu() else 16
+            cache.block_size = math.lcm(unit, length)
+            cache.user_specified_block_size = True
+    elif cache.block_size % length:
+        raise ValueError(
+            f"--block-size {cache.block_size} (tokens in a KV page) is not a multiple "
+            f"of this model's block length {length}, so prefix caching could share KV "
+            f"that depends on other tokens: set --block-size "
+            f"{math.lcm(cache.block_size, length)}, leave it out, or pass "
+            "--no-enable-prefix-caching"
+        )
 
 
 def _size_cpu_kv_cache(vllm_config: VllmConfig) -> None:

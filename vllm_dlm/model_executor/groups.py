@@ -147,6 +147,7 @@ def _merge(
         "edit": torch.zeros_like(view.masked),
         "remask": torch.zeros_like(view.masked),
         "hold": torch.zeros_like(view.step, dtype=torch.bool),
+        "idle": torch.zeros_like(view.step, dtype=torch.bool),
         "truncate_at": torch.full_like(view.step, -1),
     }
     for name, default in defaults.items():

@@ -110,3 +110,15 @@ class RevealedLogprobs:
             selected_token_ranks=torch.cat([part[2] for part in parts]),
             cu_num_generated_tokens=offsets,
         )
+
+
+def spread_logprobs(
+    logprobs: LogprobsTensors | None, plan: SegmentPlan, num_reqs: int
+) -> LogprobsTensors | None:
+    """The same tokens, counted over the whole batch: who did not decide has none."""
+    if logprobs is None:
+        return None
+    counts = torch.zeros(num_reqs + 1, dtype=torch.int64)
+    offsets = torch.tensor(logprobs.cu_num_generated_tokens)
+    counts[torch.tensor(plan.batch_rows) + 1] = offsets.diff()
+    return logprobs._replace(cu_num_generated_tokens=counts.cumsum(0).tolist())

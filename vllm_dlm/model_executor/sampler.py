@@ -24,7 +24,7 @@ from vllm_dlm.model_executor.cache import POLICIES
 from vllm_dlm.model_executor.candidates import Candidates
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
-from vllm_dlm.model_executor.logprobs import RevealedLogprobs
+from vllm_dlm.model_executor.logprobs import RevealedLogprobs, spread_logprobs
 from vllm_dlm.strategies.base import Decision, View, best_masked
 
 if TYPE_CHECKING:
@@ -76,11 +76,14 @@ class DenoisingSampler:
         plan = self.state.take_plan()
         if plan is None:
             return _nothing_sampled(input_batch.num_reqs, logits.device)
+        if not plan.slots_cpu:
+            return _nothing_sampled(input_batch.num_reqs, logits.device)
         view = self._view(logits, plan)
         self.learning.observe(view, plan)
         decision = self._safe(view, self.groups.select(view, plan), plan)
         self.logprobs.record(logits, view, decision, plan)
-        return self._advance(view, decision, plan)
+        output = self._advance(view, decision, plan)
+        return _for_batch(output, plan, input_batch.num_reqs)
 
     def _view(self, logits: torch.Tensor, plan: SegmentPlan) -> View:
         """Statistics of the active blocks, [R, B]; bans the mask id in `logits`."""
@@ -96,24 +99,13 @@ class DenoisingSampler:
             logits, need_entropy="entropy" in needs, need_margin="margin" in needs
         )
         step = state.step[slots]
-        # Canvas rows past max_model_len do not exist in the state; their index is
-        # clamped and `valid` is False there.
         positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
-        masked = state.masked[slots[:, None], positions] & plan.valid
+        masked = self._open(plan) & plan.readable
         candidate, confidence = self.candidates.choose(logits, stats, masked, plan)
         noise = None
         if "uniform" in needs:
             noise = uniform(*self.candidates.noise_keys(plan)).view(shape)
 
-        num_masked = masked.sum(dim=1)
-        block_masks = torch.where(step == 0, num_masked, state.block_masks[slots])
-        state.block_masks[slots] = block_masks
-        budget = state.steps_per_block[slots]
-        scheduled = torch.where(
-            step < budget,
-            block_masks // budget + (step < block_masks % budget).long(),
-            shape[1],
-        ).clamp(min=1)
         return View(
             tokens=state.tokens[slots[:, None], positions].long(),
             masked=masked,
@@ -122,18 +114,58 @@ class DenoisingSampler:
             confidence=confidence,
             is_eos=self.candidates.is_stop(candidate, plan),
             step=step,
-            scheduled=scheduled,
+            scheduled=self._scheduled(masked, step, slots),
+            steps=state.steps_per_block[slots],
             slots=slots,
             entropy=None if stats.entropy is None else stats.entropy.view(shape),
             margin=None if stats.margin is None else stats.margin.view(shape),
             uniform=noise,
         )
 
+    def _masked(self, plan: SegmentPlan) -> torch.Tensor:
+        """[R, B] bool: all masks of the active blocks."""
+        # Positions past max_model_len do not exist in the state.
+        positions = plan.positions.clamp(max=self.state.tokens.shape[1] - 1)
+        return self.state.masked[plan.slots[:, None], positions] & plan.valid
+
+    def _open(self, plan: SegmentPlan) -> torch.Tensor:
+        """[R, B] bool: masks of the active blocks, of the first sub-block with any."""
+        state, slots = self.state, plan.slots
+        masked = self._masked(plan)
+        offsets = torch.arange(masked.shape[1], device=masked.device)
+        sub_block = offsets // state.sub_block_length[slots][:, None]
+        first = torch.where(masked, sub_block, masked.shape[1]).amin(dim=1)
+        return masked & (sub_block == first[:, None])
+
+    def _scheduled(
+        self, masked: torch.Tensor, step: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """[R] int64: tokens that the step schedule writes now, at least one."""
+        state = self.state
+        budget = state.steps_per_block[slots]
+        if state.defaults.schedule == "rounded":
+            left = (budget - step).clamp(min=1)
+            # To even, as Python rounds: in float64 for exact halves.
+            share = (masked.sum(dim=1).double() / left).round().long()
+        else:
+            # What a schedule divides: the block's masks or, in the references of
+            # block-causal models, its length, also where a prompt fills a part of it.
+            share = state.block_length[slots]
+            if not state.defaults.reuses_blocks:
+                share = torch.where(
+                    step == 0, masked.sum(dim=1), state.block_masks[slots]
+                )
+                state.block_masks[slots] = share
+            share = share // budget + (step < share % budget).long()
+        return torch.where(step < budget, share, masked.shape[1]).clamp(min=1)
+
     def _safe(self, view: View, decision: Decision, plan: SegmentPlan) -> Decision:
         """Hold any strategy to the rules of decoding."""
         state, slots = self.state, plan.slots
         rewrites = self.groups.may_rewrite[slots][:, None]
-        decided = view.valid & ~view.masked
+        # The prompt's last tokens may share the block: they stay.
+        in_text = plan.positions >= state.prompt_len[slots][:, None]
+        decided = view.valid & ~self._masked(plan) & in_text
         commit = decision.commit & view.masked
         edit = decided & rewrites & _or_false(decision.edit, commit)
         remask = decided & rewrites & ~edit & _or_false(decision.remask, commit)
@@ -144,6 +176,8 @@ class DenoisingSampler:
 
         # Progress: a step that writes nothing would be repeated for ever.
         stalled = commit.sum(dim=1) <= remask.sum(dim=1)
+        if decision.idle is not None:
+            stalled = stalled & ~decision.idle
         commit = commit | (best_masked(view) & stalled[:, None])
         # A block ends: with B steps every position has had its turn; strategies that
         # rewrite get as many again.
@@ -154,7 +188,7 @@ class DenoisingSampler:
         # The references' schedule ends with masks where masks were predicted.
         left = state.exact[slots][:, None] & last & ~commit
         new_tokens = torch.where(left, state.mask_id, new_tokens)
-        commit = torch.where(last, view.masked, commit)
+        commit = torch.where(last, self._masked(plan) & plan.readable, commit)
         return Decision(
             commit=commit,
             new_tokens=new_tokens,
@@ -181,7 +215,7 @@ class DenoisingSampler:
         write = commit | edit
         tokens = torch.where(write, new_tokens, view.tokens)
         tokens = torch.where(remask, state.mask_id, tokens)
-        masked = (view.masked & ~commit) | stays | remask
+        masked = (self._masked(plan) & ~commit) | stays | remask
 
         # Truncation: what lies right of the cut no longer exists.
         uncut_end = canvas_end = state.canvas_end[slots]
@@ -203,8 +237,8 @@ class DenoisingSampler:
         first_open = torch.where(open_, offsets, open_.shape[1]).amin(dim=1)
         done = ~open_.any(dim=1) & ~hold
         frontier = torch.minimum(block_start + first_open, block_end)
-        # A strategy that may rewrite has nothing final before its block is done.
-        waits = self.groups.may_rewrite[slots] & ~done
+        # What may be rewritten, and what is held, is not final before its block is.
+        waits = (self.groups.may_rewrite[slots] | hold) & ~done
         frontier = torch.where(waits, block_start, frontier)
         self.learning.finish(done, plan)
         next_block = torch.where(done, block_end, block_start)
@@ -233,19 +267,25 @@ class DenoisingSampler:
         sampled = torch.where(at_end, -(canvas_end[:, None] + 1), sampled)
         num_sampled = (count + says_end.long()).to(torch.int32)
 
-        # Where the next forward of each request starts, by the rule that the
-        # scheduler applies too (`cache.plan_rows`).
-        keeps = ~done & (state.policy[slots] != POLICIES.index("none"))
-        next_start = torch.where(keeps, block_start, 0)
-        query_len = plan.query_start_loc[1:] - plan.query_start_loc[:-1]
-        num_rejected = query_len - (next_start - plan.start)
         return SamplerOutput(
             sampled_token_ids=sampled,
             logprobs_tensors=self.logprobs.emit(old, new, plan),
             num_nans=None,
             num_sampled=num_sampled,
-            num_rejected=num_rejected.to(torch.int32),
+            num_rejected=(plan.ends - self._next_start(done, plan)).to(torch.int32),
         )
+
+    def _next_start(self, done: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
+        """[R] int64: where the next forward of each request starts.
+
+        The scheduler's rule (`CanvasRequest.next_rows`), for the runner's own count.
+        """
+        state, block_start = self.state, plan.positions[:, 0]
+        if state.defaults.reuses_blocks:
+            return block_start
+        keeps = ~done & (state.policy[plan.slots] != POLICIES.index("none"))
+        left = (block_start - state.defaults.shift).clamp(min=0)
+        return torch.where(keeps, left, 0)
 
 
 def _or_false(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -261,4 +301,26 @@ def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
         num_nans=None,
         num_sampled=zeros,
         num_rejected=zeros,
+    )
+
+
+def _for_batch(
+    output: SamplerOutput, plan: SegmentPlan, num_reqs: int
+) -> SamplerOutput:
+    """The deciding requests' output as rows of the whole batch."""
+    if len(plan.slots_cpu) == num_reqs:
+        return output
+    rows = torch.tensor(plan.batch_rows, device=output.num_sampled.device)
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        whole = values.new_zeros(num_reqs, *values.shape[1:])
+        whole[rows] = values
+        return whole
+
+    return SamplerOutput(
+        sampled_token_ids=spread(output.sampled_token_ids),
+        logprobs_tensors=spread_logprobs(output.logprobs_tensors, plan, num_reqs),
+        num_nans=None,
+        num_sampled=spread(output.num_sampled),
+        num_rejected=spread(output.num_rejected),
     )

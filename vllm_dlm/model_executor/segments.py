@@ -8,41 +8,114 @@ is written before attention runs, so a segment sees the keys of the whole forwar
 
     class A, no cache      |prompt ........ canvas ........|   one segment, keys = all
     class A, dual cache            |block|                     keys reach past the query
+    class B, first step    |block|block|block|tail+masks|      one segment per block,
+    class B, next block                |final|new block|       keys = up to its end
+    class B, inner step                      |new block|
+    class C                |causal prompt ...|new block|       as B, older rows causal
 
-For class A a request is one segment, so block tables need no gathering.
+Segments of one request share its row of the block table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from vllm_dlm.model_defaults import ModelClass
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Rows of attention of one forward; S segments of a batch, all arrays on the host.
+
+    A request's segments follow each other, so that the batch's rows keep their order.
+    """
+
+    request: np.ndarray
+    """[S] int64: index in the batch of the request that a segment belongs to."""
+    query_start_loc: np.ndarray
+    """[S + 1] int32: where each segment's query rows begin in the batch."""
+    kv_lens: np.ndarray
+    """[S] int32: keys each segment attends to, counted from position 0."""
+    causal: np.ndarray
+    """[S] bool: a position sees none to its right (class C's finished rows)."""
+
+
+def cut_segments(
+    model_class: ModelClass,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    block_lengths: np.ndarray,
+    origins: np.ndarray,
+    first_blocks: np.ndarray,
+    deciding: np.ndarray,
+) -> Segments:
+    """Cut each request's rows [start, end) into segments.
+
+    Args:
+        starts, ends: [R] absolute positions of the rows to compute.
+        block_lengths: [R] B of each request.
+        origins: [R] positions from which blocks are counted.
+        first_blocks: [R] start of the block that was active at admission.
+        deciding: [R] bool: the rows end with the active block, not before it.
+    """
+    request = np.arange(len(starts))
+    lengths = ends - starts
+    if model_class == "A":
+        return Segments(request, _starts_of(lengths), ends.astype(np.int32), starts < 0)
+    first = (starts - origins) // block_lengths
+    if model_class == "C":
+        # One causal segment holds all that was known at admission.
+        first = np.maximum(first, (first_blocks - origins) // block_lengths - 1)
+    counts = np.maximum(-((origins - ends) // block_lengths) - first, 1)
+    request = np.repeat(request, counts)
+    nth = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+    bounds = origins[request] + (first[request] + nth + 1) * block_lengths[request]
+    segment_ends = np.minimum(bounds, ends[request])
+    segment_starts = np.where(
+        nth == 0, starts[request], bounds - block_lengths[request]
+    )
+    is_last = np.append(request[1:] != request[:-1], True)
+    known = ~(is_last & deciding[request])
+    return Segments(
+        request,
+        _starts_of(segment_ends - segment_starts),
+        segment_ends.astype(np.int32),
+        known & (model_class == "C"),
+    )
+
+
+def _starts_of(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """One forward of a batch; R requests, one segment each, B logits rows per request.
+    """One forward: its segments, and the active blocks that it decides.
 
-    All tensors but `query_start_loc_cpu` are on the engine's device.
+    Of the batch's requests, R decide in this forward; the others compute a part of
+    their prompt. Tensors are on the engine's device.
     """
 
+    segments: Segments
+    kv_lens: torch.Tensor
+    """[S] int32: keys each segment attends to; those of class A may reach beyond the
+    rows of this forward."""
     slots: torch.Tensor
-    """[R] int64: state slot of each request."""
+    """[R] int64: state slot of each deciding request."""
     slots_cpu: list[int]
     """The same on the host, for grouping requests by strategy."""
-    query_start_loc: torch.Tensor
-    """[R + 1] int32: where each segment's query rows begin in the batch."""
-    query_start_loc_cpu: torch.Tensor
-    """The same on the host."""
-    max_query_len: int
-    """Rows of the longest segment."""
-    start: torch.Tensor
-    """[R] int64: absolute position of each segment's first query row."""
-    kv_lens: torch.Tensor
-    """[R] int32: keys each segment attends to, counted from position 0."""
+    batch_rows: list[int]
+    """[R]: index of each deciding request in vLLM's batch."""
+    ends: torch.Tensor
+    """[R] int64: one past the last position computed for each."""
     positions: torch.Tensor
     """[R, B] int64: absolute positions of the active blocks."""
     valid: torch.Tensor
     """[R, B] bool: False past the block or the canvas."""
+    readable: torch.Tensor
+    """[R, B] bool: valid, and this forward computes the row that predicts it."""
     logits_rows: torch.Tensor
     """[R * B] int64: rows of the forward that go through lm_head."""

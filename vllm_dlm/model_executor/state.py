@@ -24,9 +24,15 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dlm.config import RequestConfig, resolve, server_config
 from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.cache import POLICIES, canvas_width, steps_per_block
+from vllm_dlm.model_executor.cache import (
+    POLICIES,
+    block_start,
+    canvas_width,
+    steps_per_block,
+    text_end,
+)
 from vllm_dlm.model_executor.model_key import model_key
-from vllm_dlm.model_executor.segments import SegmentPlan
+from vllm_dlm.model_executor.segments import SegmentPlan, Segments, cut_segments
 from vllm_dlm.request import stop_ids
 from vllm_dlm.strategies.base import Context
 
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class DlmModelState(ModelState):
-    """State of class A requests: tokens, masks, active block, step counters."""
+    """State of the running requests: tokens, masks, active block, step counters."""
 
     # A diffusion forward writes as many tokens as its strategy says; none is implied.
     num_new_sampled_tokens_per_step = 0
@@ -51,13 +57,15 @@ class DlmModelState(ModelState):
         self.server = server_config(vllm_config)
         hf_config = self.model_config.hf_config
         self.defaults = ModelDefaults.from_hf_config(hf_config)
-        self.default_config = resolve(self.server, None, self.defaults)
+        self.max_canvas: int = hf_config.canvas_length
+        self.default_config = resolve(self.server, None, self.defaults).sized(
+            self.max_canvas, self.max_canvas
+        )
         """How a request without options of its own is decoded."""
         self.mask_id = self.defaults.mask_token_id
         self._model_key = model_key(
             self.model_config.model, self.model_config.revision, hf_config
         )
-        self.max_canvas: int = hf_config.canvas_length
         self.plan: SegmentPlan | None = None
         """The forward in flight; None while vLLM profiles with dummy batches."""
 
@@ -73,8 +81,11 @@ class DlmModelState(ModelState):
         self.masked = torch.zeros(slots, length, dtype=torch.bool, device=device)
         self.prompt_len = per_slot()
         self.canvas_end = per_slot()
+        self.text_end = per_slot()
+        """End of the block in which the longest text ends (not of class A)."""
         self.block_start = per_slot()
         self.block_length = per_slot()
+        self.sub_block_length = per_slot()
         self.emitted = per_slot()
         """Output tokens handed to the scheduler so far."""
         self.step = per_slot()
@@ -98,31 +109,48 @@ class DlmModelState(ModelState):
         """Give a request's slot its prompt, finished tokens and an all-mask canvas."""
         params = new_req_data.sampling_params
         config = resolve(self.server, params.extra_args, self.defaults)
+        config = config.sized(params.max_tokens, self.max_canvas)
         slot, block = req_index, config.block_length
         known = new_req_data.prefill_token_ids
         prompt_len = new_req_data.prompt_len
-        emitted = len(known) - prompt_len
-        # The active block is replayed whole, also where part of it was streamed.
-        block_start = prompt_len + emitted // block * block
+        origin = self.defaults.origin(prompt_len, block)
+        # The active block is replayed whole, also where part of it was streamed; but
+        # the prompt's last tokens, which may share it, are not to be decided.
+        first_block = block_start(len(known), block, origin)
+        first_mask = max(first_block, prompt_len)
+        end = text_end(prompt_len + params.max_tokens, block, origin)
 
         self.tokens[slot].fill_(self.mask_id)
-        self.tokens[slot, : len(known)] = torch.tensor(known, dtype=torch.int32)
-        self.tokens[slot, block_start:].fill_(self.mask_id)
+        self.tokens[slot, :first_mask] = torch.tensor(
+            known[:first_mask], dtype=torch.int32
+        )
         self.masked[slot].fill_(False)
-        self.masked[slot, block_start:] = True
+        self.masked[slot, first_mask:] = True
         self.prompt_len[slot] = prompt_len
-        self.block_start[slot] = block_start
+        self.canvas_end[slot] = self.text_end[slot] = min(end, self.max_model_len)
+        self.block_start[slot] = first_block
         self.block_length[slot] = block
-        self.emitted[slot] = emitted
+        self.sub_block_length[slot] = config.sub_block_length
+        self.emitted[slot] = len(known) - prompt_len
         self.step[slot] = 0
         self.policy[slot] = POLICIES.index(config.cache)
         self.exact[slot] = config.reference_exact
         width = canvas_width(params.max_tokens, block, self.max_canvas)
-        self.steps_per_block[slot] = steps_per_block(config.steps, width, block)
+        if config.steps_per_block is None:
+            steps = steps_per_block(config.steps, width, block)
+        else:
+            steps = min(config.steps_per_block, block)
+        self.steps_per_block[slot] = steps
 
         self._slot_of[new_req_data.req_id] = slot
         self.requests[slot] = DlmRequest(
-            new_req_data.req_id, config, params, self.model_config.seed
+            new_req_data.req_id,
+            config,
+            params,
+            self.model_config.seed,
+            origin=origin,
+            first_block=first_block,
+            seeds=self.defaults.seeds_blocks and len(known) == first_block,
         )
 
     def remove_request(self, req_id: str) -> None:
@@ -143,41 +171,84 @@ class DlmModelState(ModelState):
         num_computed_tokens: torch.Tensor,
     ) -> None:
         """Plan the forward. vLLM calls this for real batches only, before the rest."""
-        num_reqs = input_batch.num_reqs
-        slots = input_batch.idx_mapping[:num_reqs]
-        query_start_loc = input_batch.query_start_loc[: num_reqs + 1]
-        start = num_computed_tokens[slots].to(torch.int64)
+        starts = input_batch.num_computed_tokens_np.astype(np.int64)
+        ends = starts + input_batch.num_scheduled_tokens
+        slots_cpu = input_batch.idx_mapping_np.tolist()
+        requests = [self.requests[slot] for slot in slots_cpu]
+        lengths = np.array([request.config.block_length for request in requests])
+        first_blocks = np.array([request.first_block for request in requests])
+        # Until its first block is reached, a request's rows are a part of its prompt.
+        # Known here without asking the device: the scheduler cuts nothing later on.
+        seeds = np.array([request.seeds for request in requests])
+        decides = (ends > first_blocks) | (seeds & (ends == first_blocks))
+        segments = cut_segments(
+            self.defaults.model_class,
+            starts,
+            ends,
+            lengths,
+            np.array([request.origin for request in requests]),
+            first_blocks,
+            decides,
+        )
+        self.plan = self._plan_blocks(
+            input_batch,
+            segments,
+            decides.nonzero()[0],
+            starts,
+            ends,
+            int(lengths.max()),
+        )
 
-        # A forward that starts at 0 covers the whole canvas, as the scheduler cut it.
-        seq_lens = input_batch.seq_lens[:num_reqs].to(torch.int64)
-        canvas_end = torch.where(start == 0, seq_lens, self.canvas_end[slots])
+    def _plan_blocks(
+        self,
+        input_batch: Any,
+        segments: Segments,
+        rows: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        width: int,
+    ) -> SegmentPlan:
+        """The active blocks of the batch's `rows`, and where their logits come from."""
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+        slots_cpu = input_batch.idx_mapping_np[rows].tolist()
+        slots = on_device(np.array(slots_cpu, dtype=np.int64))
+        start, end = on_device(starts[rows]), on_device(ends[rows])
+        block_start, canvas_end = self.block_start[slots], self.canvas_end[slots]
+        kv_lens = on_device(segments.kv_lens)
+        if self.defaults.reuses_blocks:
+            # A strategy cut the canvas at a block's end, and the text goes on.
+            goes_on = canvas_end <= block_start
+            canvas_end = torch.where(goes_on, self.text_end[slots], canvas_end)
+        else:
+            # A forward that starts at 0 covers the canvas, as the scheduler cut it.
+            canvas_end = torch.where(start == 0, end, canvas_end)
+            kv_lens = canvas_end.to(torch.int32)
         self.canvas_end[slots] = canvas_end
 
-        slots_cpu = input_batch.idx_mapping_np.tolist()
-        width = max(self.requests[slot].config.block_length for slot in slots_cpu)
-        block_start = self.block_start[slots]
         offsets = torch.arange(width, device=self.device)
         positions = block_start[:, None] + offsets
         valid = (positions < canvas_end[:, None]) & (
             offsets < self.block_length[slots][:, None]
         )
-        rows = query_start_loc[:-1, None] + positions - start[:, None]
-        # Rows past the canvas are never read; keep their index inside the batch.
-        rows = torch.where(valid, rows, query_start_loc[1:, None] - 1)
-
-        self.plan = SegmentPlan(
+        source = positions - self.defaults.shift
+        readable = valid & (source < end[:, None])
+        # Rows that are not there are never read; keep their index inside the request.
+        source = source.clamp(start[:, None], end[:, None] - 1)
+        first_rows = on_device(input_batch.query_start_loc_np[rows].astype(np.int64))
+        return SegmentPlan(
+            segments=segments,
+            kv_lens=kv_lens,
             slots=slots,
             slots_cpu=slots_cpu,
-            query_start_loc=query_start_loc,
-            query_start_loc_cpu=torch.from_numpy(
-                input_batch.query_start_loc_np[: num_reqs + 1]
-            ),
-            max_query_len=int(input_batch.num_scheduled_tokens.max()),
-            start=start,
-            kv_lens=canvas_end.to(torch.int32),
+            batch_rows=rows.tolist(),
+            ends=end,
             positions=positions,
             valid=valid,
-            logits_rows=rows.flatten(),
+            readable=readable,
+            logits_rows=((first_rows - start)[:, None] + source).flatten(),
         )
 
     def prepare_attn(
@@ -191,23 +262,33 @@ class DlmModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Non-causal attention over the plan's segments (or a dummy batch's rows)."""
-        num_reqs, plan = input_batch.num_reqs, self.plan
+        """Attention over the plan's segments (or a dummy batch's rows)."""
+        num_rows, plan = input_batch.num_reqs, self.plan
+        causal: bool | torch.Tensor = False
         if plan is None:
-            query_start_loc = input_batch.query_start_loc[: num_reqs + 1]
+            query_start_loc = input_batch.query_start_loc[: num_rows + 1]
             query_start_loc_cpu = torch.from_numpy(
-                input_batch.query_start_loc_np[: num_reqs + 1]
+                input_batch.query_start_loc_np[: num_rows + 1]
             )
             max_query_len = int(input_batch.num_scheduled_tokens.max())
-            kv_lens = input_batch.seq_lens[:num_reqs]
+            kv_lens = input_batch.seq_lens[:num_rows]
         else:
-            query_start_loc = plan.query_start_loc
-            query_start_loc_cpu = plan.query_start_loc_cpu
-            max_query_len = plan.max_query_len
+            segments = plan.segments
+            num_rows = len(segments.request)
+            query_start_loc_cpu = torch.from_numpy(segments.query_start_loc)
+            query_start_loc = query_start_loc_cpu.to(self.device, non_blocking=True)
+            max_query_len = int(np.diff(segments.query_start_loc).max())
             kv_lens = plan.kv_lens
+            if num_rows != input_batch.num_reqs:
+                request = torch.from_numpy(segments.request).to(self.device)
+                block_tables = tuple(table[request] for table in block_tables)
+            if self.defaults.model_class == "C":
+                causal = torch.from_numpy(segments.causal.astype(np.int32)).to(
+                    self.device, non_blocking=True
+                )
         metadata: dict[str, Any] = build_attn_metadata(
             attn_groups=attn_groups,
-            num_reqs=num_reqs,
+            num_reqs=num_rows,
             num_tokens=input_batch.num_tokens,
             query_start_loc_gpu=query_start_loc,
             query_start_loc_cpu=query_start_loc_cpu,
@@ -217,7 +298,7 @@ class DlmModelState(ModelState):
             block_tables=block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,
-            causal=False,
+            causal=causal,
             for_cudagraph_capture=for_capture,
             ubatch_idx=ubatch_idx,
         )
@@ -287,10 +368,24 @@ class DlmRequest:
     """Host-side facts of one request, fixed while it lives."""
 
     def __init__(
-        self, req_id: str, config: RequestConfig, params: SamplingParams, seed: int
+        self,
+        req_id: str,
+        config: RequestConfig,
+        params: SamplingParams,
+        seed: int,
+        *,
+        origin: int,
+        first_block: int,
+        seeds: bool,
     ) -> None:
         self.config = config
         self.params = params
+        self.origin = origin
+        """Position from which blocks are counted."""
+        self.first_block = first_block
+        """Start of the block that was active when the request was (re-)admitted."""
+        self.seeds = seeds
+        """Whether that block's first token comes from the rows to its left."""
         # Unseeded requests still need one seed that all tensor-parallel ranks share.
         digest = hashlib.blake2b(f"{seed}:{req_id}".encode(), digest_size=8).digest()
         self.seed = (

@@ -11,6 +11,7 @@ from vllm_dlm.strategies.base import Strategy
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "decoding strategy",
     {
+        "dream": "vllm_dlm.strategies.dream:Dream",
         "factor": "vllm_dlm.strategies.factor:Factor",
         "learn2pd": "vllm_dlm.strategies.learn2pd:Learn2PD",
         "static": "vllm_dlm.strategies.static:Static",

@@ -57,6 +57,8 @@ class View:
     """[R] int64: denoise steps already spent on this block."""
     scheduled: torch.Tensor
     """[R] int64: tokens the integer step schedule writes in this step (at least 1)."""
+    steps: torch.Tensor
+    """[R] int64: denoise steps of this block by the step schedule (at least 1)."""
     slots: torch.Tensor
     """[R] int64: the rows' slots, to address state (never index state by row)."""
     entropy: torch.Tensor | None = None
@@ -83,6 +85,8 @@ class Decision:
     """[R] bool: keep the block open although no mask is left."""
     truncate_at: torch.Tensor | None = None
     """[R] int64: cut the canvas right after this block position; -1 cuts nothing."""
+    idle: torch.Tensor | None = None
+    """[R] bool: a step that writes nothing is meant; no token is forced into it."""
 
 
 class Strategy:

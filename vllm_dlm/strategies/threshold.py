@@ -2,17 +2,27 @@
 """Threshold decoding: write every masked token the model is sure enough of.
 
 commit = { i masked : c_i >= threshold } and the most confident masked position, where
-c_i is the probability of the token at i. Source: Fast-dLLM, arXiv 2505.22618.
+c_i is the probability of the token at i. Source: Fast-dLLM, arXiv 2505.22618. Later
+models compare with >: `strict`. LLaDA2.0 (arXiv 2512.15745) and SDAR (arXiv 2510.06303)
+write at least as many as the step schedule has: `at_least`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
 
-from vllm_dlm.strategies.base import Decision, Params, Strategy, View, best_masked
+from vllm_dlm.strategies.base import (
+    Decision,
+    Params,
+    Strategy,
+    View,
+    best_masked,
+    top_masked,
+)
 
 
 class ThresholdParams(Params):
@@ -27,6 +37,21 @@ class ThresholdParams(Params):
             "exact; above 1 no token reaches it, so each step writes one."
         ),
     )
+    strict: bool = Field(
+        default=False,
+        description=(
+            "A token's probability must be above `threshold`, not merely reach it: the "
+            "form of LLaDA2, SDAR and Fast-dLLM v2."
+        ),
+    )
+    at_least: Literal["best", "scheduled"] = Field(
+        default="best",
+        description=(
+            "What a step writes if too few tokens are sure enough: the most confident "
+            "one, or as many of the most confident as the step schedule has (LLaDA2.0 "
+            "and SDAR)."
+        ),
+    )
 
 
 class Threshold(Strategy):
@@ -37,6 +62,18 @@ class Threshold(Strategy):
     summary = "every token at least this probable, and the best one"
     Params = ThresholdParams
 
+    params: ThresholdParams
+
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        sure = view.confidence >= row_params["threshold"][:, None]
-        return Decision((sure & view.masked) | best_masked(view))
+        threshold = row_params["threshold"][:, None]
+        if self.params.strict:
+            sure = view.confidence > threshold
+        else:
+            sure = view.confidence >= threshold
+        # Of sure tokens and the best k, the one set holds the other: where fewer than
+        # k are sure, the union is the best k.
+        if self.params.at_least == "scheduled":
+            best = top_masked(view, view.confidence, view.scheduled)
+        else:
+            best = best_masked(view)
+        return Decision((sure & view.masked) | best)

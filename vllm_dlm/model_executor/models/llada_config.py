@@ -12,20 +12,24 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from vllm_dlm.model_defaults import declare
+from vllm_dlm.model_executor.models.declarations import refuse, stop_ids
+from vllm_dlm.model_executor.models.llada_moe_config import (
+    LLADA_MOE_ARCHITECTURES,
+    LLaDAMoEConfig,
+)
+
 LLADA_MASK_ID = 126336
 LLADA_EOT_ID = 126348
+"""`<|eot_id|>`, known to LLaDA's tokenizer only, not to its config."""
 LLADA_VOCAB_SIZE = 126464
 
 
 class LLaDAConfig(PretrainedConfig):
     """LLaDA's configuration, OLMo names mapped to Llama's.
 
-    The `dlm_*` fields declare what kind of model it is, for the engine:
-
-    - `dlm_class`: "A", full bidirectional attention, nothing reusable exactly.
-    - `dlm_block_length`, `dlm_strategy`: serving defaults.
-    - `dlm_max_canvas`: the widest canvas it was trained on, if that is known.
-    - `dlm_stop_ids`: ids that end a text besides `eos_token_id`.
+    LLaDA-MoE checkpoints have the same model type: `from_dict`, which every loader
+    goes through, hands them over to `LLaDAMoEConfig`.
     """
 
     model_type = "llada"
@@ -52,28 +56,18 @@ class LLaDAConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 500000.0,
         weight_tying: bool = False,
-        include_bias: bool = False,
-        include_qkv_bias: bool | None = None,
-        mask_token_id: int = LLADA_MASK_ID,
-        dlm_block_length: int = 32,
-        dlm_strategy: str = "threshold",
-        dlm_max_canvas: int | None = None,
-        dlm_stop_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        unsupported = {
-            "attention_layer_norm": kwargs.get("attention_layer_norm"),
-            "alibi": kwargs.get("alibi"),
-            "scale_logits": kwargs.get("scale_logits"),
-            "input_emb_norm": kwargs.get("input_emb_norm"),
-            "include_qkv_bias": include_qkv_bias,
-            "include_bias": include_bias,
-        }
-        if wrong := sorted(name for name, value in unsupported.items() if value):
-            raise ValueError(
-                f"this LLaDA config sets {', '.join(wrong)}, which no released LLaDA "
-                "checkpoint uses and vllm-dlm does not implement"
-            )
+        refuse(
+            "LLaDA",
+            kwargs,
+            "attention_layer_norm",
+            "alibi",
+            "scale_logits",
+            "input_emb_norm",
+            "include_qkv_bias",
+            "include_bias",
+        )
         self.hidden_size = d_model
         self.num_hidden_layers = n_layers
         self.num_attention_heads = n_heads
@@ -89,17 +83,19 @@ class LLaDAConfig(PretrainedConfig):
         self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
         self.attention_bias = False
         self.mlp_bias = False
-        self.mask_token_id = mask_token_id
-        self.dlm_class = "A"
-        self.dlm_block_length = dlm_block_length
-        self.dlm_strategy = dlm_strategy
-        self.dlm_max_canvas = dlm_max_canvas
-        if dlm_stop_ids is None:
-            # <|eot_id|> is known to LLaDA's tokenizer only, not to its config.
-            dlm_stop_ids = [LLADA_EOT_ID] if mask_token_id == LLADA_MASK_ID else []
-        self.dlm_stop_ids = dlm_stop_ids
-        # vLLM takes a model for a diffusion model exactly when this is set; the
-        # engine's own limit is `--dlm-max-canvas`.
-        self.canvas_length = dlm_block_length
+        declare(
+            self,
+            kwargs,
+            dlm_class="A",
+            mask_token_id=LLADA_MASK_ID,
+            dlm_stop_ids=stop_ids(kwargs, LLADA_MASK_ID, (LLADA_EOT_ID,)),
+        )
         kwargs.setdefault("tie_word_embeddings", weight_tying)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a dense LLaDA or a LLaDA-MoE, by `architectures`."""
+        if LLADA_MOE_ARCHITECTURES & set(config_dict.get("architectures") or ()):
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own diffusion model, DiffusionGemma, is vLLM's alone with the plugin there.
+
+Each engine runs in a process of its own (this file is its program): the stand-in for
+torchvision stays out of other tests, and a second process may leave parts of the
+plugin out. The stock CPU wheel cannot run the model without our platform: its model
+runner V2 needs Triton. So what is compared with is an engine with that platform alone
+(`VLLM_PLUGINS=dlm_cpu`): no models, config classes, hooks or front end of ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.platforms import vllm_version_matches_substr
+
+if not vllm_version_matches_substr("cpu"):
+    pytest.skip("needs a CPU build of vLLM", allow_module_level=True)
+
+PROMPTS = [[2, 5, 6, 7, 8], list(range(2, 40))]
+CANVAS = [(37 * i + 11) % 120 for i in range(16)]
+REFUSED: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.5},
+    "seed": {"seed": 1},
+    "min_p": {"min_p": 0.5},
+    "min_tokens": {"min_tokens": 1},
+    "logit_bias": {"logit_bias": {3: 1.0}},
+    "allowed_token_ids": {"allowed_token_ids": [3]},
+}
+
+
+def report(folder: str) -> dict[str, Any]:
+    """What an engine is made of, what it generates, and what it refuses."""
+    from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    llm = LLM(
+        folder,
+        dtype="float32",
+        enforce_eager=True,
+        disable_log_stats=True,
+        skip_tokenizer_init=True,
+        limit_mm_per_prompt={"image": 0, "video": 0},
+        max_model_len=128,
+        max_num_seqs=4,
+        block_size=32,
+        num_gpu_blocks_override=40,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    parts = {
+        "model": runner.model,
+        "state": runner.model_state,
+        "sampler": runner.sampler,
+        "config": llm.llm_engine.model_config.hf_config,
+        "scheduler": core.scheduler,
+    }
+
+    def generate(prompts: list[list[int]], max_tokens: int, **options: Any) -> Any:
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options
+        )
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(inputs, params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    def refusal(**options: Any) -> str:
+        try:
+            generate(PROMPTS[:1], 4, **options)
+        except VLLMValidationError as error:
+            return str(error)
+        return ""
+
+    # First: its random numbers are those of the engine's seed.
+    tokens = [output.token_ids for output in generate(PROMPTS, 40)]
+    one_step = {"diffusion_seed_canvas": CANVAS, "diffusion_max_steps": 1}
+    steps = generate(PROMPTS, len(CANVAS), extra_args=one_step)
+    filtered = generate(PROMPTS, 20, top_k=20, top_p=0.9, logprobs=2)
+    return {
+        "parts": {name: full_name(type(part)) for name, part in parts.items()},
+        "tokens": tokens,
+        "one step": [output.token_ids for output in steps],
+        "filtered": [output.token_ids for output in filtered],
+        "logprobs": [len(output.logprobs) for output in filtered],
+        "refusals": {name: refusal(**case) for name, case in REFUSED.items()},
+        "our options": refusal_of_our_options(folder),
+        "loaded": sorted(name for name in sys.modules if name.startswith("vllm_dlm.")),
+    }
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def refusal_of_our_options(folder: str) -> str:
+    """What is said to an engine of this model with options of ours."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"dlm": {"cache": "none"}}
+    try:
+        EngineArgs(folder, additional_config=options).create_engine_config()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+# The tests ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    from reference.diffusion_gemma import write_torchvision_stand_in
+
+    environment = {
+        **os.environ,
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        # What vLLM compiles even in an eager engine takes longer than all the rest.
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_DLM_DISABLE": "0",
+    }
+    if importlib.util.find_spec("torchvision") is None:
+        folder = tmp_path_factory.mktemp("packages")
+        environment["PYTHONPATH"] = str(write_torchvision_stand_in(folder))
+    return environment
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from reference.diffusion_gemma import write_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("diffusion-gemma")
+    return write_random_checkpoint(folder, seed=0)
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Path, environment: dict[str, str]) -> dict[str, Any]:
+    return run_report(checkpoint, environment)
+
+
+def run_report(folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """`report` in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_every_part_is_vllms_own(served):
+    module = "vllm.model_executor.models.diffusion_gemma."
+    schedulers = "vllm.v1.core.sched.diffusion_scheduler."
+    parts = served["parts"]
+    assert parts.pop("scheduler") in {
+        schedulers + "DiffusionScheduler",
+        schedulers + "DiffusionAsyncScheduler",
+    }
+    assert parts == {
+        "model": module + "DiffusionGemmaForConditionalGeneration",
+        "state": module + "DiffusionGemmaModelState",
+        "sampler": module + "DiffusionSampler",
+        "config": (
+            "transformers.models.diffusion_gemma.configuration_diffusion_gemma."
+            "DiffusionGemmaConfig"
+        ),
+    }
+
+
+def test_nothing_of_our_engine_is_loaded(served):
+    assert "vllm_dlm.plugin" in served["loaded"]
+    ours = "scheduler", "state", "sampler", "segments", "models.llada"
+    assert not {f"vllm_dlm.model_executor.{name}" for name in ours} & set(
+        served["loaded"]
+    )
+
+
+def test_it_generates(served):
+    assert [len(tokens) for tokens in served["tokens"]] == [40, 40]
+    assert [len(tokens) for tokens in served["filtered"]] == [20, 20]
+    assert served["logprobs"] == [20, 20]
+    assert all(len(set(tokens)) > 10 for tokens in served["tokens"])
+
+
+def test_a_denoising_step_is_that_of_transformers(served, checkpoint):
+    from reference.diffusion_gemma import denoise_once
+
+    expected = [denoise_once(checkpoint, prompt, CANVAS) for prompt in PROMPTS]
+    assert served["one step"] == expected
+    # Not the canvas itself, nor the same for every prompt.
+    assert expected[0] != CANVAS and expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_vllm_refuses_is_refused_in_its_words(served, name):
+    assert (
+        "sampling parameters are not yet supported with diffusion models"
+        in served["refusals"][name]
+    )
+
+
+def test_our_options_are_refused(served, checkpoint):
+    message = served["our options"]
+    assert "the dlm options (cache) are for diffusion language models" in message
+    assert str(checkpoint) in message
+
+
+@pytest.mark.slow
+def test_the_plugin_changes_nothing(served, checkpoint, environment):
+    alone = run_report(checkpoint, environment | {"VLLM_PLUGINS": "dlm_cpu"})
+    assert "vllm_dlm.platform" in alone["loaded"]
+    assert "vllm_dlm.plugin" not in alone["loaded"]
+    for what in set(alone) - {"loaded", "our options"}:
+        assert alone[what] == served[what], what
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(sys.argv[1])))

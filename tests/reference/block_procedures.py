@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference decoding of one request by a block-causal diffusion model, greedy.
+
+A position sees all blocks up to its own. SDAR (arXiv 2510.06303), LLaDA2.0
+(2512.15745), Tiny-A2D's bd3lm models (github.com/ZHZisZZ/dllm), and with a shift
+Fast-dLLM v2 (2509.26328). Every forward computes the whole row anew: no keys are kept,
+so nothing can be stale. Conventions are those of `reference.procedures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from reference.network import TinyModel, block_causal
+from reference.procedures import ReferenceResult, Statistics, row_statistics
+from reference.rules import Rule, View, static_schedule
+
+
+def generate_blocks(
+    model: TinyModel,
+    prompt_ids: list[int],
+    *,
+    max_tokens: int,
+    block_length: int,
+    rule: Rule,
+    steps_per_block: int | None = None,
+    origin: str = "start",
+    shift: int = 0,
+    sub_block_length: int | None = None,
+    schedule: str = "even",
+    max_model_len: int | None = None,
+    forbid_mask: bool = True,
+    mask_id: int | None = None,
+    eos_ids: Collection[int] | None = None,
+    eos_stop: bool = True,
+    observe: Callable[[View, list[int]], None] | None = None,
+) -> ReferenceResult:
+    """Decode one request block by block; what is written never changes.
+
+    `forwards` counts those up to the one that made the last returned token final. With
+    a rule that writes in every step they are all that were computed.
+
+    Args:
+        max_tokens: most tokens returned; whole blocks are denoised, and cut.
+        steps_per_block: S of the schedule, at most the block length B, the default.
+        origin: "start": blocks are counted from position 0, and the prompt's last
+            P mod B tokens share the first generated block. "prompt": a block ends
+            where the prompt does, and the prompt's first block is the shorter one.
+        shift: the logits for position p are those of row p - shift. With 1, a block
+            whose first position is masked begins with a forward over the finished
+            blocks alone, whose last row predicts that position (the seed). It is the
+            block's step 0 and writes one token, whatever the rule; `observe` sees it
+            as a view of one position.
+        sub_block_length: only masks of the leftmost part of this length (counted from
+            the block's start) that has any are candidates; None is the whole block.
+        schedule: commits in step j of a block. "even": B // S, and one more in the
+            first B mod S steps, whatever the number of masks. "rounded": the masks
+            left over the steps left, rounded (half to even), at least 1 (the source
+            drops steps of none). After S steps: B.
+        max_model_len: no position from here on exists; it may cut the last block.
+        forbid_mask: ban the mask id. If False, a position that chooses it stays masked,
+            and if the rule ends by its schedule, masks left after S steps are final.
+        mask_id, eos_ids: default to the checkpoint's.
+        eos_stop: end with the first EOS, included, once all left of it is final.
+        observe: called with the view and the chosen offsets, before the commit.
+
+    Raises:
+        ValueError: an option is unknown or the lengths do not fit.
+        RuntimeError: no progress: the mask id is a rule's whole choice.
+    """
+    steps = block_length if steps_per_block is None else steps_per_block
+    if origin not in ("start", "prompt"):
+        raise ValueError(f"origin {origin!r} is not 'start' or 'prompt'")
+    if schedule not in ("even", "rounded"):
+        raise ValueError(f"schedule {schedule!r} is not 'even' or 'rounded'")
+    if not 1 <= steps <= block_length:
+        raise ValueError("steps_per_block must be from 1 to block_length")
+    if shift and not prompt_ids:
+        raise ValueError("with a shift, the first token needs a prompt before it")
+    mask_id = model.mask_id if mask_id is None else mask_id
+    banned = mask_id if forbid_mask else None
+    if eos_ids is None:
+        eos_ids = {model.eos_id}
+
+    prompt_end = len(prompt_ids)
+    first_border = prompt_end % block_length if origin == "prompt" else 0
+    text_end = prompt_end + max_tokens
+    limit = text_end + block_length if max_model_len is None else max_model_len
+    text_end = min(text_end, limit)
+    row = list(prompt_ids)
+    masked = [False] * prompt_end  # not `== mask_id`: a prompt may hold that id
+    set_at = [-1] * prompt_end
+    forwards = 0
+
+    def predict(first: int, stop: int, row_end: int) -> Statistics:
+        """Predictions for [first, stop), from the row cut at `row_end`."""
+        visible = block_causal(row_end, block_length, first_border)
+        logits = model.forward(row[:row_end], visible=visible)
+        sources = [max(p - shift, 0) for p in range(first, stop)]
+        return row_statistics(logits[sources], banned)
+
+    def final_end() -> int | None:
+        """One past the last token of the text, once all up to it is final."""
+        for p in range(prompt_end, min(len(row), text_end)):
+            if masked[p]:
+                return None
+            if eos_stop and row[p] in eos_ids:
+                return p + 1
+        return text_end if len(row) >= text_end else None
+
+    end = first_border + (prompt_end - first_border) // block_length * block_length
+    while final_end() is None:
+        start, end = end, min(end + block_length, limit)
+        new = end - len(row)
+        row += [mask_id] * new
+        masked += [True] * new
+        set_at += [-1] * new
+
+        step = 0
+        while any(masked[start:end]) and final_end() is None:
+            if not forbid_mask and rule.ends_by_schedule and step >= steps:
+                break
+            masks = [p for p in range(start, end) if masked[p]]
+            is_seed = shift == 1 and masks[0] == start
+            if is_seed:
+                first, stop = start, start + 1
+                stats = predict(first, stop, row_end=start)
+                candidates = [start]
+            else:
+                first, stop = start, end
+                stats = predict(first, stop, row_end=end)
+                candidates = leftmost_part(masks, start, sub_block_length)
+            view = View(
+                masked=torch.tensor([p in candidates for p in range(first, stop)]),
+                argmax=stats.argmax,
+                confidence=stats.confidence,
+                margin=stats.margin,
+                entropy=stats.entropy,
+                first=first - prompt_end,
+                forward=forwards,
+                scheduled=commits(schedule, block_length, steps, step, len(masks)),
+                step=step,
+                steps=steps,
+            )
+            chosen = [0] if is_seed else rule.select(view)
+            if observe is not None:
+                observe(view, chosen)
+
+            written = 0
+            for offset in chosen:
+                token = int(view.argmax[offset])
+                if token != mask_id:
+                    row[first + offset] = token
+                    masked[first + offset] = False
+                    set_at[first + offset] = forwards
+                    written += 1
+            forwards += 1
+            step += 1
+            if not written and not rule.ends_by_schedule:
+                raise RuntimeError("no progress: the mask id is the only choice")
+
+        # Masks that are left here are text, as in the sources.
+        masked[start:end] = [False] * (end - start)
+
+    stop = final_end()
+    return ReferenceResult(row[prompt_end:stop], forwards, set_at[prompt_end:stop])
+
+
+def commits(
+    schedule: str, block_length: int, steps: int, step: int, masks_left: int
+) -> int:
+    """How many commits a block's schedule has for a step; see `generate_blocks`."""
+    if step >= steps:
+        return block_length
+    if schedule == "even":
+        return static_schedule(block_length, steps)[step]
+    return max(1, round(masks_left / (steps - step)))
+
+
+def leftmost_part(masks: list[int], start: int, length: int | None) -> list[int]:
+    """The masks that share the leftmost one's part; parts of `length` from `start`."""
+    if length is None:
+        return masks
+    part_end = start + ((masks[0] - start) // length + 1) * length
+    return [p for p in masks if p < part_end]

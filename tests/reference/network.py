@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other families' networks in plain torch: one model, described by differences.
+
+All of them are Llama-like decoders under Qwen's tensor names (LLaDA2's are Bailing's,
+and are renamed on loading). What sets one apart is its `Architecture`. Written from the
+published configurations and checkpoint layouts, and from nothing of this package:
+LLaDA-MoE (arXiv 2509.24389), LLaDA2 (arXiv 2512.15745), Dream (arXiv 2508.15487), SDAR
+(arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328), Tiny-A2D (github.com/ZHZisZZ/dllm).
+Shapes use n = rows computed, L = length of the whole row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from reference.layers import KVStore, attend, rms_norm, rotate, rotation
+from safetensors.torch import load_file
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a family's network does differently from a Llama."""
+
+    query_key_norm: bool = False
+    """RMS norm of each head's queries and keys, before the rotation."""
+    query_key_value_bias: bool = False
+    router: Literal["softmax", "renormalised softmax", "grouped sigmoid"] | None = None
+    """How expert weights are made; None is a network without experts."""
+    bailing_names: bool = False
+    """Bailing's tensor names, with query, key and value rows in one tensor."""
+
+
+ARCHITECTURES = {
+    # LLaDA-MoE never renormalises, whatever norm_topk_prob in its config says.
+    "LLaDAMoEModelLM": Architecture(query_key_norm=True, router="softmax"),
+    "LLaDA2MoeModelLM": Architecture(
+        query_key_norm=True, router="grouped sigmoid", bailing_names=True
+    ),
+    "SDARForCausalLM": Architecture(query_key_norm=True),
+    "SDARMoeForCausalLM": Architecture(
+        query_key_norm=True, router="renormalised softmax"
+    ),
+    "DreamModel": Architecture(query_key_value_bias=True),
+    "Fast_dLLM_QwenForCausalLM": Architecture(query_key_value_bias=True),
+    "A2DQwen3LMHeadModel": Architecture(query_key_norm=True),
+    "A2DQwen2LMHeadModel": Architecture(query_key_value_bias=True),
+    "A2DLlamaLMHeadModel": Architecture(),
+}
+"""By config.json's `architectures`: `model_type` is not unique among families."""
+
+BAILING_NAMES = {
+    "model.word_embeddings.": "model.embed_tokens.",
+    ".attention.dense.": ".self_attn.o_proj.",
+    ".attention.query_layernorm.": ".self_attn.q_norm.",
+    ".attention.key_layernorm.": ".self_attn.k_norm.",
+}
+"""Part of a Bailing tensor's name -> Qwen's; `attention.query_key_value` is packed."""
+
+
+def block_causal(length: int, block_length: int, origin: int = 0) -> torch.Tensor:
+    """[length, length] bool: i sees j if j's block is i's or one to the left of it.
+
+    Blocks of `block_length` positions begin at `origin`. Positions left of it are
+    blocked backwards from there, so that the very first block may be shorter.
+    """
+    blocks = torch.tensor([(p - origin) // block_length for p in range(length)])
+    return blocks[None, :] <= blocks[:, None]
+
+
+def head_size(config: dict) -> int:
+    """A config's head size; without the key, heads divide the hidden size."""
+    return config.get("head_dim") or (
+        config["hidden_size"] // config["num_attention_heads"]
+    )
+
+
+class TinyModel:
+    """A checkpoint held as a dictionary of tensors, with one `forward`."""
+
+    def __init__(self, config: dict, weights: dict[str, torch.Tensor]) -> None:
+        name = config["architectures"][0]
+        if name not in ARCHITECTURES:
+            raise ValueError(f"the oracle knows {', '.join(ARCHITECTURES)}, not {name}")
+        self.config = config
+        self.architecture = ARCHITECTURES[name]
+        self.mask_id: int = config["mask_token_id"]
+        self.eos_id: int = config["eos_token_id"]
+        self.vocab_size: int = config["vocab_size"]
+        self.n_layers: int = config["num_hidden_layers"]
+        self.n_heads: int = config["num_attention_heads"]
+        self.n_kv_heads: int = config["num_key_value_heads"]
+        self.head_dim = head_size(config)
+        self.eps: float = config["rms_norm_eps"]
+        if self.architecture.bailing_names:
+            weights = self._from_bailing(weights)
+        self.weights = weights
+        self.dtype = weights["model.embed_tokens.weight"].dtype
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32
+    ) -> TinyModel:
+        """Load `config.json` and `model.safetensors`; for `dtype` see `TinyLLaDA`."""
+        folder = Path(folder)
+        config = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        return cls(config, {name: w.to(dtype) for name, w in weights.items()})
+
+    def new_store(self, length: int) -> KVStore:
+        """A store of `length` positions, none of them written."""
+        shape = (length, self.n_kv_heads, self.head_dim)
+        return KVStore.unwritten(self.n_layers, shape, self.dtype)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: list[int] | torch.Tensor,
+        positions: list[int] | torch.Tensor | None = None,
+        store: KVStore | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [n, vocab] of the given rows: row i's own, never shifted.
+
+        `input_ids` and `positions` are [n]; positions default to 0..n-1. Without a
+        store the keys are those of the n rows, L = n. With a store, the n rows' keys
+        and values first overwrite it at `positions`, and L is its length.
+
+        Args:
+            visible: [n, L] bool, True where a row sees a key; None is everywhere.
+        """
+        ids = torch.as_tensor(input_ids, dtype=torch.long)
+        if positions is None:
+            positions = torch.arange(len(ids))
+        positions = torch.as_tensor(positions, dtype=torch.long)
+        rotated = int(self.head_dim * self.config.get("partial_rotary_factor", 1.0))
+        theta = float(self.config["rope_theta"])
+        cos, sin = rotation(positions, rotated, theta, self.dtype)
+
+        x = self.weights["model.embed_tokens.weight"][ids]
+        for layer in range(self.n_layers):
+            name = f"model.layers.{layer}."
+            h = self._norm(x, name + "input_layernorm")
+            q, k, v = self._query_key_value(h, name + "self_attn.", cos, sin)
+            if store is not None:
+                store.keys[layer][positions] = k
+                store.values[layer][positions] = v
+                k, v = store.keys[layer], store.values[layer]
+            x = x + self._linear(attend(q, k, v, visible), name + "self_attn.o_proj")
+
+            h = self._norm(x, name + "post_attention_layernorm")
+            # First layers may be dense: a layer has experts if it has a router.
+            if name + "mlp.gate.weight" in self.weights:
+                x = x + self._experts(h, name + "mlp.")
+            else:
+                x = x + self._feed_forward(h, name + "mlp.")
+
+        tied = self.config["tie_word_embeddings"]
+        x = self._norm(x, "model.norm")
+        return self._linear(x, "model.embed_tokens" if tied else "lm_head")
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return rms_norm(x, self.weights[name + ".weight"], self.eps)
+
+    def _linear(self, x: torch.Tensor, name: str, bias: bool = False) -> torch.Tensor:
+        weights = self.weights
+        return F.linear(
+            x, weights[name + ".weight"], weights[name + ".bias"] if bias else None
+        )
+
+    def _query_key_value(
+        self, x: torch.Tensor, name: str, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys (normed and rotated) and values, [n, heads, head_dim]."""
+        bias = self.architecture.query_key_value_bias
+        q, k, v = (
+            self._linear(x, f"{name}{part}_proj", bias).view(-1, heads, self.head_dim)
+            for part, heads in zip(
+                "qkv", (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True
+            )
+        )
+        if self.architecture.query_key_norm:
+            q, k = self._norm(q, name + "q_norm"), self._norm(k, name + "k_norm")
+        return _rotate_first(q, cos, sin), _rotate_first(k, cos, sin), v
+
+    def _feed_forward(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        gate = F.silu(self._linear(x, name + "gate_proj"))
+        up = self._linear(x, name + "up_proj")
+        return self._linear(gate * up, name + "down_proj")
+
+    def _experts(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Every expert of every row, weighted; most weights are zero."""
+        weights = self.expert_weights(x, name)
+        total = torch.zeros_like(x)
+        for expert in range(self.config["num_experts"]):
+            output = self._feed_forward(x, f"{name}experts.{expert}.")
+            total = total + weights[:, expert, None] * output
+        if self.architecture.router == "grouped sigmoid":
+            total = total + self._feed_forward(x, name + "shared_experts.")
+        return total
+
+    def expert_weights(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What each expert's output counts, [n, num_experts]; zero if not chosen.
+
+        `x` [n, hidden_size] is what the router sees, `name` the prefix of its tensors.
+        Published routers compute in float32; here that is the model's own dtype.
+        """
+        config = self.config
+        logits = self._linear(x, name + "gate")
+        scores = logits.softmax(dim=-1)
+        selection = scores
+        if self.architecture.router == "grouped sigmoid":
+            scores = logits.sigmoid()
+            # The bias says who is chosen, but not how much the chosen count.
+            selection = scores + self.weights[name + "gate.expert_bias"]
+            groups = selection.view(len(x), config["n_group"], -1)
+            group_scores = groups.topk(2, dim=-1).values.sum(-1)
+            kept = group_scores.topk(config["topk_group"], dim=-1).indices
+            dropped = torch.ones_like(group_scores, dtype=torch.bool)
+            dropped.scatter_(1, kept, False)
+            selection = groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
+
+        chosen = selection.topk(config["num_experts_per_tok"], dim=-1).indices
+        weights = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen))
+        if self.architecture.router == "renormalised softmax":
+            weights = weights / weights.sum(-1, keepdim=True)
+        if self.architecture.router == "grouped sigmoid":
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            weights = weights * config["routed_scaling_factor"]
+        return weights
+
+    def _from_bailing(self, weights: dict[str, torch.Tensor]) -> dict:
+        """The same weights under Qwen's names, query, key and value apart."""
+        rows = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+        renamed = {}
+        for name, weight in weights.items():
+            for theirs, ours in BAILING_NAMES.items():
+                name = name.replace(theirs, ours)
+            if ".attention.query_key_value." in name:
+                parts = weight.split([heads * self.head_dim for heads in rows])
+                for letter, part in zip("qkv", parts, strict=True):
+                    ours = f".self_attn.{letter}_proj."
+                    renamed[name.replace(".attention.query_key_value.", ours)] = part
+            else:
+                renamed[name] = weight
+        return renamed
+
+
+def _rotate_first(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Rotate as many dimensions as there are angles; the others carry no position."""
+    size = cos.shape[-1]
+    return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], dim=-1)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HF configs of the A2D models: autoregressive models taught to diffuse.
+
+A checkpoint is trained in one of two ways, and only its name says which: `-mdlm-` sees
+everything (class A), `-bd3lm-` decodes in blocks of 32 counted from the prompt's end
+(class B). The mask token is the first id behind the base model's tokenizer; that is
+inferred from its vocabulary. For Llama bases it is not known.
+Source: ZHZisZZ/dllm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from vllm_dlm.model_defaults import declare
+from vllm_dlm.model_executor.models.declarations import (
+    UNKNOWN_MASK_ID,
+    checkpoint_name,
+    fill,
+    stop_ids,
+)
+
+A2D_QWEN3_MASK_ID = 151669
+A2D_QWEN2_MASK_ID = 151665
+QWEN_STOP_IDS = (151645, 151643)
+"""`<|im_end|>` and `<|endoftext|>`."""
+
+
+class A2DQwen3Config(Qwen3Config):
+    """A2D from Qwen3."""
+
+    model_type = "a2d-qwen3"
+
+    def __init__(self, **kwargs: Any) -> None:
+        fill(kwargs, rope_theta=1e6)
+        _declare_a2d(self, kwargs, A2D_QWEN3_MASK_ID, QWEN_STOP_IDS)
+        super().__init__(**kwargs)
+
+
+class A2DQwen2Config(Qwen2Config):
+    """A2D from Qwen2.5."""
+
+    model_type = "a2d-qwen2"
+
+    def __init__(self, **kwargs: Any) -> None:
+        fill(kwargs, rope_theta=1e6)
+        _declare_a2d(self, kwargs, A2D_QWEN2_MASK_ID, QWEN_STOP_IDS)
+        super().__init__(**kwargs)
+
+
+class A2DLlamaConfig(LlamaConfig):
+    """A2D from Llama; the checkpoint has to name its mask token."""
+
+    model_type = "a2d-llama"
+
+    def __init__(self, **kwargs: Any) -> None:
+        _declare_a2d(self, kwargs, UNKNOWN_MASK_ID, ())
+        super().__init__(**kwargs)
+
+
+def _declare_a2d(
+    config: Any, given: dict[str, Any], mask_token_id: int, ids: tuple[int, ...]
+) -> None:
+    name = checkpoint_name(given).lower()
+    is_known = given.get("dlm_class") or "mdlm" in name or "bd3lm" in name
+    declare(
+        config,
+        given,
+        dlm_class="B" if "bd3lm" in name else "A",
+        mask_token_id=mask_token_id,
+        dlm_shift=1 if given.get("right_shift_logits") else 0,
+        dlm_schedule="rounded",
+        dlm_stop_ids=stop_ids(given, mask_token_id, ids),
+    )
+    if not is_known:
+        # Refused by `check_declarations`, unless --hf-overrides sets it first.
+        config.dlm_class = None

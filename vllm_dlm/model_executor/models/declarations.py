@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the families' HF configs share: filling gaps, names, and the final check."""
+
+from __future__ import annotations
+
+import os
+from pathlib import PurePath
+from typing import Any
+
+UNKNOWN_MASK_ID = -1
+"""Mask id of a family whose checkpoints must name it themselves."""
+
+
+def fill(given: dict[str, Any], **defaults: Any) -> None:
+    """Set in `given` what config.json leaves out or leaves null."""
+    for name, value in defaults.items():
+        if given.get(name) is None:
+            given[name] = value
+
+
+def refuse(family: str, given: dict[str, Any], *names: str) -> None:
+    """Refuse a config that turns on one of `names`.
+
+    Raises:
+        ValueError: one of the fields is true or not zero.
+    """
+    if wrong := sorted(name for name in names if given.get(name)):
+        raise ValueError(
+            f"this {family} config sets {', '.join(wrong)}, which no released "
+            f"{family} checkpoint uses and vllm-dlm does not implement"
+        )
+
+
+def stop_ids(
+    given: dict[str, Any], mask_token_id: int, ids: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The family's stop `ids`, if the checkpoint has the family's tokenizer.
+
+    A checkpoint that names another mask id has other ids altogether.
+    """
+    return ids if given.get("mask_token_id") in (None, mask_token_id) else ()
+
+
+def checkpoint_name(given: dict[str, Any]) -> str:
+    """The checkpoint's own name, e.g. `SDAR-4B-Chat-b16`; "" if it is not known.
+
+    It is the last part of a hub id or folder; a snapshot in the hub cache
+    (`models--OWNER--NAME/snapshots/COMMIT`) is named by its repository.
+    """
+    path = str(given.get("name_or_path") or "")
+    parts = PurePath(os.path.abspath(path) if os.path.isdir(path) else path).parts
+    for part in reversed(parts):
+        if part.startswith("models--"):
+            return part.rpartition("--")[2]
+    return parts[-1] if parts else ""
+
+
+def check_declarations(hf_config: Any) -> None:
+    """Check what a model declares, once overrides have been applied.
+
+    Raises:
+        ValueError: a declaration is missing or impossible; the message names the
+            field, and how to set it.
+    """
+    model_class = hf_config.dlm_class
+    mask, block = hf_config.mask_token_id, hf_config.dlm_block_length
+    if model_class not in ("A", "B", "C"):
+        problem = (
+            f"dlm_class is {model_class!r}, not A, B or C: neither config.json nor the "
+            "checkpoint's name says what its positions see"
+        )
+        example = '{"dlm_class": "A"}'
+    elif not isinstance(mask, int) or mask == UNKNOWN_MASK_ID:
+        problem = "mask_token_id is not known: config.json does not name it"
+        example = '{"mask_token_id": ID}'
+    elif not 0 <= mask < hf_config.vocab_size:
+        problem = (
+            f"mask_token_id {mask} is outside the vocabulary of {hf_config.vocab_size}"
+        )
+        example = '{"mask_token_id": ID}'
+    elif not isinstance(block, int) or block < 1:
+        problem = f"dlm_block_length {block!r} is not a positive number of tokens"
+        example = '{"dlm_block_length": 32}'
+    else:
+        return
+    raise ValueError(
+        f"{problem}; set it in config.json, or with --hf-overrides '{example}'"
+    )

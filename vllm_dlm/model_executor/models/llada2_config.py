@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HF config of LLaDA2.0 and LLaDA2.1, mini and flash, in Bailing-MoE-V2's names.
+
+Both versions share architecture and config; 2.1 differs in how it is decoded. Some
+released configs leave fields to the defaults of their own class, filled in here.
+`<|role_end|>`, which ends a turn, is left to the tokenizer and generation_config.json:
+its id is not in any config known to us.
+Source: inclusionAI/LLaDA2.X.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from vllm_dlm.model_defaults import declare
+from vllm_dlm.model_executor.models.declarations import fill, refuse
+
+LLADA2_MASK_ID = 156895
+LLADA2_EOS_ID = 156892
+
+_MINI = {
+    "vocab_size": 157184,
+    "hidden_size": 2048,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 32768,
+}
+"""Sizes of LLaDA2.x-mini, the defaults of the released class."""
+
+_COMMON = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 600000.0,
+    "partial_rotary_factor": 0.5,
+    "use_qk_norm": True,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "norm_head": False,
+    "score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "router_dtype": "fp32",
+    "embedding_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": LLADA2_EOS_ID,
+    "pad_token_id": LLADA2_EOS_ID,
+}
+
+
+class LLaDA2MoeConfig(PretrainedConfig):
+    """LLaDA2.0 and LLaDA2.1."""
+
+    model_type = "llada2_moe"
+
+    def __init__(self, **kwargs: Any) -> None:
+        refuse("LLaDA2", kwargs, "use_sliding_window")
+        fill(kwargs, **_MINI, **_COMMON)
+        fill(kwargs, head_dim=kwargs["hidden_size"] // kwargs["num_attention_heads"])
+        fill(
+            kwargs,
+            rotary_dim=int(kwargs["head_dim"] * kwargs["partial_rotary_factor"]),
+        )
+        # Announced in the released config, and switched off there.
+        kwargs["sliding_window"] = None
+        # Without it vLLM takes q and k norms for LayerNorm.
+        kwargs["use_rmsnorm"] = True
+        # Transformers merges rope_theta and the rotary factor into it.
+        self.rope_parameters = kwargs.pop("rope_parameters", None) or {}
+        declare(
+            self,
+            kwargs,
+            dlm_class="B",
+            mask_token_id=LLADA2_MASK_ID,
+            dlm_block_origin="start",
+            dlm_strategy_config={
+                "threshold": 0.95,
+                "strict": True,
+                "at_least": "scheduled",
+            },
+        )
+        super().__init__(**kwargs)
