@@ -39,15 +39,20 @@ def oracle(checkpoint: Path) -> TinyLLaDA:
 
 @pytest.fixture(scope="session")
 def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
-    """`engines(dlm, **options)`: the engine with these options, started once."""
+    """`engines(dlm, **options)`: the engine with these options, started once.
+
+    `model` is a checkpoint's folder; LLaDA's without it.
+    """
     started: dict[str, Engine] = {}
 
     def engine(dlm: dict[str, Any] | None = None, **options: Any) -> Engine:
         from vllm import LLM
+        from vllm.distributed.parallel_state import destroy_model_parallel
 
         # Learning would change decisions while tests run.
         dlm = {"online_learning": False} | (dlm or {})
         options = {
+            "model": str(checkpoint),
             "additional_config": {"dlm": dlm},
             "max_model_len": 256,
             "max_num_seqs": 8,
@@ -58,9 +63,11 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
         } | options
         key = repr(sorted(options.items()))
         if key not in started:
+            # Groups are made by a process's first engine, and only where that serves
+            # a mixture of experts is there one for experts.
+            destroy_model_parallel()
             started[key] = Engine(
                 LLM(
-                    str(checkpoint),
                     dtype="float32",
                     enforce_eager=True,
                     disable_log_stats=True,

@@ -127,7 +127,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     if importlib.util.find_spec("torchvision") is None:
         folder = tmp_path_factory.mktemp("packages")
-        environment["PYTHONPATH"] = str(write_torchvision_stand_in(folder))
+        paths = [str(write_torchvision_stand_in(folder)), os.getenv("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 
@@ -136,7 +137,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from reference.diffusion_gemma import write_random_checkpoint
 
     folder = tmp_path_factory.mktemp("diffusion-gemma")
-    return write_random_checkpoint(folder, seed=0)
+    return write_random_checkpoint(folder, seed=0, canvas_length=len(CANVAS))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def run_report(folder: Path, environment: dict[str, str]) -> dict[str, Any]:
 def test_every_part_is_vllms_own(served):
     module = "vllm.model_executor.models.diffusion_gemma."
     schedulers = "vllm.v1.core.sched.diffusion_scheduler."
-    parts = served["parts"]
+    parts = dict(served["parts"])
     assert parts.pop("scheduler") in {
         schedulers + "DiffusionScheduler",
         schedulers + "DiffusionAsyncScheduler",
@@ -213,7 +214,6 @@ def test_our_options_are_refused(served, checkpoint):
     assert str(checkpoint) in message
 
 
-@pytest.mark.slow
 def test_the_plugin_changes_nothing(served, checkpoint, environment):
     alone = run_report(checkpoint, environment | {"VLLM_PLUGINS": "dlm_cpu"})
     assert "vllm_dlm.platform" in alone["loaded"]

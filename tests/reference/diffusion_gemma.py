@@ -15,11 +15,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
-CANVAS_LENGTH = 16
-VOCAB_SIZE = 128
-
 _TEXT = {
-    "vocab_size": VOCAB_SIZE,
+    "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -49,7 +46,9 @@ _VISION = {
 _SPECIAL = {"image_token_id": 125, "boi_token_id": 126, "eoi_token_id": 127}
 
 
-def write_random_checkpoint(folder: str | Path, *, seed: int) -> Path:
+def write_random_checkpoint(
+    folder: str | Path, *, seed: int, canvas_length: int
+) -> Path:
     """Write config.json, model.safetensors and generation_config.json; no tokenizer.
 
     The layers' outputs outweigh the embedding that they are added to. The head is
@@ -59,7 +58,7 @@ def write_random_checkpoint(folder: str | Path, *, seed: int) -> Path:
     config = DiffusionGemmaConfig(
         text_config=dict(_TEXT),
         vision_config=dict(_VISION),
-        canvas_length=CANVAS_LENGTH,
+        canvas_length=canvas_length,
         **_SPECIAL,
     )
     model = DiffusionGemmaForBlockDiffusion(config)
@@ -88,7 +87,7 @@ def denoise_once(folder: str | Path, prompt: list[int], canvas: list[int]) -> li
 
     Args:
         prompt: context, which attends causally.
-        canvas: CANVAS_LENGTH tokens behind it, which see everything.
+        canvas: `canvas_length` tokens behind it, which see everything.
     """
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder).eval()
     output = model(

@@ -189,6 +189,7 @@ FAMILIES = {
         per_layer={"layer_types": "full_attention"},
         names_head_dim=False,
     ),
+    # Whether it is one of class A (-mdlm-) or B (-bd3lm-) is in its repository's name.
     "a2d_qwen3": Family(
         "A2DQwen3LMHeadModel",
         "a2d-qwen3",

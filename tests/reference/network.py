@@ -167,21 +167,18 @@ class TinyModel:
         return rms_norm(x, self.weights[name + ".weight"], self.eps)
 
     def _linear(self, x: torch.Tensor, name: str, bias: bool = False) -> torch.Tensor:
-        weights = self.weights
-        return F.linear(
-            x, weights[name + ".weight"], weights[name + ".bias"] if bias else None
-        )
+        added = self.weights[name + ".bias"] if bias else None
+        return F.linear(x, self.weights[name + ".weight"], added)
 
     def _query_key_value(
         self, x: torch.Tensor, name: str, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys (normed and rotated) and values, [n, heads, head_dim]."""
         bias = self.architecture.query_key_value_bias
+        heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
         q, k, v = (
-            self._linear(x, f"{name}{part}_proj", bias).view(-1, heads, self.head_dim)
-            for part, heads in zip(
-                "qkv", (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True
-            )
+            self._linear(x, f"{name}{part}_proj", bias).view(-1, n, self.head_dim)
+            for part, n in heads.items()
         )
         if self.architecture.query_key_norm:
             q, k = self._norm(q, name + "q_norm"), self._norm(k, name + "k_norm")

@@ -91,7 +91,7 @@ def counts(choices: list[list[int]]) -> list[int]:
     return [len(chosen) for chosen in choices]
 
 
-# --- Which rows, and what they see -----------------------------------------------
+# --- Which rows, and what they see ----------------------------------------------
 
 
 @pytest.mark.parametrize("origin", ["start", "prompt"])
@@ -113,8 +113,9 @@ def test_first_block_holds_the_tail_of_the_prompt(length, origin):
 
 def test_what_a_row_sees():
     model = rising(8)
-    decode(model, [2, 3, 4], block_length=2, max_tokens=1)
-    decode(model, [2, 3, 4], block_length=2, max_tokens=1, origin="prompt")
+    options = {"rule": static("left_to_right"), "block_length": 2, "max_tokens": 1}
+    decode(model, [2, 3, 4], **options)
+    decode(model, [2, 3, 4], **options, origin="prompt")
     (_, start), (_, prompt) = model.calls
     assert start.int().tolist() == [
         [1, 1, 0, 0],
@@ -162,7 +163,7 @@ def test_a_mask_token_of_the_prompt_is_text():
     assert result.tokens == [1] and model.calls[0][0] == [MASK, 2, MASK, MASK]
 
 
-# --- Schedules -------------------------------------------------------------------
+# --- Schedules ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,12 +215,16 @@ def test_threshold_of_at_least_the_schedule():
 
 
 def test_dream_by_blocks_of_the_origin():
-    _, _, choices = decode(rising(8), [2], dream("maskgit_plus"), block_length=8)
-    # 7 masks in 8 steps.
-    assert counts(choices)[:7] == [0, 0, 1, 1, 1, 1, 1]
+    rule = dream("maskgit_plus")
+    options = {"block_length": 8, "max_tokens": 7}
+    result, _, choices = decode(rising(8), [2], rule, **options)
+    # 7 masks in 8 steps: int(7 (1 - .875125)) = int(.874), then
+    # int(7 (1 - .75025 / .875125)) = int(.9989), int(7 (1 - .625375 / .75025)) = 1.
+    assert counts(choices)[:3] == [0, 0, 1]
+    assert sum(counts(choices)) == 7 and result.forwards == len(choices) == 8
 
 
-# --- Ends --------------------------------------------------------------------------
+# --- Ends -----------------------------------------------------------------------
 
 
 def test_cut_at_max_tokens():
@@ -260,7 +265,7 @@ def test_cut_at_the_end_of_the_context(shift):
     assert empty == ReferenceResult([], 0, [])
 
 
-# --- Shift, seeds and parts of a block -----------------------------------------------
+# --- Shift, seeds and parts of a block ------------------------------------------
 
 
 def numbered(length: int) -> ScriptedModel:
@@ -288,11 +293,14 @@ def test_seed_is_the_first_token_of_a_block():
 @pytest.mark.parametrize("length", range(1, 9))
 def test_no_seed_where_the_prompt_ends_inside_a_block(length):
     model = numbered(20)
-    result, *_ = decode(model, [2] * length, threshold(0.1), shift=1)
-    assert result.tokens == [i % 5 for i in range(length - 1, length + 7)]
-    seeds = [n for n in range(length, length + 8) if n % 4 == 0]
-    blocks = range(length // 4 * 4, length + 8, 4)
-    assert model.lengths() == sorted([*seeds, *(start + 4 for start in blocks)])
+    first, end = length // 4 * 4, length // 4 * 4 + 12
+    result, *_ = decode(
+        model, [2] * length, threshold(0.1), shift=1, max_tokens=end - length
+    )
+    assert result.tokens == [i % 5 for i in range(length - 1, end - 1)]
+    seeds = [n for n in range(first, end, 4) if n >= length]
+    blocks = [start + 4 for start in range(first, end, 4)]
+    assert model.lengths() == sorted(seeds + blocks)
 
 
 def test_a_seed_may_end_the_text():
@@ -337,7 +345,7 @@ def test_scheduled_writes_stay_in_their_part():
     assert counts(choices) == [3, 1, 2, 2]
 
 
-# --- The mask id, and options ----------------------------------------------------------
+# --- The mask id, and options ---------------------------------------------------
 
 
 def test_mask_id_is_banned_unless_allowed():

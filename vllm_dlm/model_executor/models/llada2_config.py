@@ -5,7 +5,7 @@ Both versions share architecture and config; 2.1 differs in how it is decoded. S
 released configs leave fields to the defaults of their own class, filled in here.
 `<|role_end|>`, which ends a turn, is left to the tokenizer and generation_config.json:
 its id is not in any config known to us.
-Source: inclusionAI/LLaDA2.X.
+Source: inclusionAI/LLaDA2.X, arXiv 2512.15745.
 """
 
 from __future__ import annotations

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family against its oracle: logits, and whole generations token for token."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import block_cases
+from engine.block_cases import BlockCase
+from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
+from engine.harness import Engine
+from reference.checkpoints import write_checkpoint
+from reference.network import TinyModel, block_causal
+
+
+@dataclass(frozen=True)
+class Served:
+    """One checkpoint and how it is served."""
+
+    family: str
+    folder: str
+    """Its name says what the released repository's name says."""
+    block: int
+    """Block length that is served: the family's own, unless `dlm` sets it."""
+    shift: int = 0
+    dlm: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Entries of config.json."""
+
+
+BLOCK_CAUSAL = (
+    Served("sdar", "SDAR-4B-Chat", 4),
+    Served("sdar", "SDAR-4B-Chat-b16", 16, changes={"head_dim": 64}),
+    Served("sdar_moe", "SDAR-30B-A3B-Chat-b8", 8),
+    Served("llada2", "LLaDA2.0-mini", 32),
+    Served("llada2", "LLaDA2.1-mini", 16, dlm={"block_length": 16}),
+    Served("fast_dllm_v2", "Fast_dLLM_v2_7B", 32, shift=1),
+    Served(
+        "fast_dllm_v2",
+        "Fast_dLLM_v2_1.5B",
+        16,
+        shift=1,
+        dlm={"block_length": 16},
+        changes={"tie_word_embeddings": True, "head_dim": 128},
+    ),
+    Served("a2d_qwen3", "Qwen3-0.6B-diffusion-bd3lm-v0.1", 32),
+    Served(
+        "a2d_qwen2",
+        "Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1",
+        8,
+        dlm={"block_length": 8},
+    ),
+)
+FULL_ATTENTION = (
+    Served("llada_moe", "LLaDA-MoE-7B-A1B-Instruct", 32),
+    Served("dream", "Dream-v0-Instruct-7B", 32, shift=1),
+    Served("a2d_qwen3", "Qwen3-0.6B-diffusion-mdlm-v0.1", 32),
+    Served("a2d_llama", "Llama-diffusion-mdlm-v0.1", 32),
+)
+
+
+def names(served: tuple[Served, ...]) -> list[str]:
+    return [one.folder for one in served]
+
+
+@pytest.fixture(scope="session")
+def serve(
+    engines: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Served], tuple[Engine, TinyModel]]:
+    """`serve(served)`: its engine and its oracle, made once."""
+    folders: dict[str, Path] = {}
+
+    def start(served: Served) -> tuple[Engine, TinyModel]:
+        if served.folder not in folders:
+            folder = tmp_path_factory.mktemp("model") / served.folder
+            folders[served.folder] = write_checkpoint(
+                served.family, folder, seed=2, **served.changes
+            )
+        folder = folders[served.folder]
+        return engines(served.dlm, model=str(folder)), TinyModel.from_folder(folder)
+
+    return start
+
+
+@contextmanager
+def first_logits(engine: Engine):
+    """The logits of the first forward that has any, as the sampler gets them."""
+    seen: list[torch.Tensor] = []
+
+    def note(module, args, kwargs, output) -> None:
+        if output.shape[0]:
+            seen.append(output.clone())
+
+    hook = engine.runner.model.logits_processor.register_forward_hook(
+        note, with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    "served", BLOCK_CAUSAL + FULL_ATTENTION, ids=names(BLOCK_CAUSAL + FULL_ATTENTION)
+)
+def test_logits(serve: Callable, served: Served):
+    """Logits of a request's first active block, of a prompt that shares it."""
+    engine, oracle = serve(served)
+    block, model = served.block, engine.scheduler.dlm_defaults
+    prompt = list(make_prompt(2 * block + 3))
+    with first_logits(engine) as seen:
+        engine.run([prompt], BlockCase(tuple(prompt), block).params())
+    if model.model_class == "A":
+        start, end, visible = len(prompt), len(prompt) + block, None
+    else:
+        origin = len(prompt) % block if model.block_origin == "prompt" else 0
+        start = origin + (len(prompt) - origin) // block * block
+        end = start + block
+        visible = block_causal(end, block, origin)
+    row = prompt + [oracle.mask_id] * (end - len(prompt))
+    logits = oracle.forward(row, visible=visible)
+    wanted = logits[start - served.shift : end - served.shift]
+    got = seen[0][:, : oracle.vocab_size].clone()
+    wanted[:, oracle.mask_id] = got[:, oracle.mask_id] = 0.0  # banned in place
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def block_sample(served: Served) -> list[BlockCase]:
+    """Every residue of the prompt's length mod B; texts that end inside a block."""
+    source = random.Random(served.folder)
+    block = served.block
+    lengths = [*range(1, block + 1), *range(2 * block, 3 * block)][: 2 * block]
+    rules = itertools.cycle(block_cases.RULES)
+    cases = []
+    for number, length in enumerate(lengths):
+        cases.append(
+            BlockCase(
+                make_prompt(length, seed=number),
+                max_tokens=source.randint(1, 2 * block + 3),
+                rule=next(rules),
+                steps_per_block=source.choice([None, 3, block // 2]),
+                ignore_eos=number % 3 == 0,
+            )
+        )
+    return cases
+
+
+@pytest.mark.parametrize("served", BLOCK_CAUSAL, ids=names(BLOCK_CAUSAL))
+def test_block_causal_parity(serve: Callable, served: Served):
+    engine, oracle = serve(served)
+    cases = block_sample(served)
+    wanted = [block_cases.expect(case, oracle, engine) for case in cases]
+    assert_equal(cases, block_cases.run(engine, cases), wanted)
+    alone = random.Random(0).sample(range(len(cases)), 6)
+    got = [block_cases.run(engine, [cases[i]])[0] for i in alone]
+    assert_equal([cases[i] for i in alone], got, [wanted[i] for i in alone])
+
+
+@pytest.mark.parametrize("served", FULL_ATTENTION, ids=names(FULL_ATTENTION))
+def test_full_attention_parity(serve: Callable, served: Served):
+    engine, oracle = serve(served)
+    source = random.Random(served.folder)
+    rules = ("static/low_confidence", "threshold", "factor", "static/margin")
+    cases = [
+        Case(
+            make_prompt(source.randint(1, 60), seed=number),
+            rule=rule,
+            cache=cache,
+            block=block,
+            max_tokens=source.randint(1, 3 * block),
+            ignore_eos=number % 3 == 0,
+        )
+        for number, (rule, cache, block) in enumerate(
+            itertools.product(rules, ("none", "prefix", "dual"), (8, 16))
+        )
+    ]
+    wanted = [expect(case, oracle, shift=served.shift) for case in cases]
+    assert_equal(cases, run_cases(engine, cases), wanted)
+    alone = source.sample(range(len(cases)), 4)
+    got = [run_cases(engine, [cases[i]])[0] for i in alone]
+    assert_equal([cases[i] for i in alone], got, [wanted[i] for i in alone])
