@@ -86,10 +86,10 @@ def test_forms_a_request_may_take(extra_args):
     [
         ({"dlm": {"strategy": "nope"}}, ["'nope'", "threshold", "static"]),
         ({"dlm": {"blok_length": 8}}, ["'blok_length'", "'block_length'", "cache"]),
-        ({"dlm": {"block_length": 0}}, ["block_length", "greater than", "0"]),
+        ({"dlm": {"block_length": 0}}, ["block_length", "from 1 to 1024", "0"]),
         ({"dlm": {"block_length": 4096}}, ["1024", "4096"]),
         ({"dlm": {"block_length": 8.5}}, ["block_length", "8.5"]),
-        ({"dlm": {"block_length": True}}, ["integer", "boolean"]),
+        ({"dlm": {"block_length": True}}, ["integer", "True"]),
         ({"dlm": {"steps": "many"}}, ["steps", "'many'"]),
         ({"dlm": {"cache": "all"}}, ["'none'", "'prefix'", "'dual'"]),
         ({"dlm": {"strategy_config": [1]}}, ["strategy_config", "dict"]),

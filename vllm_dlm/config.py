@@ -68,12 +68,16 @@ def _parse_json(value: Any) -> Any:
 
 
 def _check_block_length(value: Any) -> Any:
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    is_count = isinstance(number, int) and not isinstance(number, bool)
-    if value == WHOLE_CANVAS or (is_count and 1 <= number <= 1024):
-        return number
+    if value == WHOLE_CANVAS:
+        return value
+    try:
+        number = 0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = 0
+    if 1 <= number <= 1024 and number == int(number):
+        return int(number)
     raise ValueError(
-        f"expected a whole number from 1 to 1024 or {WHOLE_CANVAS!r}, got {value!r}"
+        f"expected an integer from 1 to 1024 or {WHOLE_CANVAS!r}, got {value!r}"
     )
 
 

@@ -20,6 +20,7 @@ FLAG_PREFIX = "dlm_"
 _METAVARS = {
     "strategy": "NAME",
     "strategy_config": "JSON",
+    "block_length": "{N,canvas}",
     "cache": "{none,prefix,dual}",
     "filter_dir": "FOLDER",
 }

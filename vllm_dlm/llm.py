@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import vllm
 
@@ -19,9 +19,11 @@ class LLM(vllm.LLM):
         model: a folder, a hub id, or an alias such as "llada-tiny".
         dlm_strategy: decoding strategy; `vllm-dlm strategies` lists them.
         dlm_strategy_config: the strategy's own parameters.
-        dlm_block_length: positions decoded together.
+        dlm_block_length: positions decoded together, or "canvas", all.
+        dlm_sub_block_length: positions of a block written at a time.
         dlm_cache: "none" (exact), "prefix" or "dual".
         dlm_steps: denoise steps over a request's whole canvas.
+        dlm_steps_per_block: the same per block.
         dlm_reference_exact: decode as the published reference code does.
         dlm_max_canvas: most positions of a canvas.
         dlm_online_learning: let strategies learn from finished requests.
@@ -41,9 +43,11 @@ class LLM(vllm.LLM):
         *,
         dlm_strategy: str | None = None,
         dlm_strategy_config: Mapping[str, Any] | None = None,
-        dlm_block_length: int | None = None,
+        dlm_block_length: int | Literal["canvas"] | None = None,
+        dlm_sub_block_length: int | None = None,
         dlm_cache: str | None = None,
         dlm_steps: int | None = None,
+        dlm_steps_per_block: int | None = None,
         dlm_reference_exact: bool | None = None,
         dlm_max_canvas: int | None = None,
         dlm_online_learning: bool | None = None,
@@ -56,8 +60,10 @@ class LLM(vllm.LLM):
             "strategy": dlm_strategy,
             "strategy_config": dlm_strategy_config and dict(dlm_strategy_config),
             "block_length": dlm_block_length,
+            "sub_block_length": dlm_sub_block_length,
             "cache": dlm_cache,
             "steps": dlm_steps,
+            "steps_per_block": dlm_steps_per_block,
             "reference_exact": dlm_reference_exact,
             "max_canvas": dlm_max_canvas,
             "online_learning": dlm_online_learning,
