@@ -136,8 +136,9 @@ class DlmConfig(BaseModel):
     )
     reference_exact: bool = Field(
         default=False,
-        description="Let the mask token be predicted, as the published reference code "
-        "does: to compare with it, not to serve.",
+        description="Decode as the published reference code does, quirks included: the "
+        "mask token may be predicted, and where that code measures confidence after "
+        "temperature and top-k/p, so is it here. To compare with it, not to serve.",
     )
     max_canvas: Count | None = Field(
         default=None,

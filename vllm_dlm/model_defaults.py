@@ -24,6 +24,7 @@ _VALID = {
     "dlm_shift": (0, 1),
     "dlm_block_origin": ("start", "prompt"),
     "dlm_schedule": ("even", "rounded"),
+    "dlm_reference_confidence": ("model", "drawn"),
 }
 
 
@@ -49,6 +50,9 @@ class ModelDefaults:
     schedule: Literal["even", "rounded"] = "even"
     """How a step schedule divides m masks over s steps: m // s and one more in each of
     the first m mod s, or round(masks left / steps left)."""
+    reference_confidence: Literal["model", "drawn"] = "model"
+    """What the family's own code takes for a drawn token's probability: the model's, or
+    that under temperature and top-k/p. Only `reference_exact` follows it."""
     strategy_config: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of `strategy` that differ from its own defaults."""
 
@@ -86,6 +90,9 @@ class ModelDefaults:
             sub_block_length=getattr(hf_config, "dlm_sub_block_length", None),
             block_origin=getattr(hf_config, "dlm_block_origin", "prompt"),
             schedule=getattr(hf_config, "dlm_schedule", "even"),
+            reference_confidence=getattr(
+                hf_config, "dlm_reference_confidence", "model"
+            ),
             strategy_config=getattr(hf_config, "dlm_strategy_config", {}),
         )
 
@@ -101,6 +108,7 @@ def declare(
     dlm_sub_block_length: int | None = None,
     dlm_block_origin: Literal["start", "prompt"] = "prompt",
     dlm_schedule: Literal["even", "rounded"] = "even",
+    dlm_reference_confidence: Literal["model", "drawn"] = "model",
     dlm_strategy: str = "threshold",
     dlm_strategy_config: Mapping[str, Any] | None = None,
     dlm_max_canvas: int | None = None,
@@ -124,6 +132,7 @@ def declare(
         "dlm_sub_block_length": dlm_sub_block_length,
         "dlm_block_origin": dlm_block_origin,
         "dlm_schedule": dlm_schedule,
+        "dlm_reference_confidence": dlm_reference_confidence,
         "dlm_strategy": dlm_strategy,
         "dlm_strategy_config": dict(dlm_strategy_config or {}),
         "dlm_max_canvas": dlm_max_canvas,

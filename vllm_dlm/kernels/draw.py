@@ -95,6 +95,25 @@ def draw(
     return tokens
 
 
+def tempered(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    """Logits of the distribution that `draw` draws from; arguments as there.
+
+    Returns:
+        [N, V] float32; -inf where a token cannot be drawn. Temperatures must be > 0.
+    """
+    top = logits.float().max(dim=1, keepdim=True).values
+    scores = (logits.float() - top) / temperature[:, None]
+    scores.masked_fill_(scores < min_p[:, None].log(), -torch.inf)
+    kept, ids = _truncated(scores, top_k, top_p)
+    return torch.empty_like(kept).scatter_(1, ids, kept)
+
+
 def uniform(
     seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor
 ) -> torch.Tensor:

@@ -6,16 +6,19 @@ the confidence a strategy sees is the candidate's probability under the model's 
 untempered distribution. (Measuring it after temperature makes threshold decoding
 collapse: Gen-Verse/dLLM-RL issue 5.)
 
+Several references measure it after temperature and top-k/p; with `reference_exact` so
+do we, for families that say so (`ModelDefaults.reference_confidence`).
+
 Rows of plain greedy requests cost nothing here: their candidate is the argmax.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vllm_dlm.kernels.draw import draw
+from vllm_dlm.kernels.draw import draw, tempered
 from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
 from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
 
@@ -24,6 +27,19 @@ if TYPE_CHECKING:
 
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
+
+
+class Choice(NamedTuple):
+    """The tokens that a step may write; every tensor is [R, B]."""
+
+    candidate: torch.Tensor
+    """int64."""
+    confidence: torch.Tensor
+    """float32: the candidate's probability."""
+    entropy: torch.Tensor | None
+    """float32, nats; None if not asked for."""
+    margin: torch.Tensor | None
+    """float32; None if not asked for."""
 
 
 class Candidates:
@@ -68,23 +84,28 @@ class Candidates:
         stats: TokenStats,
         masked: torch.Tensor,
         plan: SegmentPlan,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates and their untempered probabilities, both [R, B].
+    ) -> Choice:
+        """Candidates, and how sure the model is of them.
 
         Args:
             logits: [R * B, V], mask id banned.
+            stats: of the same rows, with the statistics that strategies need.
             masked: [R, B] bool; decided positions keep the argmax as candidate.
         """
         shape = masked.shape
-        candidate = stats.argmax.view(shape)
-        confidence = stats.confidence.view(shape)
+        choice = Choice(
+            stats.argmax.view(shape),
+            stats.confidence.view(shape),
+            None if stats.entropy is None else stats.entropy.view(shape),
+            None if stats.margin is None else stats.margin.view(shape),
+        )
         rows = [
             row
             for row, slot in enumerate(plan.slots_cpu)
             if _is_special(self.state.requests[slot].params)
         ]
         if not rows:
-            return candidate, confidence
+            return choice
         width = shape[1]
         index = torch.tensor(rows, device=logits.device)
         flat = _block_rows(index, width)
@@ -108,16 +129,75 @@ class Candidates:
             rows=_block_rows(tempered, width),
             truncated_rows=_block_rows(truncated, width),
         )
+        seeded = self._seeded_greedily(rows, plan)
+        drawn = torch.where(seeded, stats.argmax[flat], drawn)
         sure = prob_of(raw, drawn, stats.logsumexp[flat])
         part = (len(rows), width)
-        candidate, confidence = candidate.clone(), confidence.clone()
-        candidate[index] = torch.where(
-            masked[index], drawn.view(part), candidate[index]
+        here = masked[index]
+        choice = choice._replace(
+            candidate=choice.candidate.clone(), confidence=choice.confidence.clone()
         )
-        confidence[index] = torch.where(
-            masked[index], sure.view(part), confidence[index]
+        choice.candidate[index] = torch.where(
+            here, drawn.view(part), choice.candidate[index]
         )
-        return candidate, confidence
+        choice.confidence[index] = torch.where(
+            here, sure.view(part), choice.confidence[index]
+        )
+        self._measure_drawn(choice, processed, index, rows, plan)
+        return choice
+
+    def _seeded_greedily(self, rows: list[int], plan: SegmentPlan) -> torch.Tensor:
+        """[len(rows) * B] bool: a block's first token, which references never draw."""
+        width = plan.positions.shape[1]
+        exact = torch.tensor([self._is_exact(row, plan) for row in rows])
+        first = torch.arange(width) == 0
+        seeded = exact[:, None] & first & self.state.defaults.seeds_blocks
+        return seeded.flatten().to(plan.positions.device)
+
+    def _is_exact(self, row: int, plan: SegmentPlan) -> bool:
+        return self.state.requests[plan.slots_cpu[row]].config.reference_exact
+
+    def _measure_drawn(
+        self,
+        choice: Choice,
+        processed: torch.Tensor,
+        index: torch.Tensor,
+        rows: list[int],
+        plan: SegmentPlan,
+    ) -> None:
+        """`reference_exact`: overwrite statistics by those of what is drawn from."""
+        if self.state.defaults.reference_confidence != "drawn":
+            return
+        exact = [
+            i
+            for i, row in enumerate(rows)
+            if self._is_exact(row, plan)
+            and self.state.requests[plan.slots_cpu[row]].params.temperature > 0
+        ]
+        if not exact:
+            return
+        width = plan.positions.shape[1]
+        local = torch.tensor(exact, device=index.device)
+        chosen = index[local]
+        slots = plan.slots[chosen].repeat_interleave(width)
+        shaped = tempered(
+            processed[_block_rows(local, width)],
+            self._temperature[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+        )
+        stats = token_stats(
+            shaped, choice.entropy is not None, choice.margin is not None
+        )
+        part = (len(exact), width)
+        tokens = choice.candidate[chosen].flatten()
+        sure = prob_of(shaped, tokens, stats.logsumexp)
+        choice.confidence[chosen] = sure.view(part)
+        if choice.entropy is not None and stats.entropy is not None:
+            choice.entropy[chosen] = stats.entropy.view(part)
+        if choice.margin is not None and stats.margin is not None:
+            choice.margin[chosen] = stats.margin.view(part)
 
     def _rows_to_draw(
         self, rows: list[int], plan: SegmentPlan

@@ -101,7 +101,7 @@ class DenoisingSampler:
         step = state.step[slots]
         positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
         masked = self._open(plan) & plan.readable
-        candidate, confidence = self.candidates.choose(logits, stats, masked, plan)
+        choice = self.candidates.choose(logits, stats, masked, plan)
         noise = None
         if "uniform" in needs:
             noise = uniform(*self.candidates.noise_keys(plan)).view(shape)
@@ -110,15 +110,15 @@ class DenoisingSampler:
             tokens=state.tokens[slots[:, None], positions].long(),
             masked=masked,
             valid=plan.valid,
-            candidate=candidate,
-            confidence=confidence,
-            is_eos=self.candidates.is_stop(candidate, plan),
+            candidate=choice.candidate,
+            confidence=choice.confidence,
+            is_eos=self.candidates.is_stop(choice.candidate, plan),
             step=step,
             scheduled=self._scheduled(masked, step, slots),
             steps=state.steps_per_block[slots],
             slots=slots,
-            entropy=None if stats.entropy is None else stats.entropy.view(shape),
-            margin=None if stats.margin is None else stats.margin.view(shape),
+            entropy=choice.entropy,
+            margin=choice.margin,
             uniform=noise,
         )
 

@@ -41,6 +41,7 @@ class DreamConfig(Qwen2Config):
             kwargs,
             dlm_class="A",
             mask_token_id=DREAM_MASK_ID,
+            dlm_reference_confidence="drawn",
             dlm_shift=1,
             dlm_strategy_config={"threshold": 0.9},
             dlm_stop_ids=stop_ids(kwargs, DREAM_MASK_ID, DREAM_STOP_IDS),

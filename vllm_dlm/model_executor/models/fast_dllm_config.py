@@ -35,6 +35,7 @@ class FastDLLMQwenConfig(Qwen2Config):
             kwargs,
             dlm_class="B",
             mask_token_id=FAST_DLLM_MASK_ID,
+            dlm_reference_confidence="drawn",
             dlm_block_length=kwargs["bd_size"],
             dlm_sub_block_length=8,
             dlm_shift=1,

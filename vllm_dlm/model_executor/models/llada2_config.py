@@ -83,6 +83,7 @@ class LLaDA2MoeConfig(PretrainedConfig):
             kwargs,
             dlm_class="B",
             mask_token_id=LLADA2_MASK_ID,
+            dlm_reference_confidence="drawn",
             dlm_block_origin="start",
             dlm_strategy_config={
                 "threshold": 0.95,

@@ -75,6 +75,7 @@ def _declare_sdar(config: Any, given: dict[str, Any]) -> None:
         given,
         dlm_class="B",
         mask_token_id=SDAR_MASK_ID,
+        dlm_reference_confidence="drawn",
         dlm_block_length=block_length(given),
         dlm_block_origin="start",
         dlm_strategy_config={
