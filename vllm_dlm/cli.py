@@ -163,6 +163,8 @@ def _show_strategy(name: str, strategy: type[Strategy]) -> None:
 
 
 def _show_models() -> None:
+    from itertools import groupby
+
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -170,39 +172,40 @@ def _show_models() -> None:
     from vllm_dlm import aliases, plugin
     from vllm_dlm.model_defaults import ModelDefaults
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    for column in ("family", "class", "shift", "strategy", "block"):
-        table.add_column(column)
-    table.add_column("stands for", overflow="fold")
+    # Names are for copying: rather let the terminal break a line than cut one.
+    console = Console(highlight=False, width=160)
     present = []
-    for name, alias in aliases.ALIASES.items():
-        config_class = plugin.load(plugin.HF_CONFIGS[alias.family.model_type])
-        if folder := aliases.local_folder(name):
-            present.append(f"{name} in {folder}")
-            config = config_class.from_pretrained(folder, name_or_path=folder)
-        else:
-            known = {"architectures": [alias.family.architecture]}
-            config = config_class.from_dict(known, name_or_path=alias.target)
-        defaults = ModelDefaults.from_hf_config(config)
-        cells = (
-            name,
-            alias.family.name,
-            defaults.model_class,
-            str(defaults.shift),
-            defaults.strategy,
-            str(defaults.block_length),
-            f"{'' if alias.built_in else alias.target + ': '}{alias.summary}",
-        )
-        table.add_row(*map(Text, cells))
-    console = Console(highlight=False)
-    console.print(table)
+    by_family = groupby(aliases.ALIASES.items(), lambda item: item[1].family)
+    for family, members in by_family:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for name, alias in members:
+            config_class = plugin.load(plugin.HF_CONFIGS[family.model_type])
+            if folder := aliases.local_folder(name):
+                present.append(f"{name} in {folder}")
+                config = config_class.from_pretrained(folder, name_or_path=folder)
+            else:
+                known = {"architectures": [family.architecture]}
+                config = config_class.from_dict(known, name_or_path=alias.target)
+            defaults = ModelDefaults.from_hf_config(config)
+            shift = ", shifted" if defaults.shift else ""
+            cells = (
+                f"  {name}",
+                f"class {defaults.model_class}{shift}",
+                f"block {defaults.block_length}",
+                defaults.strategy,
+                "built in" if alias.built_in else alias.target,
+                alias.summary,
+            )
+            table.add_row(*map(Text, cells))
+        console.print(Text(f"{family.name} ({family.architecture})"))
+        console.print(table)
     console.print(
         Text(
-            "\nClass A sees everything, B all blocks up to its own. Strategy and block "
-            "are the model's defaults. Any other checkpoint of these architectures is "
-            f"served by its folder or hub id: {', '.join(plugin.ARCHITECTURES)}.\n"
-            f"\nOn this machine: {'; '.join(present) or 'none of them'}."
+            "\nClass A sees everything, B all blocks up to its own, C what is finished "
+            "causally. Strategy and block are the model's defaults.\nAny other "
+            "checkpoint of these architectures is served by its folder or hub id: "
+            f"{', '.join(plugin.ARCHITECTURES)}.\n"
+            f"On this machine: {'; '.join(present) or 'none of them'}."
         )
     )
 

@@ -24,7 +24,7 @@ from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.request import refuse_server_options
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger(__name__)
 
@@ -71,6 +71,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         # Validated here once and read by the API process at admission.
         server = server_config(vllm_config)
         defaults = ModelDefaults.from_hf_config(hf_config)
+        _check_stop_ids(model_config, defaults)
         hf_config.dlm_server = server.model_dump()
         hf_config.canvas_length = server.canvas_limit(
             model_config.max_model_len, defaults.max_canvas
@@ -94,6 +95,25 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         vllm_config.attention_config.use_non_causal = True
         if current_platform.is_cpu():
             _size_cpu_kv_cache(vllm_config)
+
+
+def _check_stop_ids(model_config: ModelConfig, defaults: ModelDefaults) -> None:
+    """Some token must end a text, or each request writes all of its `max_tokens`.
+
+    Raises:
+        ValueError: config.json, generation_config.json and the family name none.
+    """
+    generation = model_config.try_get_generation_config()
+    if (
+        defaults.eos_token_id is None
+        and not defaults.stop_ids
+        and generation.get("eos_token_id") is None
+    ):
+        raise ValueError(
+            "no token ends a text of this model: neither config.json nor "
+            "generation_config.json has an eos_token_id; set it there, or with "
+            "--hf-overrides '{\"eos_token_id\": ID}'"
+        )
 
 
 def _serve_full_attention(vllm_config: VllmConfig) -> None:
