@@ -11,11 +11,10 @@ from vllm_dlm.config import (
     REQUEST_OPTIONS,
     SERVER_PARAMETER,
     DlmConfig,
-    resolve,
     served_config,
-    server_config,
 )
 from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS, ModelDefaults
+from vllm_dlm.request_config import resolve, server_config
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.sampling_params import SamplingParams
 
-    from vllm_dlm.config import RequestConfig
+    from vllm_dlm.request_config import RequestConfig
 
 HONOURED = frozenset(
     {
@@ -147,13 +147,9 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
 def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
     import torch
 
-    from vllm_dlm.config import (
-        LONGEST_REQUEST_BLOCK,
-        WHOLE_CANVAS,
-        resolve,
-        served_config,
-    )
+    from vllm_dlm.config import LONGEST_REQUEST_BLOCK, WHOLE_CANVAS, served_config
     from vllm_dlm.model_defaults import ModelDefaults
+    from vllm_dlm.request_config import resolve
     from vllm_dlm.strategies import STRATEGIES
     from vllm_dlm.strategies.base import Context
 

@@ -13,7 +13,6 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_dlm.config import RequestConfig
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.cache import (
     Rows,
@@ -22,6 +21,7 @@ from vllm_dlm.model_executor.cache import (
     plan_rows,
     text_end,
 )
+from vllm_dlm.request_config import RequestConfig
 
 
 class CanvasRequest(Request):

@@ -18,10 +18,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_dlm.config import DlmConfig, server_config
+from vllm_dlm.config import DlmConfig
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.request import refuse_server_options
+from vllm_dlm.request_config import server_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -20,9 +20,9 @@ from vllm_dlm.strategies.base import (
 )
 
 if TYPE_CHECKING:
-    from vllm_dlm.config import RequestConfig
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.request_config import RequestConfig
 
 GroupKey = tuple[object, ...]
 

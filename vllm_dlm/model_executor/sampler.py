@@ -74,9 +74,7 @@ class DenoisingSampler:
             input_batch: vLLM's batch, for the query lengths.
         """
         plan = self.state.take_plan()
-        if plan is None:
-            return _nothing_sampled(input_batch.num_reqs, logits.device)
-        if not plan.slots_cpu:
+        if plan is None or not plan.slots_cpu:
             return _nothing_sampled(input_batch.num_reqs, logits.device)
         view = self._view(logits, plan)
         self.learning.observe(view, plan)
@@ -293,7 +291,7 @@ def _or_false(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
-    """Reply to a dummy batch of vLLM's profiling."""
+    """Reply to a dummy batch of vLLM's profiling, or to parts of prompts."""
     zeros = torch.zeros(num_reqs, dtype=torch.int32, device=device)
     return SamplerOutput(
         sampled_token_ids=zeros[:, None],

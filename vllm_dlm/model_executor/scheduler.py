@@ -27,13 +27,13 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_dlm.config import resolve, server_config
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.canvas_request import (
     CanvasRequest,
     FinalBlocksKVCacheManager,
 )
 from vllm_dlm.request import stop_ids
+from vllm_dlm.request_config import resolve, server_config
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

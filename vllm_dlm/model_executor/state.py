@@ -22,7 +22,6 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_dlm.config import RequestConfig, resolve, server_config
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.cache import (
     POLICIES,
@@ -34,6 +33,7 @@ from vllm_dlm.model_executor.cache import (
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.segments import SegmentPlan, Segments, cut_segments
 from vllm_dlm.request import stop_ids
+from vllm_dlm.request_config import RequestConfig, resolve, server_config
 from vllm_dlm.strategies.base import Context
 
 if TYPE_CHECKING:

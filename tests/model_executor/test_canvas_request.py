@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a request's forwards, by hand; blocks of 4 positions unless said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_dlm.config import DlmConfig
+from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_executor.canvas_request import CanvasRequest
+from vllm_dlm.request_config import resolve
+
+MAX_CANVAS = 32
+
+
+def make_request(
+    prompt_len: int,
+    max_tokens: int = 8,
+    *,
+    max_model_len: int = 1024,
+    cache: str = "none",
+    **model: Any,
+) -> CanvasRequest:
+    """A waiting request, as the scheduler makes it; class B unless `model` says."""
+    declared = {"model_class": "B", "block_length": 4, "block_origin": "start"} | model
+    defaults = ModelDefaults(
+        strategy="static", mask_token_id=120, eos_token_id=121, **declared
+    )
+    request = Request(
+        request_id="one",
+        prompt_token_ids=list(range(prompt_len)),
+        sampling_params=SamplingParams(max_tokens=max_tokens),
+        pooling_params=None,
+    )
+    request.__class__ = CanvasRequest
+    request.model = defaults
+    request.dlm = resolve(DlmConfig(cache=cache), None, defaults)
+    request.dlm = request.dlm.sized(max_tokens, MAX_CANVAS)
+    request.origin = defaults.origin(prompt_len, request.dlm.block_length)
+    request.stop_ids = frozenset({121, 7})
+    request.open_canvas(MAX_CANVAS, max_model_len)
+    request.begin()
+    return request
+
+
+def compute(request: CanvasRequest, end: int | None = None) -> tuple[int, int, int]:
+    """One forward: its rows' start and end, and how many of them are canvas."""
+    start, request.rows_end = request.next_rows()
+    end = request.rows_end if end is None else end
+    assert request.whole_rows(start, end) == end - start
+    request.status = RequestStatus.RUNNING
+    return start, end, request.computed(start, end)
+
+
+def write(request: CanvasRequest, count: int) -> None:
+    request.append_output_token_ids([1] * count)
+
+
+# -- class B ---------------------------------------------------------------
+
+
+def test_a_prompt_shares_its_last_block_with_the_text():
+    request = make_request(10)
+    assert (request.origin, request.block_start, request.canvas_end) == (0, 8, 20)
+    assert compute(request) == (0, 12, 2)  # positions 10 and 11
+    assert compute(request) == (8, 12, 2)  # nothing was final: once more
+    write(request, 1)
+    assert compute(request) == (8, 12, 2)
+    write(request, 1)
+    # The finished block is computed for good, along with the next one.
+    assert compute(request) == (8, 16, 4)
+    assert compute(request) == (12, 16, 4)
+    write(request, 4)
+    assert compute(request) == (12, 20, 4)
+    assert compute(request) == (16, 20, 4)
+
+
+def test_a_prompt_of_whole_blocks():
+    request = make_request(8)
+    assert request.canvas_end == 16
+    assert compute(request) == (0, 12, 4)
+    assert compute(request) == (8, 12, 4)
+
+
+def test_a_prompt_shorter_than_a_block():
+    request = make_request(1, max_tokens=2)
+    assert request.canvas_end == 4
+    assert compute(request) == (0, 4, 3)
+    assert compute(request) == (0, 4, 3)
+
+
+def test_the_context_ends_inside_a_block():
+    request = make_request(10, max_tokens=8, max_model_len=14)
+    assert request.canvas_end == 14
+    compute(request)
+    write(request, 2)
+    assert compute(request) == (8, 14, 2)
+    assert compute(request) == (12, 14, 2)
+
+
+def test_a_prompt_is_cut_at_block_ends():
+    request = make_request(22)  # whose active block is [20, 24)
+    assert request.rows_end == 24
+    assert [request.whole_rows(0, end) for end in (3, 4, 11, 12, 20, 23, 24)] == (
+        [0, 4, 8, 12, 20, 20, 24]
+    )
+    assert compute(request, end=12) == (0, 12, 0)
+    assert request.whole_rows(12, 15) == 0
+    assert compute(request, end=20) == (12, 20, 0)
+    assert compute(request) == (20, 24, 2)
+    assert compute(request) == (20, 24, 2)
+
+
+def test_a_cached_prompt_is_not_computed():
+    request = make_request(22)
+    assert request.computed(16, 24) == 2
+    assert request.kv_final == 20
+    assert request.next_rows() == (20, 24)
+
+
+def test_rows_of_later_blocks_are_not_cut():
+    """The finished block and the one that needs it, or neither."""
+    request = make_request(10)
+    compute(request)
+    write(request, 2)
+    start, request.rows_end = request.next_rows()
+    assert (start, request.rows_end) == (8, 16)
+    assert [request.whole_rows(8, end) for end in (11, 12, 15, 16)] == [0, 0, 0, 8]
+
+
+def test_who_was_preempted_computes_all_its_text_again_in_chunks():
+    request = make_request(10, max_tokens=16)
+    for count in (2, 4, 3):
+        compute(request)
+        write(request, count)
+    assert request.next_rows() == (16, 20)
+    request.status = RequestStatus.PREEMPTED
+    request.begin()
+    # The active block is [16, 20): three of its tokens were handed out.
+    assert request.num_tokens == request.rows_end == 20
+    assert compute(request, end=8) == (0, 8, 0)
+    assert compute(request, end=16) == (8, 16, 0)
+    assert compute(request) == (16, 20, 4)
+
+
+def test_waiting_counts_rows_and_running_counts_tokens():
+    request = make_request(10)
+    assert request.num_tokens == request.num_tokens_with_spec == 12
+    compute(request)
+    assert request.num_tokens == 10
+    assert request.num_tokens_with_spec == 12
+
+
+def test_blocks_counted_from_the_prompts_end():
+    request = make_request(10, block_origin="prompt")
+    assert (request.origin, request.block_start, request.canvas_end) == (2, 10, 18)
+    # The very first block is the shorter one, [0, 2).
+    assert [request.whole_rows(0, end) for end in (1, 2, 9, 10, 13, 14)] == (
+        [0, 2, 6, 10, 10, 14]
+    )
+    assert compute(request) == (0, 14, 4)
+    write(request, 4)
+    assert compute(request) == (10, 18, 4)
+
+
+# -- class B with a shift: a block's first token comes from the block before --
+
+
+def test_a_seed_is_predicted_by_finished_rows_alone():
+    request = make_request(8, shift=1)
+    assert compute(request) == (0, 8, 1)
+    write(request, 1)
+    assert compute(request) == (8, 12, 4)
+    write(request, 3)
+    assert compute(request) == (8, 12, 1)
+    write(request, 1)
+    assert compute(request) == (12, 16, 4)
+
+
+def test_a_block_begun_by_the_prompt_needs_no_seed():
+    request = make_request(9, shift=1)
+    assert compute(request) == (0, 12, 3)
+    write(request, 3)
+    assert compute(request) == (8, 12, 1)
+
+
+def test_chunks_before_a_seed_decide_nothing():
+    request = make_request(12, shift=1)
+    assert request.whole_rows(0, 11) == 8
+    assert compute(request, end=8) == (0, 8, 0)
+    assert compute(request) == (8, 12, 1)
+
+
+def test_who_was_preempted_behind_a_seed_keeps_it():
+    """The seed is not predicted again: the worker knows it by its handed out token."""
+    request = make_request(8, shift=1)
+    for _ in range(2):
+        compute(request)
+        write(request, 1)
+    request.status = RequestStatus.PREEMPTED
+    request.begin()
+    assert compute(request) == (0, 12, 4)
+
+
+# -- class A: everything sees everything ------------------------------------
+
+
+def test_full_attention_computes_everything_at_once():
+    request = make_request(
+        10, max_tokens=9, model_class="A", block_origin="prompt", cache="dual"
+    )
+    # Blocks are counted from the prompt's end; the canvas is whole blocks.
+    assert (request.origin, request.block_start, request.canvas_end) == (2, 10, 22)
+    assert request.whole_rows(0, 21) == 0
+    assert compute(request) == (0, 22, 12)
+    assert compute(request) == (10, 14, 4)
+    assert request.kv_final == 0
+    write(request, 4)
+    assert compute(request) == (0, 22, 12)
+    assert compute(request) == (14, 18, 4)
+
+
+def test_full_attention_with_a_shift_reads_the_row_to_the_left():
+    request = make_request(
+        10, model_class="A", block_origin="prompt", cache="dual", shift=1
+    )
+    assert compute(request) == (0, 18, 8)
+    assert compute(request) == (9, 14, 4)
+
+
+def test_full_attention_continues_on_a_further_canvas():
+    request = make_request(3, max_tokens=50, model_class="A", block_origin="prompt")
+    assert request.canvas_end == 3 + MAX_CANVAS
+    write(request, 32)
+    request.open_canvas(MAX_CANVAS, 1024)
+    assert request.canvas_end == 35 + 20  # 18 are left
+
+
+# -- class C: a causal context, one block whole ------------------------------
+
+
+def test_causal_context_keeps_finished_blocks_too():
+    request = make_request(10, model_class="C", block_origin="prompt")
+    assert (request.block_start, request.canvas_end) == (10, 18)
+    assert compute(request) == (0, 14, 4)
+    assert compute(request) == (10, 14, 4)
+    write(request, 4)
+    assert compute(request) == (10, 18, 4)
+
+
+# -- the text's end -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "belong"),
+    [([1, 2, 3], 3), ([1, 121, 3], 2), ([7, 121], 1), ([1, 2, 121], 3), ([], 0)],
+)
+def test_tokens_behind_a_stop_id_are_padding(tokens: list[int], belong: int):
+    assert make_request(4).num_tokens_to_stop(tokens) == belong

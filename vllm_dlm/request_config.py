@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one request is decoded: its options over the server's over the model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_dlm.config import (
+    PREFIX,
+    REQUEST_OPTIONS,
+    SERVER_ONLY,
+    SERVER_PARAMETER,
+    WHOLE_CANVAS,
+    Cache,
+    DlmConfig,
+    parse_options,
+    parse_params,
+)
+from vllm_dlm.messages import unknown
+from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import Params
+
+
+@dataclass(frozen=True)
+class RequestConfig:
+    """How one request is decoded: nothing left to default."""
+
+    strategy: str
+    params: Params
+    block_length: int
+    """`sized` replaces 0, the whole canvas, by the request's canvas width."""
+    sub_block_length: int
+    """0, the whole block, is replaced by `sized` too."""
+    cache: Cache
+    steps: int | None
+    """Over the whole canvas; None writes one token per step."""
+    steps_per_block: int | None
+    """Wins over `steps`."""
+    reference_exact: bool
+
+    def sized(self, max_tokens: int, max_canvas: int) -> RequestConfig:
+        """With the lengths, in positions, that a request's output gives them."""
+        length = self.block_length or min(max_tokens, max_canvas)
+        sub = min(self.sub_block_length or length, length)
+        return replace(self, block_length=length, sub_block_length=sub)
+
+
+def server_config(vllm_config: Any) -> DlmConfig:
+    """The options of a server, checked against its model's default strategy.
+
+    Raises:
+        ValueError: as `DlmConfig.from_mapping`.
+    """
+    additional = vllm_config.additional_config
+    mapping = additional.get("dlm") if isinstance(additional, Mapping) else None
+    config = DlmConfig.from_mapping(mapping or {}, where='additional_config["dlm"]')
+    model_config = vllm_config.model_config
+    if model_config is not None and hasattr(model_config.hf_config, "dlm_class"):
+        defaults = ModelDefaults.from_hf_config(model_config.hf_config)
+        resolved = resolve(config, None, defaults)
+        limit = config.canvas_limit(model_config.max_model_len, defaults.max_canvas)
+        if resolved.block_length > limit:
+            raise ValueError(
+                f"block_length {resolved.block_length} does not fit into a canvas of "
+                f"{limit} positions; lower it or raise max_canvas"
+            )
+    return config
+
+
+def resolve(
+    server: DlmConfig, extra_args: Mapping[str, Any] | None, defaults: ModelDefaults
+) -> RequestConfig:
+    """Merge a request's options over the server's over the model's.
+
+    Args:
+        server: the server's options.
+        extra_args: `SamplingParams.extra_args`. Read are `dlm` (a dict or JSON text)
+            and keys that begin with `dlm_`: options and, as in `dlm_threshold`, the
+            chosen strategy's parameters.
+        defaults: the model's declarations.
+
+    Raises:
+        ValueError: unknown names, wrong types, values out of range, options that
+            belong to the server; the message says what is valid.
+    """
+    options, flat_params = _request_options(extra_args or {})
+    request = parse_options(
+        options, where="the request's dlm options", valid=REQUEST_OPTIONS
+    )
+    server_strategy = server.strategy or defaults.strategy
+    strategy = request.strategy or server_strategy
+    # Parameters of one strategy mean nothing to another.
+    params = dict(defaults.strategy_config) if strategy == defaults.strategy else {}
+    params |= server.strategy_config if strategy == server_strategy else {}
+    params |= request.strategy_config
+    fields = STRATEGIES[strategy].Params.model_fields
+    for name, value in flat_params.items():
+        if name not in fields:
+            valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *fields)]
+            raise ValueError(
+                f"the request (strategy {strategy!r}): {unknown(PREFIX + name, valid)}"
+            )
+        if name in request.strategy_config:
+            raise _set_twice(PREFIX + name, "strategy_config")
+        params[name] = value
+    for name in request.strategy_config.keys() | flat_params.keys():
+        if name in fields and fields[name].json_schema_extra == SERVER_PARAMETER:
+            raise ValueError(
+                f"{name} of the strategy {strategy!r} is set by the server "
+                "(--dlm-strategy-config); a request cannot change it"
+            )
+    is_set = request.model_fields_set
+    block_length = request.block_length or server.block_length or defaults.block_length
+    counts_steps = request if request.steps or request.steps_per_block else server
+    config = RequestConfig(
+        strategy=strategy,
+        params=parse_params(strategy, params, where="strategy_config"),
+        block_length=0 if block_length == WHOLE_CANVAS else int(block_length),
+        sub_block_length=request.sub_block_length
+        or server.sub_block_length
+        or defaults.sub_block_length
+        or 0,
+        cache=request.cache if "cache" in is_set else server.cache,
+        steps=counts_steps.steps,
+        steps_per_block=counts_steps.steps_per_block,
+        reference_exact=(
+            request.reference_exact
+            if "reference_exact" in is_set
+            else server.reference_exact
+        ),
+    )
+    if defaults.reuses_blocks:
+        _check_block_causal(config, server.block_length or defaults.block_length)
+    return config
+
+
+def _check_block_causal(config: RequestConfig, trained: int | str) -> None:
+    """What models that keep finished blocks' KV cannot do.
+
+    Raises:
+        ValueError: `config` asks for it.
+    """
+    if trained == WHOLE_CANVAS:
+        raise ValueError(
+            "block_length 'canvas' is for models with full attention; this one is "
+            "block-causal: give the length its blocks were trained with"
+        )
+    if config.block_length != trained:
+        raise ValueError(
+            f"block_length is {trained} for all requests of this block-causal model: "
+            "the KV of a prompt depends on it; only the server can change it "
+            "(--dlm-block-length)"
+        )
+    if config.cache != "none":
+        raise ValueError(
+            f"cache {config.cache!r} is for models with full attention; this one is "
+            "block-causal and keeps what is final in any case: leave it at 'none'"
+        )
+
+
+def _request_options(
+    extra_args: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A request's options, and the flat keys that must be strategy parameters."""
+    nested = extra_args.get("dlm")
+    if isinstance(nested, str):
+        try:
+            nested = json.loads(nested)
+        except ValueError as error:
+            raise ValueError(f"dlm: not valid JSON ({error})") from None
+    if not isinstance(nested, Mapping | None):
+        raise ValueError(
+            "dlm: expected an object of options, as a dict or as JSON text, got "
+            f"{type(nested).__name__}"
+        )
+    options = {str(name): value for name, value in (nested or {}).items()}
+    params: dict[str, Any] = {}
+    for key, value in extra_args.items():
+        if not key.startswith(PREFIX) or value is None:
+            continue
+        name = key.removeprefix(PREFIX)
+        if name in options:
+            raise _set_twice(key, "dlm")
+        (options if name in DlmConfig.model_fields else params)[name] = value
+    for name in SERVER_ONLY:
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} is an option of the server (--dlm-{name.replace('_', '-')}); "
+                f"a request may set: {', '.join(REQUEST_OPTIONS)}"
+            )
+    return options, params
+
+
+def _set_twice(key: str, other: str) -> ValueError:
+    return ValueError(f"{key!r} is also set in {other!r}; set it in one place")
