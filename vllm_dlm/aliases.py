@@ -47,6 +47,9 @@ SDAR_MOE = Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM")
 FAST_DLLM = Family("Fast-dLLM v2", "Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM")
 A2D_QWEN3 = Family("A2D-Qwen3", "a2d-qwen3", "A2DQwen3LMHeadModel")
 A2D_QWEN2 = Family("A2D-Qwen2", "a2d-qwen2", "A2DQwen2LMHeadModel")
+NEMOTRON = Family(
+    "Nemotron-Labs-Diffusion", "nemotron_labs_diffusion", "NemotronLabsDiffusionModel"
+)
 
 _QWEN3_A2D = "dllm-hub/Qwen3-0.6B-diffusion"
 _QWEN2_A2D = "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion"
@@ -110,6 +113,12 @@ ALIASES: dict[str, Alias] = {
             A2D_QWEN2, f"{_QWEN2_A2D}-{way}-v0.1", "0.5B, code"
         )
         for way in ("mdlm", "bd3lm")
+    },
+    **{
+        f"nemotron-diffusion-{size.lower()}": Alias(
+            NEMOTRON, f"nvidia/Nemotron-Labs-Diffusion-{size}", f"{size}, chat"
+        )
+        for size in ("3B", "8B", "14B")
     },
 }
 

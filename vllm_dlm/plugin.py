@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "A2DQwen3LMHeadModel": f"{_MODELS}.a2d:A2DQwen3LMHeadModel",
     "A2DQwen2LMHeadModel": f"{_MODELS}.a2d:A2DQwen2LMHeadModel",
     "A2DLlamaLMHeadModel": f"{_MODELS}.a2d:A2DLlamaLMHeadModel",
+    "NemotronLabsDiffusionModel": f"{_MODELS}.nemotron:NemotronLabsDiffusionModel",
 }
 """HF architecture -> model class."""
 
@@ -42,6 +43,7 @@ HF_CONFIGS = {
     "a2d-qwen3": f"{_MODELS}.a2d_config:A2DQwen3Config",
     "a2d-qwen2": f"{_MODELS}.a2d_config:A2DQwen2Config",
     "a2d-llama": f"{_MODELS}.a2d_config:A2DLlamaConfig",
+    "nemotron_labs_diffusion": f"{_MODELS}.nemotron_config:NemotronLabsDiffusionConfig",
 }
 """HF `model_type` -> config class, so that no checkpoint needs trust_remote_code."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests for block-causal models, decoded by the engine and by the oracle."""
+"""Requests for models that reuse blocks, decoded by the engine and by the oracle."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
             rule=rule(),
             steps_per_block=case.steps_per_block,
             origin=model_defaults.block_origin,
+            context="causal" if model_defaults.model_class == "C" else "blocks",
             shift=model_defaults.shift,
             sub_block_length=model_defaults.sub_block_length,
             schedule=model_defaults.schedule,

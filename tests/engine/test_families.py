@@ -16,9 +16,9 @@ import torch
 from engine import block_cases
 from engine.block_cases import BlockCase
 from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
-from engine.harness import Engine
+from engine.harness import Engine, finished
 from reference.checkpoints import write_checkpoint
-from reference.network import TinyModel, block_causal
+from reference.network import TinyModel, block_causal, causal_context
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,16 @@ BLOCK_CAUSAL = (
         dlm={"block_length": 8},
     ),
 )
+CAUSAL_CONTEXT = (
+    Served("nemotron", "Nemotron-Labs-Diffusion-3B", 32),
+    Served(
+        "nemotron",
+        "Nemotron-Labs-Diffusion-8B",
+        8,
+        changes={"block_size": 8, "head_dim": 64},
+    ),
+)
+REUSES_BLOCKS = BLOCK_CAUSAL + CAUSAL_CONTEXT
 FULL_ATTENTION = (
     Served("llada_moe", "LLaDA-MoE-7B-A1B-Instruct", 32),
     Served("dream", "Dream-v0-Instruct-7B", 32, shift=1),
@@ -74,18 +84,19 @@ def names(served: tuple[Served, ...]) -> list[str]:
 @pytest.fixture(scope="session")
 def serve(
     engines: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Served], tuple[Engine, TinyModel]]:
-    """`serve(served)`: its engine and its oracle, made once."""
+) -> Callable[..., tuple[Engine, TinyModel]]:
+    """`serve(served, **options)`: its engine and its oracle, made once."""
     folders: dict[str, Path] = {}
 
-    def start(served: Served) -> tuple[Engine, TinyModel]:
+    def start(served: Served, **options: Any) -> tuple[Engine, TinyModel]:
         if served.folder not in folders:
             folder = tmp_path_factory.mktemp("model") / served.folder
             folders[served.folder] = write_checkpoint(
                 served.family, folder, seed=2, **served.changes
             )
         folder = folders[served.folder]
-        return engines(served.dlm, model=str(folder)), TinyModel.from_folder(folder)
+        engine = engines(served.dlm, model=str(folder), **options)
+        return engine, TinyModel.from_folder(folder)
 
     return start
 
@@ -107,7 +118,7 @@ def first_logits(engine: Engine):
 
 
 @pytest.mark.parametrize(
-    "served", BLOCK_CAUSAL + FULL_ATTENTION, ids=names(BLOCK_CAUSAL + FULL_ATTENTION)
+    "served", REUSES_BLOCKS + FULL_ATTENTION, ids=names(REUSES_BLOCKS + FULL_ATTENTION)
 )
 def test_logits(serve: Callable, served: Served):
     """Logits of a request's first active block, of a prompt that shares it."""
@@ -123,6 +134,8 @@ def test_logits(serve: Callable, served: Served):
         start = origin + (len(prompt) - origin) // block * block
         end = start + block
         visible = block_causal(end, block, origin)
+        if model.model_class == "C":
+            visible = causal_context(end, start)
     row = prompt + [oracle.mask_id] * (end - len(prompt))
     logits = oracle.forward(row, visible=visible)
     wanted = logits[start - served.shift : end - served.shift]
@@ -151,8 +164,8 @@ def block_sample(served: Served) -> list[BlockCase]:
     return cases
 
 
-@pytest.mark.parametrize("served", BLOCK_CAUSAL, ids=names(BLOCK_CAUSAL))
-def test_block_causal_parity(serve: Callable, served: Served):
+@pytest.mark.parametrize("served", REUSES_BLOCKS, ids=names(REUSES_BLOCKS))
+def test_block_parity(serve: Callable, served: Served):
     engine, oracle = serve(served)
     cases = block_sample(served)
     wanted = [block_cases.expect(case, oracle, engine) for case in cases]
@@ -160,6 +173,59 @@ def test_block_causal_parity(serve: Callable, served: Served):
     alone = random.Random(0).sample(range(len(cases)), 6)
     got = [block_cases.run(engine, [cases[i]])[0] for i in alone]
     assert_equal([cases[i] for i in alone], got, [wanted[i] for i in alone])
+
+
+def test_causal_context_in_chunks_and_few_pages(serve: Callable):
+    """Prompts of several forwards; requests that lose their pages and start over."""
+    engine, oracle = serve(
+        CAUSAL_CONTEXT[0], max_num_batched_tokens=64, num_gpu_blocks_override=13
+    )
+    cases = [
+        BlockCase(make_prompt(length), max_tokens=80, rule=rule, ignore_eos=True)
+        for length, rule in zip(
+            (9, 64, 71, 95, 96, 100, 130, 150), itertools.cycle(block_cases.RULES)
+        )
+    ]
+    wanted = [block_cases.expect(case, oracle, engine) for case in cases]
+    alone = [block_cases.run(engine, [case])[0] for case in cases]
+    assert_equal(cases, alone, wanted)
+
+    number_of = {
+        engine.add(case.prompt, case.params()): i for i, case in enumerate(cases)
+    }
+    preempted, tokens = set(), {}
+    while engine.busy:
+        for output in engine.step():
+            if output.finished:
+                number = number_of[output.request_id]
+                tokens[number] = list(output.outputs[0].token_ids)
+        waiting = engine.scheduler.waiting
+        preempted |= {r.request_id for r in waiting if r.num_preemptions}
+    assert len(preempted) >= 3
+    assert [tokens[i] for i in range(len(cases))] == [one.tokens for one in wanted]
+
+
+def test_causal_context_is_shared(serve: Callable):
+    """Pages of prompts and of finished text, which end anywhere in blocks."""
+    engine, oracle = serve(CAUSAL_CONTEXT[0])
+    page = engine.scheduler.block_size
+    first = BlockCase(make_prompt(45, seed=1), max_tokens=96, ignore_eos=True)
+    text = [*first.prompt, *block_cases.run(engine, [first])[0].tokens]
+    # The last block's KV was never computed with all of its tokens in place.
+    shared = (len(text) - 32) // page * page
+    # The third prompt is there already, as a whole: only its blocks are computed.
+    for known, more, found in (
+        (41, 3, 32),
+        (64, 3, 64),
+        (64, 0, 64),
+        (len(text), 3, shared),
+    ):
+        prompt = (*text[:known], *make_prompt(more, seed=known))
+        case = BlockCase(prompt, max_tokens=40, ignore_eos=True)
+        output = engine.outputs([prompt], case.params())[0]
+        assert output.num_cached_tokens == found
+        wanted = block_cases.expect(case, oracle, engine)
+        assert_equal([case], [finished(output.outputs[0])], [wanted])
 
 
 @pytest.mark.parametrize("served", FULL_ATTENTION, ids=names(FULL_ATTENTION))

@@ -200,6 +200,47 @@ A2D_QWEN2 = QWEN | {
     "tie_word_embeddings": True,
     "eos_token_id": 151645,
 }
+NEMOTRON = {
+    "architectures": ["NemotronLabsDiffusionModel"],
+    "model_type": "nemotron_labs_diffusion",
+    "auto_map": {
+        "AutoConfig": (
+            "configuration_nemotron_labs_diffusion.NemotronLabsDiffusionConfig"
+        ),
+        "AutoModel": "modeling_nemotron_labs_diffusion.NemotronLabsDiffusionModel",
+    },
+    "attention_bias": False,
+    "attn_implementation": "sdpa",
+    "block_size": 32,
+    "bos_token_id": 1,
+    "dlm_paradigm": "bidirectional",
+    "eos_token_id": 11,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 9216,
+    "mask_token_id": 100,
+    "max_position_embeddings": 262144,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1000000.0,
+        "rope_type": "yarn",
+    },
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 131072,
+}
 
 RELEASED = {
     "LLaDA-8B-Instruct": (
@@ -234,6 +275,7 @@ RELEASED = {
             156892,
             "B",
             block_origin="start",
+            reference_confidence="drawn",
             strategy_config=COUNTED | {"threshold": 0.95},
         ),
         {
@@ -261,6 +303,7 @@ RELEASED = {
             "A",
             stop_ids=(151645, 151643),
             shift=1,
+            reference_confidence="drawn",
             strategy_config={"threshold": 0.9},
         ),
         {"num_key_value_heads": 4, "layer_types": ["full_attention"] * 28},
@@ -275,6 +318,7 @@ RELEASED = {
             "B",
             stop_ids=(151645, 151643),
             block_origin="start",
+            reference_confidence="drawn",
             strategy_config=COUNTED | {"threshold": 0.9},
         ),
         {"head_dim": 128, "tie_word_embeddings": False, "sliding_window": None},
@@ -289,6 +333,7 @@ RELEASED = {
             "B",
             stop_ids=(151645, 151643),
             block_origin="start",
+            reference_confidence="drawn",
             strategy_config=COUNTED | {"threshold": 0.9},
         ),
         {"num_experts": 128, "norm_topk_prob": True},
@@ -305,6 +350,7 @@ RELEASED = {
             shift=1,
             sub_block_length=8,
             block_origin="start",
+            reference_confidence="drawn",
             strategy_config={"threshold": 0.9, "strict": True, "at_least": "best"},
         ),
         {"tie_word_embeddings": True},
@@ -334,6 +380,21 @@ RELEASED = {
             schedule="rounded",
         ),
         {"num_key_value_heads": 2},
+    ),
+    "Nemotron-Labs-Diffusion-3B": (
+        NEMOTRON,
+        ModelDefaults(
+            "threshold", 32, 100, 11, "C", strategy_config={"threshold": 0.9}
+        ),
+        {
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+            "rope_parameters": NEMOTRON["rope_parameters"],
+            "llama_4_scaling": {
+                "beta": 0.1,
+                "original_max_position_embeddings": 16384,
+            },
+        },
     ),
 }
 
@@ -413,6 +474,26 @@ def test_llada2_rotates_half_of_a_small_head(read):
     assert config.rotary_dim == 8
 
 
+def test_nemotron_takes_its_numbers_from_the_checkpoint(read):
+    rope = NEMOTRON["rope_parameters"] | {
+        "factor": 8.0,
+        "llama_4_scaling_beta": 0.2,
+        "original_max_position_embeddings": 4096,
+    }
+    config = read(NEMOTRON | {"rope_parameters": rope, "block_size": 16})
+    assert config.rope_parameters == rope
+    assert config.llama_4_scaling == {
+        "beta": 0.2,
+        "original_max_position_embeddings": 4096,
+    }
+    assert config.dlm_block_length == 16
+
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    config = read(NEMOTRON | {"rope_parameters": plain}, "plain")
+    assert config.rope_parameters == plain
+    assert not hasattr(config, "llama_4_scaling")
+
+
 def test_shift_of_a2d(read):
     assert read(A2D_QWEN3 | {"right_shift_logits": True}, "x-mdlm-y").dlm_shift == 1
 
@@ -436,6 +517,8 @@ def test_a2d_without_a_telling_name(read):
         (LLADA_MOE, {"moe_router_enable_expert_bias": True}, "expert_bias"),
         (LLADA_MOE, {"moe_layer_freq": [0] + [1] * 15}, "dense layers"),
         (LLADA2, {"use_sliding_window": True}, "use_sliding_window"),
+        (NEMOTRON, {"attention_bias": True}, "attention_bias"),
+        (NEMOTRON, {"sliding_window": 4096}, "sliding_window"),
     ],
 )
 def test_what_is_not_implemented_is_refused(read, released, fields, message):

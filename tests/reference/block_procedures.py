@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference decoding of one request by a block-causal diffusion model, greedy.
+"""Reference decoding of one request by a model that writes block after block, greedy.
 
 A position sees all blocks up to its own. SDAR (arXiv 2510.06303), LLaDA2.0
 (2512.15745), Tiny-A2D's bd3lm models (github.com/ZHZisZZ/dllm), and with a shift
-Fast-dLLM v2 (2509.26328). Every forward computes the whole row anew: no keys are kept,
-so nothing can be stale. Conventions are those of `reference.procedures`.
+Fast-dLLM v2 (2509.26328). Or all that is left of the active block is causal:
+Nemotron-Labs-Diffusion (vLLM pull request #48279). Every forward computes the whole
+row anew: no keys are kept, so nothing can be stale. Conventions are those of
+`reference.procedures`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 import torch
-from reference.network import TinyModel, block_causal
+from reference.network import TinyModel, block_causal, causal_context
 from reference.procedures import ReferenceResult, Statistics, row_statistics
 from reference.rules import Rule, View, static_schedule
 
@@ -26,6 +28,7 @@ def generate_blocks(
     rule: Rule,
     steps_per_block: int | None = None,
     origin: str = "start",
+    context: str = "blocks",
     shift: int = 0,
     sub_block_length: int | None = None,
     schedule: str = "even",
@@ -47,6 +50,8 @@ def generate_blocks(
         origin: "start": blocks are counted from position 0, and the prompt's last
             P mod B tokens share the first generated block. "prompt": a block ends
             where the prompt does, and the prompt's first block is the shorter one.
+        context: what positions left of the active block see. "blocks": all blocks up
+            to their own. "causal": no position to their right.
         shift: the logits for position p are those of row p - shift. With 1, a block
             whose first position is masked begins with a forward over the finished
             blocks alone, whose last row predicts that position (the seed). It is the
@@ -72,6 +77,8 @@ def generate_blocks(
     steps = block_length if steps_per_block is None else steps_per_block
     if origin not in ("start", "prompt"):
         raise ValueError(f"origin {origin!r} is not 'start' or 'prompt'")
+    if context not in ("blocks", "causal"):
+        raise ValueError(f"context {context!r} is not 'blocks' or 'causal'")
     if schedule not in ("even", "rounded"):
         raise ValueError(f"schedule {schedule!r} is not 'even' or 'rounded'")
     if not 1 <= steps <= block_length:
@@ -94,8 +101,14 @@ def generate_blocks(
     forwards = 0
 
     def predict(first: int, stop: int, row_end: int) -> Statistics:
-        """Predictions for [first, stop), from the row cut at `row_end`."""
-        visible = block_causal(row_end, block_length, first_border)
+        """Predictions for [first, stop) of the active block, which begins at `first`.
+
+        They are made from the row cut at `row_end`.
+        """
+        if context == "causal":
+            visible = causal_context(row_end, first)
+        else:
+            visible = block_causal(row_end, block_length, first_border)
         logits = model.forward(row[:row_end], visible=visible)
         sources = [max(p - shift, 0) for p in range(first, stop)]
         return row_statistics(logits[sources], banned)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from reference.families import COMMON, FAMILIES, Family
 from reference.llada import Draw, write_tokenizer
-from reference.network import ARCHITECTURES, BAILING_NAMES, Architecture, head_size
+from reference.network import ARCHITECTURES, Architecture, head_size
 from safetensors.torch import save_file
 
 _TIED_EMBEDDING_STD = 0.2
@@ -47,8 +47,7 @@ def write_checkpoint(
     config = _config(FAMILIES[family], head_dim, changes)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     weights = _random_weights(config, seed, logit_std, eos_gain)
-    if ARCHITECTURES[FAMILIES[family].architecture].bailing_names:
-        weights = _to_bailing(weights)
+    weights = _to_released(weights, ARCHITECTURES[FAMILIES[family].architecture])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(
         folder,
@@ -62,6 +61,8 @@ def write_checkpoint(
 
 def _config(family: Family, head_dim: int, changes: dict[str, Any]) -> dict[str, Any]:
     config = COMMON | family.config
+    for key in family.lacks:
+        del config[key]
     if family.names_head_dim:
         config["head_dim"] = head_dim
     else:
@@ -163,16 +164,20 @@ def _experts(
     return weights
 
 
-def _to_bailing(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights under Bailing's names, query, key and value rows packed."""
+def _to_released(
+    weights: dict[str, torch.Tensor], architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """The same weights under the family's own names."""
     renamed = {}
     for name, weight in weights.items():
-        for theirs, ours in BAILING_NAMES.items():
+        if architecture.packs_query_key_value:
+            if ".k_proj." in name or ".v_proj." in name:
+                continue
+            if ".q_proj." in name:
+                others = [weights[name.replace("q_proj", f"{x}_proj")] for x in "kv"]
+                name = name.replace(".self_attn.q_proj.", ".attention.query_key_value.")
+                weight = torch.cat([weight, *others])
+        for theirs, ours in architecture.names.items():
             name = name.replace(ours, theirs)
-        if ".self_attn.q_proj." in name:
-            others = [weights[name.replace("q_proj", f"{part}_proj")] for part in "kv"]
-            name = name.replace(".self_attn.q_proj.", ".attention.query_key_value.")
-            weight = torch.cat([weight, *others])
-        if ".self_attn." not in name:  # k and v are packed by now
-            renamed[name] = weight
+        renamed[name] = weight
     return renamed

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family's config.json, tiny: the released keys, and none that are not released.
 
-LLaDA-MoE's and Tiny-A2D's keys are inferred from other projects' copies. One deviation:
-`mask_token_id` and `eos_token_id` are always there, because the ids that a family takes
-for granted lie outside a tiny vocabulary. LLaDA's own config is in `reference.llada`.
+LLaDA-MoE's, Tiny-A2D's and Nemotron's keys are inferred from other projects' copies.
+One deviation: `mask_token_id` and `eos_token_id` are always there, because the ids that
+a family takes for granted lie outside a tiny vocabulary. LLaDA's own config is in
+`reference.llada`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Family:
     """Keys that hold a list with this value for each layer."""
     names_head_dim: bool = True
     """Whether there is a `head_dim`; if not, heads divide the hidden size."""
+    lacks: tuple[str, ...] = ()
+    """Keys of `COMMON` that it does not have."""
 
 
 COMMON: dict[str, Any] = {
@@ -231,5 +234,47 @@ FAMILIES = {
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
         },
+    ),
+    "nemotron": Family(
+        "NemotronLabsDiffusionModel",
+        "nemotron_labs_diffusion",
+        {
+            "AutoConfig": (
+                "configuration_nemotron_labs_diffusion.NemotronLabsDiffusionConfig"
+            ),
+            "AutoModel": "modeling_nemotron_labs_diffusion.NemotronLabsDiffusionModel",
+        },
+        {
+            "ar_loss_weight": 1.0,
+            "attention_bias": False,
+            "attn_implementation": "sdpa",
+            "block_size": 32,
+            "bos_token_id": 1,
+            "dlm_loss_weight": None,
+            "dlm_paradigm": "bidirectional",
+            "dp_varying_mask_ratio": False,
+            "intermediate_size": 128,
+            # Released: 262144, 16 times the original 16384. Here short texts reach
+            # beyond what a position meant before it was scaled.
+            "max_position_embeddings": 256,
+            "mlp_bias": False,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 8.0,
+                "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 1000000.0,
+                "rope_type": "yarn",
+            },
+            "sliding_window": None,
+            "use_cache": False,
+        },
+        lacks=("pad_token_id", "rope_scaling", "rope_theta"),
     ),
 }

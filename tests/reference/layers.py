@@ -54,13 +54,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def rotation(
     positions: torch.Tensor, size: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, [n, 1, size], of the RoPE angles at `positions` [n].
+    """cos and sin, [n, 1, size], of the RoPE angles at `positions` [n]."""
+    exponent = torch.arange(0, size, 2, dtype=torch.float32)
+    return rotation_by(positions, 1.0 / theta ** (exponent / size), dtype)
+
+
+def rotation_by(
+    positions: torch.Tensor, inverse_frequency: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, [n, 1, size], by the inverse frequencies, [size / 2] float32.
 
     Angles are part of the model, not of the arithmetic: served models build them in
     float32, so a float64 run of the oracle must use the same ones.
     """
-    exponent = torch.arange(0, size, 2, dtype=torch.float32)
-    inverse_frequency = 1.0 / theta ** (exponent / size)
     angle = positions.float()[:, None] * inverse_frequency[None, :]
     angle = torch.cat([angle, angle], dim=-1)[:, None, :]
     return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The other families' networks in plain torch: one model, described by differences.
 
-All of them are Llama-like decoders under Qwen's tensor names (LLaDA2's are Bailing's,
-and are renamed on loading). What sets one apart is its `Architecture`. Written from the
+All of them are Llama-like decoders under Qwen's tensor names (LLaDA2's and Nemotron's
+own are renamed on loading). What sets one apart is its `Architecture`. Written from the
 published configurations and checkpoint layouts, and from nothing of this package:
 LLaDA-MoE (arXiv 2509.24389), LLaDA2 (arXiv 2512.15745), Dream (arXiv 2508.15487), SDAR
-(arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328), Tiny-A2D (github.com/ZHZisZZ/dllm).
+(arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328), Tiny-A2D (github.com/ZHZisZZ/dllm),
+Nemotron-Labs-Diffusion (vLLM pull request #48279; YaRN, arXiv 2309.00071).
 Shapes use n = rows computed, L = length of the whole row.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from reference.layers import KVStore, attend, rms_norm, rotate, rotation
+from reference.layers import (
+    KVStore,
+    attend,
+    rms_norm,
+    rotate,
+    rotation,
+    rotation_by,
+)
 from safetensors.torch import load_file
 
 
@@ -31,15 +41,28 @@ class Architecture:
     query_key_value_bias: bool = False
     router: Literal["softmax", "renormalised softmax", "grouped sigmoid"] | None = None
     """How expert weights are made; None is a network without experts."""
-    bailing_names: bool = False
-    """Bailing's tensor names, with query, key and value rows in one tensor."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Parts of the released tensor names -> Qwen's."""
+    packs_query_key_value: bool = False
+    """Query, key and value rows are one tensor, `attention.query_key_value`."""
 
+
+BAILING_NAMES = {
+    "model.word_embeddings.": "model.embed_tokens.",
+    ".attention.dense.": ".self_attn.o_proj.",
+    ".attention.query_layernorm.": ".self_attn.q_norm.",
+    ".attention.key_layernorm.": ".self_attn.k_norm.",
+}
+NEMOTRON_NAMES = {"encoder.": "model.", "diffusion_head.": "lm_head."}
 
 ARCHITECTURES = {
     # LLaDA-MoE never renormalises, whatever norm_topk_prob in its config says.
     "LLaDAMoEModelLM": Architecture(query_key_norm=True, router="softmax"),
     "LLaDA2MoeModelLM": Architecture(
-        query_key_norm=True, router="grouped sigmoid", bailing_names=True
+        query_key_norm=True,
+        router="grouped sigmoid",
+        names=BAILING_NAMES,
+        packs_query_key_value=True,
     ),
     "SDARForCausalLM": Architecture(query_key_norm=True),
     "SDARMoeForCausalLM": Architecture(
@@ -50,16 +73,9 @@ ARCHITECTURES = {
     "A2DQwen3LMHeadModel": Architecture(query_key_norm=True),
     "A2DQwen2LMHeadModel": Architecture(query_key_value_bias=True),
     "A2DLlamaLMHeadModel": Architecture(),
+    "NemotronLabsDiffusionModel": Architecture(names=NEMOTRON_NAMES),
 }
 """By config.json's `architectures`: `model_type` is not unique among families."""
-
-BAILING_NAMES = {
-    "model.word_embeddings.": "model.embed_tokens.",
-    ".attention.dense.": ".self_attn.o_proj.",
-    ".attention.query_layernorm.": ".self_attn.q_norm.",
-    ".attention.key_layernorm.": ".self_attn.k_norm.",
-}
-"""Part of a Bailing tensor's name -> Qwen's; `attention.query_key_value` is packed."""
 
 
 def block_causal(length: int, block_length: int, origin: int = 0) -> torch.Tensor:
@@ -70,6 +86,12 @@ def block_causal(length: int, block_length: int, origin: int = 0) -> torch.Tenso
     """
     blocks = torch.tensor([(p - origin) // block_length for p in range(length)])
     return blocks[None, :] <= blocks[:, None]
+
+
+def causal_context(length: int, start: int) -> torch.Tensor:
+    """[length, length] bool: left of `start` causal, from there on everything."""
+    positions = torch.arange(length)
+    return (positions[None, :] <= positions[:, None]) | (positions[:, None] >= start)
 
 
 def head_size(config: dict) -> int:
@@ -96,9 +118,7 @@ class TinyModel:
         self.n_kv_heads: int = config["num_key_value_heads"]
         self.head_dim = head_size(config)
         self.eps: float = config["rms_norm_eps"]
-        if self.architecture.bailing_names:
-            weights = self._from_bailing(weights)
-        self.weights = weights
+        self.weights = weights = self._renamed(weights)
         self.dtype = weights["model.embed_tokens.weight"].dtype
 
     @classmethod
@@ -137,15 +157,15 @@ class TinyModel:
         if positions is None:
             positions = torch.arange(len(ids))
         positions = torch.as_tensor(positions, dtype=torch.long)
-        rotated = int(self.head_dim * self.config.get("partial_rotary_factor", 1.0))
-        theta = float(self.config["rope_theta"])
-        cos, sin = rotation(positions, rotated, theta, self.dtype)
+        cos, sin = self._rotation(positions)
+        query_scale = self._query_scale(positions)
 
         x = self.weights["model.embed_tokens.weight"][ids]
         for layer in range(self.n_layers):
             name = f"model.layers.{layer}."
             h = self._norm(x, name + "input_layernorm")
             q, k, v = self._query_key_value(h, name + "self_attn.", cos, sin)
+            q = q * query_scale
             if store is not None:
                 store.keys[layer][positions] = k
                 store.values[layer][positions] = v
@@ -162,6 +182,25 @@ class TinyModel:
         tied = self.config["tie_word_embeddings"]
         x = self._norm(x, "model.norm")
         return self._linear(x, "model.embed_tokens" if tied else "lm_head")
+
+    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, [n, 1, dimensions that are rotated]."""
+        rope = self.config.get("rope_parameters") or {}
+        rotated = int(self.head_dim * self.config.get("partial_rotary_factor", 1.0))
+        if rope.get("rope_type") != "yarn":
+            theta = float(self.config["rope_theta"])
+            return rotation(positions, rotated, theta, self.dtype)
+        cos, sin = rotation_by(positions, yarn_frequencies(rotated, rope), self.dtype)
+        gain = yarn_gain(rope)
+        return cos * gain, sin * gain
+
+    def _query_scale(self, positions: torch.Tensor) -> torch.Tensor:
+        """What queries are multiplied by, [n, 1, 1]: more the later, as in Llama 4."""
+        rope = self.config.get("rope_parameters") or {}
+        beta = rope.get("llama_4_scaling_beta", 0.0)
+        length = rope.get("original_max_position_embeddings", 1)
+        scale = 1 + beta * torch.log1p((positions // length).float())
+        return scale.to(self.dtype)[:, None, None]
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x, self.weights[name + ".weight"], self.eps)
@@ -230,12 +269,12 @@ class TinyModel:
             weights = weights * config["routed_scaling_factor"]
         return weights
 
-    def _from_bailing(self, weights: dict[str, torch.Tensor]) -> dict:
+    def _renamed(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The same weights under Qwen's names, query, key and value apart."""
         rows = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
         renamed = {}
         for name, weight in weights.items():
-            for theirs, ours in BAILING_NAMES.items():
+            for theirs, ours in self.architecture.names.items():
                 name = name.replace(theirs, ours)
             if ".attention.query_key_value." in name:
                 parts = weight.split([heads * self.head_dim for heads in rows])
@@ -245,6 +284,37 @@ class TinyModel:
             else:
                 renamed[name] = weight
         return renamed
+
+
+def yarn_frequencies(size: int, rope: dict) -> torch.Tensor:
+    """YaRN's inverse frequencies, [size / 2] float32.
+
+    A dimension that turns often within the original context keeps its frequency; one
+    that hardly turns is slowed down by `factor`. The paper goes from one to the other
+    linearly in the number of turns; programs, and checkpoints with them, go linearly in
+    the dimension's index, between whole dimensions.
+    """
+    theta, length = rope["rope_theta"], rope["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        """Index of the pair of dimensions that turns so often within `length`."""
+        return size * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(rope["beta_fast"])), 0)
+    high = min(math.ceil(dimension(rope["beta_slow"])), size - 1)
+    index = torch.arange(size // 2, dtype=torch.float32)
+    slowed = ((index - low) / (high - low)).clamp(0, 1)
+    frequency = 1.0 / theta ** (2 * index / size)
+    return frequency * (1 - slowed) + frequency / rope["factor"] * slowed
+
+
+def yarn_gain(rope: dict) -> float:
+    """What YaRN multiplies cos and sin by: 1 where both `mscale` are the same."""
+    mscale, mscale_all_dim = (
+        0.1 * rope[name] * math.log(rope["factor"]) + 1
+        for name in ("mscale", "mscale_all_dim")
+    )
+    return mscale / mscale_all_dim
 
 
 def _rotate_first(

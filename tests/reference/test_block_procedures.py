@@ -116,7 +116,8 @@ def test_what_a_row_sees():
     options = {"rule": static("left_to_right"), "block_length": 2, "max_tokens": 1}
     decode(model, [2, 3, 4], **options)
     decode(model, [2, 3, 4], **options, origin="prompt")
-    (_, start), (_, prompt) = model.calls
+    decode(model, [2, 3, 4], **options, origin="prompt", context="causal")
+    (_, start), (_, prompt), (_, causal) = model.calls
     assert start.int().tolist() == [
         [1, 1, 0, 0],
         [1, 1, 0, 0],
@@ -127,6 +128,13 @@ def test_what_a_row_sees():
     assert prompt.int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+    ]
+    assert causal.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 1],
         [1, 1, 1, 1, 1],
@@ -363,6 +371,7 @@ def test_mask_id_is_banned_unless_allowed():
 def test_options_are_checked():
     for options in (
         {"origin": "end"},
+        {"context": "none"},
         {"schedule": "odd"},
         {"steps_per_block": 5},
         {"steps_per_block": 0},

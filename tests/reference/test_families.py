@@ -2,9 +2,10 @@
 """The families' reference network against transformers', and their tiny checkpoints.
 
 Transformers has none of these families. It has what they are made of: Qwen2, Qwen3,
-Qwen3-MoE and Llama under the same tensor names, and GLM-4-MoE, whose attention (normed
-heads, half of them rotated) and router (sigmoid, groups, bias, scale) are LLaDA2's
-under other names. A 4-D attention mask makes them bidirectional or block-causal.
+Qwen3-MoE and Llama under the same tensor names; Ministral-3, which is Nemotron's, and
+GLM-4-MoE, whose attention (normed heads, half of them rotated) and router (sigmoid,
+groups, bias, scale) are LLaDA2's, under other names. A 4-D attention mask makes them
+bidirectional or block-causal.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import transformers
 from reference.checkpoints import write_checkpoint
 from reference.families import FAMILIES
-from reference.network import TinyModel, block_causal
+from reference.network import TinyModel, block_causal, causal_context
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -37,13 +38,28 @@ COUNTERPARTS = {
     "a2d_qwen3": ("Qwen3", {}),
     "a2d_qwen2": ("Qwen2", {}),
     "a2d_llama": ("Llama", {}),
+    "nemotron": ("Ministral3", {}),
 }
 """Family -> transformers' model, and what its config says otherwise."""
+
+OTHER_YARN = {
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "factor": 4.0,
+    "llama_4_scaling_beta": 0.3,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+    "rope_type": "yarn",
+}
+"""Every part of YaRN shows in short texts."""
 
 CASES = [(family, {}) for family in FAMILIES] + [
     ("fast_dllm_v2", {"tie_word_embeddings": True}),
     ("sdar", {"head_dim": 64}),
     ("dream", {"head_dim": 128}),
+    ("nemotron", {"rope_parameters": OTHER_YARN}),
 ]
 
 
@@ -61,9 +77,9 @@ def loaded(folder: Path, seed: int = 0, family: str = "sdar", **changes) -> Tiny
 
 def counterpart(family: str, folder: Path) -> torch.nn.Module:
     """Transformers' model with the weights in `folder`, which is changed for it."""
-    if family == "llada2":
-        weights = load_file(folder / "model.safetensors")
-        save_file(as_glm(weights), folder / "model.safetensors", {"format": "pt"})
+    if family in RENAMED:
+        weights = RENAMED[family](load_file(folder / "model.safetensors"))
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     name, changes = COUNTERPARTS[family]
     config = json.loads((folder / "config.json").read_text())
     for key in ("architectures", "auto_map", "model_type"):
@@ -96,6 +112,17 @@ def as_glm(bailing: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return glm
 
 
+def as_ministral(nemotron: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    ministral = {}
+    for name, weight in nemotron.items():
+        name = name.replace("diffusion_head.", "lm_head.")
+        ministral[name.replace("encoder.", "model.")] = weight
+    return ministral
+
+
+RENAMED = {"llada2": as_glm, "nemotron": as_ministral}
+
+
 @pytest.mark.parametrize(("family", "changes"), CASES)
 def test_forward_equals_transformers(tmp_path, family, changes):
     ours = loaded(tmp_path, seed=1, family=family, **changes)
@@ -126,6 +153,15 @@ def test_block_causal_by_hand():
     # Counted from 3, backwards too: 0 | 1 2 | 3.
     assert seen(4, 2, 3) == [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert seen(3, 8, 2) == [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+
+
+def test_causal_context_by_hand():
+    def seen(*args: int) -> list[list[int]]:
+        return causal_context(*args).int().tolist()
+
+    assert seen(4, 2) == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert seen(2, 0) == [[1, 1], [1, 1]]
+    assert seen(2, 2) == [[1, 0], [1, 1]]
 
 
 def test_rows_left_of_a_block_do_not_depend_on_it(tmp_path):
@@ -265,6 +301,14 @@ def test_tensor_names(tmp_path):
     tied = names(write_checkpoint("a2d_qwen2", tmp_path / "a2d", seed=0))
     assert layer + "self_attn.k_proj.bias" in tied
     assert "lm_head.weight" not in tied
+    nemotron = names(write_checkpoint("nemotron", tmp_path / "nemotron", seed=0))
+    assert {
+        "encoder.embed_tokens.weight",
+        "encoder.layers.1.self_attn.q_proj.weight",
+        "encoder.norm.weight",
+        "diffusion_head.weight",
+    } <= nemotron
+    assert all(name.startswith(("encoder.", "diffusion_head.")) for name in nemotron)
 
 
 def test_configs_lack_what_the_released_ones_lack(tmp_path):
@@ -279,6 +323,7 @@ def test_configs_lack_what_the_released_ones_lack(tmp_path):
     assert not {"rotary_dim", "router_dtype"} & config("llada2").keys()
     assert config("fast_dllm_v2")["bd_size"] == 32
     assert config("dream")["model_type"] == "Dream"
+    assert "rope_theta" not in config("nemotron")
     assert all("auto_map" in config(family) for family in FAMILIES)
 
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HF config of Nemotron-Labs-Diffusion: Ministral-3 that decodes blocks of 32.
+
+A block sees what is left of it, read causally, and itself whole. One point is
+unverified: in copies of the released `generate`, the causal forward over a finished
+block also writes the next block's first token, as an autoregressive model would.
+vLLM's pull request #48279 has no such token, and neither have we; nothing here was
+compared with the released weights.
+Source: nvidia/Nemotron-Labs-Diffusion, vLLM pull request #48279.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Ministral3Config
+
+from vllm_dlm.model_defaults import declare
+from vllm_dlm.model_executor.models.declarations import fill, refuse
+
+NEMOTRON_MASK_ID = 100
+
+
+class NemotronLabsDiffusionConfig(Ministral3Config):
+    """Nemotron-Labs-Diffusion's configuration; `block_size` is its block length."""
+
+    model_type = "nemotron_labs_diffusion"
+
+    def __init__(self, **kwargs: Any) -> None:
+        refuse(
+            "Nemotron-Labs-Diffusion",
+            kwargs,
+            "attention_bias",
+            "mlp_bias",
+            "sliding_window",
+        )
+        fill(kwargs, block_size=32)
+        declare(
+            self,
+            kwargs,
+            dlm_class="C",
+            mask_token_id=NEMOTRON_MASK_ID,
+            dlm_block_length=kwargs["block_size"],
+            dlm_strategy_config={"threshold": 0.9},
+        )
+        super().__init__(**kwargs)
+        # vLLM's Mistral looks for it outside of the RoPE parameters.
+        rope = self.rope_parameters
+        if rope.get("llama_4_scaling_beta"):
+            self.llama_4_scaling = {
+                "beta": rope["llama_4_scaling_beta"],
+                "original_max_position_embeddings": rope[
+                    "original_max_position_embeddings"
+                ],
+            }
