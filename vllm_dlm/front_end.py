@@ -214,10 +214,30 @@ def _validate_diffusion(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate(self: Any, model_config: Any) -> None:
         if request.is_ours(model_config.hf_config):
             request.validate_sampling_params(self, model_config)
-        else:
-            original(self, model_config)
+            return
+        if model_config.is_diffusion:
+            _refuse_dlm_options(self.extra_args or {})
+        original(self, model_config)
 
     return validate
+
+
+def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
+    """vLLM's own diffusion models would not read our options.
+
+    Raises:
+        VLLMValidationError: a request sets some of them (HTTP 400).
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_dlm.config import PREFIX
+
+    ours = [key for key in extra_args if key == "dlm" or key.startswith(PREFIX)]
+    if ours:
+        raise VLLMValidationError(
+            f"{', '.join(ours)}: options of vllm-dlm; this model is served by vLLM "
+            "itself, which does not know them. Remove them from the request."
+        )
 
 
 def _check_supports_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:

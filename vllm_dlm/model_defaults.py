@@ -22,6 +22,7 @@ included. C: the prompt and finished text causally, its own block whole."""
 _VALID = {
     "dlm_class": ("A", "B", "C"),
     "dlm_shift": (0, 1),
+    "dlm_seeds": (False, True),
     "dlm_block_origin": ("start", "prompt"),
     "dlm_schedule": ("even", "rounded"),
     "dlm_reference_confidence": ("model", "drawn"),
@@ -43,6 +44,8 @@ class ModelDefaults:
     """Ids that end a text besides `eos_token_id`, known to the tokenizer only."""
     shift: int = 0
     """The logits for position i are those of row i - shift."""
+    seeds: bool = False
+    """Without a shift too, a block's first token is that of the row to its left."""
     sub_block_length: int | None = None
     """Positions of a block decided together, from the left; None is the whole block."""
     block_origin: Literal["start", "prompt"] = "prompt"
@@ -63,12 +66,12 @@ class ModelDefaults:
 
     @property
     def seeds_blocks(self) -> bool:
-        """Whether a block's first token is predicted by the block before it.
+        """Whether a block's first token is predicted by the row to its left.
 
-        With a shift, the row left of a block is in the block before, whose rows are
-        right only once it is finished: they are computed first, alone.
+        That row is in the block before, whose rows are right only once it is finished:
+        they are computed first, alone. With a shift it cannot be otherwise.
         """
-        return self.reuses_blocks and self.shift == 1
+        return self.reuses_blocks and (self.seeds or self.shift == 1)
 
     def origin(self, prompt_len: int, block_length: int) -> int:
         """Position from which the blocks of a request are counted, below B."""
@@ -87,6 +90,7 @@ class ModelDefaults:
             max_canvas=getattr(hf_config, "dlm_max_canvas", None) or DEFAULT_MAX_CANVAS,
             stop_ids=tuple(getattr(hf_config, "dlm_stop_ids", ())),
             shift=getattr(hf_config, "dlm_shift", 0),
+            seeds=getattr(hf_config, "dlm_seeds", False),
             sub_block_length=getattr(hf_config, "dlm_sub_block_length", None),
             block_origin=getattr(hf_config, "dlm_block_origin", "prompt"),
             schedule=getattr(hf_config, "dlm_schedule", "even"),
@@ -105,6 +109,7 @@ def declare(
     mask_token_id: int,
     dlm_block_length: int = 32,
     dlm_shift: int = 0,
+    dlm_seeds: bool = False,
     dlm_sub_block_length: int | None = None,
     dlm_block_origin: Literal["start", "prompt"] = "prompt",
     dlm_schedule: Literal["even", "rounded"] = "even",
@@ -129,6 +134,7 @@ def declare(
         "mask_token_id": mask_token_id,
         "dlm_block_length": dlm_block_length,
         "dlm_shift": dlm_shift,
+        "dlm_seeds": dlm_seeds,
         "dlm_sub_block_length": dlm_sub_block_length,
         "dlm_block_origin": dlm_block_origin,
         "dlm_schedule": dlm_schedule,

@@ -75,6 +75,7 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
             origin=model_defaults.block_origin,
             context="causal" if model_defaults.model_class == "C" else "blocks",
             shift=model_defaults.shift,
+            seeds=model_defaults.seeds_blocks,
             sub_block_length=model_defaults.sub_block_length,
             schedule=model_defaults.schedule,
             max_model_len=scheduler.max_model_len,

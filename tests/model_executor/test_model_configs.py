@@ -384,7 +384,13 @@ RELEASED = {
     "Nemotron-Labs-Diffusion-3B": (
         NEMOTRON,
         ModelDefaults(
-            "threshold", 32, 100, 11, "C", strategy_config={"threshold": 0.9}
+            "threshold",
+            32,
+            100,
+            11,
+            "C",
+            seeds=True,
+            strategy_config={"threshold": 0.9},
         ),
         {
             "head_dim": 128,

@@ -30,6 +30,7 @@ def generate_blocks(
     origin: str = "start",
     context: str = "blocks",
     shift: int = 0,
+    seeds: bool | None = None,
     sub_block_length: int | None = None,
     schedule: str = "even",
     max_model_len: int | None = None,
@@ -52,11 +53,11 @@ def generate_blocks(
             where the prompt does, and the prompt's first block is the shorter one.
         context: what positions left of the active block see. "blocks": all blocks up
             to their own. "causal": no position to their right.
-        shift: the logits for position p are those of row p - shift. With 1, a block
-            whose first position is masked begins with a forward over the finished
-            blocks alone, whose last row predicts that position (the seed). It is the
-            block's step 0 and writes one token, whatever the rule; `observe` sees it
-            as a view of one position.
+        shift: the logits for position p are those of row p - shift.
+        seeds: a block whose first position is masked begins with a forward over the
+            finished blocks alone, whose last row predicts that position (the seed). It
+            is the block's step 0 and writes one token, whatever the rule; `observe`
+            sees it as a view of one position. The default is with a shift only.
         sub_block_length: only masks of the leftmost part of this length (counted from
             the block's start) that has any are candidates; None is the whole block.
         schedule: commits in step j of a block. "even": B // S, and one more in the
@@ -75,6 +76,7 @@ def generate_blocks(
         RuntimeError: no progress: the mask id is a rule's whole choice.
     """
     steps = block_length if steps_per_block is None else steps_per_block
+    seeds = shift == 1 if seeds is None else seeds
     if origin not in ("start", "prompt"):
         raise ValueError(f"origin {origin!r} is not 'start' or 'prompt'")
     if context not in ("blocks", "causal"):
@@ -83,8 +85,8 @@ def generate_blocks(
         raise ValueError(f"schedule {schedule!r} is not 'even' or 'rounded'")
     if not 1 <= steps <= block_length:
         raise ValueError("steps_per_block must be from 1 to block_length")
-    if shift and not prompt_ids:
-        raise ValueError("with a shift, the first token needs a prompt before it")
+    if (shift or seeds) and not prompt_ids:
+        raise ValueError("with a shift or seeds, the first token needs a prompt")
     mask_id = model.mask_id if mask_id is None else mask_id
     banned = mask_id if forbid_mask else None
     if eos_ids is None:
@@ -110,7 +112,8 @@ def generate_blocks(
         else:
             visible = block_causal(row_end, block_length, first_border)
         logits = model.forward(row[:row_end], visible=visible)
-        sources = [max(p - shift, 0) for p in range(first, stop)]
+        left = 1 if row_end == first else shift  # a seed's row ends before it
+        sources = [max(p - left, 0) for p in range(first, stop)]
         return row_statistics(logits[sources], banned)
 
     def final_end() -> int | None:
@@ -135,7 +138,7 @@ def generate_blocks(
             if not forbid_mask and rule.ends_by_schedule and step >= steps:
                 break
             masks = [p for p in range(start, end) if masked[p]]
-            is_seed = shift == 1 and masks[0] == start
+            is_seed = seeds and masks[0] == start
             if is_seed:
                 first, stop = start, start + 1
                 stats = predict(first, stop, row_end=start)

@@ -147,11 +147,13 @@ class Candidates:
         return choice
 
     def _seeded_greedily(self, rows: list[int], plan: SegmentPlan) -> torch.Tensor:
-        """[len(rows) * B] bool: a block's first token, which references never draw."""
+        """[rows * B] bool: a block's first token, which Fast-dLLM v2 never draws."""
         width = plan.positions.shape[1]
         exact = torch.tensor([self._is_exact(row, plan) for row in rows])
         first = torch.arange(width) == 0
-        seeded = exact[:, None] & first & self.state.defaults.seeds_blocks
+        defaults = self.state.defaults
+        is_family = defaults.seeds_blocks and defaults.shift == 1
+        seeded = exact[:, None] & first & is_family
         return seeded.flatten().to(plan.positions.device)
 
     def _is_exact(self, row: int, plan: SegmentPlan) -> bool:

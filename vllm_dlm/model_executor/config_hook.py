@@ -159,6 +159,8 @@ def _serve_blocks(
         scheduler.long_prefill_token_threshold = max(
             scheduler.long_prefill_token_threshold, least
         )
+    if defaults.model_class == "C":
+        _choose_causal_backend(vllm_config)
     if defaults.model_class == "B" and defaults.block_origin == "prompt":
         # What a token sees depends on the length of its prompt, which no hash covers.
         cache.enable_prefix_caching = False
@@ -180,6 +182,20 @@ def _serve_blocks(
             f"{math.lcm(cache.block_size, length)}, leave it out, or pass "
             "--no-enable-prefix-caching"
         )
+
+
+def _choose_causal_backend(vllm_config: VllmConfig) -> None:
+    """Class C mixes causal and non-causal rows of attention in a forward.
+
+    On a GPU, vLLM's Triton backend does; FlashAttention before version 4 and FlashInfer
+    take one or the other. (The CPU's does too.)
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    if current_platform.is_cuda_alike() and attention.backend is None:
+        logger.info("Using the attention backend TRITON_ATTN: rows differ in causality")
+        attention.backend = AttentionBackendEnum.TRITON_ATTN
 
 
 def _size_cpu_kv_cache(vllm_config: VllmConfig) -> None:

@@ -39,8 +39,8 @@ class Segments:
     """[S + 1] int32: where each segment's query rows begin in the batch."""
     kv_lens: np.ndarray
     """[S] int32: keys each segment attends to, counted from position 0."""
-    causal: np.ndarray
-    """[S] bool: a position sees none to its right (class C's finished rows)."""
+    is_last: np.ndarray
+    """[S] bool: the last one of its request."""
 
 
 def cut_segments(
@@ -50,7 +50,6 @@ def cut_segments(
     block_lengths: np.ndarray,
     origins: np.ndarray,
     first_blocks: np.ndarray,
-    deciding: np.ndarray,
 ) -> Segments:
     """Cut each request's rows [start, end) into segments.
 
@@ -59,12 +58,12 @@ def cut_segments(
         block_lengths: [R] B of each request.
         origins: [R] positions from which blocks are counted.
         first_blocks: [R] start of the block that was active at admission.
-        deciding: [R] bool: the rows end with the active block, not before it.
     """
     request = np.arange(len(starts))
     lengths = ends - starts
     if model_class == "A":
-        return Segments(request, _starts_of(lengths), ends.astype(np.int32), starts < 0)
+        one = np.ones(len(starts), dtype=bool)
+        return Segments(request, _starts_of(lengths), ends.astype(np.int32), one)
     first = (starts - origins) // block_lengths
     if model_class == "C":
         # One causal segment holds all that was known at admission.
@@ -77,13 +76,11 @@ def cut_segments(
     segment_starts = np.where(
         nth == 0, starts[request], bounds - block_lengths[request]
     )
-    is_last = np.append(request[1:] != request[:-1], True)
-    known = ~(is_last & deciding[request])
     return Segments(
         request,
         _starts_of(segment_ends - segment_starts),
         segment_ends.astype(np.int32),
-        known & (model_class == "C"),
+        np.append(request[1:] != request[:-1], True),
     )
 
 
@@ -103,6 +100,9 @@ class SegmentPlan:
     kv_lens: torch.Tensor
     """[S] int32: keys each segment attends to; those of class A may reach beyond the
     rows of this forward."""
+    causal: torch.Tensor | None
+    """[S] int32: 1 where a position sees none to its right, as in class C's finished
+    text; None where there is no such segment."""
     slots: torch.Tensor
     """[R] int64: state slot of each deciding request."""
     slots_cpu: list[int]

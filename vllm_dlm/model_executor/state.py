@@ -117,7 +117,10 @@ class DlmModelState(ModelState):
         # The active block is replayed whole, also where part of it was streamed; but
         # the prompt's last tokens, which may share it, are not to be decided.
         first_block = block_start(len(known), block, origin)
-        first_mask = max(first_block, prompt_len)
+        # Nor is a block's seed, if it was handed out: only the rows left of the block
+        # predict it, alone. It was the block's first step.
+        seeded = self.defaults.seeds_blocks and len(known) > first_block >= prompt_len
+        first_mask = max(first_block + seeded, prompt_len)
         end = text_end(prompt_len + params.max_tokens, block, origin)
 
         self.tokens[slot].fill_(self.mask_id)
@@ -132,7 +135,7 @@ class DlmModelState(ModelState):
         self.block_length[slot] = block
         self.sub_block_length[slot] = config.sub_block_length
         self.emitted[slot] = len(known) - prompt_len
-        self.step[slot] = 0
+        self.step[slot] = int(seeded)
         self.policy[slot] = POLICIES.index(config.cache)
         self.exact[slot] = config.reference_exact
         width = canvas_width(params.max_tokens, block, self.max_canvas)
@@ -188,7 +191,6 @@ class DlmModelState(ModelState):
             lengths,
             np.array([request.origin for request in requests]),
             first_blocks,
-            decides,
         )
         self.plan = self._plan_blocks(
             input_batch,
@@ -228,12 +230,22 @@ class DlmModelState(ModelState):
             kv_lens = canvas_end.to(torch.int32)
         self.canvas_end[slots] = canvas_end
 
+        # Rows that end before the block predict its first position.
+        seeds = end <= block_start
+        causal = None
+        if self.defaults.model_class == "C":
+            # All that is finished; the active block is its request's last segment.
+            causal = torch.ones_like(kv_lens)
+            active = on_device(segments.is_last.nonzero()[0][rows])
+            causal[active] = seeds.to(torch.int32)
+
         offsets = torch.arange(width, device=self.device)
         positions = block_start[:, None] + offsets
         valid = (positions < canvas_end[:, None]) & (
             offsets < self.block_length[slots][:, None]
         )
-        source = positions - self.defaults.shift
+        shift = torch.where(seeds, 1, self.defaults.shift)
+        source = positions - shift[:, None]
         readable = valid & (source < end[:, None])
         # Rows that are not there are never read; keep their index inside the request.
         source = source.clamp(start[:, None], end[:, None] - 1)
@@ -241,6 +253,7 @@ class DlmModelState(ModelState):
         return SegmentPlan(
             segments=segments,
             kv_lens=kv_lens,
+            causal=causal,
             slots=slots,
             slots_cpu=slots_cpu,
             batch_rows=rows.tolist(),
@@ -282,10 +295,8 @@ class DlmModelState(ModelState):
             if num_rows != input_batch.num_reqs:
                 request = torch.from_numpy(segments.request).to(self.device)
                 block_tables = tuple(table[request] for table in block_tables)
-            if self.defaults.model_class == "C":
-                causal = torch.from_numpy(segments.causal.astype(np.int32)).to(
-                    self.device, non_blocking=True
-                )
+            if plan.causal is not None:
+                causal = plan.causal
         metadata: dict[str, Any] = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_rows,

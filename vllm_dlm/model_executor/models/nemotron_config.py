@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """HF config of Nemotron-Labs-Diffusion: Ministral-3 that decodes blocks of 32.
 
-A block sees what is left of it, read causally, and itself whole. One point is
-unverified: in copies of the released `generate`, the causal forward over a finished
-block also writes the next block's first token, as an autoregressive model would.
-vLLM's pull request #48279 has no such token, and neither have we; nothing here was
-compared with the released weights.
+A block sees what is left of it, read causally, and itself whole. The causal forward
+over the prompt or a finished block also writes the next block's first token, as an
+autoregressive model would: so it is in copies of the released `generate`, our only
+source for it (vLLM's pull request #48279 has no such token; `"dlm_seeds": false` in
+config.json decodes that way). Nothing here was compared with the released weights.
 Source: nvidia/Nemotron-Labs-Diffusion, vLLM pull request #48279.
 """
 
@@ -39,6 +39,7 @@ class NemotronLabsDiffusionConfig(Ministral3Config):
             self,
             kwargs,
             dlm_class="C",
+            dlm_seeds=True,
             mask_token_id=NEMOTRON_MASK_ID,
             dlm_block_length=kwargs["block_size"],
             dlm_strategy_config={"threshold": 0.9},
