@@ -95,7 +95,7 @@ def test_a_flag_that_changes_the_strategy_drops_the_others_parameters(parser):
     [
         (("--dlm-strategy", "nope"), ["--dlm-strategy", "learn2pd", "threshold"]),
         (("--dlm-strategy-config", "{"), ["--dlm-strategy-config", "JSON"]),
-        (("--dlm-block-length", "0"), ["--dlm-block-length", "greater"]),
+        (("--dlm-block-length", "0"), ["--dlm-block-length", "from 1 to 1024"]),
         (("--dlm-cache", "most"), ["--dlm-cache", "'dual'"]),
         (("--dlm-steps", "few"), ["--dlm-steps", "integer"]),
     ],

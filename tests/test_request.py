@@ -153,6 +153,16 @@ def test_other_diffusion_models_keep_vllms_check():
     verify(SamplingParams(extra_args={"diffusion_max_steps": 3}), gemma)
 
 
+@pytest.mark.parametrize("extra", [{"dlm": {"steps": 4}}, {"dlm_steps": 4}])
+def test_other_diffusion_models_refuse_our_options(extra):
+    gemma = model_config(dlm_class=None)
+    with pytest.raises(VLLMValidationError, match="dlm.*: options of vllm-dlm"):
+        verify(SamplingParams(extra_args=extra), gemma)
+    # Autoregressive models are no affair of ours.
+    gemma.is_diffusion = False
+    verify(SamplingParams(extra_args=extra), gemma)
+
+
 def test_beam_search_is_refused_for_our_models_only():
     from vllm.config import VllmConfig
 

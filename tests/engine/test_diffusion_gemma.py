@@ -91,6 +91,7 @@ def report(folder: str) -> dict[str, Any]:
         "logprobs": [len(output.logprobs) for output in filtered],
         "refusals": {name: refusal(**case) for name, case in REFUSED.items()},
         "our options": refusal_of_our_options(folder),
+        "our options in a request": refusal(extra_args={"dlm_steps": 4}),
         "loaded": sorted(name for name in sys.modules if name.startswith("vllm_dlm.")),
     }
 
@@ -212,13 +213,15 @@ def test_our_options_are_refused(served, checkpoint):
     message = served["our options"]
     assert "the dlm options (cache) are for diffusion language models" in message
     assert str(checkpoint) in message
+    message = served["our options in a request"]
+    assert "dlm_steps: options of vllm-dlm; this model is served by vLLM" in message
 
 
 def test_the_plugin_changes_nothing(served, checkpoint, environment):
     alone = run_report(checkpoint, environment | {"VLLM_PLUGINS": "dlm_cpu"})
     assert "vllm_dlm.platform" in alone["loaded"]
     assert "vllm_dlm.plugin" not in alone["loaded"]
-    for what in set(alone) - {"loaded", "our options"}:
+    for what in set(alone) - {"loaded", "our options", "our options in a request"}:
         assert alone[what] == served[what], what
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One `vllm serve` process for all tests here.
+"""One `vllm serve` process of `llada-tiny`, for all tests here but the families'.
 
 `VLLM_DLM_TEST_SERVER=http://...` lets them ask a server that runs already, started as
 `launch.COMMAND`: a start takes longer than most of the tests.
@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from server.launch import MODEL, Server, running_server, tail
+from server.launch import COMMAND, MODEL, Server, running_server, tail
 from tokenizers import Tokenizer
-
-_LOG = pytest.StashKey[Path]()
 
 
 @pytest.fixture(scope="session")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server that all tests share."""
     url = os.environ.get("VLLM_DLM_TEST_SERVER")
     if url is not None:
         yield Server(url)
         return
-    log = tmp_path_factory.mktemp("server") / "log"
-    request.config.stash[_LOG] = log
-    with running_server(log) as running:
+    folder = tmp_path_factory.mktemp("server")
+    command = [*COMMAND, "--dlm-filter-dir", str(folder / "filters")]
+    with running_server(command, folder / "log") as running:
         yield running
 
 
@@ -43,10 +38,11 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+def pytest_runtest_makereport(item: pytest.Function, call: Any) -> Any:
     """Show the end of the server's log with a test that failed."""
     report = yield
-    log = item.config.stash.get(_LOG, None)
-    if report.failed and log is not None and "server" in item.fixturenames:
-        report.sections.append(("the server's log", tail(log)))
+    if report.failed:
+        for value in item.funcargs.values():
+            if isinstance(value, Server) and value.log is not None:
+                report.sections.append(("the server's log", tail(value.log)))
     return report

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import openai
 
 MODEL = "llada-tiny"
 VLLM = str(Path(sys.executable).with_name("vllm"))
-COMMAND = [
-    *(VLLM, "serve", "--model", MODEL, "--dlm-strategy", "threshold"),
+SIZES = (
     # Float32: equal texts are compared. Eager: a start without compilation.
     *("--dtype", "float32", "--enforce-eager"),
     *("--max-num-seqs", "16", "--max-num-batched-tokens", "2048"),
+)
+COMMAND = [
+    *(VLLM, "serve", "--model", MODEL, "--dlm-strategy", "threshold", *SIZES),
     # Every run of the tests sees the same filters.
     "--no-dlm-online-learning",
 ]
@@ -34,10 +36,18 @@ IDLE_SECONDS = 60
 
 
 class Server:
-    """A running server, over HTTP only."""
+    """A running server, over HTTP only.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: where it listens.
+        model: the name it serves its model under.
+        log: what it prints, where that is known.
+    """
+
+    def __init__(self, url: str, model: str = MODEL, log: Path | None = None) -> None:
         self.url = url
+        self.model = model
+        self.log = log
         self.client = openai.OpenAI(**self.client_options())
 
     def client_options(self) -> dict[str, Any]:
@@ -51,13 +61,15 @@ class Server:
 
     # -- requests ----------------------------------------------------------
 
-    def complete(self, prompt: str = "Copy [Ada, Ben]", **options: Any) -> Any:
+    def complete(
+        self, prompt: str | list[int] = "Copy [Ada, Ben]", **options: Any
+    ) -> Any:
         """A completion; options that `openai` does not know go into the body."""
         return self.client.completions.create(
-            model=MODEL, prompt=prompt, **split_options(options)
+            model=self.model, prompt=prompt, **split_options(options)
         )
 
-    def text(self, prompt: str = "Copy [Ada, Ben]", **options: Any) -> str:
+    def text(self, prompt: str | list[int] = "Copy [Ada, Ben]", **options: Any) -> str:
         """The text of a completion."""
         return self.complete(prompt, **options).choices[0].text
 
@@ -65,7 +77,7 @@ class Server:
         """A chat completion of one question."""
         messages = [{"role": "user", "content": question}]
         return self.client.chat.completions.create(
-            model=MODEL, messages=messages, **split_options(options)
+            model=self.model, messages=messages, **split_options(options)
         )
 
     # -- what it reports ---------------------------------------------------
@@ -115,15 +127,19 @@ def until(condition: Callable[[], bool], message: str) -> None:
 
 
 @contextlib.contextmanager
-def running_server(log: Path) -> Iterator[Server]:
-    """Start `COMMAND` on a free port; stop it in the end."""
+def running_server(
+    command: Sequence[str], log: Path, model: str = MODEL
+) -> Iterator[Server]:
+    """Start `command`, a `vllm serve`, on a free port; stop it in the end.
+
+    Args:
+        log: file for what it prints.
+        model: the name it serves its model under.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        *(*COMMAND, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dlm-filter-dir", str(log.parent / "filters")),
-    ]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     # A user's server, not the in-process engine that the other tests ask for.
     environment = dict(os.environ)
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -134,7 +150,7 @@ def running_server(log: Path) -> Iterator[Server]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for_health(url, process, log)
-        yield Server(url)
+        yield Server(url, model, log)
         assert process.poll() is None, f"the server died:\n{tail(log)}"
     finally:
         process.terminate()

@@ -51,8 +51,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         dlm(strategy="threshold", threshold=0.5),
         ["put it in strategy_config"],
     ),
-    "block length zero": (xargs(dlm_block_length=0), ["block_length", "equal to 1"]),
-    "block length too long": (xargs(dlm_block_length=2048), ["block_length", "1024"]),
+    "block length zero": (
+        xargs(dlm_block_length=0),
+        ["block_length", "an integer from 1 to 1024 or 'canvas'", "0"],
+    ),
+    "block length too long": (
+        xargs(dlm_block_length=2048),
+        ["block_length", "from 1 to 1024", "2048"],
+    ),
     "block length no integer": (
         xargs(dlm_block_length=8.5),
         ["block_length", "integer", "8.5"],
