@@ -122,7 +122,7 @@ PATCHES: dict[str, Patch] = {
             symbol="vllm.sampling_params:SamplingParams._validate_diffusion",
             why="It refuses temperature, seed and others for every diffusion model.",
             how=(
-                "Our models get `request.validate_sampling_params`; others keep it, and "
+                "Our models get `request.validate_sampling_params`; others keep it and "
                 "refuse our options, which vLLM would ignore."
             ),
             upstream="no issue yet: the check does not ask the model",

@@ -31,7 +31,8 @@ from vllm_dlm.model_executor.cache import (
     text_end,
 )
 from vllm_dlm.model_executor.model_key import model_key
-from vllm_dlm.model_executor.segments import SegmentPlan, Segments, cut_segments
+from vllm_dlm.model_executor.planning import plan_forward
+from vllm_dlm.model_executor.segments import SegmentPlan
 from vllm_dlm.request import stop_ids
 from vllm_dlm.request_config import RequestConfig, resolve, server_config
 from vllm_dlm.strategies.base import Context
@@ -174,95 +175,7 @@ class DlmModelState(ModelState):
         num_computed_tokens: torch.Tensor,
     ) -> None:
         """Plan the forward. vLLM calls this for real batches only, before the rest."""
-        starts = input_batch.num_computed_tokens_np.astype(np.int64)
-        ends = starts + input_batch.num_scheduled_tokens
-        slots_cpu = input_batch.idx_mapping_np.tolist()
-        requests = [self.requests[slot] for slot in slots_cpu]
-        lengths = np.array([request.config.block_length for request in requests])
-        first_blocks = np.array([request.first_block for request in requests])
-        # Until its first block is reached, a request's rows are a part of its prompt.
-        # Known here without asking the device: the scheduler cuts nothing later on.
-        seeds = np.array([request.seeds for request in requests])
-        decides = (ends > first_blocks) | (seeds & (ends == first_blocks))
-        segments = cut_segments(
-            self.defaults.model_class,
-            starts,
-            ends,
-            lengths,
-            np.array([request.origin for request in requests]),
-            first_blocks,
-        )
-        self.plan = self._plan_blocks(
-            input_batch,
-            segments,
-            decides.nonzero()[0],
-            starts,
-            ends,
-            int(lengths.max()),
-        )
-
-    def _plan_blocks(
-        self,
-        input_batch: Any,
-        segments: Segments,
-        rows: np.ndarray,
-        starts: np.ndarray,
-        ends: np.ndarray,
-        width: int,
-    ) -> SegmentPlan:
-        """The active blocks of the batch's `rows`, and where their logits come from."""
-
-        def on_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(self.device, non_blocking=True)
-
-        slots_cpu = input_batch.idx_mapping_np[rows].tolist()
-        slots = on_device(np.array(slots_cpu, dtype=np.int64))
-        start, end = on_device(starts[rows]), on_device(ends[rows])
-        block_start, canvas_end = self.block_start[slots], self.canvas_end[slots]
-        kv_lens = on_device(segments.kv_lens)
-        if self.defaults.reuses_blocks:
-            # A strategy cut the canvas at a block's end, and the text goes on.
-            goes_on = canvas_end <= block_start
-            canvas_end = torch.where(goes_on, self.text_end[slots], canvas_end)
-        else:
-            # A forward that starts at 0 covers the canvas, as the scheduler cut it.
-            canvas_end = torch.where(start == 0, end, canvas_end)
-            kv_lens = canvas_end.to(torch.int32)
-        self.canvas_end[slots] = canvas_end
-
-        # Rows that end before the block predict its first position.
-        seeds = end <= block_start
-        causal = None
-        if self.defaults.model_class == "C":
-            # All that is finished; the active block is its request's last segment.
-            causal = torch.ones_like(kv_lens)
-            active = on_device(segments.is_last.nonzero()[0][rows])
-            causal[active] = seeds.to(torch.int32)
-
-        offsets = torch.arange(width, device=self.device)
-        positions = block_start[:, None] + offsets
-        valid = (positions < canvas_end[:, None]) & (
-            offsets < self.block_length[slots][:, None]
-        )
-        shift = torch.where(seeds, 1, self.defaults.shift)
-        source = positions - shift[:, None]
-        readable = valid & (source < end[:, None])
-        # Rows that are not there are never read; keep their index inside the request.
-        source = source.clamp(start[:, None], end[:, None] - 1)
-        first_rows = on_device(input_batch.query_start_loc_np[rows].astype(np.int64))
-        return SegmentPlan(
-            segments=segments,
-            kv_lens=kv_lens,
-            causal=causal,
-            slots=slots,
-            slots_cpu=slots_cpu,
-            batch_rows=rows.tolist(),
-            ends=end,
-            positions=positions,
-            valid=valid,
-            readable=readable,
-            logits_rows=((first_rows - start)[:, None] + source).flatten(),
-        )
+        self.plan = plan_forward(self, input_batch)
 
     def prepare_attn(
         self,
