@@ -26,6 +26,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["mask_token_id is not known", "--hf-overrides"],
     ),
+    "mask token outside": (
+        "sdar",
+        "SDAR-4B-Chat",
+        {"mask_token_id": 128},
+        {},
+        ["mask_token_id 128 is outside the vocabulary of 128", "--hf-overrides"],
+    ),
+    "no end of text": (
+        "fast_dllm_v2",
+        "Fast_dLLM_v2_7B",
+        {"eos_token_id": None},
+        {},
+        ["no token ends a text", "generation_config.json", "--hf-overrides"],
+    ),
+    "half a block at a time": (
+        "llada2",
+        "LLaDA2.0-mini",
+        {},
+        {"max_num_batched_tokens": 48, "max_num_seqs": 4},
+        ["max_num_batched_tokens 48", "two blocks of 32", "at least 64"],
+    ),
     "neither mdlm nor bd3lm": (
         "a2d_qwen3",
         "my-checkpoint",
@@ -50,16 +71,35 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
 }
 
 
+def write(family: str, folder: Path, changes: dict[str, Any]) -> Path:
+    """A checkpoint whose config.json says something else than its weights."""
+    file = write_checkpoint(family, folder, seed=0) / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_server_that_cannot_start_says_why(tmp_path: Path, name: str):
     from vllm.engine.arg_utils import EngineArgs
 
     family, folder_name, changes, arguments, fragments = CASES[name]
-    folder = write_checkpoint(family, tmp_path / folder_name, seed=0)
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    folder = write(family, tmp_path / folder_name, changes)
     with pytest.raises(ValueError) as caught:
         EngineArgs(str(folder), dtype="float32", **arguments).create_engine_config()
     message = str(caught.value)
     assert not [part for part in fragments if part not in message], message
+
+
+@pytest.mark.parametrize(("asked", "served"), [(None, 8192), (16384, 16384)])
+def test_the_context_of_full_attention_is_what_one_forward_holds(
+    tmp_path: Path, asked: int | None, served: int
+):
+    """Dream's config says 131072, and a class A forward computes all of it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    changes = {"max_position_embeddings": 131072}
+    folder = write("dream", tmp_path / "Dream-v0-Instruct-7B", changes)
+    config = EngineArgs(str(folder), max_model_len=asked).create_engine_config()
+    assert config.model_config.max_model_len == served
+    assert config.scheduler_config.max_num_batched_tokens == served

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+WIDEST_DEFAULT_CONTEXT = 8192
+"""Positions; of full-attention models, where `--max-model-len` is not given."""
+
 SCHEDULER = "vllm_dlm.model_executor.scheduler.DiffusionStepScheduler"
 
 
@@ -69,6 +72,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
 
         hf_config = model_config.hf_config
         check_declarations(hf_config)
+        _limit_context(model_config)
         # Validated here once and read by the API process at admission.
         server = server_config(vllm_config)
         defaults = ModelDefaults.from_hf_config(hf_config)
@@ -98,21 +102,42 @@ class DlmModelConfig(VerifyAndUpdateConfig):
             _size_cpu_kv_cache(vllm_config)
 
 
+def _limit_context(model_config: ModelConfig) -> None:
+    """Serve a context that one forward of a full-attention model can hold.
+
+    Dream's config says 131072, and nobody who sets no length wants forwards that wide.
+    """
+    is_asked_for = model_config.original_max_model_len not in (None, -1)
+    if (
+        model_config.hf_config.dlm_class == "A"
+        and not is_asked_for
+        and model_config.max_model_len > WIDEST_DEFAULT_CONTEXT
+    ):
+        logger.info(
+            "Context length %d instead of the config's %d: a full-attention diffusion "
+            "model computes all of it in one forward; --max-model-len sets it.",
+            WIDEST_DEFAULT_CONTEXT,
+            model_config.max_model_len,
+        )
+        model_config.max_model_len = WIDEST_DEFAULT_CONTEXT
+
+
 def _check_stop_ids(model_config: ModelConfig, defaults: ModelDefaults) -> None:
     """Some token must end a text, or each request writes all of its `max_tokens`.
 
     Raises:
         ValueError: config.json, generation_config.json and the family name none.
     """
-    generation = model_config.try_get_generation_config()
-    if (
-        defaults.eos_token_id is None
-        and not defaults.stop_ids
-        and generation.get("eos_token_id") is None
-    ):
+    hf_config = model_config.hf_config
+    sources = (hf_config.to_dict(), model_config.try_get_generation_config())
+    ids = {*defaults.stop_ids}
+    for eos in (source.get("eos_token_id") for source in sources):
+        ids.update(eos if isinstance(eos, list) else [eos])
+    if not any(i is not None and 0 <= i < hf_config.vocab_size for i in ids):
         raise ValueError(
             "no token ends a text of this model: neither config.json nor "
-            "generation_config.json has an eos_token_id; set it there, or with "
+            "generation_config.json has an eos_token_id of its vocabulary of "
+            f"{hf_config.vocab_size}; set it there, or with "
             "--hf-overrides '{\"eos_token_id\": ID}'"
         )
 
