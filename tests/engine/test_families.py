@@ -196,10 +196,11 @@ def test_block_parity(serve: Callable, served: Served):
     assert_equal([cases[i] for i in alone], got, [wanted[i] for i in alone])
 
 
-def test_causal_context_in_chunks_and_few_pages(serve: Callable):
+@pytest.mark.parametrize("served", REUSES_BLOCKS, ids=names(REUSES_BLOCKS))
+def test_in_chunks_and_few_pages(serve: Callable, served: Served):
     """Prompts of several forwards; requests that lose their pages and start over."""
     engine, oracle = serve(
-        CAUSAL_CONTEXT[0], max_num_batched_tokens=64, num_gpu_blocks_override=13
+        served, max_num_batched_tokens=64, num_gpu_blocks_override=13
     )
     cases = [
         BlockCase(make_prompt(length), max_tokens=80, rule=rule, ignore_eos=True)
@@ -222,11 +223,30 @@ def test_causal_context_in_chunks_and_few_pages(serve: Callable):
                 tokens[number] = list(output.outputs[0].token_ids)
         waiting = engine.scheduler.waiting
         preempted |= {r.request_id for r in waiting if r.num_preemptions}
-    assert len(preempted) >= 3
-    assert [tokens[i] for i in range(len(cases))] == [one.tokens for one in wanted]
+    assert preempted
+    wrong = [i for i, one in enumerate(wanted) if tokens[i] != one.tokens]
+    assert not [i for i in wrong if not wanted[i].near_tie]
 
 
-def test_causal_context_is_shared(serve: Callable):
+@pytest.mark.parametrize("served", REUSES_BLOCKS, ids=names(REUSES_BLOCKS))
+def test_shared_prefixes(serve: Callable, served: Served):
+    """A prompt, more of its text, and all of it, whose pages are there already."""
+    engine, oracle = serve(served)
+    first = BlockCase(make_prompt(75, seed=7), max_tokens=70, ignore_eos=True)
+    text = [*first.prompt, *block_cases.run(engine, [first])[0].tokens]
+    for known, more in ((41, 3), (64, 5), (64, 0), (75, 0), (len(text), 3)):
+        prompt = (*text[:known], *make_prompt(more, seed=known))
+        case = BlockCase(prompt, max_tokens=40, rule="dynamic")
+        output = engine.outputs([prompt], case.params())[0]
+        # What a token of a -bd3lm- model sees depends on its prompt's length.
+        is_shared = engine.scheduler.dlm_defaults.block_origin == "start"
+        is_shared |= served in CAUSAL_CONTEXT
+        assert (output.num_cached_tokens > 0) == is_shared
+        wanted = block_cases.expect(case, oracle, engine)
+        assert_equal([case], [finished(output.outputs[0])], [wanted])
+
+
+def test_pages_of_a_causal_context(serve: Callable):
     """Pages of prompts and of finished text, which end anywhere in blocks."""
     engine, oracle = serve(CAUSAL_CONTEXT[0])
     page = engine.scheduler.block_size
