@@ -157,7 +157,9 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         assert isinstance(request, CanvasRequest)
         kwargs["delay_cache_blocks"] = True
         blocks = super().allocate_slots(request, num_new_tokens, **kwargs)
-        if blocks is not None:
+        # Whoever runs may yet be preempted, by one of higher priority, before this
+        # forward computes anything: the scheduler publishes its pages at the end.
+        if blocks is not None and request.status != RequestStatus.RUNNING:
             found = kwargs.get("num_new_computed_tokens", 0)
             end = request.num_computed_tokens + found + num_new_tokens
             self.cache_blocks(request, min(end, request.block_start))

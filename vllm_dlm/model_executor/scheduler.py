@@ -96,6 +96,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             # vLLM has counted the rows as computed already.
             end = request.num_computed_tokens
             self._canvas_rows[request_id] = request.computed(end - num_rows, end)
+            self.kv_cache_manager.cache_blocks(request, request.kv_final)
         # Who sat out goes first next time. (A stable sort: False before True.)
         self.running.sort(key=lambda r: r.request_id in output.num_scheduled_tokens)
         return output
