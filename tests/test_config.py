@@ -135,6 +135,26 @@ def test_a_request_cannot_set_a_parameter_of_the_server(monkeypatch):
     )
 
 
+def test_a_number_that_no_tensor_holds_is_refused(monkeypatch):
+    """Also of a strategy that bounds nothing: it would hurt the whole batch."""
+
+    class Unbounded(Params):
+        bound: float = 1.0
+        count: int = 1
+
+    class Rule(Strategy):
+        name = "rule"
+        Params = Unbounded
+
+    monkeypatch.setitem(STRATEGIES._targets, "rule", "tests:Rule")
+    monkeypatch.setitem(STRATEGIES._loaded, "rule", Rule)
+    for options in ({"dlm_bound": 1e300}, {"dlm_bound": -1e300}, {"dlm_count": 10**30}):
+        refused(
+            lambda options=options: resolve(server(strategy="rule"), options, DEFAULTS),
+            "at most 1e+18",
+        )
+
+
 def test_server_options_are_checked_with_their_strategy():
     refused(lambda: server(strategy="nope"), "nope", "threshold")
     refused(

@@ -46,6 +46,9 @@ Every request of a batch gets logits for as many rows as the longest block has, 
 client's long block would be paid for by all.
 """
 
+LARGEST_NUMBER = 1e18
+"""Of a strategy's numeric parameter: the engine keeps them as float32 and int64."""
+
 PREFIX = "dlm_"
 """Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
 
@@ -246,9 +249,13 @@ def parse_params(strategy: str, values: Mapping[str, Any], *, where: str) -> Par
         if isinstance(given.get(name), bool):
             raise ValueError(f"{where}: {name}: expected a number, not a boolean")
     try:
-        return params.model_validate(given)
+        parsed = params.model_validate(given)
     except ValidationError as error:
         raise ValueError(f"{where}: {explain(error)}") from None
+    for name in numeric_fields(params):
+        if abs(getattr(parsed, name)) > LARGEST_NUMBER:
+            raise ValueError(f"{where}: {name}: at most {LARGEST_NUMBER:g} is accepted")
+    return parsed
 
 
 def parse_options(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from engine.harness import Engine, Finished, params
-from reference import procedures
+from reference import procedures, rules
 from reference.llada import TinyLLaDA
 from reference.procedures import Rule, View, generate
 from vllm import SamplingParams
@@ -26,8 +26,23 @@ RULES = (
     "learn2pd/off",
     "learn2pd/token",
     "learn2pd/block",
+    "entropy",
+    "eb",
+    "cad/confidence",
+    "cad/entropy",
+    "localleap",
+    "hierarchy",
 )
 """strategy or strategy/variant."""
+
+NUMBERS = {
+    "threshold": "threshold",
+    "factor": "factor",
+    "learn2pd": "eotp_threshold",
+    "entropy": "threshold",
+    "eb": "bound",
+}
+"""The parameter that `Case.number` sets, by strategy."""
 
 EOTP = {"token": "first", "block": "block"}
 """Our names of end-of-text prediction and the oracle's."""
@@ -52,19 +67,17 @@ class Case:
     ignore_eos: bool = False
     seed: int = 0
     number: float | None = None
-    """The rule's threshold, factor or EoTP threshold, where not the usual one."""
+    """The rule's parameter of `NUMBERS`, where not the usual value."""
 
     def params(self, reference_exact: bool = False, **more: Any) -> SamplingParams:
         strategy, _, variant = self.rule.partition("/")
         config: dict[str, Any] = {}
-        if strategy == "static":
+        if strategy in ("static", "cad"):
             config["mode"] = variant
         elif strategy == "learn2pd":
             config["eotp"] = variant
-            if self.number is not None:
-                config["eotp_threshold"] = self.number
-        elif self.number is not None:
-            config[strategy] = self.number
+        if self.number is not None:
+            config[NUMBERS[strategy]] = self.number
         dlm = {
             "strategy": strategy,
             "strategy_config": config,
@@ -192,6 +205,16 @@ def case_rule(case: Case, begin: int, per_block: int) -> Rule:
         return procedures.threshold(0.9 if case.number is None else case.number)
     if strategy == "factor":
         return procedures.factor(1.0 if case.number is None else case.number)
+    if strategy == "entropy":
+        return rules.entropy(0.5 if case.number is None else case.number)
+    if strategy == "eb":
+        return rules.entropy_bounded(0.1 if case.number is None else case.number)
+    if strategy == "cad":
+        return rules.cad(0.8 if variant == "confidence" else 0.3, 1, 4, variant)
+    if strategy == "localleap":
+        return rules.localleap()
+    if strategy == "hierarchy":
+        return rules.hierarchy()
     if strategy == "learn2pd":
         return procedures.learn2pd(
             **filter_weights(case.block), k=max(case.block // per_block, 1)

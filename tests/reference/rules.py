@@ -3,8 +3,10 @@
 
 Static schedules (LLaDA, arXiv 2502.09992), threshold and factor (Fast-dLLM,
 2505.22618; threshold also as LLaDA2.0, 2512.15745, and SDAR, 2510.06303, have it),
-Learn2PD's filter (2509.25188), Dream's schedule (2508.15487). Every strategy is
-compared with these step by step.
+Learn2PD's filter (2509.25188), Dream's schedule (2508.15487), entropy (dParallel,
+2509.26488), EB-Sampler (2505.24857), CAD (CD4LM, 2601.02236), LocalLeap (2510.07081),
+hierarchical decoding (dInfer, 2510.08666). Every strategy is compared with these step
+by step.
 
 Conventions: ties go to the lowest position; confidences are float32 probabilities of
 untempered logits.
@@ -231,3 +233,103 @@ def dream(
         return top_k(scores, candidates, count)
 
     return Rule(select, ends_by_schedule=True)
+
+
+def entropy(tau: float) -> Rule:
+    """dParallel: every masked position with entropy <= tau, and the least uncertain."""
+
+    def select(view: View) -> list[int]:
+        candidates = view.masked_offsets()
+        sure = [i for i in candidates if view.entropy[i] <= float32(tau)]
+        return sure or top_k(-view.entropy, candidates, 1)
+
+    return Rule(select)
+
+
+def entropy_bounded(bound: float) -> Rule:
+    """EB-Sampler: the n of least entropy, n maximal with sum - largest <= bound."""
+
+    def select(view: View) -> list[int]:
+        candidates = view.masked_offsets()
+        chosen: list[int] = []
+        for i in top_k(-view.entropy, candidates, len(candidates)):
+            entropies = [float(view.entropy[j]) for j in [*chosen, i]]
+            if sum(entropies) - max(entropies) > float(float32(bound)):
+                break
+            chosen.append(i)
+        return sorted(chosen)
+
+    return Rule(select)
+
+
+def cad(tau: float, fewest: int, most: int, mode: str = "confidence") -> Rule:
+    """CD4LM: as many of the best as are sure, but at least `fewest`, at most `most`.
+
+    Sure is confidence >= tau or, in the mode "entropy", entropy <= tau.
+    """
+
+    def select(view: View) -> list[int]:
+        candidates = view.masked_offsets()
+        if mode == "entropy":
+            scores = -view.entropy
+            sure = [i for i in candidates if view.entropy[i] <= float32(tau)]
+        else:
+            scores = view.confidence
+            sure = [i for i in candidates if view.confidence[i] >= float32(tau)]
+        count = min(max(len(sure), fewest), most)
+        return sorted(top_k(scores, candidates, count))
+
+    return Rule(select)
+
+
+def localleap(
+    threshold: float = 0.9, relaxed_threshold: float = 0.75, radius: int = 4
+) -> Rule:
+    """LocalLeap: masks with c >= threshold are anchors, and relax the bound near them.
+
+    Anchors are written, masks at most `radius` from one with c >= relaxed_threshold,
+    and the best one.
+    """
+
+    def select(view: View) -> list[int]:
+        candidates = view.masked_offsets()
+        c = view.confidence
+        anchors = [i for i in candidates if c[i] >= float32(threshold)]
+        chosen = {*anchors, *top_k(c, candidates, 1)}
+        for anchor in anchors:
+            for i in candidates:
+                if abs(i - anchor) <= radius and c[i] >= float32(relaxed_threshold):
+                    chosen.add(i)
+        return sorted(chosen)
+
+    return Rule(select)
+
+
+def hierarchy(threshold: float = 0.9, low_threshold: float = 0.4) -> Rule:
+    """dInfer: the best of each run of adjacent masks, and all masks that are sure.
+
+    If no confidence reaches `low_threshold`, only the best one; else every c >
+    threshold, and the best of each run if it is > low_threshold. (dInfer's code writes
+    nothing if none passes; here the best one is written.)
+    """
+
+    def select(view: View) -> list[int]:
+        candidates = view.masked_offsets()
+        c = view.confidence
+        best = top_k(c, candidates, 1)
+        if all(c[i] < float32(low_threshold) for i in candidates):
+            return best
+        runs: list[list[int]] = []
+        for i in candidates:
+            if runs and runs[-1][-1] == i - 1:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        chosen = {i for i in candidates if c[i] > float32(threshold)}
+        for run in runs:
+            leader = top_k(c, run, 1)[0]
+            if c[leader] > float32(low_threshold):
+                chosen.add(leader)
+        return sorted(chosen or best)
+
+    return Rule(select)

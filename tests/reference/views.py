@@ -9,10 +9,28 @@ from typing import Any
 import torch
 from reference import procedures
 
-from vllm_dlm.strategies.base import Context, Decision, Strategy, View
+from vllm_dlm.strategies.base import (
+    Context,
+    Decision,
+    Strategy,
+    View,
+    numeric_fields,
+)
 
 # "C8": position 0 is decided already, 1..7 are masked.
 C8 = [0.99, 0.97, 0.80, 0.55, 0.78, 0.93, 0.40, 0.76]
+
+# Entropies in nats that distributions with these largest probabilities may have.
+H8 = [0.06, 0.14, 0.60, 0.80, 0.53, 0.30, 1.40, 0.95]
+
+# Five positions' distributions over three tokens, for rules that read entropies.
+DISTRIBUTIONS = [
+    [0.98, 0.01, 0.01],
+    [0.90, 0.05, 0.05],
+    [0.60, 0.30, 0.10],
+    [0.86, 0.14, 0.00],
+    [0.50, 0.50, 0.00],
+]
 
 MASK_ID = 99
 CPU = Context(device=torch.device("cpu"), model="no-such-model")
@@ -43,6 +61,17 @@ def make_view(
         slots=torch.arange(rows),
     )
     return replace(view, **changes)
+
+
+def distributions_view() -> View:
+    """One row of `DISTRIBUTIONS`, all masked."""
+    probabilities = torch.tensor([DISTRIBUTIONS])
+    confidence = probabilities.amax(dim=-1)
+    return make_view(
+        confidence,
+        torch.ones_like(confidence, dtype=torch.bool),
+        entropy=torch.special.entr(probabilities).sum(dim=-1),
+    )
 
 
 def random_view(seed: int, rows: int = 5, width: int = 8, ties: bool = False) -> View:
@@ -86,11 +115,9 @@ def take_rows(view: View, index: torch.Tensor) -> View:
 
 def row_params(strategy: Strategy, rows: int) -> dict[str, torch.Tensor]:
     """The strategy's own numeric parameters for every row."""
-    values = strategy.params.model_dump()
     return {
-        name: torch.full((rows,), value, dtype=torch.float32)
-        for name, value in values.items()
-        if isinstance(value, float)
+        name: torch.tensor([getattr(strategy.params, name)] * rows)
+        for name in numeric_fields(type(strategy.params))
     }
 
 

@@ -45,6 +45,7 @@ class DreamParams(Params):
     alg_temp: float = Field(
         default=0.0,
         ge=0.0,
+        le=1e6,
         description=(
             "Temperature of the choice of positions: 0 takes the best, more draws them "
             "with probability softmax(score / alg_temp). Without effect on origin."

@@ -24,6 +24,7 @@ class FactorParams(Params):
     factor: float = Field(
         default=1.0,
         gt=0.0,
+        le=1e6,
         description=(
             "Bound on (tokens written + 1) x (1 - probability of the least sure one). "
             "Higher is faster and less exact; above the block length + 1, each step "

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entropy-bounded decoding: as many tokens as can depend on each other but little.
+
+With the masked entropies sorted, H_(1) <= H_(2) <= ..., the n least uncertain are
+written for the largest n such that H_(1) + ... + H_(n) minus the largest of them is at
+most `bound`. Tokens that are written together are chosen as if independent; this
+difference is the most, in nats, that they can say about each other.
+Source: EB-Sampler, arXiv 2505.24857, as NEUIR/PC-Sampler's code has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+
+from vllm_dlm.strategies.base import Decision, Params, Strategy, View, top_masked
+from vllm_dlm.strategies.entropy import given_entropy
+
+
+class EntropyBoundedParams(Params):
+    """Parameters of `EntropyBounded`."""
+
+    bound: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1e6,
+        description=(
+            "Most, in nats, that the tokens of a step may say about each other: the "
+            "sum of their entropies without the largest. Higher is faster and less "
+            "exact; at 0 a step writes one token, and those that are certain."
+        ),
+    )
+
+
+class EntropyBounded(Strategy):
+    """Write as many of the least uncertain positions as the bound allows."""
+
+    name = "eb"
+    paper = "arXiv 2505.24857 (EB-Sampler)"
+    summary = "as many tokens as a bound on their joint entropy allows"
+    Params = EntropyBoundedParams
+    needs = frozenset({"entropy"})
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        entropy = given_entropy(view)
+        ranked = torch.where(view.masked, entropy.double(), torch.inf)
+        ranked = ranked.sort(dim=1).values
+        # Sorted, the largest of the n least is the nth: what counts is the sum of those
+        # before it, which is 0 for the first.
+        before = ranked.cumsum(dim=1).roll(1, dims=1)
+        before[:, 0] = 0
+        count = (before <= row_params["bound"][:, None]).sum(dim=1)
+        return Decision(top_masked(view, -entropy, count))

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entropy decoding: write every masked token that the model hardly hesitates over.
+
+commit = { i masked : H_i <= threshold } and the masked position with the least entropy,
+where H_i is the entropy, in nats, of the model's distribution at i. Made for models
+trained to be certain early. Source: dParallel, arXiv 2509.26488.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+
+from vllm_dlm.strategies.base import Decision, Params, Strategy, View, top_masked
+
+
+class EntropyParams(Params):
+    """Parameters of `Entropy`."""
+
+    threshold: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=100.0,
+        description=(
+            "Largest entropy, in nats, at which a token is written. Higher is faster "
+            "and less exact; above the logarithm of the vocabulary's size (about 12), "
+            "each step writes the whole block."
+        ),
+    )
+
+
+class Entropy(Strategy):
+    """Write the masked positions whose entropy is at most `threshold`."""
+
+    name = "entropy"
+    paper = "arXiv 2509.26488 (dParallel)"
+    summary = "every token of at most this entropy, and the least uncertain one"
+    Params = EntropyParams
+    needs = frozenset({"entropy"})
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        entropy = given_entropy(view)
+        sure = entropy <= row_params["threshold"][:, None]
+        best = top_masked(view, -entropy, torch.ones_like(view.step))
+        return Decision((sure & view.masked) | best)
+
+
+def given_entropy(view: View) -> torch.Tensor:
+    """`View.entropy`, [R, B] float32.
+
+    Raises:
+        ValueError: it is not set.
+    """
+    if view.entropy is None:
+        raise ValueError("the strategy needs View.entropy, which is not set")
+    return view.entropy

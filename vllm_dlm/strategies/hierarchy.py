@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hierarchical decoding: divide the block at what is known, write in each part.
+
+The masked positions of a block form runs, parted by decided tokens. Of every run the
+most confident position is written if c_i > low_threshold, where c_i is the probability
+of the token at i; so is every masked i with c_i > threshold. Where no c_i reaches
+low_threshold, or nothing qualifies, the most confident position of all is written
+alone. A token that is written parts its run, so the next step writes on either side.
+Source: dInfer, arXiv 2510.08666, and its code; not its variant that masks tokens again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+
+from vllm_dlm.strategies.base import Decision, Params, Strategy, View, best_masked
+
+
+class HierarchyParams(Params):
+    """Parameters of `Hierarchy`."""
+
+    threshold: float = Field(
+        default=0.9,
+        gt=0.0,
+        le=2.0,
+        description=(
+            "A token with a probability above this is written wherever it is. From 1 "
+            "on, a step writes at most one token of each run of masks."
+        ),
+    )
+    low_threshold: float = Field(
+        default=0.4,
+        ge=0.0,
+        le=2.0,
+        description=(
+            "The best token of a run of masks is written if its probability is above "
+            "this. Lower is faster and less exact; equal to `threshold`, runs add "
+            "nothing; above 1, each step writes one token."
+        ),
+    )
+
+
+class Hierarchy(Strategy):
+    """Write the best position of each run of masks, and all that are sure."""
+
+    name = "hierarchy"
+    paper = "arXiv 2510.08666 (dInfer)"
+    summary = "the best token of each run of masks, and every sure one"
+    Params = HierarchyParams
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        low = row_params["low_threshold"][:, None]
+        sure = view.confidence > row_params["threshold"][:, None]
+        fair = view.confidence > low
+        commit = (sure & view.masked) | (fair & best_of_runs(view))
+        reached = (view.masked & (view.confidence >= low)).any(dim=1, keepdim=True)
+        return Decision((commit & reached) | best_masked(view))
+
+
+def best_of_runs(view: View) -> torch.Tensor:
+    """[R, B] bool: the most confident position of each run (lowest on ties)."""
+    masked = view.masked
+    begins = masked.clone()
+    begins[:, 1:] &= ~masked[:, :-1]
+    # A run's number in its row. Decided positions take that of the run to their left,
+    # where they never win.
+    run = (begins.cumsum(dim=1) - 1).clamp(min=0)
+    score = torch.where(masked, view.confidence, -torch.inf)
+    is_best = masked & (score == best_per_run(score, run).gather(1, run))
+    place = torch.arange(masked.shape[1], device=masked.device).float()
+    earliness = torch.where(is_best, -place, -torch.inf)
+    return is_best & (earliness == best_per_run(earliness, run).gather(1, run))
+
+
+def best_per_run(score: torch.Tensor, run: torch.Tensor) -> torch.Tensor:
+    """[R, B]: the highest score of each run, filed under the run's number.
+
+    Args:
+        score: [R, B] float32.
+        run: [R, B] int64: the number of each position's run, from 0.
+    """
+    lowest = torch.full_like(score, -torch.inf)
+    return lowest.scatter_reduce(1, run, score, "amax")
