@@ -68,12 +68,6 @@ class DlmModelConfig(VerifyAndUpdateConfig):
                 "models; use --tensor-parallel-size"
             )
 
-        if parallel.tensor_parallel_size > 1:
-            logger.warning(
-                "Tensor parallelism of diffusion language models is not verified: on a "
-                "CPU, tiny random SDAR and LLaDA2 models wrote other tokens over two "
-                "ranks than over one. Compare with --tensor-parallel-size 1 first."
-            )
         refuse_server_options(vllm_config)
 
         hf_config = model_config.hf_config
