@@ -81,8 +81,7 @@ def draw(
             part_banned = None if banned is None else banned[part]
             scores = forbid(logits[part].float(), part_banned, ban_id)
             top = scores.max(dim=1, keepdim=True).values
-            scores = (scores - top) / temperature[part, None]
-            scores.masked_fill_(scores < min_p[part, None].log(), -torch.inf)
+            scores = _scaled(scores, top, temperature[part], min_p[part])
             ids = all_ids
             if truncate:
                 scores, ids = _truncated(scores, top_k[part], top_p[part])
@@ -107,10 +106,9 @@ def tempered(
     Returns:
         [N, V] float32; -inf where a token cannot be drawn. Temperatures must be > 0.
     """
-    top = logits.float().max(dim=1, keepdim=True).values
-    scores = (logits.float() - top) / temperature[:, None]
-    scores.masked_fill_(scores < min_p[:, None].log(), -torch.inf)
-    kept, ids = _truncated(scores, top_k, top_p)
+    scores = logits.float()
+    top = scores.max(dim=1, keepdim=True).values
+    kept, ids = _truncated(_scaled(scores, top, temperature, min_p), top_k, top_p)
     return torch.empty_like(kept).scatter_(1, ids, kept)
 
 
@@ -127,6 +125,17 @@ def uniform(
     """
     bits = _mix(_row_key(seed, position, step))
     return _shifted(bits, 40).float() * 2.0**-24
+
+
+def _scaled(
+    scores: torch.Tensor,
+    top: torch.Tensor,
+    temperature: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    """Scores over temperature, the best at 0; what min-p drops at -inf."""
+    scores = (scores - top) / temperature[:, None]
+    return scores.masked_fill_(scores < min_p[:, None].log(), -torch.inf)
 
 
 def _truncated(

@@ -169,6 +169,18 @@ def numeric_fields(params: type[Params]) -> list[str]:
     ]
 
 
+def given(view: View, need: str) -> torch.Tensor:
+    """The statistic of a view, [R, B], that a strategy has named in `needs`.
+
+    Raises:
+        ValueError: it is not set.
+    """
+    statistic: torch.Tensor | None = getattr(view, need)
+    if statistic is None:
+        raise ValueError(f"the strategy needs View.{need}, which is not set")
+    return statistic
+
+
 def best_masked(view: View) -> torch.Tensor:
     """[R, B] bool: each row's most confident masked position (lowest on ties)."""
     score = torch.where(view.masked, view.confidence, -torch.inf)

@@ -22,9 +22,9 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
+    given,
     top_masked,
 )
-from vllm_dlm.strategies.entropy import given_entropy
 
 
 class CadParams(Params):
@@ -98,7 +98,7 @@ class Cad(Strategy):
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         if self.params.mode == "entropy":
-            score = -given_entropy(view)
+            score = -given(view, "entropy")
             least = -row_params["entropy_threshold"]
         else:
             score = view.confidence

@@ -25,6 +25,7 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
+    given,
     top_masked,
 )
 
@@ -87,7 +88,7 @@ class Dream(Strategy):
         then = schedule_time(view.step + 1, view.steps, row_params["eps"])
         share = 1 - then / now
         if self.params.alg == "origin":
-            commit = view.masked & (_given(view, "uniform") < share[:, None])
+            commit = view.masked & (given(view, "uniform") < share[:, None])
         else:
             masks = view.masked.sum(dim=1)
             count = (masks.float() * share).long()
@@ -100,13 +101,13 @@ class Dream(Strategy):
     def _score(self, view: View, temperature: torch.Tensor) -> torch.Tensor:
         """[R, B] float64; `temperature` [R, 1] float64."""
         if self.params.alg == "topk_margin":
-            score = _given(view, "margin").double()
+            score = given(view, "margin").double()
         elif self.params.alg == "entropy":
-            score = -_given(view, "entropy").double()
+            score = -given(view, "entropy").double()
         else:
             score = view.confidence.double()
         # The n largest of logits + Gumbel noise are n draws without replacement.
-        uniform = _given(view, "uniform").double().clamp(min=1e-38)
+        uniform = given(view, "uniform").double().clamp(min=1e-38)
         noisy = score / temperature - (-uniform.log()).log()
         return torch.where(temperature > 0, noisy, score)
 
@@ -131,10 +132,3 @@ def schedule_time(
     left = (steps - step).clamp(min=0)
     from_end = eps.double() - slope * left
     return torch.where(step < (steps + 1) // 2, 1 + slope * step, from_end).float()
-
-
-def _given(view: View, need: str) -> torch.Tensor:
-    value: torch.Tensor | None = getattr(view, need)
-    if value is None:
-        raise ValueError(f"dream needs View.{need}, which is not set")
-    return value

@@ -15,8 +15,14 @@ from collections.abc import Mapping
 import torch
 from pydantic import Field
 
-from vllm_dlm.strategies.base import Decision, Params, Strategy, View, top_masked
-from vllm_dlm.strategies.entropy import given_entropy
+from vllm_dlm.strategies.base import (
+    Decision,
+    Params,
+    Strategy,
+    View,
+    given,
+    top_masked,
+)
 
 
 class EntropyBoundedParams(Params):
@@ -44,7 +50,7 @@ class EntropyBounded(Strategy):
     needs = frozenset({"entropy"})
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        entropy = given_entropy(view)
+        entropy = given(view, "entropy")
         ranked = torch.where(view.masked, entropy.double(), torch.inf)
         ranked = ranked.sort(dim=1).values
         # Sorted, the largest of the n least is the nth: what counts is the sum of those

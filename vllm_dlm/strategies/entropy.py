@@ -13,7 +13,14 @@ from collections.abc import Mapping
 import torch
 from pydantic import Field
 
-from vllm_dlm.strategies.base import Decision, Params, Strategy, View, top_masked
+from vllm_dlm.strategies.base import (
+    Decision,
+    Params,
+    Strategy,
+    View,
+    given,
+    top_masked,
+)
 
 
 class EntropyParams(Params):
@@ -41,18 +48,7 @@ class Entropy(Strategy):
     needs = frozenset({"entropy"})
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        entropy = given_entropy(view)
+        entropy = given(view, "entropy")
         sure = entropy <= row_params["threshold"][:, None]
         best = top_masked(view, -entropy, torch.ones_like(view.step))
         return Decision((sure & view.masked) | best)
-
-
-def given_entropy(view: View) -> torch.Tensor:
-    """`View.entropy`, [R, B] float32.
-
-    Raises:
-        ValueError: it is not set.
-    """
-    if view.entropy is None:
-        raise ValueError("the strategy needs View.entropy, which is not set")
-    return view.entropy
