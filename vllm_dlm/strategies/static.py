@@ -20,6 +20,7 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
+    given,
     top_masked,
 )
 
@@ -64,15 +65,10 @@ class Static(Strategy):
 
     def _score(self, view: View) -> torch.Tensor:
         mode = self.params.mode
-        if mode == "random" and view.uniform is not None:
-            return view.uniform
-        if mode == "margin" and view.margin is not None:
-            return view.margin
-        if mode == "entropy" and view.entropy is not None:
-            return -view.entropy
         if mode == "left_to_right":
             places = torch.arange(view.masked.shape[1], device=view.masked.device)
             return -places.expand_as(view.masked)
         if mode == "low_confidence":
             return view.confidence
-        raise ValueError(f"mode {mode!r} needs View.{_NEEDS[mode]}, which is not set")
+        score = given(view, _NEEDS[mode])
+        return -score if mode == "entropy" else score
