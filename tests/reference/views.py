@@ -12,6 +12,7 @@ from reference import procedures
 from vllm_dlm.strategies.base import (
     Context,
     Decision,
+    Probabilities,
     Strategy,
     View,
     numeric_fields,
@@ -52,15 +53,48 @@ def make_view(
         tokens=torch.where(masked, MASK_ID, candidate),
         masked=masked,
         valid=torch.ones_like(masked),
+        decided=~masked,
+        positions=torch.arange(width).repeat(rows, 1),
         candidate=candidate,
         confidence=confidence,
         is_eos=torch.zeros_like(masked),
         step=torch.zeros(rows, dtype=torch.int64),
         scheduled=torch.ones(rows, dtype=torch.int64),
         steps=torch.full((rows,), width),
-        slots=torch.arange(rows),
+        progress=torch.zeros(rows),
+        state={},
     )
     return replace(view, **changes)
+
+
+def with_probabilities(view: View, probabilities: torch.Tensor) -> View:
+    """The view with distributions [R, B, V], and what follows from them.
+
+    Candidate, confidence, entropy and margin become theirs.
+    """
+    rows, width, vocab = probabilities.shape
+    logits = probabilities.reshape(-1, vocab).float().log()
+    best = probabilities.float().topk(2, dim=-1)
+    return replace(
+        view,
+        candidate=best.indices[..., 0],
+        confidence=best.values[..., 0],
+        entropy=torch.special.entr(probabilities.float()).sum(dim=-1),
+        margin=best.values[..., 0] - best.values[..., 1],
+        probabilities=Probabilities(
+            logits,
+            logits.logsumexp(dim=1),
+            torch.arange(rows * width).view(rows, width),
+        ),
+    )
+
+
+def first_state(strategy: Strategy, rows: int) -> dict[str, torch.Tensor]:
+    """What `View.state` holds in a block's first step."""
+    return {
+        name: torch.full((rows, *field.shape), field.fill, dtype=field.dtype)
+        for name, field in strategy.state.items()
+    }
 
 
 def distributions_view() -> View:
@@ -94,13 +128,16 @@ def random_view(seed: int, rows: int = 5, width: int = 8, ties: bool = False) ->
         tokens=torch.where(masked, MASK_ID, candidate),
         masked=masked,
         valid=valid,
+        decided=valid & ~masked,
+        positions=torch.arange(width).repeat(rows, 1),
         candidate=candidate,
         confidence=torch.where(valid, uniform() ** 0.2, 0.0),
         is_eos=(torch.rand(rows, width, generator=generator) < 0.2) & valid,
         step=torch.randint(0, width, (rows,), generator=generator),
         scheduled=torch.randint(1, width + 1, (rows,), generator=generator),
         steps=torch.randint(1, width + 1, (rows,), generator=generator),
-        slots=torch.randperm(rows, generator=generator),
+        progress=torch.rand(rows, generator=generator),
+        state={},
         entropy=uniform() * 3,
         margin=uniform(),
         uniform=uniform() * 0.99,  # less than 1
@@ -109,8 +146,21 @@ def random_view(seed: int, rows: int = 5, width: int = 8, ties: bool = False) ->
 
 def take_rows(view: View, index: torch.Tensor) -> View:
     """The view with rows [n] of `index`, in that order."""
-    values = {field.name: getattr(view, field.name) for field in fields(view)}
-    return View(**{k: v if v is None else v[index] for k, v in values.items()})
+    return view.take(index, view.masked.shape[1])
+
+
+def below(upper: View, lower: View) -> View:
+    """The rows of two views, one below the other; `probabilities` are dropped."""
+
+    def join(name: str) -> Any:
+        one, other = getattr(upper, name), getattr(lower, name)
+        if isinstance(one, dict):
+            return {key: torch.cat([one[key], other[key]]) for key in one}
+        if one is None or isinstance(one, Probabilities):
+            return None
+        return torch.cat([one, other])
+
+    return View(**{field.name: join(field.name) for field in fields(View)})
 
 
 def row_params(strategy: Strategy, rows: int) -> dict[str, torch.Tensor]:
@@ -123,6 +173,8 @@ def row_params(strategy: Strategy, rows: int) -> dict[str, torch.Tensor]:
 
 def select(strategy: Strategy, view: View) -> Decision:
     """One step with the strategy's own parameters in every row."""
+    if strategy.state and not view.state:
+        view = replace(view, state=first_state(strategy, view.masked.shape[0]))
     return strategy.select(view, row_params(strategy, view.masked.shape[0]))
 
 
@@ -164,17 +216,9 @@ def assert_rows_independent(strategy: Strategy, view: View, seed: int = 0) -> No
     shuffled = select(strategy, take_rows(view, order))
     assert torch.equal(shuffled.commit, whole.commit[order])
     stranger = random_view(seed + 1, rows, width)
+    stranger = replace(stranger, state=view.state)
     for row in range(rows):
-        mixed = View(
-            **{
-                f.name: None
-                if getattr(view, f.name) is None
-                else torch.cat(
-                    [getattr(stranger, f.name), getattr(view, f.name)[row : row + 1]]
-                )
-                for f in fields(view)
-            }
-        )
+        mixed = below(stranger, take_rows(view, torch.tensor([row])))
         got = select(strategy, mixed)
         assert torch.equal(got.commit[-1], whole.commit[row])
         if whole.truncate_at is not None and got.truncate_at is not None:

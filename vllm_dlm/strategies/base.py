@@ -4,6 +4,8 @@
 A strategy is a pure function over `[R, B]` tensors: R rows (requests that decode
 with it in this step) by B block positions. It sees statistics, never logits rows of
 other requests, never Python lists; it must not call `.item()` nor loop over rows.
+What it wants to remember it declares (`Strategy.state`), reads from the view and
+returns with the decision; the engine keeps it by slot and forgets it with the block.
 Everything that keeps decoding safe (mask-id ban, progress, step caps, NaN) belongs
 to the wrapper in `model_executor/sampler.py` and is the same for all strategies.
 """
@@ -11,8 +13,8 @@ to the wrapper in `model_executor/sampler.py` and is the same for all strategies
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -34,11 +36,62 @@ AnyParams: TypeAlias = Params
 
 
 @dataclass(frozen=True)
+class StateField:
+    """Something a strategy remembers of each request, for as long as a block lasts.
+
+    No longer: a preempted request replays its block, so that what came from earlier
+    blocks could not be had again.
+    """
+
+    shape: tuple[int, ...] = ()
+    """Of one request's value; () is a single number."""
+    dtype: torch.dtype = torch.float32
+    fill: float = 0.0
+    """The value in a block's first step."""
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """The model's own distribution at the positions of a view, read on demand.
+
+    Untempered and unrestricted, the mask id left out. Positions that this forward did
+    not compute have probability 0 everywhere.
+    """
+
+    logits: torch.Tensor
+    """[N, V]: rows of this step, of all requests."""
+    logsumexp: torch.Tensor
+    """[N] float32."""
+    rows: torch.Tensor
+    """[R, B] int64: each position's row of `logits`; -1 for none."""
+
+    def of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[R, B, K] float32: probabilities of tokens [R, B, K] int64."""
+        rows = self.rows.clamp(min=0)[..., None]
+        logits = self.logits[rows, tokens].float()
+        found = (logits - self.logsumexp[rows]).exp()
+        return torch.where(self.rows[..., None] >= 0, found, 0.0)
+
+    def top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most probable tokens: probabilities float32 and ids, [R, B, K].
+
+        K is `count`, or the vocabulary's size if that is smaller. Only the view's own
+        rows are sorted.
+        """
+        count = min(count, self.logits.shape[1])
+        rows = self.rows.flatten()
+        ids = self.logits[rows.clamp(min=0)].topk(count, dim=1).indices
+        ids = ids.view(*self.rows.shape, count)
+        return self.of(ids), ids
+
+
+@dataclass(frozen=True)
 class View:
     """What a strategy sees in one step; every tensor is on the engine's device.
 
     Shapes: R rows, B block length. Only statistics named in `Strategy.needs` are set,
-    except `confidence`, which always is.
+    except `confidence`, which always is. Where a position is decided already,
+    candidate and statistics are the model's present opinion of it, nothing drawn.
     """
 
     tokens: torch.Tensor
@@ -47,6 +100,10 @@ class View:
     """[R, B] bool: positions still to be decided."""
     valid: torch.Tensor
     """[R, B] bool: False beyond the canvas end (short last block)."""
+    decided: torch.Tensor
+    """[R, B] bool: positions of the output that hold a token, not the prompt's."""
+    positions: torch.Tensor
+    """[R, B] int64: index in the output; negative in the prompt."""
     candidate: torch.Tensor
     """[R, B] int64: token that would be written (drawn, or the argmax)."""
     confidence: torch.Tensor
@@ -59,14 +116,33 @@ class View:
     """[R] int64: tokens the integer step schedule writes in this step (at least 1)."""
     steps: torch.Tensor
     """[R] int64: denoise steps of this block by the step schedule (at least 1)."""
-    slots: torch.Tensor
-    """[R] int64: the rows' slots, to address state (never index state by row)."""
+    progress: torch.Tensor
+    """[R] float32: share of the longest output that holds tokens, 0 to 1."""
+    state: Mapping[str, torch.Tensor]
+    """name of `Strategy.state` -> [R, ...]: as the last step of the block left it."""
     entropy: torch.Tensor | None = None
     """[R, B] float32, nats, of the untempered distribution (need "entropy")."""
     margin: torch.Tensor | None = None
     """[R, B] float32: best minus second-best probability (need "margin")."""
     uniform: torch.Tensor | None = None
     """[R, B] float32 in [0, 1): seeded per request, position, step (need "uniform")."""
+    probabilities: Probabilities | None = None
+    """Of any token (need "probabilities")."""
+
+    def take(self, index: slice | torch.Tensor, width: int) -> View:
+        """The view of the rows `index` (slice or [n] int64), cut to `width` columns."""
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: tensor[index] for name, tensor in value.items()}
+            if isinstance(value, Probabilities):
+                return replace(value, rows=value.rows[index][:, :width])
+            if value is None:
+                return None
+            rows = value[index]
+            return rows[:, :width] if rows.dim() == 2 else rows
+
+        return View(**{name: pick(value) for name, value in vars(self).items()})
 
 
 @dataclass
@@ -87,6 +163,8 @@ class Decision:
     """[R] int64: cut the canvas right after this block position; -1 cuts nothing."""
     idle: torch.Tensor | None = None
     """[R] bool: a step that writes nothing is meant; no token is forced into it."""
+    state: Mapping[str, torch.Tensor] | None = None
+    """name of `Strategy.state` -> [R, ...]: to remember; what is missing stays."""
 
 
 class Strategy:
@@ -100,14 +178,25 @@ class Strategy:
     """One line for `vllm-dlm strategies`."""
     Params: ClassVar[type[Params]] = Params
     needs: frozenset[str] = frozenset()
-    """Extra statistics, of: "entropy", "margin", "uniform". The class names all that
-    it may ever read; `__init__` may narrow it to what its parameters call for."""
+    """Extra statistics, of: "entropy", "margin", "uniform", "probabilities". The class
+    names all that it may ever read; `__init__` may narrow it to what its parameters
+    call for."""
+    state: Mapping[str, StateField] = {}
+    """What is remembered from step to step; `__init__` may set it by parameters."""
     logit_rows: ClassVar[str] = "masked"
     """"masked": only masked positions' statistics are read; "block": all of them.
 
     A declaration; the engine computes all rows of the block so far."""
     may_rewrite: ClassVar[bool] = False
     """Whether decisions may edit or remask decided positions."""
+    scope: ClassVar[Literal["block", "canvas"]] = "block"
+    """"canvas": made for the whole output as one block, which is then the default
+    block length. Models that decode block after block cannot serve it."""
+    measures: ClassVar[Literal["model", "drawn"]] = "model"
+    """Of which distribution the statistics are: the model's own, or the one that is
+    drawn from, after temperature and top-k/p."""
+    eotp: ClassVar[Literal["off", "block", "token"]] = "off"
+    """Default of the option `eotp`."""
 
     def __init__(self, params: AnyParams, block_length: int, context: Context) -> None:
         """Build the strategy of one group of requests.
@@ -126,6 +215,14 @@ class Strategy:
         self.params = params
         self.block_length = block_length
         self.context = context
+
+    @property
+    def step_limit(self) -> int:
+        """Steps after which the engine ends a block, writing all masks left.
+
+        With B steps every position has had its turn; what rewrites gets as many again.
+        """
+        return self.block_length * (2 if self.may_rewrite else 1)
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         """Decide one step for R rows.
@@ -154,6 +251,8 @@ class Context:
     """Folder or hub id the engine was started with."""
     model_key: str = ""
     """Stable key of the model's weights and shape, to file learned filters under."""
+    model_class: str = "A"
+    """"A" sees the whole canvas; "B" and "C" decode block after block."""
     cache: str = "none"
     """KV policy that is served: "none", "prefix" or "dual"."""
     options: Mapping[str, Any] | None = None
