@@ -39,11 +39,10 @@ SERVER_ONLY = ("max_canvas", "online_learning", "filter_dir", "record_traces")
 SERVER_PARAMETER = {"server_only": True}
 """`json_schema_extra` of a strategy parameter that no request may set (paths, say)."""
 
-LONGEST_REQUEST_BLOCK = 64
+LONGEST_REQUEST_BLOCK = 256
 """Positions; a request may not ask for longer blocks, unless the server's are longer.
 
-Every request of a batch gets logits for as many rows as the longest block has, so one
-client's long block would be paid for by all.
+Each takes a row of logits per position, memory that vLLM did not set aside at start.
 """
 
 LARGEST_NUMBER = 1e18

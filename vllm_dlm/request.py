@@ -173,11 +173,13 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
     if config.block_length > limit:
         raise ValueError(
             f"block_length {config.block_length} is more than this server takes in a "
-            f"request: {limit}"
+            f"request: {limit}; ask for less (for the whole canvas, lower max_tokens), "
+            "or start the server with --dlm-block-length canvas"
         )
     context = Context(
         device=torch.device("cpu"),
         model=model_config.model,
+        model_class=defaults.model_class,
         cache=config.cache,
         options=server.strategy_options(),
     )

@@ -114,7 +114,7 @@ def resolve(
                 "(--dlm-strategy-config); a request cannot change it"
             )
     is_set = request.model_fields_set
-    block_length = request.block_length or server.block_length or defaults.block_length
+    block_length = request.block_length or _own_block_length(strategy, server, defaults)
     counts_steps = request if request.steps or request.steps_per_block else server
     config = RequestConfig(
         strategy=strategy,
@@ -138,12 +138,30 @@ def resolve(
     return config
 
 
+def _own_block_length(
+    strategy: str, server: DlmConfig, defaults: ModelDefaults
+) -> int | str:
+    """The block length of a request that does not say one."""
+    if STRATEGIES[strategy].scope == "canvas" and not defaults.reuses_blocks:
+        # A length that the server was given for another strategy says nothing here.
+        own = server.block_length if server.strategy == strategy else None
+        return own or WHOLE_CANVAS
+    return server.block_length or defaults.block_length
+
+
 def _check_block_causal(config: RequestConfig, trained: int | str) -> None:
     """What models that keep finished blocks' KV cannot do.
 
     Raises:
         ValueError: `config` asks for it.
     """
+    if STRATEGIES[config.strategy].scope == "canvas":
+        served = [name for name in STRATEGIES if STRATEGIES[name].scope == "block"]
+        raise ValueError(
+            f"the strategy {config.strategy!r} decides over the whole output at once, "
+            "which needs full attention; this model is block-causal. It serves: "
+            f"{', '.join(served)}"
+        )
     if trained == WHOLE_CANVAS:
         raise ValueError(
             "block_length 'canvas' is for models with full attention; this one is "

@@ -68,6 +68,6 @@ def vetoed(
                 # A single write that completes a word was banned beforehand.
                 if inside:
                     position = max(inside)
-                    after[position] = None
+                    after[position] = tokens[position]
                     withdrawn.append(position)
     return withdrawn

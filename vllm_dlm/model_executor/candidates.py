@@ -6,8 +6,9 @@ the confidence a strategy sees is the candidate's probability under the model's 
 untempered distribution. (Measuring it after temperature makes threshold decoding
 collapse: Gen-Verse/dLLM-RL issue 5.)
 
-Several references measure it after temperature and top-k/p; with `reference_exact` so
-do we, for families that say so (`ModelDefaults.reference_confidence`).
+Several references measure it after temperature and top-k/p; so do we for strategies
+that say so (`Strategy.measures`), and with `reference_exact` for families that do
+(`ModelDefaults.reference_confidence`).
 
 Rows of plain greedy requests cost nothing here: their candidate is the argmax.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from vllm_dlm.kernels.draw import draw, tempered
@@ -88,102 +90,98 @@ class Candidates:
         """Candidates, and how sure the model is of them.
 
         Args:
-            logits: [R * B, V], mask id banned.
+            logits: [N, V], the rows of `plan`, mask id banned.
             stats: of the same rows, with the statistics that strategies need.
-            masked: [R, B] bool; decided positions keep the argmax as candidate.
+            masked: [R, B] bool; decided positions have the argmax as candidate.
         """
-        shape = masked.shape
         choice = Choice(
-            stats.argmax.view(shape),
-            stats.confidence.view(shape),
-            None if stats.entropy is None else stats.entropy.view(shape),
-            None if stats.margin is None else stats.margin.view(shape),
+            plan.spread(stats.argmax),
+            plan.spread(stats.confidence),
+            None if stats.entropy is None else plan.spread(stats.entropy),
+            None if stats.margin is None else plan.spread(stats.margin),
         )
-        rows = [
-            row
-            for row, slot in enumerate(plan.slots_cpu)
+        requests = [
+            request
+            for request, slot in enumerate(plan.slots_cpu)
             if _is_special(self.state.requests[slot].params)
         ]
-        if not rows:
+        if not requests:
             return choice
-        width = shape[1]
-        index = torch.tensor(rows, device=logits.device)
-        flat = _block_rows(index, width)
-        raw = logits[flat]
+        rows = plan.rows_of(requests)
+        raw = logits[rows]
         # A copy, also of float32: what is restricted must not move the confidence.
         processed = raw.to(torch.float32, copy=True)
-        for block, row in zip(processed.view(len(rows), width, -1), rows, strict=True):
-            self._restrict(block, row, plan)
-        slots = plan.slots[index].repeat_interleave(width)
-        tempered, truncated = self._rows_to_draw(rows, plan)
+        begin = 0
+        for request in requests:
+            end = begin + plan.row_bounds[request + 1] - plan.row_bounds[request]
+            self._restrict(processed[begin:end], request, plan)
+            begin = end
+        slots = plan.slots[plan.row_requests[rows]]
+        places = plan.row_places[rows]
+        argmax = token_stats(processed).argmax
+        tempered, truncated = self._rows_to_draw(requests, plan)
         drawn = draw(
             processed,
-            argmax=token_stats(processed).argmax,
+            argmax=argmax,
             temperature=self._temperature[slots],
             top_k=self._top_k[slots],
             top_p=self._top_p[slots],
             min_p=self._min_p[slots],
             seed=self._seed[slots],
-            position=plan.positions[index].flatten(),
+            position=plan.positions.flatten()[places],
             step=self.state.step[slots],
-            rows=_block_rows(tempered, width),
-            truncated_rows=_block_rows(truncated, width),
+            rows=tempered,
+            truncated_rows=truncated,
         )
-        seeded = self._seeded_greedily(rows, plan)
-        drawn = torch.where(seeded, stats.argmax[flat], drawn)
-        sure = prob_of(raw, drawn, stats.logsumexp[flat])
-        part = (len(rows), width)
-        here = masked[index]
+        drawn = torch.where(masked.flatten()[places], drawn, argmax)
+        seeded = self._seeded_greedily(requests, plan)
+        drawn = torch.where(seeded, stats.argmax[rows], drawn)
+        sure = prob_of(raw, drawn, stats.logsumexp[rows])
         choice = choice._replace(
             candidate=choice.candidate.clone(), confidence=choice.confidence.clone()
         )
-        choice.candidate[index] = torch.where(
-            here, drawn.view(part), choice.candidate[index]
-        )
-        choice.confidence[index] = torch.where(
-            here, sure.view(part), choice.confidence[index]
-        )
-        self._measure_drawn(choice, processed, index, rows, plan)
+        choice.candidate.view(-1)[places] = drawn
+        choice.confidence.view(-1)[places] = sure
+        self._measure_drawn(choice, processed, requests, plan)
         return choice
 
-    def _seeded_greedily(self, rows: list[int], plan: SegmentPlan) -> torch.Tensor:
-        """[rows * B] bool: a block's first token, which Fast-dLLM v2 never draws."""
-        width = plan.positions.shape[1]
-        exact = torch.tensor([self._is_exact(row, plan) for row in rows])
-        first = torch.arange(width) == 0
+    def _seeded_greedily(self, requests: list[int], plan: SegmentPlan) -> torch.Tensor:
+        """[n] bool: rows of a block's first token, which Fast-dLLM v2 never draws."""
         defaults = self.state.defaults
         is_family = defaults.seeds_blocks and defaults.shift == 1
-        seeded = exact[:, None] & first & is_family
-        return seeded.flatten().to(plan.positions.device)
-
-    def _is_exact(self, row: int, plan: SegmentPlan) -> bool:
-        return self.state.requests[plan.slots_cpu[row]].config.reference_exact
+        seeded = np.zeros(_num_rows(requests, plan), dtype=bool)
+        begin = 0
+        for request in requests:
+            config = self.state.requests[plan.slots_cpu[request]].config
+            seeded[begin] = is_family and config.reference_exact
+            begin += _num_rows([request], plan)
+        return torch.from_numpy(seeded).to(plan.positions.device)
 
     def _measure_drawn(
         self,
         choice: Choice,
         processed: torch.Tensor,
-        index: torch.Tensor,
-        rows: list[int],
+        requests: list[int],
         plan: SegmentPlan,
     ) -> None:
-        """`reference_exact`: overwrite statistics by those of what is drawn from."""
-        if self.state.defaults.reference_confidence != "drawn":
-            return
-        exact = [
-            i
-            for i, row in enumerate(rows)
-            if self._is_exact(row, plan)
-            and self.state.requests[plan.slots_cpu[row]].params.temperature > 0
+        """Overwrite statistics by those of what is drawn from, where asked for.
+
+        Args:
+            processed: [n, V], the restricted logits of the rows of `requests`.
+        """
+        state = self.state
+        measured = [
+            request
+            for request in requests
+            if state.requests[plan.slots_cpu[request]].measures_drawn
+            and state.requests[plan.slots_cpu[request]].params.temperature > 0
         ]
-        if not exact:
+        if not measured:
             return
-        width = plan.positions.shape[1]
-        local = torch.tensor(exact, device=index.device)
-        chosen = index[local]
-        slots = plan.slots[chosen].repeat_interleave(width)
+        rows = plan.rows_of(measured)
+        slots = plan.slots[plan.row_requests[rows]]
         shaped = tempered(
-            processed[_block_rows(local, width)],
+            processed[self._local_rows(measured, requests, plan)],
             self._temperature[slots],
             self._top_k[slots],
             self._top_p[slots],
@@ -192,28 +190,38 @@ class Candidates:
         stats = token_stats(
             shaped, choice.entropy is not None, choice.margin is not None
         )
-        part = (len(exact), width)
-        tokens = choice.candidate[chosen].flatten()
+        places = plan.row_places[rows]
+        tokens = choice.candidate.view(-1)[places]
         sure = prob_of(shaped, tokens, stats.logsumexp)
-        choice.confidence[chosen] = sure.view(part)
+        choice.confidence.view(-1)[places] = sure
         if choice.entropy is not None and stats.entropy is not None:
-            choice.entropy[chosen] = stats.entropy.view(part)
+            choice.entropy.view(-1)[places] = stats.entropy
         if choice.margin is not None and stats.margin is not None:
-            choice.margin[chosen] = stats.margin.view(part)
+            choice.margin.view(-1)[places] = stats.margin
 
     def _rows_to_draw(
-        self, rows: list[int], plan: SegmentPlan
+        self, requests: list[int], plan: SegmentPlan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of `rows`, by index: those with a temperature, without and with top-k/p."""
-        params = [self.state.requests[plan.slots_cpu[row]].params for row in rows]
-        warm = [i for i, p in enumerate(params) if p.temperature > 0]
-        truncated = [i for i in warm if params[i].top_k > 0 or params[i].top_p < 1]
-        tempered = [i for i in warm if i not in truncated]
-        device = plan.slots.device
+        """Rows of `requests` with a temperature, without and with top-k/p."""
+        plain: list[int] = []
+        truncated: list[int] = []
+        for request in requests:
+            params = self.state.requests[plan.slots_cpu[request]].params
+            if params.temperature > 0:
+                cut = params.top_k > 0 or params.top_p < 1
+                (truncated if cut else plain).append(request)
         return (
-            torch.tensor(tempered, dtype=torch.int64, device=device),
-            torch.tensor(truncated, dtype=torch.int64, device=device),
+            self._local_rows(plain, requests, plan),
+            self._local_rows(truncated, requests, plan),
         )
+
+    def _local_rows(
+        self, some: list[int], requests: list[int], plan: SegmentPlan
+    ) -> torch.Tensor:
+        """[n] int64: rows of `some` of the `requests`, counted among all of theirs."""
+        sizes = [_num_rows([request], plan) for request in requests]
+        chosen = np.repeat(np.isin(requests, some), sizes).nonzero()[0]
+        return torch.from_numpy(chosen).to(plan.positions.device)
 
     def noise_keys(
         self, plan: SegmentPlan
@@ -240,7 +248,7 @@ class Candidates:
             block.fill_(-torch.inf)
             block[:, allowed] = kept
         if params.min_tokens:
-            early = self._early(plan)[row]
+            early = self._early(plan)[row, : len(block)]
             stop_ids = {*params.all_stop_token_ids, *request.stop_ids}
             stop = torch.tensor(sorted(stop_ids), device=block.device)
             block[early.nonzero()[:, 0, None], stop] = -torch.inf
@@ -270,21 +278,26 @@ class Candidates:
         return [(i - first, token) for i, token in banned_tokens(tokens, words, first)]
 
     def veto_bad_words(
-        self, commit: torch.Tensor, new_tokens: torch.Tensor, plan: SegmentPlan
-    ) -> torch.Tensor:
-        """Withdraw commits that together would write a bad word."""
+        self,
+        commit: torch.Tensor,
+        edit: torch.Tensor,
+        new_tokens: torch.Tensor,
+        plan: SegmentPlan,
+    ) -> None:
+        """Withdraw, in place, commits and edits that would write a bad word."""
         for row, slot in enumerate(plan.slots_cpu):
             words = self.state.requests[slot].params.bad_words_token_ids
-            if not words or all(len(word) == 1 for word in words):
+            if not words:
                 continue
             tokens, first = self._output(slot, row, plan)
+            write = commit[row] | edit[row]
             writes = {
                 first + offset: int(new_tokens[row, offset])
-                for offset in commit[row].nonzero()[:, 0].tolist()
+                for offset in write.nonzero()[:, 0].tolist()
             }
             for index in vetoed(tokens, writes, words):
                 commit[row, index - first] = False
-        return commit
+                edit[row, index - first] = False
 
     def _output(
         self, slot: int, row: int, plan: SegmentPlan
@@ -302,10 +315,9 @@ class Candidates:
         return known, block_start - begin
 
 
-def _block_rows(index: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows of a flattened [R, B] tensor that belong to the requests of `index`."""
-    offsets = torch.arange(width, device=index.device)
-    return (index[:, None] * width + offsets).flatten()
+def _num_rows(requests: list[int], plan: SegmentPlan) -> int:
+    bounds = plan.row_bounds
+    return sum(bounds[request + 1] - bounds[request] for request in requests)
 
 
 def _is_special(params: SamplingParams) -> bool:

@@ -7,6 +7,7 @@ may differ from row to row and live in one tensor per parameter, addressed by sl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,17 +28,73 @@ if TYPE_CHECKING:
 GroupKey = tuple[object, ...]
 
 
+MOST_IDLE_GROUPS = 64
+"""Groups without a request that are kept for the next one like them."""
+
+
+class Group:
+    """A strategy, and what it remembers of the requests that it decides."""
+
+    def __init__(self, strategy: Strategy, num_slots: int) -> None:
+        self.strategy = strategy
+        self._memory = {
+            name: torch.full(
+                (num_slots, *field.shape),
+                field.fill,
+                dtype=field.dtype,
+                device=strategy.context.device,
+            )
+            for name, field in strategy.state.items()
+        }
+        """By slot, never by row of a batch: rows change from step to step."""
+
+    def forget(self, slot: int) -> None:
+        """Make room for a new request."""
+        for name, field in self.strategy.state.items():
+            self._memory[name][slot] = field.fill
+
+    def recall(self, slots: torch.Tensor, step: torch.Tensor) -> dict[str, Any]:
+        """name -> [R, ...]: what is remembered of each request's block.
+
+        Args:
+            slots, step: [R] int64; nothing is remembered in step 0.
+        """
+        return {
+            name: _where(step == 0, field.fill, self._memory[name][slots])
+            for name, field in self.strategy.state.items()
+        }
+
+    def remember(
+        self, slots: torch.Tensor, state: dict[str, Any], seeds: torch.Tensor
+    ) -> None:
+        """Keep a step's state.
+
+        Args:
+            slots: [R] int64.
+            state: name -> [R, ...].
+            seeds: [R] bool: the step wrote a block's seed, which a replay of the block
+                does not repeat: it leaves no memory.
+        """
+        for name, field in self.strategy.state.items():
+            memory = self._memory[name]
+            memory[slots] = _where(seeds, field.fill, state[name]).to(memory.dtype)
+
+
 class StrategyGroups:
     """Maps slots to strategies and runs each strategy on its rows."""
 
     def __init__(self, state: DlmModelState) -> None:
         self.state = state
-        self.may_rewrite = torch.zeros(
-            state.max_num_reqs, dtype=torch.bool, device=state.device
-        )
+
+        def per_slot(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(state.max_num_reqs, dtype=dtype, device=state.device)
+
+        self.may_rewrite = per_slot(torch.bool)
         """[slots] bool: the slot's strategy may change decided positions."""
-        self._strategies: dict[GroupKey, Strategy] = {}
-        self._strategy_of: dict[int, Strategy] = {}
+        self.step_limit = per_slot(torch.int64)
+        """[slots] int64: steps after which a block ends in any case."""
+        self._groups: dict[GroupKey, Group] = {}
+        self._group_of: dict[int, Group] = {}
         self._numbers: dict[tuple[str, str], torch.Tensor] = {}
 
     def add(self, slot: int) -> None:
@@ -46,30 +103,38 @@ class StrategyGroups:
         strategy_class = STRATEGIES[config.strategy]
         numeric = numeric_fields(strategy_class.Params)
         key = group_key(config, numeric)
-        if key not in self._strategies:
-            self._strategies[key] = strategy_class(
+        if key not in self._groups:
+            strategy = strategy_class(
                 config.params, config.block_length, self.state.context(config.cache)
             )
-        self._strategy_of[slot] = self._strategies[key]
-        self.may_rewrite[slot] = strategy_class.may_rewrite
+            self._groups[key] = Group(strategy, self.state.max_num_reqs)
+        group = self._group_of[slot] = self._groups[key]
+        group.forget(slot)
+        self.may_rewrite[slot] = group.strategy.may_rewrite
+        self.step_limit[slot] = group.strategy.step_limit(config.params)
         for name in numeric:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
 
     def remove(self, slot: int) -> None:
         """A request has left."""
-        self._strategy_of.pop(slot, None)
+        self._group_of.pop(slot, None)
+        # Clients may send ever new parameters: what nobody uses is not kept for ever.
+        busy = {id(group) for group in self._group_of.values()}
+        idle = [key for key, group in self._groups.items() if id(group) not in busy]
+        for key in idle[: max(len(idle) - MOST_IDLE_GROUPS, 0)]:
+            del self._groups[key]
 
     def strategy_of(self, slot: int) -> Strategy:
         """The strategy that decides a slot."""
-        return self._strategy_of[slot]
+        return self._group_of[slot].strategy
 
     def renew(self, strategy: str) -> None:
         """Build a strategy anew for requests to come, as when it has learned.
 
         Requests that are running keep the object they began with.
         """
-        self._strategies = {
-            key: value for key, value in self._strategies.items() if key[0] != strategy
+        self._groups = {
+            key: group for key, group in self._groups.items() if key[0] != strategy
         }
 
     def _tensor(self, strategy: type[Strategy], name: str) -> torch.Tensor:
@@ -85,27 +150,40 @@ class StrategyGroups:
 
     def needs(self, slots: list[int]) -> set[str]:
         """Statistics that any of these slots' strategies reads."""
-        return {need for slot in slots for need in self._strategy_of[slot].needs}
+        return {need for slot in slots for need in self.strategy_of(slot).needs}
 
     def select(self, view: View, plan: SegmentPlan) -> Decision:
         """Let every group decide its rows; one `Decision` for the whole batch."""
         members: dict[int, list[int]] = {}
         for row, slot in enumerate(plan.slots_cpu):
-            members.setdefault(id(self._strategy_of[slot]), []).append(row)
+            members.setdefault(id(self._group_of[slot]), []).append(row)
         whole = Decision(commit=torch.zeros_like(view.masked))
+        seeds = plan.ends <= plan.positions[:, 0]
         for rows in members.values():
-            strategy = self._strategy_of[plan.slots_cpu[rows[0]]]
+            group = self._group_of[plan.slots_cpu[rows[0]]]
+            strategy = group.strategy
             if len(rows) == len(plan.slots_cpu):
                 index: slice | torch.Tensor = slice(None)
             else:
-                index = torch.tensor(rows, device=view.slots.device)
-            part = _rows(view, index, strategy.block_length)
+                index = torch.tensor(rows, device=self.state.device)
+            slots = plan.slots[index]
+            part = view.take(index, strategy.block_length)
+            part = replace(part, state=group.recall(slots, part.step))
             numbers = {
-                name: self._tensor(type(strategy), name)[part.slots]
+                name: self._tensor(type(strategy), name)[slots]
                 for name in numeric_fields(strategy.Params)
             }
-            _merge(whole, strategy.select(part, numbers), index, strategy, view)
+            decision = strategy.select(part, numbers)
+            state = {**part.state, **(decision.state or {})}
+            group.remember(slots, state, seeds[index])
+            _merge(whole, decision, index, strategy, view)
         return whole
+
+
+def _where(flags: torch.Tensor, fill: float, values: torch.Tensor) -> torch.Tensor:
+    """`fill` in the rows [R] of `flags`, `values` [R, ...] elsewhere."""
+    flags = flags.view(-1, *[1] * (values.dim() - 1))
+    return torch.where(flags, torch.full_like(values, fill), values)
 
 
 def group_key(config: RequestConfig, numeric: list[str]) -> GroupKey:
@@ -117,19 +195,6 @@ def group_key(config: RequestConfig, numeric: list[str]) -> GroupKey:
         config.cache,
         *sorted((name, repr(value)) for name, value in fixed.items()),
     )
-
-
-def _rows(view: View, index: slice | torch.Tensor, width: int) -> View:
-    """The view of some rows, cut to their own block length."""
-
-    def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        rows = tensor[index]
-        return rows[:, :width] if rows.dim() == 2 else rows
-
-    parts: dict[str, Any] = {name: pick(part) for name, part in vars(view).items()}
-    return View(**parts)
 
 
 def _merge(

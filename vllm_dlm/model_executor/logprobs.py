@@ -50,7 +50,6 @@ class RevealedLogprobs:
         self, logits: torch.Tensor, view: View, decision: Decision, plan: SegmentPlan
     ) -> None:
         """Keep the log-probabilities of the tokens written in this step."""
-        width = plan.positions.shape[1]
         for row, slot in enumerate(plan.slots_cpu):
             if slot not in self._ids:
                 continue
@@ -61,7 +60,8 @@ class RevealedLogprobs:
             tokens = (
                 view.candidate if decision.new_tokens is None else decision.new_tokens
             )[row, offsets]
-            scores = logits[row * width + offsets].float().log_softmax(dim=1)
+            rows = plan.row_bounds[row] + offsets
+            scores = logits[rows].float().log_softmax(dim=1)
             chosen = scores.gather(1, tokens[:, None])
             top = self._ids[slot].shape[1] - 1
             best = scores.topk(top, dim=1)

@@ -40,8 +40,7 @@ def plan_forward(state: DlmModelState, input_batch: Any) -> SegmentPlan:
         first_blocks,
     )
     rows = decides.nonzero()[0]
-    width = int(lengths[rows].max(initial=1))
-    return _plan_blocks(state, input_batch, segments, rows, starts, ends, width)
+    return _plan_blocks(state, input_batch, segments, rows, starts, ends, lengths[rows])
 
 
 def _plan_blocks(
@@ -51,9 +50,17 @@ def _plan_blocks(
     rows: np.ndarray,
     starts: np.ndarray,
     ends: np.ndarray,
-    width: int,
+    lengths: np.ndarray,
 ) -> SegmentPlan:
-    """The active blocks of the batch's `rows`, and where their logits come from."""
+    """The active blocks of the batch's `rows`, and where their logits come from.
+
+    Args:
+        lengths: [R] B of each of them; the batch's is the largest.
+    """
+    width = int(lengths.max(initial=1))
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    places = owner * width + np.arange(len(owner)) - bounds[owner]
 
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(state.device, non_blocking=True)
@@ -93,6 +100,8 @@ def _plan_blocks(
     # Rows that are not there are never read; keep their index inside the request.
     source = source.clamp(start[:, None], end[:, None] - 1)
     first_rows = on_device(input_batch.query_start_loc_np[rows].astype(np.int64))
+    row_places = on_device(places)
+    logits_rows = ((first_rows - start)[:, None] + source).flatten()[row_places]
     return SegmentPlan(
         segments=segments,
         kv_lens=kv_lens,
@@ -104,5 +113,7 @@ def _plan_blocks(
         positions=positions,
         valid=valid,
         readable=readable,
-        logits_rows=((first_rows - start)[:, None] + source).flatten(),
+        logits_rows=logits_rows,
+        row_places=row_places,
+        row_bounds=bounds.tolist(),
     )

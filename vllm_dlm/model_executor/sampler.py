@@ -25,7 +25,7 @@ from vllm_dlm.model_executor.candidates import Candidates
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
 from vllm_dlm.model_executor.logprobs import RevealedLogprobs, spread_logprobs
-from vllm_dlm.strategies.base import Decision, View, best_masked
+from vllm_dlm.strategies.base import Decision, Probabilities, View, best_masked
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.segments import SegmentPlan
@@ -70,7 +70,7 @@ class DenoisingSampler:
         """Decide one denoise step.
 
         Args:
-            logits: [R * B, V], rows as `SegmentPlan.logits_rows` names them.
+            logits: [N, V], rows as `SegmentPlan.logits_rows` names them.
             input_batch: vLLM's batch, for the query lengths.
         """
         plan = self.state.take_plan()
@@ -86,11 +86,9 @@ class DenoisingSampler:
     def _view(self, logits: torch.Tensor, plan: SegmentPlan) -> View:
         """Statistics of the active blocks, [R, B]; bans the mask id in `logits`."""
         state, slots = self.state, plan.slots
-        shape = plan.positions.shape
-        exact = state.exact[slots]
         column = logits[:, state.mask_id]
-        banned = ~exact.repeat_interleave(shape[1])
-        logits[:, state.mask_id] = torch.where(banned, -torch.inf, column)
+        exact = state.exact[slots][plan.row_requests]
+        logits[:, state.mask_id] = torch.where(exact, column, -torch.inf)
 
         needs = self.groups.needs(plan.slots_cpu)
         stats = token_stats(
@@ -102,22 +100,36 @@ class DenoisingSampler:
         choice = self.candidates.choose(logits, stats, masked, plan)
         noise = None
         if "uniform" in needs:
-            noise = uniform(*self.candidates.noise_keys(plan)).view(shape)
+            noise = uniform(*self.candidates.noise_keys(plan)).view(masked.shape)
+        probabilities = None
+        if "probabilities" in needs:
+            rows = torch.arange(len(logits), device=logits.device)
+            rows = torch.where(plan.readable, plan.spread(rows), -1)
+            probabilities = Probabilities(logits, stats.logsumexp, rows)
+        output_positions = plan.positions - state.prompt_len[slots][:, None]
+        # The prompt's last tokens may share the block: they stay.
+        decided = plan.valid & ~self._masked(plan) & (output_positions >= 0)
+        written = output_positions[:, 0].clamp(min=0) + decided.sum(dim=1)
+        longest = state.text_end[slots] - state.prompt_len[slots]
 
         return View(
             tokens=state.tokens[slots[:, None], positions].long(),
             masked=masked,
             valid=plan.valid,
+            decided=decided,
+            positions=output_positions,
             candidate=choice.candidate,
             confidence=choice.confidence,
             is_eos=self.candidates.is_stop(choice.candidate, plan),
             step=step,
             scheduled=self._scheduled(masked, step, slots),
             steps=state.steps_per_block[slots],
-            slots=slots,
+            progress=written / longest,
+            state={},
             entropy=choice.entropy,
             margin=choice.margin,
             uniform=noise,
+            probabilities=probabilities,
         )
 
     def _masked(self, plan: SegmentPlan) -> torch.Tensor:
@@ -161,25 +173,22 @@ class DenoisingSampler:
         """Hold any strategy to the rules of decoding."""
         state, slots = self.state, plan.slots
         rewrites = self.groups.may_rewrite[slots][:, None]
-        # The prompt's last tokens may share the block: they stay.
-        in_text = plan.positions >= state.prompt_len[slots][:, None]
-        decided = view.valid & ~self._masked(plan) & in_text
         commit = decision.commit & view.masked
-        edit = decided & rewrites & _or_false(decision.edit, commit)
-        remask = decided & rewrites & ~edit & _or_false(decision.remask, commit)
+        may_change = view.decided & rewrites
+        edit = may_change & _or_false(decision.edit, commit)
+        remask = may_change & ~edit & _or_false(decision.remask, commit)
         new_tokens = (
             view.candidate if decision.new_tokens is None else decision.new_tokens
         )
-        commit = self.candidates.veto_bad_words(commit, new_tokens, plan)
+        self.candidates.veto_bad_words(commit, edit, new_tokens, plan)
 
         # Progress: a step that writes nothing would be repeated for ever.
         stalled = commit.sum(dim=1) <= remask.sum(dim=1)
         if decision.idle is not None:
             stalled = stalled & ~decision.idle
         commit = commit | (best_masked(view) & stalled[:, None])
-        # A block ends: with B steps every position has had its turn; strategies that
-        # rewrite get as many again.
-        limit = state.block_length[slots] * (1 + rewrites[:, 0].long())
+        # A block ends.
+        limit = self.groups.step_limit[slots]
         exact_limit = torch.minimum(limit, state.steps_per_block[slots])
         limit = torch.where(state.exact[slots], exact_limit, limit)
         last = (view.step + 1 >= limit)[:, None]

@@ -118,4 +118,29 @@ class SegmentPlan:
     readable: torch.Tensor
     """[R, B] bool: valid, and this forward computes the row that predicts it."""
     logits_rows: torch.Tensor
-    """[R * B] int64: rows of the forward that go through lm_head."""
+    """[N] int64: rows of the forward that go through lm_head; of each request as many
+    as its own block is long, one request after the other."""
+    row_places: torch.Tensor
+    """[N] int64: where each of these rows belongs in a flattened [R, B] tensor."""
+    row_bounds: list[int]
+    """[R + 1]: request r has the rows from `row_bounds[r]` to `row_bounds[r + 1]`."""
+
+    @property
+    def row_requests(self) -> torch.Tensor:
+        """[N] int64: the request that each row belongs to, counted from 0 to R - 1."""
+        return self.row_places // self.positions.shape[1]
+
+    def spread(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """[R, B]: values [N] of the rows, each at its place, `fill` elsewhere."""
+        shape = self.positions.shape
+        if len(values) == shape.numel():
+            return values.view(shape)
+        whole = values.new_full((shape.numel(),), fill)
+        whole[self.row_places] = values
+        return whole.view(shape)
+
+    def rows_of(self, requests: list[int]) -> torch.Tensor:
+        """[n] int64: the rows of some requests, in their order."""
+        bounds = self.row_bounds
+        spans = [torch.arange(bounds[r], bounds[r + 1]) for r in requests]
+        return torch.cat(spans).to(self.positions.device)

@@ -35,6 +35,7 @@ from vllm_dlm.model_executor.planning import plan_forward
 from vllm_dlm.model_executor.segments import SegmentPlan
 from vllm_dlm.request import stop_ids
 from vllm_dlm.request_config import RequestConfig, resolve, server_config
+from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Context
 
 if TYPE_CHECKING:
@@ -155,6 +156,10 @@ class DlmModelState(ModelState):
             origin=origin,
             first_block=first_block,
             seeds=self.defaults.seeds_blocks and len(known) == first_block,
+            measures_drawn=STRATEGIES[config.strategy].measures == "drawn"
+            or (
+                config.reference_exact and self.defaults.reference_confidence == "drawn"
+            ),
         )
 
     def remove_request(self, req_id: str) -> None:
@@ -278,6 +283,7 @@ class DlmModelState(ModelState):
             device=self.device,
             model=self.model_config.model,
             model_key=self._model_key,
+            model_class=self.defaults.model_class,
             cache=cache,
             options=self.server.strategy_options(),
         )
@@ -301,6 +307,7 @@ class DlmRequest:
         origin: int,
         first_block: int,
         seeds: bool,
+        measures_drawn: bool,
     ) -> None:
         self.config = config
         self.params = params
@@ -310,6 +317,8 @@ class DlmRequest:
         """Start of the block that was active when the request was (re-)admitted."""
         self.seeds = seeds
         """Whether that block's first token comes from the rows to its left."""
+        self.measures_drawn = measures_drawn
+        """Whether statistics are those of the distribution that is drawn from."""
         # Unseeded requests still need one seed that all tensor-parallel ranks share.
         digest = hashlib.blake2b(f"{seed}:{req_id}".encode(), digest_size=8).digest()
         self.seed = (

@@ -61,15 +61,14 @@ class Probabilities:
     logits: torch.Tensor
     """[N, V]: rows of this step, of all requests."""
     logsumexp: torch.Tensor
-    """[N] float32."""
+    """[N] float64."""
     rows: torch.Tensor
     """[R, B] int64: each position's row of `logits`; -1 for none."""
 
     def of(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, B, K] float32: probabilities of tokens [R, B, K] int64."""
         rows = self.rows.clamp(min=0)[..., None]
-        logits = self.logits[rows, tokens].float()
-        found = (logits - self.logsumexp[rows]).exp()
+        found = (self.logits[rows, tokens] - self.logsumexp[rows]).exp().float()
         return torch.where(self.rows[..., None] >= 0, found, 0.0)
 
     def top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,8 +186,8 @@ class Strategy:
     """"masked": only masked positions' statistics are read; "block": all of them.
 
     A declaration; the engine computes all rows of the block so far."""
-    may_rewrite: ClassVar[bool] = False
-    """Whether decisions may edit or remask decided positions."""
+    may_rewrite: bool = False
+    """Whether decisions may edit or remask decided positions; `__init__` may set it."""
     scope: ClassVar[Literal["block", "canvas"]] = "block"
     """"canvas": made for the whole output as one block, which is then the default
     block length. Models that decode block after block cannot serve it."""
@@ -216,11 +215,13 @@ class Strategy:
         self.block_length = block_length
         self.context = context
 
-    @property
-    def step_limit(self) -> int:
+    def step_limit(self, params: AnyParams) -> int:
         """Steps after which the engine ends a block, writing all masks left.
 
         With B steps every position has had its turn; what rewrites gets as many again.
+
+        Args:
+            params: of the request; `self.params` has another one's numbers.
         """
         return self.block_length * (2 if self.may_rewrite else 1)
 

@@ -3,14 +3,15 @@
 
 n = #{ i masked : c_i >= threshold }, and the best min(max(n, fewest), most) masked
 positions are written. By entropy, sure is H_i <= entropy_threshold and best the least
-entropy. Source: CD4LM, arXiv 2601.02236, and yihao-liang/CDLM's code. That also holds
-back tokens that end the text until a share of the answer is written: a `View` does not
-say how much is, so this does not.
+entropy. Until `release_end` of the longest output is written, positions whose token
+ends the text are passed over; where nothing else is left, the engine writes the most
+confident one. Source: CD4LM, arXiv 2601.02236, and yihao-liang/CDLM's code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -70,6 +71,16 @@ class CadParams(Params):
             "faster and less exact. Read in the mode entropy only."
         ),
     )
+    release_end: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Share of `max_tokens` that must be written before a token may be that "
+            "ends the text (rho). Higher keeps an answer from ending too early, and "
+            "makes short ones of a large max_tokens longer; 0 holds nothing back."
+        ),
+    )
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> CadParams:
@@ -97,6 +108,9 @@ class Cad(Strategy):
         self.needs = frozenset({"entropy"} if params.mode == "entropy" else ())
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        too_early = view.progress < row_params["release_end"]
+        held_back = view.is_eos & too_early[:, None]
+        view = replace(view, masked=view.masked & ~held_back)
         if self.params.mode == "entropy":
             score = -given(view, "entropy")
             least = -row_params["entropy_threshold"]

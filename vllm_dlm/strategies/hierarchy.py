@@ -6,17 +6,30 @@ most confident position is written if c_i > low_threshold, where c_i is the prob
 of the token at i; so is every masked i with c_i > threshold. Where no c_i reaches
 low_threshold, or nothing qualifies, the most confident position of all is written
 alone. A token that is written parts its run, so the next step writes on either side.
-Source: dInfer, arXiv 2510.08666, and its code; not its variant that masks tokens again.
+
+With `remask`, decided positions at which the model now gives no token a probability of
+low_threshold are masked again, and at least one token more is written than is taken
+back. Where there are too few masks for that, only the least sure are taken back: every
+step gains a token. Source: dInfer, arXiv 2510.08666, and its code, which takes back all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from pydantic import Field
 
-from vllm_dlm.strategies.base import Decision, Params, Strategy, View, best_masked
+from vllm_dlm.strategies.base import (
+    Context,
+    Decision,
+    Params,
+    Strategy,
+    View,
+    best_masked,
+    top_masked,
+)
 
 
 class HierarchyParams(Params):
@@ -41,6 +54,13 @@ class HierarchyParams(Params):
             "nothing; above 1, each step writes one token."
         ),
     )
+    remask: bool = Field(
+        default=False,
+        description=(
+            "Mask a token again when the model's best one for its place has fallen "
+            "below `low_threshold`. More forwards, and text is streamed by the block."
+        ),
+    )
 
 
 class Hierarchy(Strategy):
@@ -51,13 +71,31 @@ class Hierarchy(Strategy):
     summary = "the best token of each run of masks, and every sure one"
     Params = HierarchyParams
 
+    params: HierarchyParams
+
+    def __init__(
+        self, params: HierarchyParams, block_length: int, context: Context
+    ) -> None:
+        super().__init__(params, block_length, context)
+        self.may_rewrite = params.remask
+        self.logit_rows = "block" if params.remask else "masked"
+
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         low = row_params["low_threshold"][:, None]
         sure = view.confidence > row_params["threshold"][:, None]
         fair = view.confidence > low
         commit = (sure & view.masked) | (fair & best_of_runs(view))
         reached = (view.masked & (view.confidence >= low)).any(dim=1, keepdim=True)
-        return Decision((commit & reached) | best_masked(view))
+        commit = (commit & reached) | best_masked(view)
+        if not self.params.remask:
+            return Decision(commit)
+        doubtful = view.decided & (view.confidence < low)
+        masks = view.masked.sum(dim=1)
+        taken_back = doubtful.sum(dim=1).clamp(max=(masks - 1).clamp(min=0))
+        decided = replace(view, masked=doubtful)
+        remask = top_masked(decided, -view.confidence, taken_back)
+        commit |= top_masked(view, view.confidence, taken_back + 1)
+        return Decision(commit, remask=remask)
 
 
 def best_of_runs(view: View) -> torch.Tensor:
