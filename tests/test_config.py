@@ -2,6 +2,7 @@
 """Options: merged in the right order, wrong ones refused with a helpful text."""
 
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -49,10 +50,43 @@ def test_request_wins_over_server_wins_over_model():
     assert not resolve(exact, {"dlm_reference_exact": 0}, DEFAULTS).reference_exact
 
 
+def test_end_of_text_prediction_is_the_strategys_unless_set():
+    def modes(base, **request):
+        config = resolve(base, request, DEFAULTS)
+        return config.eotp, config.eotp_threshold
+
+    assert modes(server()) == ("off", 0.9)
+    assert modes(server(), dlm_strategy="learn2pd") == ("block", 0.9)
+    assert modes(server(), dlm_eotp="token", dlm_eotp_threshold=0) == ("token", 0.0)
+    base = server(strategy="learn2pd", eotp="off", eotp_threshold=0.5)
+    assert modes(base) == ("off", 0.5)
+    assert modes(base, dlm_strategy="static") == ("off", 0.5)
+    assert modes(base, dlm={"eotp": "block"}, dlm_eotp_threshold=2) == ("block", 2.0)
+    refused(lambda: modes(base, dlm_eotp="paper"), "'off', 'block' or 'token'")
+    for wrong in (True, 2.1, -1, "much"):
+        refused(partial(modes, base, dlm_eotp_threshold=wrong), "eotp_threshold")
+    nested = {"strategy": "learn2pd", "strategy_config": {"eotp": "off"}}
+    refused(lambda: modes(base, dlm=nested), "'eotp'", "beside strategy_config")
+
+
+def test_tccf_is_for_block_causal_models():
+    block_causal = ModelDefaults("threshold", 8, 9, 8, model_class="B")
+    text = '{"trigger": "</think>", "check": [1, 2]}'
+    for option in (text, {"trigger": "</think>", "check": [1, 2]}):
+        config = resolve(server(), {"dlm_tccf": option}, block_causal)
+        assert config.tccf is not None
+        assert (config.tccf.trigger, config.tccf.check) == ("</think>", [1, 2])
+    assert resolve(server(tccf=text), {}, block_causal).tccf == config.tccf
+    refused(lambda: resolve(server(tccf=text), {}, DEFAULTS), "block-causal models")
+    for wrong in ("{", {"trigger": "a"}, {"trigger": "", "check": "b"}):
+        options = {"dlm": {"tccf": wrong}}
+        refused(partial(resolve, server(), options, block_causal), "tccf")
+
+
 def test_parameters_merge_for_the_same_strategy_and_never_leak_into_another():
     base = server(strategy="learn2pd", strategy_config={"threshold": 0.5})
-    same = resolve(base, {"dlm": {"strategy_config": {"eotp": "off"}}}, DEFAULTS)
-    assert (same.params.threshold, same.params.eotp) == (0.5, "off")
+    same = resolve(base, {"dlm": {"strategy_config": {}}}, DEFAULTS)
+    assert same.params.threshold == 0.5
     other = resolve(base, {"dlm_strategy": "threshold"}, DEFAULTS)
     assert other.params == STRATEGIES["threshold"].Params()
 

@@ -2,13 +2,16 @@
 """The examples run as they are, and stay short."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+CUSTOM = ROOT / "examples/custom_strategy"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -16,26 +19,98 @@ def test_it_is_short(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 40
 
 
-@pytest.mark.slow
-def test_offline():
-    # As a user runs it: with vLLM's own processes, not this session's settings.
-    environment = {
+def run(*command: str | Path, **environment: str) -> str:
+    """What a command prints, run as a user does: with vLLM's own processes."""
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name != "VLLM_ENABLE_V1_MULTIPROCESSING"
     }
-    (path,) = (path for path in EXAMPLES if path.stem == "offline")
     done = subprocess.run(
-        [sys.executable, str(path)],
-        env=environment,
+        list(map(str, command)),
+        env=inherited | environment,
         capture_output=True,
         text=True,
         timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "Reverse [Ada, Ben, Carl] -> [Carl, Ben, Ada]" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_offline():
+    printed = run(sys.executable, ROOT / "examples/offline.py")
+    assert "Reverse [Ada, Ben, Carl] -> [Carl, Ben, Ada]" in printed
     # Three strategies in one batch: each answered, and each said what it took.
     for prompt in ("Sort [Eva, Dan, Ada]", "Add 27+15"):
-        assert f"{prompt} -> " in done.stdout
-    assert done.stdout.count(" forwards)") == 3
+        assert f"{prompt} -> " in printed
+    assert printed.count(" forwards)") == 3
+
+
+# -- a strategy in a package of its own -----------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder that pip has installed examples/custom_strategy to."""
+    folder = tmp_path_factory.mktemp("custom")
+    # A copy: building leaves files in the source.
+    source = shutil.copytree(CUSTOM, folder / "source")
+    options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    target = folder / "installed"
+    run(sys.executable, "-m", "pip", "install", *options, "--target", target, source)
+    return str(target)
+
+
+def test_the_documentation_shows_the_custom_strategy():
+    file = (CUSTOM / "lead_rule.py").read_text(encoding="utf-8")
+    _, _, code = file.split('"""', 2)
+    documented = (ROOT / "docs/strategies.md").read_text(encoding="utf-8")
+    assert f"```python\n{code.strip()}\n```" in documented
+
+
+def test_an_installed_strategy_is_listed(installed: str):
+    cli = Path(sys.executable).with_name("vllm-dlm")
+    printed = run(cli, "strategies", "lead", PYTHONPATH=installed)
+    assert "every token that leads by enough" in printed
+    assert "Least lead over the runner-up." in printed
+
+
+SERVE = """
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm_dlm import LLM
+
+def request(options):
+    return SamplingParams(temperature=0, max_tokens=32, extra_args={"dlm": options})
+
+if __name__ == "__main__":
+    llm = LLM("llada-tiny", max_num_seqs=4)
+    lead = {"strategy": "lead", "strategy_config": {"least": 0.7}}
+    slow = {"strategy": "lead", "strategy_config": {"least": 1.0}}
+    options = [lead, slow, {"strategy": "threshold"}]
+    questions = ["Reverse [Ada, Ben, Carl]"] * 3
+    answers = llm.generate(questions, list(map(request, options)))
+    for answer in answers:
+        output = answer.outputs[0]
+        print("forwards", sum(output.spec_decode_metrics.histogram), output.text)
+    try:
+        wrong = {"strategy": "lead", "strategy_config": {"least": 2}}
+        llm.generate(["Add 27+15"], request(wrong))
+    except VLLMValidationError as error:
+        print("refused", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_request_decodes_with_an_installed_strategy(installed: str, tmp_path: Path):
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE, encoding="utf-8")
+    printed = run(sys.executable, script, PYTHONPATH=installed).splitlines()
+    answers = [line.split(" ", 2) for line in printed if line.startswith("forwards")]
+    assert [text for _, _, text in answers] == ["[Carl, Ben, Ada]"] * 3
+    fast, slow, _ = (int(forwards) for _, forwards, _ in answers)
+    assert fast < slow
+    (refusal,) = (line for line in printed if line.startswith("refused"))
+    assert "least" in refusal and "1" in refusal

@@ -97,7 +97,7 @@ def test_honoured(options):
         ({"allowed_token_ids": [MASK]}, "mask token"),
         ({"extra_args": {"diffusion_max_steps": 3}}, "DiffusionGemma"),
         ({"extra_args": {"dlm": {"strategy": "nope"}}}, "threshold"),
-        ({"extra_args": {"dlm_block_length": 512}}, "in a request: 64"),
+        ({"extra_args": {"dlm_block_length": 512}}, "in a request: 256"),
     ],
 )
 def test_refused(options, fragment):
@@ -198,6 +198,7 @@ def server_options(**changed: object) -> SimpleNamespace:
     config = SimpleNamespace(
         model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
         parallel_config=SimpleNamespace(),
+        aux_output_config=SimpleNamespace(),
     )
     for path in (*request.SERVER_OPTIONS.values(), "model_config.logprobs_mode"):
         *parents, name = path.split(".")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_dlm.llm import LLM
+    from vllm_dlm.step_maps import StepMap, step_map
 
 try:
     __version__ = version("vllm-dlm")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0+unknown"
 
-__all__ = ["LLM", "__version__"]
+__all__ = ["LLM", "StepMap", "__version__", "step_map"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from vllm_dlm.llm import LLM
 
         return LLM
+    if name in ("StepMap", "step_map"):
+        from vllm_dlm import step_maps
+
+        return getattr(step_maps, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

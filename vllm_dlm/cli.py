@@ -26,6 +26,10 @@ TRAINABLE = {"llada-tiny": "vllm_dlm.training.llada_tiny"}
 """What `vllm-dlm train` trains -> module with `add_arguments` and `run`."""
 
 TOOLS = {
+    "count-tokens": (
+        "vllm_dlm.training.token_counts",
+        "count how often tokens occur in texts, for the strategy pc",
+    ),
     "traces": (
         "vllm_dlm.training.traces",
         "record what a model decides, to train a filter on",

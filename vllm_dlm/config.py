@@ -23,17 +23,25 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_dlm import trajectories
 from vllm_dlm.messages import explain, unknown
 from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
 Cache = Literal["none", "prefix", "dual"]
+EndOfText = Literal["off", "block", "token"]
 
 WHOLE_CANVAS = "canvas"
 """A block length: the whole canvas is one block, as wide as `max_tokens`."""
 
-SERVER_ONLY = ("max_canvas", "online_learning", "filter_dir", "record_traces")
+SERVER_ONLY = (
+    "max_canvas",
+    "online_learning",
+    "filter_dir",
+    "record_traces",
+    "trajectory_dir",
+)
 """Options a request cannot change."""
 
 SERVER_PARAMETER = {"server_only": True}
@@ -54,7 +62,7 @@ PREFIX = "dlm_"
 
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("expected an integer, not a boolean")
+        raise ValueError("expected a number, not a boolean")
     return value
 
 
@@ -82,7 +90,22 @@ def _check_block_length(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_refuse_bool)]
+Text = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
 BlockLength = Annotated[int | Literal["canvas"], BeforeValidator(_check_block_length)]
+
+
+class ThinkCoarse(BaseModel):
+    """The option `tccf`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trigger: Text = Field(
+        description="Text, or token ids, that ends the first stage (`</think>`)."
+    )
+    check: Text = Field(
+        description="Text, or token ids, that is put behind it for the model to go on."
+    )
 
 
 class DlmConfig(BaseModel):
@@ -134,11 +157,39 @@ class DlmConfig(BaseModel):
         ge=1,
         description="The same per block, as block-causal models' own code counts.",
     )
+    eotp: EndOfText | None = Field(
+        default=None,
+        description="End-of-text prediction: as soon as the active block has an "
+        "end-of-text token, written or predicted, drop the blocks after it (`block`), "
+        "or all that is right of the token (`token`), or nothing (`off`) (Learn2PD, "
+        "arXiv 2509.25188). Default: the strategy's own: `block` with learn2pd, else "
+        "`off`.",
+    )
+    eotp_threshold: Number = Field(
+        default=0.9,
+        ge=0.0,
+        le=2.0,
+        description="Least probability of an end-of-text token that counts for `eotp` "
+        "before it is written; above 1 only written ones do.",
+    )
+    tccf: Annotated[ThinkCoarse | None, BeforeValidator(_parse_json)] = Field(
+        default=None,
+        description="Think coarse, critic fine (TDAR, arXiv 2602.09555), of block-"
+        "causal models: decode in blocks up to a `trigger` (`</think>`), write a "
+        "`check` text behind it, and go on token by token. A JSON object of both, each "
+        "a text or a list of token ids.",
+    )
     reference_exact: bool = Field(
         default=False,
         description="Decode as the published reference code does, quirks included: the "
         "mask token may be predicted, and where that code measures confidence after "
         "temperature and top-k/p, so is it here. To compare with it, not to serve.",
+    )
+    step_map: bool = Field(
+        default=False,
+        description="Give each finished output its step map: per token the denoise "
+        "step that wrote it, its log-probability in that step, and whether it was "
+        "edited. Not for streamed requests.",
     )
     max_canvas: Count | None = Field(
         default=None,
@@ -161,6 +212,11 @@ class DlmConfig(BaseModel):
         default=False,
         description="Keep confidences of finished requests in memory, whatever their "
         "strategy; `vllm-dlm traces` reads them. No text is kept.",
+    )
+    trajectory_dir: str | None = Field(
+        default=None,
+        description="Folder for a log of every step of every request, prompts and "
+        "texts included; `vllm_dlm.trajectories.read` reads it. Default: no log.",
     )
 
     @model_validator(mode="after")
@@ -190,6 +246,8 @@ class DlmConfig(BaseModel):
         config = parse_options(mapping, where=where)
         if config.strategy is not None:
             parse_params(config.strategy, config.strategy_config, where=where)
+        if config.trajectory_dir is not None:
+            trajectories.check_folder(config.trajectory_dir, where=where)
         return config
 
     def canvas_limit(
@@ -243,7 +301,14 @@ def parse_params(strategy: str, values: Mapping[str, Any], *, where: str) -> Par
     given = {name: value for name, value in values.items() if value is not None}
     for name in given:
         if name not in params.model_fields:
-            raise ValueError(f"{where}: {unknown(name, params.model_fields)}")
+            hint = ""
+            if name in DlmConfig.model_fields:
+                hint = (
+                    "It is an option of every strategy: put it beside strategy_config."
+                )
+            raise ValueError(
+                f"{where}: {unknown(name, params.model_fields, hint=hint)}"
+            )
     for name in numeric_fields(params):
         if isinstance(given.get(name), bool):
             raise ValueError(f"{where}: {name}: expected a number, not a boolean")

@@ -144,38 +144,25 @@ def _print(how: str, problem: Problem, answer: str) -> None:
 def _compare(problems: list[Problem]) -> None:
     # The table is the point here; the server above has logged what vLLM has to say.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import SamplingParams
-
     from vllm_dlm import LLM
+    from vllm_dlm.training.evaluation import evaluate_served
 
     llm = LLM(MODEL, max_num_seqs=32)
     table = Table(title=f"{MODEL}, canvas {MAX_TOKENS}, block 32, cache none")
     for column in ("strategy", "accuracy", "forwards/request", "tokens/forward"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     table.add_column("tokens/s", justify="right")
-    questions = [problem.question for problem in problems]
     for strategy in ("static", "threshold", "factor", "learn2pd"):
-        sampling = SamplingParams(
-            temperature=0.0,
-            max_tokens=MAX_TOKENS,
-            extra_args={"dlm": {"strategy": strategy}},
-        )
         console.print(f"[bold]{strategy}[/]")
-        started = time.monotonic()
-        outputs = [result.outputs[0] for result in llm.generate(questions, sampling)]
-        seconds = time.monotonic() - started
-        right = sum(
-            problem.check(output.text)
-            for problem, output in zip(problems, outputs, strict=True)
+        served = evaluate_served(
+            llm, problems, {"strategy": strategy}, max_tokens=MAX_TOKENS
         )
-        tokens = sum(len(output.token_ids) for output in outputs)
-        forwards = sum(sum(output.spec_decode_metrics.histogram) for output in outputs)
         table.add_row(
             strategy,
-            f"{right / len(problems):.1%}",
-            f"{forwards / len(problems):.2f}",
-            f"{tokens / forwards:.2f}",
-            f"{tokens / seconds:.0f}",
+            f"{served.accuracy:.1%}",
+            f"{served.forwards_per_request:.2f}",
+            f"{served.tokens_per_forward:.2f}",
+            f"{served.tokens_per_second:.0f}",
         )
     llm.llm_engine.engine_core.shutdown()
     console.print(table)

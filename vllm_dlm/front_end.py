@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from vllm_dlm import aliases, request
+from vllm_dlm import aliases, request, step_maps
 
 FLAG_PREFIX = "dlm_"
 
@@ -22,7 +22,10 @@ _METAVARS = {
     "strategy_config": "JSON",
     "block_length": "{N,canvas}",
     "cache": "{none,prefix,dual}",
+    "eotp": "{off,block,token}",
+    "tccf": "JSON",
     "filter_dir": "FOLDER",
+    "trajectory_dir": "FOLDER",
 }
 
 
@@ -171,8 +174,9 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if ours and _SERVER_MODULE in sys.modules:
             from vllm_dlm.patches import apply_front_end_patches
 
-            # The server imports it next; its requests are checked when they come.
-            importlib.import_module("vllm.v1.engine.async_llm")
+            # The server imports them next; its requests are checked when they come.
+            for module in _LATER_MODULES:
+                importlib.import_module(module)
             apply_front_end_patches()
         return config
 
@@ -180,6 +184,11 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _SERVER_MODULE = "vllm.entrypoints.serve.utils.api_utils"
+_LATER_MODULES = (
+    "vllm.v1.engine.async_llm",
+    "vllm.entrypoints.openai.completion.serving",
+    "vllm.entrypoints.openai.chat_completion.serving",
+)
 
 # Whether this process is the front end of one of our models: `get_max_tokens` is not
 # told whom it works for.
@@ -258,10 +267,43 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         model_config = self.model_config
         if request.is_ours(model_config.hf_config):
-            request.validate_sampling_params(sampling_params, model_config)
+            config = request.validate_sampling_params(sampling_params, model_config)
+            step_maps.refuse_streaming(config, sampling_params)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     return generate
+
+
+def _completion_response(original: Callable[..., Any]) -> Callable[..., Any]:
+    def respond(self: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
+        response = original(self, results, *args, **kwargs)
+        if request.is_ours(self.model_config.hf_config):
+            outputs = [output for result in results for output in result.outputs]
+            step_maps.add_to_choices(response.choices, outputs)
+        return response
+
+    return respond
+
+
+def _chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def respond(
+        self: Any, chat_request: Any, results: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        last: list[Any] = []
+
+        async def watched() -> AsyncIterator[Any]:
+            async for result in results:
+                last[:] = [result]
+                yield result
+
+        response = await original(self, chat_request, watched(), *args, **kwargs)
+        # Not an error's answer, which has none.
+        choices = getattr(response, "choices", None)
+        if choices and request.is_ours(self.model_config.hf_config):
+            step_maps.add_to_choices(choices, last[0].outputs)
+        return response
+
+    return respond
 
 
 WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
@@ -279,5 +321,9 @@ SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] =
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
     "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
     "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
+    ".request_output_to_completion_response": _completion_response,
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+    ".chat_completion_full_generator": _chat_response,
 }
 """Only where the HTTP server's module is loaded: importing it costs seconds."""

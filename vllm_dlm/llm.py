@@ -24,11 +24,16 @@ class LLM(vllm.LLM):
         dlm_cache: "none" (exact), "prefix" or "dual".
         dlm_steps: denoise steps over a request's whole canvas.
         dlm_steps_per_block: the same per block.
+        dlm_eotp: end-of-text prediction: "off", "block" or "token".
+        dlm_eotp_threshold: least probability of an end that is not written yet.
+        dlm_tccf: think coarse, critic fine: {"trigger": ..., "check": ...}.
         dlm_reference_exact: decode as the published reference code does.
+        dlm_step_map: give every output its step map; `vllm_dlm.step_map` reads it.
         dlm_max_canvas: most positions of a canvas.
         dlm_online_learning: let strategies learn from finished requests.
         dlm_filter_dir: folder of learned filters.
         dlm_record_traces: keep confidences of finished requests in memory.
+        dlm_trajectory_dir: folder for a log of every step of every request.
         additional_config: as in `vllm.LLM`; the options above go into its "dlm".
         **kwargs: everything else `vllm.LLM` takes.
 
@@ -48,11 +53,16 @@ class LLM(vllm.LLM):
         dlm_cache: str | None = None,
         dlm_steps: int | None = None,
         dlm_steps_per_block: int | None = None,
+        dlm_eotp: Literal["off", "block", "token"] | None = None,
+        dlm_eotp_threshold: float | None = None,
+        dlm_tccf: Mapping[str, Any] | None = None,
         dlm_reference_exact: bool | None = None,
+        dlm_step_map: bool | None = None,
         dlm_max_canvas: int | None = None,
         dlm_online_learning: bool | None = None,
         dlm_filter_dir: str | None = None,
         dlm_record_traces: bool | None = None,
+        dlm_trajectory_dir: str | None = None,
         additional_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -64,11 +74,16 @@ class LLM(vllm.LLM):
             "cache": dlm_cache,
             "steps": dlm_steps,
             "steps_per_block": dlm_steps_per_block,
+            "eotp": dlm_eotp,
+            "eotp_threshold": dlm_eotp_threshold,
+            "tccf": dlm_tccf and dict(dlm_tccf),
             "reference_exact": dlm_reference_exact,
+            "step_map": dlm_step_map,
             "max_canvas": dlm_max_canvas,
             "online_learning": dlm_online_learning,
             "filter_dir": dlm_filter_dir,
             "record_traces": dlm_record_traces,
+            "trajectory_dir": dlm_trajectory_dir,
         }
         for name in kwargs:
             if name.startswith(FLAG_PREFIX):

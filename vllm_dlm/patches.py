@@ -152,6 +152,26 @@ PATCHES: dict[str, Patch] = {
             upstream="no issue yet: an async generator runs nothing when called",
             drop_when="vLLM verifies sampling parameters before it streams",
         ),
+        Patch(
+            symbol=(
+                "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
+                ".request_output_to_completion_response"
+            ),
+            why="An answer has no place for what a model says of each token.",
+            how="Adds `step_map` to the choices of requests that asked for it.",
+            upstream="no issue yet: choices are built of vLLM's own fields",
+            drop_when="an output can carry fields of a plugin into its choice",
+        ),
+        Patch(
+            symbol=(
+                "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+                ".chat_completion_full_generator"
+            ),
+            why="The same, for chats.",
+            how="The same; keeps the last output it is given, to read the maps off.",
+            upstream="no issue yet: choices are built of vLLM's own fields",
+            drop_when="an output can carry fields of a plugin into its choice",
+        ),
     )
 }
 

@@ -149,6 +149,7 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
 
     from vllm_dlm.config import LONGEST_REQUEST_BLOCK, WHOLE_CANVAS, served_config
     from vllm_dlm.model_defaults import ModelDefaults
+    from vllm_dlm.model_executor.tccf import Stages
     from vllm_dlm.request_config import resolve
     from vllm_dlm.strategies import STRATEGIES
     from vllm_dlm.strategies.base import Context
@@ -175,6 +176,12 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
             f"block_length {config.block_length} is more than this server takes in a "
             f"request: {limit}; ask for less (for the whole canvas, lower max_tokens), "
             "or start the server with --dlm-block-length canvas"
+        )
+    stages = Stages.of(config.tccf, model_config)
+    if stages is not None and (params.logprobs is not None or config.step_map):
+        raise ValueError(
+            "tccf cannot be combined with logprobs or step_map: the check text is not "
+            "the model's; ask for one or the other"
         )
     context = Context(
         device=torch.device("cpu"),
@@ -243,6 +250,8 @@ SERVER_OPTIONS: dict[str, str] = {
     "--enable-trace-replay": "model_config.enable_trace_replay",
     "--watermark-config": "watermark_config",
     "--kv-transfer-config": "kv_transfer_config",
+    # Step maps travel where these would.
+    "--enable-return-routed-experts": "aux_output_config.enable_return_routed_experts",
     "--enable-dbo": "parallel_config.enable_dbo",
     "--enable-batch-sharded-sampling": "parallel_config.enable_batch_sharded_sampling",
 }

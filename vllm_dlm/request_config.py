@@ -16,6 +16,8 @@ from vllm_dlm.config import (
     WHOLE_CANVAS,
     Cache,
     DlmConfig,
+    EndOfText,
+    ThinkCoarse,
     parse_options,
     parse_params,
 )
@@ -40,7 +42,11 @@ class RequestConfig:
     """Over the whole canvas; None writes one token per step."""
     steps_per_block: int | None
     """Wins over `steps`."""
+    eotp: EndOfText
+    eotp_threshold: float
+    tccf: ThinkCoarse | None
     reference_exact: bool
+    step_map: bool
 
     def sized(self, max_tokens: int, max_canvas: int) -> RequestConfig:
         """With the lengths, in positions, that a request's output gives them."""
@@ -127,14 +133,27 @@ def resolve(
         cache=request.cache if "cache" in is_set else server.cache,
         steps=counts_steps.steps,
         steps_per_block=counts_steps.steps_per_block,
+        eotp=request.eotp or server.eotp or STRATEGIES[strategy].eotp,
+        eotp_threshold=(
+            request.eotp_threshold
+            if "eotp_threshold" in is_set
+            else server.eotp_threshold
+        ),
+        tccf=request.tccf or server.tccf,
         reference_exact=(
             request.reference_exact
             if "reference_exact" in is_set
             else server.reference_exact
         ),
+        step_map=request.step_map if "step_map" in is_set else server.step_map,
     )
     if defaults.reuses_blocks:
         _check_block_causal(config, server.block_length or defaults.block_length)
+    elif config.tccf is not None:
+        raise ValueError(
+            "tccf is for block-causal models: with full attention, shorter blocks are "
+            "not finer; leave it out"
+        )
     return config
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.cases import Expected, is_near_tie
 from engine.harness import Engine, Finished, params
 from reference.block_procedures import generate_blocks
 from reference.network import TinyModel
+from reference.rewriting_rules import joint
 from reference.rules import Rule, View, factor, static, threshold
 from vllm import SamplingParams
 
@@ -36,6 +38,15 @@ RULES: dict[str, tuple[str, dict[str, Any], Callable[[], Rule]]] = {
 }
 """name -> strategy, its parameters, the oracle's rule."""
 
+REWRITING: dict[str, tuple[str, dict[str, Any], Callable[[], Rule]]] = {
+    "joint": (
+        "joint",
+        {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
+        lambda: joint(0.3, 0.1, 3),
+    ),
+}
+"""The same, of rules that change what they wrote."""
+
 
 @dataclass(frozen=True)
 class BlockCase:
@@ -48,7 +59,7 @@ class BlockCase:
     ignore_eos: bool = False
 
     def params(self, **more: Any) -> SamplingParams:
-        strategy, config, _ = RULES[self.rule]
+        strategy, config, _ = (RULES | REWRITING)[self.rule]
         dlm = {
             "strategy": strategy,
             "strategy_config": config,
@@ -62,15 +73,16 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
     scheduler = engine.scheduler
     model_defaults = scheduler.dlm_defaults
     block = scheduler.dlm_server.block_length or model_defaults.block_length
-    _, _, rule = RULES[case.rule]
+    _, _, make_rule = (RULES | REWRITING)[case.rule]
 
-    def decode(observe: Callable[[View, list[int]], None] | None = None):
+    def decode(watch: Callable[[Rule, View, list[int]], None] | None = None):
+        rule = make_rule()
         return generate_blocks(
             model,
             list(case.prompt),
             max_tokens=case.max_tokens,
             block_length=block,
-            rule=rule(),
+            rule=rule,
             steps_per_block=case.steps_per_block,
             origin=model_defaults.block_origin,
             context="causal" if model_defaults.model_class == "C" else "blocks",
@@ -80,12 +92,12 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
             schedule=model_defaults.schedule,
             max_model_len=scheduler.max_model_len,
             eos_stop=not case.ignore_eos,
-            observe=observe,
+            observe=None if watch is None else partial(watch, rule),
         )
 
     def look_for_ties() -> bool:
         found: list[bool] = []
-        decode(lambda view, chosen: found.append(is_near_tie(rule(), view, chosen)))
+        decode(lambda *step: found.append(is_near_tie(*step)))
         return any(found)
 
     result = decode()

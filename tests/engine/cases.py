@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from engine.harness import Engine, Finished, params
-from reference import procedures, rules
+from reference import procedures, rewriting_rules, rules, stateful_rules
 from reference.llada import TinyLLaDA
 from reference.procedures import Rule, View, generate
+from reference.stateful_rules import remembering
 from vllm import SamplingParams
 
 from vllm_dlm.kernels.draw import uniform
@@ -22,6 +23,7 @@ from vllm_dlm.kernels.draw import uniform
 RULES = (
     *(f"static/{mode}" for mode in procedures.STATIC_MODES),
     "threshold",
+    "threshold/token",
     "factor",
     "learn2pd/off",
     "learn2pd/token",
@@ -31,7 +33,22 @@ RULES = (
     "cad/confidence",
     "cad/entropy",
     "localleap",
+    "localleap/block",
     "hierarchy",
+    "hierarchy/remask",
+    "pc",
+    "bacd",
+    "klass",
+    "credit/fixed",
+    "credit/parameter_free",
+    "slowfast",
+    "joint/edit",
+    "joint/plain",
+    "saber",
+    "ass",
+    "eoser/even",
+    "eoser/doubling",
+    "ete",
 )
 """strategy or strategy/variant."""
 
@@ -44,11 +61,32 @@ NUMBERS = {
 }
 """The parameter that `Case.number` sets, by strategy."""
 
+REMEMBERING = {
+    "bacd": stateful_rules.Bacd,
+    "klass": stateful_rules.Klass,
+    "credit": stateful_rules.Credit,
+    "slowfast": stateful_rules.SlowFast,
+}
+
+EVENTFUL: dict[str, dict[str, Any]] = {
+    "bacd": {"lowest": 0.3, "highest": 0.7},
+    "klass": {"threshold": 0.5, "kl_threshold": 0.3},
+    "credit": {"threshold": 0.7},
+    "slowfast": {"threshold": 0.6, "horizon_threshold": 0.5, "slow_steps": 3},
+    "joint": {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
+    "ete": {"threshold": 0.5, "window": 6, "fewest_bits": 2.0},
+}
+"""Parameters that a random model reaches; the oracle's have the same names."""
+
 EOTP = {"token": "first", "block": "block"}
 """Our names of end-of-text prediction and the oracle's."""
 
 FILTER_BLOCKS = (8, 12, 16, 32)
 """Block lengths that have a Learn2PD filter."""
+
+FREQUENCIES = torch.rand(100, generator=torch.Generator().manual_seed(0)) ** 4 + 1e-5
+FREQUENCIES /= FREQUENCIES.sum()
+"""Of the first 100 token ids: the random checkpoints have more."""
 
 TIE = 1e-5
 """Scores closer than this may be ordered either way by two float32 programs."""
@@ -71,12 +109,16 @@ class Case:
 
     def params(self, reference_exact: bool = False, **more: Any) -> SamplingParams:
         strategy, _, variant = self.rule.partition("/")
-        config: dict[str, Any] = {}
-        if strategy in ("static", "cad"):
+        config = dict(EVENTFUL.get(strategy, {}))
+        if strategy in ("static", "cad", "credit"):
             config["mode"] = variant
-        elif strategy == "learn2pd":
-            config["eotp"] = variant
-        if self.number is not None:
+        elif strategy == "eoser":
+            config["schedule"] = variant
+        elif strategy == "joint":
+            config["edit"] = variant == "edit"
+        elif variant == "remask":
+            config["remask"] = True
+        if self.number is not None and strategy != "learn2pd":
             config[NUMBERS[strategy]] = self.number
         dlm = {
             "strategy": strategy,
@@ -84,6 +126,8 @@ class Case:
             "cache": self.cache,
             "block_length": self.block,
             "steps": self.steps,
+            "eotp": variant if variant in EOTP else "off",
+            "eotp_threshold": self.number if strategy == "learn2pd" else None,
             "reference_exact": reference_exact,
         }
         options = {"ignore_eos": self.ignore_eos, "seed": self.seed} | more
@@ -116,6 +160,13 @@ def write_filters(folder: Path) -> None:
         for cache in procedures.CACHES:
             name = f"learn2pd/b{block}-{cache}.safetensors"
             Filter(**filter_weights(block), cache=cache).save(folder / name)
+
+
+def write_frequencies(folder: Path) -> None:
+    """A table for `pc`, where an engine that serves `folder` finds it."""
+    from vllm_dlm.strategies.token_frequencies import save_frequencies
+
+    save_frequencies(folder / "pc" / "frequencies.safetensors", FREQUENCIES, {})
 
 
 @dataclass(frozen=True)
@@ -156,7 +207,7 @@ def expect(
     while len(tokens) < case.max_tokens:
         left = case.max_tokens - len(tokens)
         blocks = min(-(-left // case.block), blocks_at_most)
-        rule = case_rule(case, len(tokens), per_block)
+        rule = case_rule(case, len(tokens), per_block, model.eos_id)
         if watch is not None:
             observe = partial(watch, rule)
         result = generate(
@@ -198,7 +249,7 @@ def expect(
     return Expected(tokens, forwards, written_at, look_for_ties)
 
 
-def case_rule(case: Case, begin: int, per_block: int) -> Rule:
+def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
     """The oracle's rule for a canvas that begins after `begin` output tokens."""
     strategy, _, variant = case.rule.partition("/")
     if strategy == "threshold":
@@ -214,7 +265,28 @@ def case_rule(case: Case, begin: int, per_block: int) -> Rule:
     if strategy == "localleap":
         return rules.localleap()
     if strategy == "hierarchy":
-        return rules.hierarchy()
+        return rules.hierarchy(remask=variant == "remask")
+    if strategy == "pc":
+        return rules.pc(FREQUENCIES)
+    if strategy in REMEMBERING:
+        options = dict(EVENTFUL[strategy])
+        if strategy == "credit":
+            options["parameter_free"] = variant == "parameter_free"
+        return remembering(partial(REMEMBERING[strategy], **options))
+    if strategy == "joint":
+        if variant == "edit":
+            return rewriting_rules.joint(**EVENTFUL["joint"])
+        return rules.threshold(EVENTFUL["joint"]["mask_threshold"], strict=True)
+    if strategy == "saber":
+        return rewriting_rules.saber()
+    if strategy == "ass":
+        return rewriting_rules.ass()
+    if strategy == "eoser":
+        eos_ids = () if case.ignore_eos else (eos_id,)
+        first_weight = 0.4 if variant == "even" else 0.01
+        return rewriting_rules.eoser(eos_ids, variant, first_weight)
+    if strategy == "ete":
+        return rewriting_rules.ete(**EVENTFUL["ete"], begin=begin)
     if strategy == "learn2pd":
         return procedures.learn2pd(
             **filter_weights(case.block), k=max(case.block // per_block, 1)
@@ -233,8 +305,13 @@ def case_rule(case: Case, begin: int, per_block: int) -> Rule:
 
 def is_near_tie(rule: Rule, view: View, chosen: list[int]) -> bool:
     """Whether changes smaller than `TIE` would turn a decision or a token."""
-    if chosen and float(view.margin[chosen].min()) < TIE:
+    looked_at = list(chosen)
+    if rule.rewrites:
+        looked_at += [i for i in range(len(view.decided)) if view.decided[i]]
+    if looked_at and float(view.margin[looked_at].min()) < TIE:
         return True
+    if len(view.masked) == 1:  # nothing to choose; a seed is decided by no rule
+        return False
     generator = torch.Generator().manual_seed(0)
     for _ in range(16):
         signs = torch.randint(2, view.masked.shape, generator=generator)
@@ -245,7 +322,10 @@ def is_near_tie(rule: Rule, view: View, chosen: list[int]) -> bool:
             margin=view.margin + noise,
             entropy=view.entropy + noise,
         )
-        if sorted(rule.select(moved)) != sorted(chosen):
+        after = rule.step(moved)
+        if sorted(after.commit) != sorted(chosen):
+            return True
+        if rule.rewrites and after[1:] != rule.step(view)[1:]:
             return True
     return False
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine.cases import write_filters
+from engine.cases import write_filters, write_frequencies
 from engine.harness import Engine
 from reference.llada import TinyLLaDA, write_random_checkpoint
 
@@ -29,6 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Seed 2 produces an EOS now and then, early ones too.
     folder = write_random_checkpoint(tmp_path_factory.mktemp("llada"), seed=2)
     write_filters(folder)
+    write_frequencies(folder)
     return folder
 
 

@@ -106,6 +106,35 @@ def test_algs(dream_engine: Engine, oracle: TinyModel, alg: str, block: int | st
         assert agrees(result, oracle, prompt, **options), options
 
 
+def test_diffucoder_measures_what_it_draws_from(dream_engine: Engine):
+    """As `reference_exact` does with this family, but for the mask token."""
+
+    def run(strategy: str, **options: Any) -> list[list[int]]:
+        dlm = {"strategy": strategy, "block_length": 16, "steps": 16} | options
+        never_a_mask = {dream_engine.scheduler.dlm_defaults.mask_token_id: -100.0}
+        prompts = [make_prompt(3 + number, number) for number in range(12)]
+        results = dream_engine.run(
+            prompts,
+            params(
+                32,
+                dlm=dlm,
+                temperature=temperature,
+                top_p=0.95,
+                seed=7,
+                logit_bias=never_a_mask,
+                ignore_eos=True,
+            ),
+        )
+        return [result.tokens for result in results]
+
+    temperature = 0.8
+    drawn = run("diffucoder")
+    assert drawn == run("dream", reference_exact=True)
+    assert drawn != run("dream")
+    temperature = 0.0
+    assert run("diffucoder") == run("dream")
+
+
 def test_the_first_of_as_many_steps_as_tokens_writes_nothing(dream_engine: Engine):
     """Upstream's counts are 0, 1, ..., 1, 2: the schedule's rounding, kept as it is."""
     (result,) = dream_engine.run(

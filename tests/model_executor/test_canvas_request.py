@@ -12,6 +12,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_dlm.config import DlmConfig
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.canvas_request import CanvasRequest
+from vllm_dlm.model_executor.step_maps import StepCount
 from vllm_dlm.request_config import resolve
 
 MAX_CANVAS = 32
@@ -42,6 +43,7 @@ def make_request(
     request.dlm = request.dlm.sized(max_tokens, MAX_CANVAS)
     request.origin = defaults.origin(prompt_len, request.dlm.block_length)
     request.stop_ids = frozenset({121, 7})
+    request.steps = StepCount()
     request.open_canvas(MAX_CANVAS, max_model_len)
     request.begin()
     return request

@@ -17,11 +17,14 @@ from released_configs import (
 )
 
 from vllm_dlm import aliases, plugin
+from vllm_dlm.config import DlmConfig
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.models.declarations import (
     check_declarations,
     checkpoint_name,
 )
+from vllm_dlm.request_config import resolve
+from vllm_dlm.strategies import STRATEGIES
 
 
 @pytest.fixture
@@ -92,6 +95,28 @@ def test_checkpoint_names(tmp_path, monkeypatch):
         "": "",
     }.items():
         assert checkpoint_name({"name_or_path": path}) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("inclusionAI/LLaDA2.1-mini", "joint"),
+        ("models--inclusionAI--LLaDA2.1-flash/snapshots/0123abcd", "joint"),
+        ("llada2.1-mine", "joint"),
+        ("inclusionAI/LLaDA2.0-mini", "threshold"),
+        ("inclusionAI/LLaDA2.0-mini-CAP", "threshold"),
+        ("mine", "threshold"),
+    ],
+)
+def test_llada2_1_corrects_what_it_wrote(read, name, strategy):
+    defaults = ModelDefaults.from_hf_config(read(LLADA2, name))
+    params = resolve(DlmConfig(), None, defaults).params
+    assert defaults.strategy == strategy
+    assert isinstance(params, STRATEGIES[strategy].Params)
+    if strategy == "joint":
+        assert (params.mask_threshold, params.edit_threshold) == (0.7, 0.5)
+        speed = resolve(DlmConfig(), {"dlm_preset": "speed"}, defaults).params
+        assert (speed.mask_threshold, speed.edit_threshold) == (0.5, 0.0)
 
 
 def test_llada2_rotates_half_of_a_small_head(read):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 import torch
 from reference.network import TinyModel, block_causal, causal_context
 from reference.procedures import ReferenceResult, Statistics, row_statistics
-from reference.rules import Rule, View, static_schedule
+from reference.rules import Rule, Step, View, static_schedule
 
 
 def generate_blocks(
@@ -134,11 +134,15 @@ def generate_blocks(
         set_at += [-1] * new
 
         step = 0
-        while any(masked[start:end]) and final_end() is None:
+        decision = Step([])
+        seeded = False
+        while decision.hold or (
+            any(masked[start:end]) and (rule.rewrites or final_end() is None)
+        ):
             if not forbid_mask and rule.ends_by_schedule and step >= steps:
                 break
             masks = [p for p in range(start, end) if masked[p]]
-            is_seed = seeds and masks[0] == start
+            is_seed = seeds and masks[:1] == [start]
             if is_seed:
                 first, stop = start, start + 1
                 stats = predict(first, stop, row_end=start)
@@ -147,6 +151,8 @@ def generate_blocks(
                 first, stop = start, end
                 stats = predict(first, stop, row_end=end)
                 candidates = leftmost_part(masks, start, sub_block_length)
+            if seeded:  # it was handed out: it stays
+                stats.argmax[0] = row[start]
             view = View(
                 masked=torch.tensor([p in candidates for p in range(first, stop)]),
                 argmax=stats.argmax,
@@ -158,26 +164,39 @@ def generate_blocks(
                 scheduled=commits(schedule, block_length, steps, step, len(masks)),
                 step=step,
                 steps=steps,
+                tokens=torch.tensor(row[first:stop]),
+                decided=torch.tensor(
+                    [p >= prompt_end and not masked[p] for p in range(first, stop)]
+                ),
             )
-            chosen = [0] if is_seed else rule.select(view)
+            seeded = seeded or is_seed
+            decision = Step([0]) if is_seed else rule.step(view)
+            chosen = decision.commit
             if observe is not None:
                 observe(view, chosen)
 
             written = 0
-            for offset in chosen:
-                token = int(view.argmax[offset])
+            for offset in [*chosen, *decision.edit]:
+                instead = isinstance(chosen, dict) and offset in chosen
+                token = chosen[offset] if instead else int(view.argmax[offset])
                 if token != mask_id:
                     row[first + offset] = token
                     masked[first + offset] = False
                     set_at[first + offset] = forwards
                     written += 1
+            for offset in decision.remask:
+                row[first + offset] = mask_id
+                masked[first + offset] = True
             forwards += 1
             step += 1
-            if not written and not rule.ends_by_schedule:
+            if masks and not written and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
 
         # Masks that are left here are text, as in the sources.
         masked[start:end] = [False] * (end - start)
+        if rule.rewrites:
+            own = max(start, prompt_end)
+            set_at[own:end] = [forwards - 1] * (end - own)
 
     stop = final_end()
     return ReferenceResult(row[prompt_end:stop], forwards, set_at[prompt_end:stop])
@@ -196,7 +215,7 @@ def commits(
 
 def leftmost_part(masks: list[int], start: int, length: int | None) -> list[int]:
     """The masks that share the leftmost one's part; parts of `length` from `start`."""
-    if length is None:
+    if length is None or not masks:
         return masks
     part_end = start + ((masks[0] - start) // length + 1) * length
     return [p for p in masks if p < part_end]

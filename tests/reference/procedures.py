@@ -23,6 +23,7 @@ from reference.rules import (
     DREAM_ALGS,
     STATIC_MODES,
     Rule,
+    Step,
     View,
     dream,
     factor,
@@ -63,6 +64,8 @@ class Statistics(NamedTuple):
     confidence: torch.Tensor
     margin: torch.Tensor
     entropy: torch.Tensor
+    probabilities: torch.Tensor
+    """[n, vocab]."""
 
 
 def row_statistics(logits: torch.Tensor, banned_id: int | None) -> Statistics:
@@ -75,7 +78,8 @@ def row_statistics(logits: torch.Tensor, banned_id: int | None) -> Statistics:
     confidence = probabilities.gather(-1, argmax[:, None])[:, 0]
     top2 = probabilities.topk(2, dim=-1).values
     entropy = torch.special.entr(probabilities).sum(dim=-1)  # entr(0) = 0
-    return Statistics(argmax, confidence, top2[:, 0] - top2[:, 1], entropy)
+    margin = top2[:, 0] - top2[:, 1]
+    return Statistics(argmax, confidence, margin, entropy, probabilities)
 
 
 @dataclass
@@ -174,7 +178,8 @@ def generate(
         schedule = static_schedule(num_masked, steps_per_block)
         store: KVStore | None = None
         step = 0
-        while mask_id in row[start : start + block_length]:
+        decision = Step([])
+        while decision.hold or mask_id in row[start : start + block_length]:
             scheduled = schedule[step] if step < len(schedule) else 0
             if rule.ends_by_schedule and step >= steps_per_block:
                 break
@@ -205,26 +210,34 @@ def generate(
                 confidence=stats.confidence[first - low : end - low],
                 margin=stats.margin[first - low : end - low],
                 entropy=stats.entropy[first - low : end - low],
+                probabilities=stats.probabilities[first - low : end - low],
                 first=first - prompt_end,
                 forward=forwards,
                 scheduled=scheduled,
                 step=step,
                 steps=steps_per_block,
+                tokens=torch.tensor(row[first:end]),
+                decided=torch.tensor([row[p] != mask_id for p in range(first, end)]),
             )
-            chosen = rule.select(view)
+            decision = rule.step(view)
+            chosen = decision.commit
             if observe is not None:
-                observe(view, chosen)
+                observe(view, list(chosen))
 
             committed = []
-            for offset in chosen:
-                token = int(view.argmax[offset])
+            for offset in [*chosen, *decision.edit]:
+                instead = isinstance(chosen, dict) and offset in chosen
+                token = chosen[offset] if instead else int(view.argmax[offset])
                 if token != mask_id:
                     row[first + offset] = token
                     set_at[first + offset] = forwards
                     committed.append(first + offset)
+            for offset in decision.remask:
+                row[first + offset] = mask_id
             forwards += 1
             step += 1
-            if not committed and not rule.ends_by_schedule:
+            stuck = view.masked.any() and not committed
+            if stuck and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
 
             if eotp is not None:
@@ -252,6 +265,10 @@ def generate(
                 if store is not None:
                     store.truncate(cut)
 
+            if rule.rewrites:
+                if decision.hold or mask_id in row[start:end]:
+                    continue
+                set_at[start:end] = [forwards - 1] * (end - start)
             if eos_stop:
                 stop = _eos_end(row, prompt_end, mask_id, eos_id)
                 if stop is not None:

@@ -5,8 +5,8 @@ Static schedules (LLaDA, arXiv 2502.09992), threshold and factor (Fast-dLLM,
 2505.22618; threshold also as LLaDA2.0, 2512.15745, and SDAR, 2510.06303, have it),
 Learn2PD's filter (2509.25188), Dream's schedule (2508.15487), entropy (dParallel,
 2509.26488), EB-Sampler (2505.24857), CAD (CD4LM, 2601.02236), LocalLeap (2510.07081),
-hierarchical decoding (dInfer, 2510.08666). Every strategy is compared with these step
-by step.
+hierarchical decoding (dInfer, 2510.08666), PC-Sampler (NEUIR/PC-Sampler). Every
+strategy is compared with these step by step.
 
 Conventions: ties go to the lowest position; confidences are float32 probabilities of
 untempered logits.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,9 @@ class View:
     index of this forward in the request, `step` that in the block, of `steps`, and
     `scheduled` the number of commits that the schedule has for this step (in
     `procedures.generate`: 0 once it has run out).
+
+    `tokens` and `decided`, for rules that rewrite: what the block holds, and which of
+    it a rule may change.
     """
 
     masked: torch.Tensor
@@ -46,20 +49,46 @@ class View:
     scheduled: int
     step: int = 0
     steps: int = 1
+    probabilities: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B, V], of all tokens."""
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    decided: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def masked_offsets(self) -> list[int]:
         return [i for i in range(len(self.masked)) if self.masked[i]]
 
 
+class Step(NamedTuple):
+    """All that a rule may do in a step, in block offsets.
+
+    `commit` as `Rule.select` returns it, `edit` decided positions to give the argmax
+    to, `remask` those to mask again. `hold` keeps a block without masks open.
+    """
+
+    commit: list[int] | dict[int, int]
+    edit: list[int] = []
+    remask: list[int] = []
+    hold: bool = False
+
+
 class Rule(NamedTuple):
     """`select` returns the block offsets to commit, a subset of the masked ones.
 
+    Where these are the keys of a dict, its values are the tokens to write instead of
+    the argmax. A rule that does more returns a `Step`.
+
     `ends_by_schedule`: the block is over when its steps are, masks left or not
     (they can be left only if the model may choose the mask id itself).
+    `rewrites`: it may edit and remask, so nothing of a block is final before its end.
     """
 
-    select: Callable[[View], list[int]]
+    select: Callable[[View], list[int] | dict[int, int] | Step]
     ends_by_schedule: bool = False
+    rewrites: bool = False
+
+    def step(self, view: View) -> Step:
+        found = self.select(view)
+        return found if isinstance(found, Step) else Step(found)
 
 
 def float32(value: float) -> torch.Tensor:
@@ -305,15 +334,37 @@ def localleap(
     return Rule(select)
 
 
-def hierarchy(threshold: float = 0.9, low_threshold: float = 0.4) -> Rule:
+def hierarchy(
+    threshold: float = 0.9, low_threshold: float = 0.4, remask: bool = False
+) -> Rule:
     """dInfer: the best of each run of adjacent masks, and all masks that are sure.
 
     If no confidence reaches `low_threshold`, only the best one; else every c >
     threshold, and the best of each run if it is > low_threshold. (dInfer's code writes
     nothing if none passes; here the best one is written.)
+
+    `remask`: decided positions with c < low_threshold are masked again, the least sure
+    first and at most as many as there are masks but one; if not more are written than
+    that, the best of the other masks are, too.
     """
 
-    def select(view: View) -> list[int]:
+    def select(view: View) -> list[int] | Step:
+        chosen = commits(view)
+        if not remask:
+            return chosen
+        masks = view.masked_offsets()
+        doubtful = [
+            i
+            for i in range(len(view.masked))
+            if view.decided[i] and view.confidence[i] < float32(low_threshold)
+        ]
+        back = top_k(-view.confidence, doubtful, max(len(masks) - 1, 0))
+        others = [i for i in masks if i not in chosen]
+        missing = max(len(back) + 1 - len(chosen), 0)
+        chosen = [*chosen, *top_k(view.confidence, others, missing)]
+        return Step(sorted(chosen), remask=sorted(back))
+
+    def commits(view: View) -> list[int]:
         candidates = view.masked_offsets()
         c = view.confidence
         best = top_k(c, candidates, 1)
@@ -332,4 +383,26 @@ def hierarchy(threshold: float = 0.9, low_threshold: float = 0.4) -> Rule:
                 chosen.add(leader)
         return sorted(chosen or best)
 
-    return Rule(select)
+    return Rule(select, rewrites=remask)
+
+
+def pc(
+    frequencies: torch.Tensor, position_weight: float = 0.25, most: float = 10.0
+) -> Rule:
+    """PC-Sampler: the scheduled number of positions that are early, sure and rare.
+
+    `frequencies` [V]: share of each token in a corpus; others count as the rarest.
+    """
+
+    def select(view: View) -> list[int]:
+        scores = torch.zeros(len(view.masked), dtype=torch.float64)
+        for i in view.masked_offsets():
+            token = int(view.argmax[i])
+            known = token < len(frequencies)
+            frequency = frequencies[token] if known else frequencies.min()
+            value = -float(view.confidence[i]) * math.log(float(frequency))
+            place = math.exp(-position_weight * (view.first + i))
+            scores[i] = place * min(value, most)
+        return top_k(scores, view.masked_offsets(), view.scheduled)
+
+    return Rule(select, ends_by_schedule=True)

@@ -185,26 +185,27 @@ def chosen(strategy: Strategy, view: View) -> list[list[int]]:
 
 
 def expected(rule: procedures.Rule, view: View) -> list[list[int]]:
-    """Positions that the row-wise reference commits; each row cut where invalid."""
-    found = []
-    for row in range(view.masked.shape[0]):
-        size = int(view.valid[row].sum())
-        one = procedures.View(
-            masked=view.masked[row, :size],
-            argmax=view.candidate[row, :size],
-            confidence=view.confidence[row, :size],
-            margin=torch.empty(0) if view.margin is None else view.margin[row, :size],
-            entropy=(
-                torch.empty(0) if view.entropy is None else view.entropy[row, :size]
-            ),
-            first=0,
-            forward=row,
-            scheduled=int(view.scheduled[row]),
-            step=int(view.step[row]),
-            steps=int(view.steps[row]),
-        )
-        found.append(sorted(rule.select(one)))
-    return found
+    """Positions that the row-wise reference commits."""
+    rows = range(view.masked.shape[0])
+    return [sorted(rule.step(row_of(view, row)).commit) for row in rows]
+
+
+def row_of(view: View, row: int) -> procedures.View:
+    """One row as the row-wise reference sees it; cut where invalid."""
+    size = int(view.valid[row].sum())
+    return procedures.View(
+        masked=view.masked[row, :size],
+        argmax=view.candidate[row, :size],
+        confidence=view.confidence[row, :size],
+        margin=torch.empty(0) if view.margin is None else view.margin[row, :size],
+        entropy=torch.empty(0) if view.entropy is None else view.entropy[row, :size],
+        first=0,
+        forward=row,
+        scheduled=int(view.scheduled[row]),
+        step=int(view.step[row]),
+        steps=int(view.steps[row]),
+        decided=view.decided[row, :size],
+    )
 
 
 def assert_rows_independent(strategy: Strategy, view: View, seed: int = 0) -> None:

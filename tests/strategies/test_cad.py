@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,8 +59,66 @@ def test_by_entropy(threshold, positions):
     assert chosen(cad(mode="entropy", entropy_threshold=threshold), view) == [positions]
 
 
+def ends_at(*positions: int, progress: float) -> dict[str, torch.Tensor]:
+    """Changes to the worked block: where a token ends the text, and how much is."""
+    is_eos = torch.zeros(1, 8, dtype=torch.bool)
+    is_eos[0, list(positions)] = True
+    return {"is_eos": is_eos, "progress": torch.tensor([progress])}
+
+
+@pytest.mark.parametrize(
+    ("params", "eos", "progress", "positions"),
+    [
+        ({"threshold": 0.95}, [1], 0.29, [5]),
+        ({"threshold": 0.95}, [1], 0.3, [1]),
+        ({"threshold": 0.75}, [1, 4], 0.0, [2, 5, 7]),
+        ({"threshold": 0.95, "fewest": 3}, [1, 5], 0.1, [2, 4, 7]),
+        ({"threshold": 0.95, "fewest": 9, "most": 9}, [1, 5], 0.1, [2, 3, 4, 6, 7]),
+        ({}, [1, 2, 3, 4, 5, 6, 7], 0.0, []),  # the engine writes the best one
+    ],
+)
+def test_ends_of_text_are_held_back(params, eos, progress, positions):
+    view = make_view([C8], **ends_at(*eos, progress=progress))
+    assert chosen(cad(**params, release_end=0.3), view) == [positions]
+
+
+def test_ends_of_text_are_held_back_from_the_least_entropy_too():
+    entropy = torch.tensor([H8])
+    view = make_view([C8], entropy=entropy, **ends_at(1, progress=0.2))
+    strategy = cad(mode="entropy", entropy_threshold=0.3, release_end=0.5)
+    assert chosen(strategy, view) == [[5]]
+
+
+def test_the_published_example_of_a_held_back_end():
+    view = make_view(
+        [[0.99, 0.70, 0.96]],
+        torch.ones(1, 3, dtype=torch.bool),
+        is_eos=torch.tensor([[True, False, False]]),
+    )
+    assert chosen(cad(threshold=0.95, release_end=0.3), view) == [[2]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(
+    seed=st.integers(0, 2**20),
+    ties=st.booleans(),
+    release=st.floats(0.0, 1.0, width=32),
+)
+def test_what_is_held_back_is_as_if_decided(mode, seed, ties, release):
+    view = random_view(seed, ties=ties)
+    masked = view.masked.clone()
+    for row, progress in enumerate(view.progress.tolist()):
+        for i in range(masked.shape[1]):
+            if view.is_eos[row, i] and progress < release:
+                masked[row, i] = False
+    strategy = cad(mode=mode, entropy_threshold=0.8, release_end=release)
+    rule = rules.cad(0.8, 1, 4, mode)
+    assert chosen(strategy, view) == expected(rule, replace(view, masked=masked))
+
+
 def test_each_row_has_its_own_limits():
     params = {
+        "release_end": torch.zeros(3),
         "threshold": torch.tensor([0.75, 0.75, 0.95]),
         "entropy_threshold": torch.full((3,), 0.3),
         "fewest": torch.tensor([1, 1, 3]),
@@ -92,7 +151,9 @@ def test_agrees_with_the_row_wise_reference(mode, seed, ties, tau, limits):
 @pytest.mark.parametrize("mode", MODES)
 @given(seed=st.integers(0, 2**20))
 def test_other_rows_do_not_matter(mode, seed):
-    strategy = cad(threshold=0.9, fewest=2, mode=mode, entropy_threshold=1.0)
+    strategy = cad(
+        threshold=0.9, fewest=2, mode=mode, entropy_threshold=1.0, release_end=0.5
+    )
     assert_rows_independent(strategy, random_view(seed), seed)
 
 
@@ -140,12 +201,14 @@ def test_registered_with_bounds():
         "most": 4,
         "mode": "confidence",
         "entropy_threshold": 0.3,
+        "release_end": 0.0,
     }
     assert numeric_fields(CadParams) == [
         "threshold",
         "fewest",
         "most",
         "entropy_threshold",
+        "release_end",
     ]
     for bad in (
         {"threshold": 0.0},
@@ -154,6 +217,8 @@ def test_registered_with_bounds():
         {"most": 10**7},
         {"mode": "random"},
         {"entropy_threshold": -0.1},
+        {"release_end": -0.1},
+        {"release_end": 1.1},
     ):
         with pytest.raises(ValidationError):
             CadParams(**bad)

@@ -13,6 +13,8 @@ from reference.views import (
     expected,
     make_view,
     random_view,
+    row_of,
+    select,
 )
 
 from vllm_dlm.strategies import STRATEGIES
@@ -25,8 +27,10 @@ from vllm_dlm.strategies.threshold import Threshold, ThresholdParams
 bounds = st.floats(0.01, 2.0) | st.sampled_from([0.25**0.2, 0.5**0.2, 0.75**0.2, 1.0])
 
 
-def hierarchy(tau: float = 0.9, low: float = 0.4, width: int = 8) -> Hierarchy:
-    params = HierarchyParams(threshold=tau, low_threshold=low)
+def hierarchy(
+    tau: float = 0.9, low: float = 0.4, width: int = 8, remask: bool = False
+) -> Hierarchy:
+    params = HierarchyParams(threshold=tau, low_threshold=low, remask=remask)
     return Hierarchy(params, width, CPU)
 
 
@@ -43,7 +47,7 @@ def masks(pattern: str) -> torch.Tensor:
         ("#..#.#..", 0.9, 0.77, [1, 4]),
         ("#.......", 0.9, 0.4, [1, 5]),
         ("########", 0.9, 0.4, []),
-        # The picture in docs/strategies.md, step by step.
+        # The picture in docs/strategies/hierarchy.md, step by step.
         ("##...#..", 0.9, 0.4, [2, 7]),
         ("###..#.#", 0.9, 0.4, [4]),
         ("###.##.#", 0.9, 0.4, [3]),
@@ -101,7 +105,9 @@ def test_agrees_with_the_row_wise_reference(seed, ties, tau, low):
 
 @given(seed=st.integers(0, 2**20), ties=st.booleans())
 def test_other_rows_do_not_matter(seed, ties):
-    assert_rows_independent(hierarchy(), random_view(seed, ties=ties), seed)
+    view = random_view(seed, ties=ties)
+    for remask in (False, True):
+        assert_rows_independent(hierarchy(remask=remask), view, seed)
 
 
 @given(seed=st.integers(0, 2**20), ties=st.booleans(), tau=bounds)
@@ -128,9 +134,78 @@ def test_with_extreme_thresholds_each_run_gives_one(seed):
         assert len(written) == len(picture.replace("#", " ").split())
 
 
+# -- remask ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "confidence", "written", "taken_back"),
+    [
+        ("#..#.#..", C8, [1, 4, 7], []),
+        # One doubtful token, and two are written anyhow.
+        ("#.#.", [0.9, 0.8, 0.3, 0.7], [1, 3], [2]),
+        ("##...#..", [*C8[:5], 0.3, *C8[6:]], [2, 7], [5]),
+        # As many are written as are taken back, and one more.
+        ("#...##", [0.9, 0.8, 0.3, 0.7, 0.2, 0.1], [1, 2, 3], [4, 5]),
+        # Not enough masks: the least sure one only.
+        ("#..##", [0.3, 0.8, 0.7, 0.1, 0.2], [1, 2], [3]),
+        ("#.##", [0.3, 0.8, 0.1, 0.2], [1], []),
+        ("####", [0.3, 0.3, 0.1, 0.2], [], []),
+    ],
+)
+def test_doubtful_tokens_are_taken_back(pattern, confidence, written, taken_back):
+    view = make_view([confidence], masks(pattern))
+    decision = select(hierarchy(width=len(pattern), remask=True), view)
+    assert decision.commit[0].nonzero()[:, 0].tolist() == written
+    assert decision.remask[0].nonzero()[:, 0].tolist() == taken_back
+
+
+def test_the_prompts_tokens_are_not_taken_back():
+    view = make_view([[0.1, 0.9, 0.2, 0.9]], masks("#.#."))
+    view.decided[0, 0] = False
+    remask = select(hierarchy(width=4, remask=True), view).remask
+    assert remask.tolist() == [[False, False, True, False]]
+
+
+@given(seed=st.integers(0, 2**20), ties=st.booleans(), tau=bounds, low=bounds)
+def test_remask_agrees_with_the_row_wise_reference(seed, ties, tau, low):
+    view = random_view(seed, ties=ties)
+    decision = select(hierarchy(tau, low, remask=True), view)
+    rule = rules.hierarchy(tau, low, remask=True)
+    for row in range(view.masked.shape[0]):
+        wanted = rule.step(row_of(view, row))
+        assert decision.commit[row].nonzero()[:, 0].tolist() == wanted.commit
+        assert decision.remask[row].nonzero()[:, 0].tolist() == wanted.remask
+
+
+@given(seed=st.integers(0, 2**20), low=bounds)
+def test_every_step_gains_a_token(seed, low):
+    strategy = hierarchy(low=low, remask=True)
+    masked = torch.ones(5, 8, dtype=torch.bool)
+    for step in range(8):
+        view = random_view(seed + step)
+        view = make_view(view.confidence, masked)
+        decision = select(strategy, view)
+        assert not (decision.commit & ~masked).any()
+        assert not (decision.remask & masked).any()
+        left = (masked & ~decision.commit) | decision.remask
+        gained = masked.sum(dim=1) - left.sum(dim=1)
+        assert (gained >= masked.any(dim=1).long()).all()
+        masked = left
+    assert not masked.any()
+
+
+def test_declares_to_rewrite_where_it_does():
+    assert not hierarchy().may_rewrite and hierarchy(remask=True).may_rewrite
+    assert select(hierarchy(), make_view([C8])).remask is None
+
+
 def test_registered_with_bounds():
     assert STRATEGIES["hierarchy"] is Hierarchy
-    assert HierarchyParams().model_dump() == {"threshold": 0.9, "low_threshold": 0.4}
+    assert HierarchyParams().model_dump() == {
+        "threshold": 0.9,
+        "low_threshold": 0.4,
+        "remask": False,
+    }
     assert numeric_fields(HierarchyParams) == ["threshold", "low_threshold"]
     for bad in (
         {"threshold": 0.0},

@@ -17,14 +17,12 @@ from reference.views import (
     expected,
     make_view,
     random_view,
-    select,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.strategies.base import View, numeric_fields
-from vllm_dlm.strategies.eotp import end_of_text
+from vllm_dlm.strategies.base import numeric_fields
 from vllm_dlm.strategies.learn2pd import Learn2PD, Learn2PDParams
 from vllm_dlm.strategies.learn2pd_filter import Filter, find_filter
 from vllm_dlm.strategies.threshold import Threshold, ThresholdParams
@@ -65,10 +63,7 @@ def test_the_schedule_forces_tokens_the_filter_rejects():
 
 
 def test_each_row_has_its_own_cut():
-    params = {
-        "threshold": torch.tensor([0.96, 0.9]),
-        "eotp_threshold": torch.tensor([0.9, 0.9]),
-    }
+    params = {"threshold": torch.tensor([0.96, 0.9])}
     commit = learn2pd().select(make_view([C8, C8]), params).commit
     assert commit.sum(dim=1).tolist() == [1, 2]
 
@@ -124,80 +119,6 @@ def test_the_identity_filter_is_the_threshold_rule(seed, ties, threshold, tau):
     identity = learn2pd(Filter.identity(8, threshold, tau), threshold=tau)
     rule = Threshold(ThresholdParams(threshold=threshold), 8, CPU)
     assert chosen(identity, view) == chosen(rule, view)
-
-
-# --- End-of-text prediction -----------------------------------------------------
-
-
-def slow_end_of_text(view: View, commit: torch.Tensor, threshold: float) -> list[int]:
-    found = []
-    for row in range(commit.shape[0]):
-        end = -1
-        for i in reversed(range(commit.shape[1])):
-            sure = view.confidence[row, i] >= torch.tensor(threshold)
-            if view.masked[row, i] and not commit[row, i] and sure:
-                end = i if view.is_eos[row, i] else end
-        written = [
-            i
-            for i in range(commit.shape[1])
-            if commit[row, i] and view.masked[row, i] and view.is_eos[row, i]
-        ]
-        found.append(written[0] if written else end)
-    return found
-
-
-def eos_at(*positions: int) -> torch.Tensor:
-    flags = torch.zeros(1, 8, dtype=torch.bool)
-    flags[0, list(positions)] = True
-    return flags
-
-
-@pytest.mark.parametrize(
-    ("eos", "tau", "cut"),
-    [
-        ((), 0.9, -1),
-        ((1, 5), 0.9, 1),  # both are written: the first
-        ((2, 5), 0.9, 5),  # 5 is written; 2 is only predicted
-        ((5, 6), 0.96, 5),  # predicted at 0.93
-        ((2, 6), 0.96, -1),  # predicted, but unsure
-        ((0,), 0.96, -1),  # decided already
-    ],
-)
-def test_where_the_text_is_cut(eos, tau, cut):
-    view = make_view([C8], is_eos=eos_at(*eos))
-    decision = select(learn2pd(threshold=tau, eotp="token"), view)
-    assert decision.truncate_at is not None
-    assert decision.truncate_at.tolist() == [cut]
-
-
-def test_the_first_sure_prediction_counts_not_the_surest():
-    view = make_view([C8], is_eos=eos_at(2, 5))
-    cut = select(learn2pd(eotp_threshold=0.7, eotp="token"), view).truncate_at
-    assert cut is not None
-    assert cut.tolist() == [2]
-
-
-def test_by_default_the_rest_of_the_block_stays():
-    cut = select(learn2pd(), make_view([C8], is_eos=eos_at(1))).truncate_at
-    assert cut is not None
-    assert cut.tolist() == [7]
-    no_cut = select(learn2pd(), make_view([C8])).truncate_at
-    assert no_cut is not None
-    assert no_cut.tolist() == [-1]
-
-
-def test_end_of_text_prediction_can_be_off():
-    view = make_view([C8], is_eos=eos_at(1))
-    assert select(learn2pd(eotp="off"), view).truncate_at is None
-
-
-@given(seed=st.integers(0, 2**20), ties=st.booleans(), threshold=st.floats(0, 1))
-def test_end_of_text_agrees_with_a_slow_loop(seed, ties, threshold):
-    view = random_view(seed, ties=ties)
-    commit = view.masked & (torch.rand_like(view.confidence) < 0.3)
-    got = end_of_text(view, commit, torch.full((5,), threshold))
-    assert got.dtype == torch.int64
-    assert got.tolist() == slow_end_of_text(view, commit, threshold)
 
 
 # --- Filters and files ----------------------------------------------------------
@@ -330,8 +251,7 @@ def test_a_damaged_file_is_passed_over(tmp_path, caplog):
 def test_registered_with_bounds():
     assert STRATEGIES["learn2pd"] is Learn2PD
     assert Learn2PD.logit_rows == "block"
-    assert numeric_fields(Learn2PDParams) == ["threshold", "eotp_threshold"]
+    assert Learn2PD.eotp == "block"
+    assert numeric_fields(Learn2PDParams) == ["threshold"]
     with pytest.raises(ValidationError):
         Learn2PDParams(threshold=1.0)
-    with pytest.raises(ValidationError, match="'block', 'token' or 'off'"):
-        Learn2PDParams(eotp="paper")

@@ -27,7 +27,7 @@ from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
-    from vllm_dlm.model_executor.segments import SegmentPlan
+    from vllm_dlm.model_executor.segments import BlockRows
     from vllm_dlm.model_executor.state import DlmModelState
 
 
@@ -85,7 +85,8 @@ class Candidates:
         logits: torch.Tensor,
         stats: TokenStats,
         masked: torch.Tensor,
-        plan: SegmentPlan,
+        step: torch.Tensor,
+        plan: BlockRows,
     ) -> Choice:
         """Candidates, and how sure the model is of them.
 
@@ -93,6 +94,7 @@ class Candidates:
             logits: [N, V], the rows of `plan`, mask id banned.
             stats: of the same rows, with the statistics that strategies need.
             masked: [R, B] bool; decided positions have the argmax as candidate.
+            step: [R] int64: which noise is drawn with.
         """
         choice = Choice(
             plan.spread(stats.argmax),
@@ -116,8 +118,8 @@ class Candidates:
             end = begin + plan.row_bounds[request + 1] - plan.row_bounds[request]
             self._restrict(processed[begin:end], request, plan)
             begin = end
-        slots = plan.slots[plan.row_requests[rows]]
-        places = plan.row_places[rows]
+        owners = plan.row_requests[rows]
+        slots, places = plan.slots[owners], plan.row_places[rows]
         argmax = token_stats(processed).argmax
         tempered, truncated = self._rows_to_draw(requests, plan)
         drawn = draw(
@@ -129,7 +131,7 @@ class Candidates:
             min_p=self._min_p[slots],
             seed=self._seed[slots],
             position=plan.positions.flatten()[places],
-            step=self.state.step[slots],
+            step=step[owners],
             rows=tempered,
             truncated_rows=truncated,
         )
@@ -145,7 +147,7 @@ class Candidates:
         self._measure_drawn(choice, processed, requests, plan)
         return choice
 
-    def _seeded_greedily(self, requests: list[int], plan: SegmentPlan) -> torch.Tensor:
+    def _seeded_greedily(self, requests: list[int], plan: BlockRows) -> torch.Tensor:
         """[n] bool: rows of a block's first token, which Fast-dLLM v2 never draws."""
         defaults = self.state.defaults
         is_family = defaults.seeds_blocks and defaults.shift == 1
@@ -162,7 +164,7 @@ class Candidates:
         choice: Choice,
         processed: torch.Tensor,
         requests: list[int],
-        plan: SegmentPlan,
+        plan: BlockRows,
     ) -> None:
         """Overwrite statistics by those of what is drawn from, where asked for.
 
@@ -200,7 +202,7 @@ class Candidates:
             choice.margin.view(-1)[places] = stats.margin
 
     def _rows_to_draw(
-        self, requests: list[int], plan: SegmentPlan
+        self, requests: list[int], plan: BlockRows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of `requests` with a temperature, without and with top-k/p."""
         plain: list[int] = []
@@ -216,7 +218,7 @@ class Candidates:
         )
 
     def _local_rows(
-        self, some: list[int], requests: list[int], plan: SegmentPlan
+        self, some: list[int], requests: list[int], plan: BlockRows
     ) -> torch.Tensor:
         """[n] int64: rows of `some` of the `requests`, counted among all of theirs."""
         sizes = [_num_rows([request], plan) for request in requests]
@@ -224,17 +226,17 @@ class Candidates:
         return torch.from_numpy(chosen).to(plan.positions.device)
 
     def noise_keys(
-        self, plan: SegmentPlan
+        self, step: torch.Tensor, plan: BlockRows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Seed, position, step of every block position, each [R * B] int64."""
+        """Seed, position, step [R] of every block position, each [R * B] int64."""
         width = plan.positions.shape[1]
         return (
             self._seed[plan.slots].repeat_interleave(width),
             plan.positions.flatten(),
-            self.state.step[plan.slots].repeat_interleave(width),
+            step.repeat_interleave(width),
         )
 
-    def _restrict(self, block: torch.Tensor, row: int, plan: SegmentPlan) -> None:
+    def _restrict(self, block: torch.Tensor, row: int, plan: BlockRows) -> None:
         """Apply one request's token restrictions to its [B, V] logits in place."""
         request = self.state.requests[plan.slots_cpu[row]]
         params = request.params
@@ -258,19 +260,19 @@ class Candidates:
 
     # -- what ends a text --------------------------------------------------
 
-    def _early(self, plan: SegmentPlan) -> torch.Tensor:
+    def _early(self, plan: BlockRows) -> torch.Tensor:
         """[R, B] bool: output positions at which `min_tokens` forbids to stop."""
         output_index = plan.positions - self.state.prompt_len[plan.slots][:, None]
         return output_index < self._min_tokens[plan.slots][:, None]
 
-    def is_stop(self, tokens: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
+    def is_stop(self, tokens: torch.Tensor, plan: BlockRows) -> torch.Tensor:
         """[R, B] bool: the token would end its request's text there."""
         stop = self._stop_ids[plan.slots][:, None, :]
         return (tokens[:, :, None] == stop).any(dim=2) & ~self._early(plan)
 
     # -- bad words ---------------------------------------------------------
 
-    def _banned(self, row: int, plan: SegmentPlan) -> list[tuple[int, int]]:
+    def _banned(self, row: int, plan: BlockRows) -> list[tuple[int, int]]:
         """(block offset, token) pairs that would complete a bad word."""
         slot = plan.slots_cpu[row]
         words = self.state.requests[slot].params.bad_words_token_ids
@@ -282,7 +284,7 @@ class Candidates:
         commit: torch.Tensor,
         edit: torch.Tensor,
         new_tokens: torch.Tensor,
-        plan: SegmentPlan,
+        plan: BlockRows,
     ) -> None:
         """Withdraw, in place, commits and edits that would write a bad word."""
         for row, slot in enumerate(plan.slots_cpu):
@@ -300,7 +302,7 @@ class Candidates:
                 edit[row, index - first] = False
 
     def _output(
-        self, slot: int, row: int, plan: SegmentPlan
+        self, slot: int, row: int, plan: BlockRows
     ) -> tuple[list[int | None], int]:
         """Output tokens up to the block's end (None: masked); the block's index."""
         begin = int(self.state.prompt_len[slot])
@@ -315,7 +317,7 @@ class Candidates:
         return known, block_start - begin
 
 
-def _num_rows(requests: list[int], plan: SegmentPlan) -> int:
+def _num_rows(requests: list[int], plan: BlockRows) -> int:
     bounds = plan.row_bounds
     return sum(bounds[request + 1] - bounds[request] for request in requests)
 

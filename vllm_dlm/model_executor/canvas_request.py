@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_executor.branches import Pages
 from vllm_dlm.model_executor.cache import (
     Rows,
     block_start,
@@ -21,6 +22,8 @@ from vllm_dlm.model_executor.cache import (
     plan_rows,
     text_end,
 )
+from vllm_dlm.model_executor.step_maps import StepCount
+from vllm_dlm.model_executor.tccf import Stages, one_at_a_time
 from vllm_dlm.request_config import RequestConfig
 
 
@@ -29,6 +32,8 @@ class CanvasRequest(Request):
 
     dlm: RequestConfig
     model: ModelDefaults
+    stages: Stages | None
+    """What is left of `tccf`; None without it, and in its second stage."""
     stop_ids: frozenset[int]
     """Token ids that end the text."""
     origin: int
@@ -45,6 +50,20 @@ class CanvasRequest(Request):
     """Leading positions whose KV never changes again; 0 in class A."""
     rows_end: int
     """One past the last position of the rows to compute next."""
+    cache_salt: str | None
+    """vLLM's: requests share pages only if theirs are the same."""
+    block_hashes: list[Any]
+    """vLLM's: of its full pages."""
+    steps: StepCount
+    """Its denoise steps, for step maps."""
+    max_branches: int
+    """Canvases that a forward of its may evaluate (`branches.py`)."""
+    branches: int
+    """Canvases that its next forward evaluates."""
+    branch_rows: int
+    """Rows of each of them, if there are several."""
+    drafted_block: int
+    """Start of the block that the last forward has left drafts of; -1 for none."""
 
     @property
     def num_tokens(self) -> int:
@@ -80,10 +99,29 @@ class CanvasRequest(Request):
             end = begin + canvas_width(end - begin, length, max_canvas)
         self.canvas_end = self.block_canvas_end = min(end, max_model_len)
 
+    def enter_second_stage(self, max_canvas: int, max_model_len: int) -> None:
+        """From now on one token at a time, as `tccf` says; then it must be preempted.
+
+        Pages that blocks of one have filled are no others' pages.
+        """
+        self.stages = None
+        self.dlm = one_at_a_time(self.dlm)
+        self.origin = self.model.origin(self.num_prompt_tokens, 1)
+        self.cache_salt = f"{self.cache_salt or ''} blocks of 1"
+        self.block_hashes = []
+        self.update_block_hashes()
+        self.open_canvas(max_canvas, max_model_len)
+
     def begin(self) -> None:
         """Forget what was computed: a new request, or one that was preempted."""
-        self.refreshed_block = -1
+        self.refreshed_block = self.drafted_block = -1
+        self.branches = 1
         self.first_block = self.block_start
+        self.steps.enter(self.first_block)
+        # A replay does not repeat a block's seed, if it was handed out.
+        known = len(self._all_token_ids)
+        seeded = known > self.first_block >= self.num_prompt_tokens
+        self.steps.in_block = int(self.model.seeds_blocks and seeded)
         self.kv_final = 0
         self.rows_end = self.next_rows().end
 
@@ -106,14 +144,32 @@ class CanvasRequest(Request):
         # and the block itself: no forward is spent on writing final KV alone.
         return Rows(self.kv_final, min(block + length, self.canvas_end))
 
+    def useful_branches(self) -> int:
+        """Canvases that its next forward can learn from; 1 where nothing is drafted."""
+        block = self.block_start
+        if self.drafted_block != block:
+            return 1
+        block_end = min(block + self.dlm.block_length, self.canvas_end)
+        # One for each token that is missing: masks, as far as is known here.
+        return min(self.max_branches, block_end - len(self._all_token_ids))
+
+    def take_branches(self, count: int) -> None:
+        """Have the next forward evaluate several canvases."""
+        start, end = self.next_rows()
+        self.branches, self.branch_rows = count, end - start
+        self.rows_end = start + count * self.branch_rows
+
     def whole_rows(self, start: int, end: int) -> int:
         """How many of the rows [start, end) one forward may compute.
 
-        Rows of a full-attention model are computed together or not at all. Others
-        may compute a prompt in chunks, which end where a block ends.
+        Rows of a full-attention model are computed together or not at all, as are
+        those of a branch. Others may compute a prompt in chunks, which end where a
+        block ends.
         """
         if end == self.rows_end:
             return end - start
+        if self.branches > 1:
+            return (end - start) // self.branch_rows * self.branch_rows
         block = self.block_start
         if not self.model.reuses_blocks or block != self.first_block:
             return 0
@@ -127,6 +183,7 @@ class CanvasRequest(Request):
         """
         block = self.block_start
         self.refreshed_block = block
+        self.drafted_block = block if end > block else -1
         if not self.model.reuses_blocks:
             return end - max(start, self.num_prompt_tokens)
         self.kv_final = min(end, block)
@@ -156,6 +213,13 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         """As vLLM's, but for what is published."""
         assert isinstance(request, CanvasRequest)
         kwargs["delay_cache_blocks"] = True
+        if request.branches > 1:
+            start, rows = request.num_computed_tokens, request.branch_rows
+            page_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            pages = Pages.of(start, start + rows, page_size)
+            end = pages.with_branches(num_new_tokens // rows) * page_size
+            kwargs["num_lookahead_tokens"] = end - start - rows
+            num_new_tokens = rows
         blocks = super().allocate_slots(request, num_new_tokens, **kwargs)
         # Whoever runs may yet be preempted, by one of higher priority, before this
         # forward computes anything: the scheduler publishes its pages at the end.

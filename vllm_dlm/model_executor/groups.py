@@ -14,6 +14,7 @@ import torch
 
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import (
+    NOT_DRAFTED,
     Decision,
     Strategy,
     View,
@@ -93,6 +94,8 @@ class StrategyGroups:
         """[slots] bool: the slot's strategy may change decided positions."""
         self.step_limit = per_slot(torch.int64)
         """[slots] int64: steps after which a block ends in any case."""
+        self.drafts = per_slot(torch.bool)
+        """[slots] bool: the slot's strategy has branches evaluated."""
         self._groups: dict[GroupKey, Group] = {}
         self._group_of: dict[int, Group] = {}
         self._numbers: dict[tuple[str, str], torch.Tensor] = {}
@@ -112,6 +115,7 @@ class StrategyGroups:
         group.forget(slot)
         self.may_rewrite[slot] = group.strategy.may_rewrite
         self.step_limit[slot] = group.strategy.step_limit(config.params)
+        self.drafts[slot] = "branches" in group.strategy.needs
         for name in numeric:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
 
@@ -214,6 +218,9 @@ def _merge(
         "hold": torch.zeros_like(view.step, dtype=torch.bool),
         "idle": torch.zeros_like(view.step, dtype=torch.bool),
         "truncate_at": torch.full_like(view.step, -1),
+        "branch": torch.zeros_like(view.candidate),
+        "draft_tokens": view.candidate,
+        "draft_rank": torch.full_like(view.candidate, NOT_DRAFTED),
     }
     for name, default in defaults.items():
         decided = getattr(part, name)

@@ -8,21 +8,35 @@ nothing here waits for it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.segments import SegmentPlan, Segments, cut_segments
+from vllm_dlm.model_executor.branches import plan_branches, ragged
+from vllm_dlm.model_executor.segments import (
+    SegmentPlan,
+    Segments,
+    cut_segments,
+)
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.state import DlmModelState
 
 
-def plan_forward(state: DlmModelState, input_batch: Any) -> SegmentPlan:
-    """Plan the forward of vLLM's `input_batch`; updates the state's canvas ends."""
+def plan_forward(state: DlmModelState, input_batch: Any, page_size: int) -> SegmentPlan:
+    """Plan the forward of vLLM's `input_batch`; updates the state's canvas ends.
+
+    Args:
+        page_size: tokens in a KV page.
+    """
     starts = input_batch.num_computed_tokens_np.astype(np.int64)
-    ends = starts + input_batch.num_scheduled_tokens
+    branches = np.ones_like(starts)
+    if input_batch.num_draft_tokens_per_req is not None:
+        # What vLLM takes for a number of draft tokens (`scheduler.py`).
+        branches += input_batch.num_draft_tokens_per_req
+    ends = starts + input_batch.num_scheduled_tokens // branches
     slots_cpu = input_batch.idx_mapping_np.tolist()
     requests = [state.requests[slot] for slot in slots_cpu]
     lengths = np.array([request.config.block_length for request in requests])
@@ -39,8 +53,16 @@ def plan_forward(state: DlmModelState, input_batch: Any) -> SegmentPlan:
         np.array([request.origin for request in requests]),
         first_blocks,
     )
+    # A request with branches computes its active block, or all: one segment.
+    segments = segments.repeated(branches[segments.request])
     rows = decides.nonzero()[0]
-    return _plan_blocks(state, input_batch, segments, rows, starts, ends, lengths[rows])
+    plan = _plan_blocks(state, input_batch, segments, rows, starts, ends, lengths[rows])
+    if branches.max() == 1:
+        return plan
+    return replace(
+        plan,
+        branches=plan_branches(starts, ends, branches, segments, rows, plan, page_size),
+    )
 
 
 def _plan_blocks(
@@ -58,9 +80,8 @@ def _plan_blocks(
         lengths: [R] B of each of them; the batch's is the largest.
     """
     width = int(lengths.max(initial=1))
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    owner = np.repeat(np.arange(len(rows)), lengths)
-    places = owner * width + np.arange(len(owner)) - bounds[owner]
+    owner, offset = ragged(lengths)
+    places = owner * width + offset
 
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(state.device, non_blocking=True)
@@ -77,7 +98,7 @@ def _plan_blocks(
     else:
         # A forward that starts at 0 covers the canvas, as the scheduler cut it.
         canvas_end = torch.where(start == 0, end, canvas_end)
-        kv_lens = canvas_end.to(torch.int32)
+        kv_lens = canvas_end.to(torch.int32)[on_device(segments.request)]
     state.canvas_end[slots] = canvas_end
 
     # Rows that end before the block predict its first position.
@@ -85,9 +106,10 @@ def _plan_blocks(
     causal = None
     if state.defaults.model_class == "C":
         # All that is finished; the active block is its request's last segment.
-        causal = torch.ones_like(kv_lens)
-        active = on_device(segments.is_last.nonzero()[0][rows])
-        causal[active] = seeds.to(torch.int32)
+        opens = torch.zeros(len(starts), dtype=torch.bool, device=state.device)
+        opens[on_device(rows)] = ~seeds
+        active = opens[on_device(segments.request)] & on_device(segments.is_last)
+        causal = (~active).to(torch.int32)
 
     offsets = torch.arange(width, device=state.device)
     positions = block_start[:, None] + offsets
@@ -110,10 +132,14 @@ def _plan_blocks(
         slots_cpu=slots_cpu,
         batch_rows=rows.tolist(),
         ends=end,
+        rows_ends=on_device(
+            (starts + input_batch.num_scheduled_tokens)[rows].astype(np.int64)
+        ),
         positions=positions,
         valid=valid,
         readable=readable,
         logits_rows=logits_rows,
         row_places=row_places,
-        row_bounds=bounds.tolist(),
+        row_bounds=[0, *np.cumsum(lengths).tolist()],
+        branches=None,
     )

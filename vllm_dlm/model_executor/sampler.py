@@ -19,16 +19,24 @@ import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.kernels.draw import uniform
-from vllm_dlm.kernels.token_stats import token_stats
+from vllm_dlm.kernels.token_stats import TokenStats, token_stats
 from vllm_dlm.model_executor.cache import POLICIES
-from vllm_dlm.model_executor.candidates import Candidates
+from vllm_dlm.model_executor.candidates import Candidates, Choice
+from vllm_dlm.model_executor.eotp import canvas_cut, end_of_text
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
 from vllm_dlm.model_executor.logprobs import RevealedLogprobs, spread_logprobs
-from vllm_dlm.strategies.base import Decision, Probabilities, View, best_masked
+from vllm_dlm.strategies.base import (
+    Branches,
+    Decision,
+    Probabilities,
+    View,
+    best_masked,
+)
+from vllm_dlm.trajectories import open_log
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.segments import SegmentPlan
+    from vllm_dlm.model_executor.segments import BlockRows, SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
 
 
@@ -47,6 +55,7 @@ class DenoisingSampler:
         self.candidates = Candidates(state)
         self.logprobs = RevealedLogprobs(state)
         self.learning = Learning(state, self.groups)
+        self.trajectories = open_log(state)
         state.on_remove = self._forget
 
     def _forget(self, slot: int) -> None:
@@ -60,6 +69,8 @@ class DenoisingSampler:
         self.candidates.add(req_index)
         self.logprobs.add(req_index)
         self.learning.add(req_index)
+        if self.trajectories is not None:
+            self.trajectories.add(req_index)
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
@@ -81,34 +92,36 @@ class DenoisingSampler:
         decision = self._safe(view, self.groups.select(view, plan), plan)
         self.logprobs.record(logits, view, decision, plan)
         output = self._advance(view, decision, plan)
+        if self.trajectories is not None:
+            self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
 
     def _view(self, logits: torch.Tensor, plan: SegmentPlan) -> View:
         """Statistics of the active blocks, [R, B]; bans the mask id in `logits`."""
         state, slots = self.state, plan.slots
-        column = logits[:, state.mask_id]
-        exact = state.exact[slots][plan.row_requests]
-        logits[:, state.mask_id] = torch.where(exact, column, -torch.inf)
+        output_positions = plan.positions - state.prompt_len[slots][:, None]
+        # The prompt's last tokens may share the block: they stay.
+        decided = plan.valid & ~self._masked(plan) & (output_positions >= 0)
 
         needs = self.groups.needs(plan.slots_cpu)
-        stats = token_stats(
-            logits, need_entropy="entropy" in needs, need_margin="margin" in needs
-        )
         step = state.step[slots]
+        # How many branches a forward has is chance: what is drawn must not show it.
+        noise_step = torch.where(self.groups.drafts[slots], decided.sum(dim=1), step)
         positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
-        masked = self._open(plan) & plan.readable
-        choice = self.candidates.choose(logits, stats, masked, plan)
+        masked = self._open(self._masked(plan), slots) & plan.readable
+        all_logits, logits = logits, logits[: len(plan.row_places)]
+        stats, choice = self._measure(logits, masked, noise_step, plan, needs)
+        branches = None
+        if "branches" in needs:
+            branches = self._branches(all_logits, masked, choice, noise_step, plan)
         noise = None
         if "uniform" in needs:
-            noise = uniform(*self.candidates.noise_keys(plan)).view(masked.shape)
+            noise = uniform(*self.candidates.noise_keys(step, plan)).view(masked.shape)
         probabilities = None
         if "probabilities" in needs:
             rows = torch.arange(len(logits), device=logits.device)
             rows = torch.where(plan.readable, plan.spread(rows), -1)
             probabilities = Probabilities(logits, stats.logsumexp, rows)
-        output_positions = plan.positions - state.prompt_len[slots][:, None]
-        # The prompt's last tokens may share the block: they stay.
-        decided = plan.valid & ~self._masked(plan) & (output_positions >= 0)
         written = output_positions[:, 0].clamp(min=0) + decided.sum(dim=1)
         longest = state.text_end[slots] - state.prompt_len[slots]
 
@@ -130,7 +143,59 @@ class DenoisingSampler:
             margin=choice.margin,
             uniform=noise,
             probabilities=probabilities,
+            branches=branches,
         )
+
+    def _measure(
+        self,
+        logits: torch.Tensor,
+        masked: torch.Tensor,
+        noise_step: torch.Tensor,
+        blocks: BlockRows,
+        needs: set[str],
+    ) -> tuple[TokenStats, Choice]:
+        """Statistics of rows [N, V] and the blocks' candidates; bans the mask id."""
+        mask_id = self.state.mask_id
+        exact = self.state.exact[blocks.slots][blocks.row_requests]
+        logits[:, mask_id] = torch.where(exact, logits[:, mask_id], -torch.inf)
+        stats = token_stats(
+            logits, need_entropy="entropy" in needs, need_margin="margin" in needs
+        )
+        choice = self.candidates.choose(logits, stats, masked, noise_step, blocks)
+        return stats, choice
+
+    def _branches(
+        self,
+        logits: torch.Tensor,
+        masked: torch.Tensor,
+        choice: Choice,
+        noise_step: torch.Tensor,
+        plan: SegmentPlan,
+    ) -> Branches:
+        """What the forward made of drafts, beside the canvas' own `choice`.
+
+        Args:
+            logits: [N, V]: rows of the canvases, those of branches behind them.
+            masked: [R, B] bool: positions of the canvases that may be written.
+        """
+        tokens, rank = self.state.drafts.of(plan)
+        masked, candidate = masked[:, None], choice.candidate[:, None]
+        confidence = choice.confidence[:, None]
+        layout = plan.branches
+        if layout is not None:
+            blocks = layout.blocks
+            left = self._masked(plan)[layout.parents] & (
+                rank[layout.parents] >= layout.numbers[:, None]
+            )
+            left = self._open(left, blocks.slots)
+            step = noise_step[layout.parents] + layout.numbers
+            rows = logits[len(plan.row_places) :]
+            _, drafted = self._measure(rows, left, step, blocks, set())
+            masked = layout.by_branch(masked[:, 0], left)
+            masked &= (layout.index >= 0)[..., None]
+            candidate = layout.by_branch(choice.candidate, drafted.candidate)
+            confidence = layout.by_branch(choice.confidence, drafted.confidence)
+        return Branches(tokens, rank, masked, candidate, confidence)
 
     def _masked(self, plan: SegmentPlan) -> torch.Tensor:
         """[R, B] bool: all masks of the active blocks."""
@@ -138,12 +203,10 @@ class DenoisingSampler:
         positions = plan.positions.clamp(max=self.state.tokens.shape[1] - 1)
         return self.state.masked[plan.slots[:, None], positions] & plan.valid
 
-    def _open(self, plan: SegmentPlan) -> torch.Tensor:
-        """[R, B] bool: masks of the active blocks, of the first sub-block with any."""
-        state, slots = self.state, plan.slots
-        masked = self._masked(plan)
+    def _open(self, masked: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """[R, B] bool: of all masks of active blocks, the first sub-block with any."""
         offsets = torch.arange(masked.shape[1], device=masked.device)
-        sub_block = offsets // state.sub_block_length[slots][:, None]
+        sub_block = offsets // self.state.sub_block_length[slots][:, None]
         first = torch.where(masked, sub_block, masked.shape[1]).amin(dim=1)
         return masked & (sub_block == first[:, None])
 
@@ -173,7 +236,11 @@ class DenoisingSampler:
         """Hold any strategy to the rules of decoding."""
         state, slots = self.state, plan.slots
         rewrites = self.groups.may_rewrite[slots][:, None]
-        commit = decision.commit & view.masked
+        open_ = view.masked
+        if view.branches is not None:
+            # In the course of its branches a request may reach the next sub-block.
+            open_ = view.branches.masked.any(dim=1)
+        commit = decision.commit & open_
         may_change = view.decided & rewrites
         edit = may_change & _or_false(decision.edit, commit)
         remask = may_change & ~edit & _or_false(decision.remask, commit)
@@ -185,7 +252,9 @@ class DenoisingSampler:
         # Progress: a step that writes nothing would be repeated for ever.
         stalled = commit.sum(dim=1) <= remask.sum(dim=1)
         if decision.idle is not None:
-            stalled = stalled & ~decision.idle
+            # Not of a block's seed: without it no rows are left to compute.
+            seeds = plan.ends <= plan.positions[:, 0]
+            stalled = stalled & (seeds | ~decision.idle)
         commit = commit | (best_masked(view) & stalled[:, None])
         # A block ends.
         limit = self.groups.step_limit[slots]
@@ -202,7 +271,31 @@ class DenoisingSampler:
             edit=edit & ~last,
             remask=remask & ~last,
             hold=_or_false(decision.hold, stalled) & ~last[:, 0],
-            truncate_at=decision.truncate_at,
+            truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
+            branch=decision.branch,
+            draft_tokens=decision.draft_tokens,
+            draft_rank=decision.draft_rank,
+        )
+
+    def _cut(
+        self,
+        view: View,
+        write: torch.Tensor,
+        new_tokens: torch.Tensor,
+        decision: Decision,
+        plan: SegmentPlan,
+    ) -> torch.Tensor | None:
+        """Where the canvas ends now: `Decision.truncate_at`."""
+        state, slots = self.state, plan.slots
+        if all(state.requests[slot].config.eotp == "off" for slot in plan.slots_cpu):
+            return decision.truncate_at
+        is_end = self.candidates.is_stop(new_tokens, plan)
+        return canvas_cut(
+            end_of_text(view, write, is_end, state.eotp_threshold[slots]),
+            state.eotp[slots],
+            self.groups.may_rewrite[slots],
+            state.block_length[slots],
+            decision.truncate_at,
         )
 
     def _advance(
@@ -239,6 +332,7 @@ class DenoisingSampler:
 
         # Progress of the block.
         open_ = masked & exists
+        state.drafts.keep(decision, open_, plan)
         block_end = block_start + exists.sum(dim=1)
         offsets = torch.arange(open_.shape[1], device=open_.device)
         first_open = torch.where(open_, offsets, open_.shape[1]).amin(dim=1)
@@ -279,7 +373,7 @@ class DenoisingSampler:
             logprobs_tensors=self.logprobs.emit(old, new, plan),
             num_nans=None,
             num_sampled=num_sampled,
-            num_rejected=(plan.ends - self._next_start(done, plan)).to(torch.int32),
+            num_rejected=(plan.rows_ends - self._next_start(done, plan)).int(),
         )
 
     def _next_start(self, done: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:

@@ -19,8 +19,11 @@ canvas now ends (a strategy may cut it, never lengthen it).
 
 from __future__ import annotations
 
+import time
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.outputs import DraftTokenIds
@@ -28,12 +31,16 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_executor.branches import Pages
 from vllm_dlm.model_executor.canvas_request import (
     CanvasRequest,
     FinalBlocksKVCacheManager,
 )
+from vllm_dlm.model_executor.step_maps import StepCount, request_rows, take_columns
+from vllm_dlm.model_executor.tccf import Stages
 from vllm_dlm.request import stop_ids
 from vllm_dlm.request_config import resolve, server_config
+from vllm_dlm.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -52,6 +59,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self.max_canvas: int = hf_config.canvas_length
         # vLLM builds it; only its class says which pages may be shared.
         self.kv_cache_manager.__class__ = FinalBlocksKVCacheManager
+        spec = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._page_size: int = spec.block_size
+        self._at_second_stage: list[CanvasRequest] = []
         self._canvas_rows: dict[str, int] = {}
         """Canvas rows that each request of the step in flight evaluates."""
 
@@ -75,6 +85,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
                     {*(params.stop_token_ids or ()), *self.dlm_defaults.stop_ids}
                 )
             request.stop_ids = stop_ids(params)
+            request.stages = Stages.of(request.dlm.tccf, self.vllm_config.model_config)
+            request.steps = StepCount()
+            request.max_branches = self._max_branches(request)
             # Forwards and tokens per forward, on every request's output.
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(
                 request.dlm.block_length
@@ -89,17 +102,88 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Schedule one forward: each running request's rows, then admissions."""
         for request in self.running:
             request.num_computed_tokens, request.rows_end = request.next_rows()
+            request.branches = 1
+        self._hand_out_branches()
         output = super().schedule(throttle_prefills)
         self._canvas_rows = {}
         for request_id, num_rows in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             # vLLM has counted the rows as computed already.
-            end = request.num_computed_tokens
-            self._canvas_rows[request_id] = request.computed(end - num_rows, end)
+            start = request.num_computed_tokens - num_rows
+            branches = self._settle_branches(output, request, start, num_rows)
+            canvas_rows = request.computed(start, start + num_rows // branches)
+            self._canvas_rows[request_id] = branches * canvas_rows
             self.kv_cache_manager.cache_blocks(request, request.kv_final)
         # Who sat out goes first next time. (A stable sort: False before True.)
         self.running.sort(key=lambda r: r.request_id in output.num_scheduled_tokens)
         return output
+
+    # -- branches (`branches.py`) ------------------------------------------
+
+    def _max_branches(self, request: CanvasRequest) -> int:
+        """Canvases that one forward of a request may evaluate."""
+        strategy, params = STRATEGIES[request.dlm.strategy], request.sampling_params
+        # What looks at every step misses those that branches skip.
+        watched = request.dlm.eotp != "off" or params.bad_words_token_ids
+        if watched or len(self.kv_cache_config.kv_cache_groups) != 1:
+            return 1
+        return strategy.branches(request.dlm.params)
+
+    def _hand_out_branches(self) -> None:
+        """Let drafts use the rows and pages that no other request wants now."""
+        if all(request.useful_branches() == 1 for request in self.running):
+            return
+        manager, seats = self.kv_cache_manager, self.max_num_running_reqs
+        free_rows = self.max_num_scheduled_tokens
+        free_pages = manager.block_pool.get_num_free_blocks()
+        (pages_of,) = manager.coordinator.single_type_managers
+        plans = []
+        waiting = islice(self.waiting, max(seats - len(self.running), 0))
+        for request in (*self.running, *waiting):
+            start, end = request.next_rows()
+            pages = Pages.of(start, end, self._page_size)
+            held = max(len(pages_of.req_to_blocks[request.request_id]), pages.end)
+            free_rows -= end - start
+            free_pages -= held - len(pages_of.req_to_blocks[request.request_id])
+            plans.append((request, end - start, pages, held))
+        longest = self.max_model_len // self._page_size
+        for request, rows, pages, held in plans:
+            most = min(held + free_pages, longest) - pages.end
+            count = min(
+                request.useful_branches(),
+                1 + free_rows // rows,
+                1 + most // pages.count,
+            )
+            if count > 1:
+                request.take_branches(count)
+                free_rows -= (count - 1) * rows
+                free_pages -= max(pages.with_branches(count) - held, 0)
+
+    def _settle_branches(
+        self,
+        output: SchedulerOutput,
+        request: CanvasRequest,
+        start: int,
+        num_rows: int,
+    ) -> int:
+        """Tell the worker of a request's branches; their number, once it is certain."""
+        if request.branches == 1:
+            return 1
+        branches = num_rows // request.branch_rows
+        request_id = request.request_id
+        pages = Pages.of(start, start + request.branch_rows, self._page_size)
+        (ids,) = self.kv_cache_manager.get_block_ids(request_id)
+        copies = [
+            KVCacheBlockCopy(*copy)
+            for copy in pages.copies(ids, start, branches, self._page_size)
+        ]
+        output.kv_cache_block_copies = (output.kv_cache_block_copies or []) + copies
+        # The worker reads how many branches there are off the number of draft tokens.
+        # It has the tokens themselves.
+        output.scheduled_spec_decode_tokens[request_id] = [-1] * (branches - 1)
+        return branches
+
+    # ----------------------------------------------------------------------
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -119,6 +203,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
+        logprobs, columns = take_columns(model_runner_output.logprobs)
+        model_runner_output.logprobs = logprobs
+        step_maps = {}
         for row, tokens in enumerate(model_runner_output.sampled_token_ids or ()):
             request = self.requests.get(model_runner_output.req_ids[row])
             if request is None or not tokens:
@@ -128,6 +215,15 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 request.canvas_end = min(request.canvas_end, canvas_end)
             # What became final behind the end of the text is padding: not counted.
             del tokens[request.num_tokens_to_stop(tokens) :]
+            if request.stages is not None:
+                before = request.output_token_ids
+                del tokens[request.stages.first_stage(before, tokens) :]
+            request.steps.enter(request.block_start)
+            request.steps.in_block += 1
+            if request.dlm.step_map and logprobs is not None and columns is not None:
+                step_maps[request.request_id] = request_rows(
+                    columns, logprobs, row, request.steps.before
+                )
         # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
         # that its diffusion metrics and the per-request ones are right.
         scheduler_output.scheduled_spec_decode_tokens = {
@@ -135,6 +231,14 @@ class DiffusionStepScheduler(DiffusionScheduler):
             for request_id, num_rows in self._canvas_rows.items()
         }
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._begin_second_stages()
+        if step_maps:
+            for of_client in outputs.values():
+                for output in of_client.outputs:
+                    rows = step_maps.get(output.request_id)
+                    if rows is not None:
+                        end = None if output.finished else len(output.new_token_ids)
+                        output.routed_experts = rows[:end]
         for request in self.running:
             if request.num_tokens == request.canvas_end:
                 request.open_canvas(self.max_canvas, self.max_model_len)
@@ -155,6 +259,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request, new_token_ids, is_stale
         )
         assert isinstance(request, CanvasRequest)
+        stages = request.stages
+        if not stopped and stages and stages.end_with(request.output_token_ids):
+            self._at_second_stage.append(request)
+            check, stopped = super()._update_request_with_output(
+                request, list(stages.check), is_stale
+            )
+            return [*new_token_ids, *check], stopped
         if (
             not stopped
             and request.num_tokens == request.canvas_end < request.block_canvas_end
@@ -163,6 +274,16 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.status = RequestStatus.FINISHED_STOPPED
             stopped = True
         return new_token_ids, stopped
+
+    def _begin_second_stages(self) -> None:
+        """Preempt what goes on in blocks of one (`tccf.py`): its KV is another."""
+        entering, self._at_second_stage = self._at_second_stage, []
+        for request in entering:
+            if request.status != RequestStatus.RUNNING:
+                continue  # its check text ended it
+            request.enter_second_stage(self.max_canvas, self.max_model_len)
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
 
     def make_spec_decoding_stats(
         self,

@@ -19,11 +19,15 @@ Segments of one request share its row of the block table.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_dlm.model_defaults import ModelClass
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.branches import BranchPlan
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,17 @@ class Segments:
     kv_lens: np.ndarray
     """[S] int32: keys each segment attends to, counted from position 0."""
     is_last: np.ndarray
-    """[S] bool: the last one of its request."""
+    """[S] bool: the last one of its request, or of a branch of it."""
+
+    def repeated(self, counts: np.ndarray) -> Segments:
+        """The same with `counts` [S] of each, one behind the other: branches."""
+        lengths = np.repeat(np.diff(self.query_start_loc), counts)
+        return Segments(
+            np.repeat(self.request, counts),
+            _starts_of(lengths),
+            np.repeat(self.kv_lens, counts),
+            np.repeat(self.is_last, counts),
+        )
 
 
 def cut_segments(
@@ -89,28 +103,17 @@ def _starts_of(lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class SegmentPlan:
-    """One forward: its segments, and the active blocks that it decides.
+class BlockRows:
+    """R active blocks, and the rows of a forward that their logits are read from.
 
-    Of the batch's requests, R decide in this forward; the others compute a part of
-    their prompt. Tensors are on the engine's device.
+    Blocks are of different lengths, rows are ragged. Tensors are on the engine's
+    device.
     """
 
-    segments: Segments
-    kv_lens: torch.Tensor
-    """[S] int32: keys each segment attends to; those of class A may reach beyond the
-    rows of this forward."""
-    causal: torch.Tensor | None
-    """[S] int32: 1 where a position sees none to its right, as in class C's finished
-    text; None where there is no such segment."""
     slots: torch.Tensor
-    """[R] int64: state slot of each deciding request."""
+    """[R] int64: state slot of each block's request."""
     slots_cpu: list[int]
     """The same on the host, for grouping requests by strategy."""
-    batch_rows: list[int]
-    """[R]: index of each deciding request in vLLM's batch."""
-    ends: torch.Tensor
-    """[R] int64: one past the last position computed for each."""
     positions: torch.Tensor
     """[R, B] int64: absolute positions of the active blocks."""
     valid: torch.Tensor
@@ -144,3 +147,42 @@ class SegmentPlan:
         bounds = self.row_bounds
         spans = [torch.arange(bounds[r], bounds[r + 1]) for r in requests]
         return torch.cat(spans).to(self.positions.device)
+
+
+@dataclass(frozen=True)
+class SegmentPlan(BlockRows):
+    """One forward: its segments, and the active blocks that it decides.
+
+    Of the batch's requests, R decide in this forward; the others compute a part of
+    their prompt.
+    """
+
+    segments: Segments
+    kv_lens: torch.Tensor
+    """[S] int32: keys each segment attends to; those of class A may reach beyond the
+    rows of this forward."""
+    causal: torch.Tensor | None
+    """[S] int32: 1 where a position sees none to its right, as in class C's finished
+    text; None where there is no such segment."""
+    batch_rows: list[int]
+    """[R]: index of each deciding request in vLLM's batch."""
+    ends: torch.Tensor
+    """[R] int64: one past the last position computed for each."""
+    rows_ends: torch.Tensor
+    """[R] int64: `ends`, and the rows of branches counted on from there."""
+    branches: BranchPlan | None
+    """Drafts that are evaluated along; None where there are none."""
+
+    def rows_at(
+        self, request: int, offsets: torch.Tensor, branch: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[n] int64: rows of logits of some positions of a request's block.
+
+        Args:
+            request: 0 to R - 1.
+            offsets: [n] int64, places in the block.
+            branch: [R, B] int64, of each position; None for 0.
+        """
+        if self.branches is None or branch is None:
+            return self.row_bounds[request] + offsets
+        return self.branches.first_rows[request, branch[request, offsets]] + offsets

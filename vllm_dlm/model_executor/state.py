@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_executor.branches import Drafts
 from vllm_dlm.model_executor.cache import (
     POLICIES,
     block_start,
@@ -30,9 +31,11 @@ from vllm_dlm.model_executor.cache import (
     steps_per_block,
     text_end,
 )
+from vllm_dlm.model_executor.eotp import MODES
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.planning import plan_forward
 from vllm_dlm.model_executor.segments import SegmentPlan
+from vllm_dlm.model_executor.tccf import Stages, one_at_a_time
 from vllm_dlm.request import stop_ids
 from vllm_dlm.request_config import RequestConfig, resolve, server_config
 from vllm_dlm.strategies import STRATEGIES
@@ -81,6 +84,7 @@ class DlmModelState(ModelState):
         # A bitmap, not a comparison with the mask id: a literal mask token in a
         # prompt is ordinary text.
         self.masked = torch.zeros(slots, length, dtype=torch.bool, device=device)
+        self.drafts = Drafts(self.masked.shape, self.mask_id, device)
         self.prompt_len = per_slot()
         self.canvas_end = per_slot()
         self.text_end = per_slot()
@@ -97,6 +101,9 @@ class DlmModelState(ModelState):
         self.steps_per_block = per_slot()
         self.policy = per_slot()
         """Index into `cache.POLICIES`."""
+        self.eotp = per_slot()
+        """Index into `eotp.MODES`."""
+        self.eotp_threshold = per_slot(torch.float32)
         self.exact = per_slot(torch.bool)
         """`reference_exact`: the mask id may be predicted, as in the references."""
 
@@ -112,9 +119,12 @@ class DlmModelState(ModelState):
         params = new_req_data.sampling_params
         config = resolve(self.server, params.extra_args, self.defaults)
         config = config.sized(params.max_tokens, self.max_canvas)
-        slot, block = req_index, config.block_length
         known = new_req_data.prefill_token_ids
         prompt_len = new_req_data.prompt_len
+        stages = Stages.of(config.tccf, self.model_config)
+        if stages is not None and stages.is_over(known[prompt_len:]):
+            config = one_at_a_time(config)
+        slot, block = req_index, config.block_length
         origin = self.defaults.origin(prompt_len, block)
         # The active block is replayed whole, also where part of it was streamed; but
         # the prompt's last tokens, which may share it, are not to be decided.
@@ -131,6 +141,7 @@ class DlmModelState(ModelState):
         )
         self.masked[slot].fill_(False)
         self.masked[slot, first_mask:] = True
+        self.drafts.forget(slot)
         self.prompt_len[slot] = prompt_len
         self.canvas_end[slot] = self.text_end[slot] = min(end, self.max_model_len)
         self.block_start[slot] = first_block
@@ -139,6 +150,8 @@ class DlmModelState(ModelState):
         self.emitted[slot] = len(known) - prompt_len
         self.step[slot] = int(seeded)
         self.policy[slot] = POLICIES.index(config.cache)
+        self.eotp[slot] = MODES.index(config.eotp)
+        self.eotp_threshold[slot] = config.eotp_threshold
         self.exact[slot] = config.reference_exact
         width = canvas_width(params.max_tokens, block, self.max_canvas)
         if config.steps_per_block is None:
@@ -180,7 +193,8 @@ class DlmModelState(ModelState):
         num_computed_tokens: torch.Tensor,
     ) -> None:
         """Plan the forward. vLLM calls this for real batches only, before the rest."""
-        self.plan = plan_forward(self, input_batch)
+        page_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self.plan = plan_forward(self, input_batch, page_size)
 
     def prepare_attn(
         self,
@@ -194,7 +208,7 @@ class DlmModelState(ModelState):
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
         """Attention over the plan's segments (or a dummy batch's rows)."""
-        num_rows, plan = input_batch.num_reqs, self.plan
+        num_rows, plan, own_tables = input_batch.num_reqs, self.plan, block_tables
         causal: bool | torch.Tensor = False
         if plan is None:
             query_start_loc = input_batch.query_start_loc[: num_rows + 1]
@@ -215,6 +229,13 @@ class DlmModelState(ModelState):
                 block_tables = tuple(table[request] for table in block_tables)
             if plan.causal is not None:
                 causal = plan.causal
+            if plan.branches is not None:
+                # A request with branches has one kind of pages (`scheduler.py`).
+                spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+                plan.branches.place_keys(
+                    slot_mappings[0], own_tables[0], spec.block_size
+                )
+                plan.branches.swap_pages(block_tables[0])
         metadata: dict[str, Any] = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=num_rows,
@@ -241,10 +262,18 @@ class DlmModelState(ModelState):
         row_slots = torch.from_numpy(
             np.repeat(input_batch.idx_mapping_np, input_batch.num_scheduled_tokens)
         ).to(self.device, non_blocking=True)
-        positions = input_batch.positions[:num_tokens]
-        # In place: CUDA graphs replay from vLLM's own buffer.
-        input_batch.input_ids[:num_tokens] = self.tokens[row_slots, positions]
-        input_batch.logits_indices = self.plan.logits_rows
+        positions, branches = input_batch.positions[:num_tokens], self.plan.branches
+        # In place: CUDA graphs replay from vLLM's own buffers.
+        if branches is not None:
+            positions -= branches.setback
+        tokens = self.tokens[row_slots, positions]
+        logits_rows = self.plan.logits_rows
+        if branches is not None:
+            row_branch = branches.row_branch
+            tokens = self.drafts.written(tokens, row_slots, positions, row_branch)
+            logits_rows = torch.cat([logits_rows, branches.blocks.logits_rows])
+        input_batch.input_ids[:num_tokens] = tokens
+        input_batch.logits_indices = logits_rows
         return {}
 
     def prepare_inputs_embeds(
@@ -309,6 +338,7 @@ class DlmRequest:
         seeds: bool,
         measures_drawn: bool,
     ) -> None:
+        self.id = req_id
         self.config = config
         self.params = params
         self.origin = origin

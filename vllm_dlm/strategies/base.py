@@ -84,6 +84,31 @@ class Probabilities:
         return self.of(ids), ids
 
 
+NOT_DRAFTED = 1 << 30
+"""Rank of a position without a draft."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What one forward made of the canvas and of drafts of it: K canvases a row.
+
+    In branch j the masked positions of a rank below j hold their draft tokens; branch 0
+    is the canvas itself. Not all drafts are evaluated: the engine makes fewer branches
+    where room is short, only one in a block's first step.
+    """
+
+    tokens: torch.Tensor
+    """[R, B] int64: draft tokens, as the last step's decision named them."""
+    rank: torch.Tensor
+    """[R, B] int64: from 0; `NOT_DRAFTED` for none."""
+    masked: torch.Tensor
+    """[R, K, B] bool: positions still to be decided; none if it was not evaluated."""
+    candidate: torch.Tensor
+    """[R, K, B] int64."""
+    confidence: torch.Tensor
+    """[R, K, B] float32."""
+
+
 @dataclass(frozen=True)
 class View:
     """What a strategy sees in one step; every tensor is on the engine's device.
@@ -127,6 +152,8 @@ class View:
     """[R, B] float32 in [0, 1): seeded per request, position, step (need "uniform")."""
     probabilities: Probabilities | None = None
     """Of any token (need "probabilities")."""
+    branches: Branches | None = None
+    """The canvas and its drafts (need "branches")."""
 
     def take(self, index: slice | torch.Tensor, width: int) -> View:
         """The view of the rows `index` (slice or [n] int64), cut to `width` columns."""
@@ -136,6 +163,9 @@ class View:
                 return {name: tensor[index] for name, tensor in value.items()}
             if isinstance(value, Probabilities):
                 return replace(value, rows=value.rows[index][:, :width])
+            if isinstance(value, Branches):
+                parts = {name: part[index] for name, part in vars(value).items()}
+                return Branches(**{n: part[..., :width] for n, part in parts.items()})
             if value is None:
                 return None
             rows = value[index]
@@ -164,6 +194,12 @@ class Decision:
     """[R] bool: a step that writes nothing is meant; no token is forced into it."""
     state: Mapping[str, torch.Tensor] | None = None
     """name of `Strategy.state` -> [R, ...]: to remember; what is missing stays."""
+    branch: torch.Tensor | None = None
+    """[R, B] int64: the branch in which each committed token was predicted; or 0."""
+    draft_tokens: torch.Tensor | None = None
+    """[R, B] int64: tokens to evaluate the next canvas with (`Strategy.branches`)."""
+    draft_rank: torch.Tensor | None = None
+    """[R, B] int64: the order in which branches add them; `NOT_DRAFTED` for none."""
 
 
 class Strategy:
@@ -177,9 +213,9 @@ class Strategy:
     """One line for `vllm-dlm strategies`."""
     Params: ClassVar[type[Params]] = Params
     needs: frozenset[str] = frozenset()
-    """Extra statistics, of: "entropy", "margin", "uniform", "probabilities". The class
-    names all that it may ever read; `__init__` may narrow it to what its parameters
-    call for."""
+    """Extra statistics, of: "entropy", "margin", "uniform", "probabilities",
+    "branches". The class names all that it may ever read; `__init__` may narrow it to
+    what its parameters call for."""
     state: Mapping[str, StateField] = {}
     """What is remembered from step to step; `__init__` may set it by parameters."""
     logit_rows: ClassVar[str] = "masked"
@@ -224,6 +260,15 @@ class Strategy:
             params: of the request; `self.params` has another one's numbers.
         """
         return self.block_length * (2 if self.may_rewrite else 1)
+
+    @classmethod
+    def branches(cls, params: AnyParams) -> int:
+        """Canvases that one forward of a request evaluates at most; 1 without drafts.
+
+        Args:
+            params: of the request.
+        """
+        return 1
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         """Decide one step for R rows.
@@ -296,9 +341,18 @@ def top_masked(view: View, score: torch.Tensor, count: torch.Tensor) -> torch.Te
         score: [R, B]; only masked positions compete, ties go to the lowest position.
         count: [R] int64.
     """
-    score = torch.where(view.masked, score.double(), -torch.inf)
+    return (ranks(view.masked, score) < count[:, None]) & view.masked
+
+
+def ranks(among: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """[R, B] int64: places by falling `score`, from 0; all others come after `among`.
+
+    Args:
+        among: [R, B] bool: positions that compete.
+        score: [R, B]; ties go to the lowest position.
+    """
+    score = torch.where(among, score.double(), -torch.inf)
     order = torch.argsort(score, dim=1, descending=True, stable=True)
     rank = torch.empty_like(order)
-    ranks = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    rank.scatter_(1, order, ranks)
-    return (rank < count[:, None]) & view.masked
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return rank.scatter_(1, order, places)

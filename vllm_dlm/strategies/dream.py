@@ -8,7 +8,7 @@ write 0, 1, 1, ..., 1, 2. Which tokens are written is a score's choice, or chanc
 (`alg`). Source: Dream, arXiv 2508.15487, and Dream-org/Dream-v0-Instruct-7B's code.
 
 Scores are those of the untempered distribution; Dream takes them after temperature and
-top-p.
+top-p, as `diffucoder` does.
 """
 
 from __future__ import annotations

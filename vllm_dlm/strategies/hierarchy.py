@@ -10,7 +10,8 @@ alone. A token that is written parts its run, so the next step writes on either 
 With `remask`, decided positions at which the model now gives no token a probability of
 low_threshold are masked again, and at least one token more is written than is taken
 back. Where there are too few masks for that, only the least sure are taken back: every
-step gains a token. Source: dInfer, arXiv 2510.08666, and its code, which takes back all.
+step gains a token. (dInfer takes back all.) Source: dInfer, arXiv 2510.08666, and its
+code.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Hierarchy(Strategy):
     paper = "arXiv 2510.08666 (dInfer)"
     summary = "the best token of each run of masks, and every sure one"
     Params = HierarchyParams
+    logit_rows = "block"
 
     params: HierarchyParams
 
@@ -78,7 +80,6 @@ class Hierarchy(Strategy):
     ) -> None:
         super().__init__(params, block_length, context)
         self.may_rewrite = params.remask
-        self.logit_rows = "block" if params.remask else "masked"
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         low = row_params["low_threshold"][:, None]
@@ -92,9 +93,12 @@ class Hierarchy(Strategy):
         doubtful = view.decided & (view.confidence < low)
         masks = view.masked.sum(dim=1)
         taken_back = doubtful.sum(dim=1).clamp(max=(masks - 1).clamp(min=0))
-        decided = replace(view, masked=doubtful)
-        remask = top_masked(decided, -view.confidence, taken_back)
-        commit |= top_masked(view, view.confidence, taken_back + 1)
+        among = replace(view, masked=doubtful)
+        remask = top_masked(among, -view.confidence, taken_back)
+        # What is written makes up for what is taken back, and for one more.
+        rest = replace(view, masked=view.masked & ~commit)
+        missing = taken_back + 1 - commit.sum(dim=1)
+        commit |= top_masked(rest, view.confidence, missing)
         return Decision(commit, remask=remask)
 
 

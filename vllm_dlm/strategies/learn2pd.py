@@ -4,7 +4,8 @@
 commit = { i masked : sigmoid(filter(c))_i > threshold } and the `scheduled` most
 confident masked positions, where c are the confidences of all B block positions: those
 of decided positions are the model's in its own best token, and positions beyond the
-canvas end count as 1.0. End-of-text prediction (`eotp.py`) drops the padding.
+canvas end count as 1.0. By default end-of-text prediction drops the padding (the
+option `eotp`, part of the same paper).
 Source: Learning to Parallel Decode, arXiv 2509.25188.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,6 @@ from vllm_dlm.strategies.base import (
     View,
     top_masked,
 )
-from vllm_dlm.strategies.eotp import end_of_text
 from vllm_dlm.strategies.learn2pd_filter import (
     Filter,
     available,
@@ -54,23 +53,6 @@ class Learn2PDParams(Params):
             "faster and less exact."
         ),
     )
-    eotp: Literal["block", "token", "off"] = Field(
-        default="block",
-        description=(
-            "End-of-text prediction: as soon as the active block has an end-of-text "
-            "token, written or predicted, drop the blocks after it (block), or all "
-            "that is right of the token, as the paper does (token), or nothing (off)."
-        ),
-    )
-    eotp_threshold: float = Field(
-        default=0.9,
-        ge=0.0,
-        le=2.0,
-        description=(
-            "Least probability of an end-of-text token that cuts the canvas before it "
-            "is written; above 1 only written ones do."
-        ),
-    )
     filter: str | None = Field(
         default=None,
         description=(
@@ -90,6 +72,7 @@ class Learn2PD(Strategy):
     summary = "a tiny learned filter says which tokens are final; padding is dropped"
     Params = Learn2PDParams
     logit_rows = "block"
+    eotp = "block"
 
     params: Learn2PDParams
 
@@ -129,12 +112,7 @@ class Learn2PD(Strategy):
         cut = torch.logit(row_params["threshold"].to(logits.dtype))
         commit = (logits > cut[:, None]) & view.masked
         commit |= top_masked(view, view.confidence, view.scheduled)
-        if self.params.eotp == "off":
-            return Decision(commit)
-        end = end_of_text(view, commit, row_params["eotp_threshold"])
-        if self.params.eotp == "block":
-            end = torch.where(end >= 0, self.block_length - 1, end)
-        return Decision(commit, truncate_at=end)
+        return Decision(commit)
 
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:

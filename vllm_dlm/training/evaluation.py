@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact match of llada-tiny on held-out problems, by a plain reference decoder.
+"""Exact match of llada-tiny on held-out problems: by a plain decoder, or served.
 
-Static low-confidence decoding of LLaDA (arXiv 2502.09992): blocks from left to
-right, a fixed number of the surest tokens at each step.
+The plain one is LLaDA's static low-confidence decoding (arXiv 2502.09992): blocks from
+left to right, a fixed number of the surest tokens at each step.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.modeling import LLaDAModel
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 
 @torch.inference_mode()
@@ -110,6 +117,73 @@ def evaluate_model(
     model.train(was_training)
     order = [*tiny_tasks.TASKS, "all"]
     return {task: sum(right[task]) / len(right[task]) for task in order if right[task]}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine made of a list of problems."""
+
+    problems: int
+    right: int
+    forwards: int
+    """Of all requests; one that several requests share counts for each of them."""
+    tokens: int
+    """Of all answers, up to the end of the text and with it."""
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.problems
+
+    @property
+    def forwards_per_request(self) -> float:
+        return self.forwards / self.problems
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.forwards
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def evaluate_served(
+    llm: LLM,
+    problems: Sequence[tiny_tasks.Problem],
+    options: Mapping[str, Any],
+    *,
+    max_tokens: int,
+    progress: bool = True,
+) -> Served:
+    """Answer problems greedily, all in one call, and count.
+
+    Args:
+        llm: an engine of llada-tiny.
+        options: the requests' own, as `extra_args={"dlm": options}`.
+        max_tokens: most tokens of an answer, which is the width of its canvas.
+        progress: show vLLM's progress bar.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, extra_args={"dlm": dict(options)}
+    )
+    started = time.monotonic()
+    questions = [problem.question for problem in problems]
+    results = llm.generate(questions, sampling, use_tqdm=progress)
+    seconds = time.monotonic() - started
+    outputs = [result.outputs[0] for result in results]
+    return Served(
+        problems=len(problems),
+        right=sum(
+            problem.check(output.text)
+            for problem, output in zip(problems, outputs, strict=True)
+        ),
+        forwards=sum(sum(output.spec_decode_metrics.histogram) for output in outputs),
+        tokens=sum(len(output.token_ids) for output in outputs),
+        seconds=seconds,
+    )
 
 
 def load_model(model_dir: str | Path) -> LLaDAModel:

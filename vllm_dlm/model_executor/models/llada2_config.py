@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """HF config of LLaDA2.0 and LLaDA2.1, mini and flash, in Bailing-MoE-V2's names.
 
-Both versions share architecture and config; 2.1 differs in how it is decoded. Some
-released configs leave fields to the defaults of their own class, filled in here.
+Both versions share architecture and config; 2.1 was trained to correct its own tokens,
+and is decoded so. Only a checkpoint's name tells it apart: one with "LLaDA2.1" in it.
+Some released configs leave fields to the defaults of their own class, filled in here.
 `<|role_end|>`, which ends a turn, is left to the tokenizer and generation_config.json:
 its id is not in any config known to us.
-Source: inclusionAI/LLaDA2.X, arXiv 2512.15745.
+Source: inclusionAI/LLaDA2.X, arXiv 2512.15745 and 2602.08676.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from vllm_dlm.model_defaults import declare
-from vllm_dlm.model_executor.models.declarations import fill, refuse
+from vllm_dlm.model_executor.models.declarations import checkpoint_name, fill, refuse
 
 LLADA2_MASK_ID = 156895
 LLADA2_EOS_ID = 156892
@@ -78,6 +79,7 @@ class LLaDA2MoeConfig(PretrainedConfig):
         kwargs["use_rmsnorm"] = True
         # Transformers merges rope_theta and the rotary factor into it.
         self.rope_parameters = kwargs.pop("rope_parameters", None) or {}
+        strategy, strategy_config = _strategy(checkpoint_name(kwargs))
         declare(
             self,
             kwargs,
@@ -85,10 +87,14 @@ class LLaDA2MoeConfig(PretrainedConfig):
             mask_token_id=LLADA2_MASK_ID,
             dlm_reference_confidence="drawn",
             dlm_block_origin="start",
-            dlm_strategy_config={
-                "threshold": 0.95,
-                "strict": True,
-                "at_least": "scheduled",
-            },
+            dlm_strategy=strategy,
+            dlm_strategy_config=strategy_config,
         )
         super().__init__(**kwargs)
+
+
+def _strategy(name: str) -> tuple[str, dict[str, Any]]:
+    """How the checkpoint `name` is decoded by default: strategy and parameters."""
+    if "llada2.1" in name.lower():
+        return "joint", {"preset": "quality"}
+    return "threshold", {"threshold": 0.95, "strict": True, "at_least": "scheduled"}

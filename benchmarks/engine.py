@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine that is measured: llada-tiny, and what its strategies need besides."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+MODEL = "llada-tiny"
+COUNTED_ANSWERS = 2000
+"""Answers whose tokens make the frequency table of the strategy `pc`."""
+
+
+def start_engine(folder: str | Path, **options: Any) -> Any:
+    """A `vllm_dlm.LLM` of llada-tiny in which every strategy finds what it needs.
+
+    Args:
+        folder: for files that it reads or writes; nothing is left elsewhere.
+        options: further arguments of the engine.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_dlm import LLM
+
+    return LLM(
+        MODEL,
+        # A file can only be the server's: so `pc` is its strategy, and requests name
+        # their own.
+        dlm_strategy="pc",
+        dlm_strategy_config={"frequencies": str(_count_tokens(Path(folder)))},
+        dlm_online_learning=False,
+        dlm_filter_dir=str(folder),
+        **options,
+    )
+
+
+def _count_tokens(folder: Path) -> Path:
+    """Write the token frequencies of answers to the tasks' training questions."""
+    from transformers import PreTrainedTokenizerFast
+
+    from vllm_dlm.aliases import resolve
+    from vllm_dlm.strategies.token_frequencies import save_frequencies
+    from vllm_dlm.training.tasks import sample_problems
+    from vllm_dlm.training.token_counts import count_tokens, smoothed
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(MODEL))
+    answers = [problem.answer for problem in sample_problems(COUNTED_ANSWERS, seed=0)]
+    counts = count_tokens(tokenizer, answers, [tokenizer.eos_token_id])
+    path = folder / "frequencies.safetensors"
+    facts = {"tokenizer": MODEL, "tokens": str(int(counts.sum()))}
+    save_frequencies(path, smoothed(counts), facts)
+    return path

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: each strategy as it is by default and in other ways, on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_dlm.training.tasks import FREE_TASKS
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Problems of some tasks, on canvases of one width."""
+
+    title: str
+    canvas: int
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks; None is all of them."""
+
+
+WORKLOADS = [
+    Workload("All tasks, canvas 64", 64),
+    Workload("All tasks, canvas 256", 256),
+    # Here tokens depend on each other: writing them together costs right answers.
+    Workload("Tasks with several right answers, canvas 64", 64, FREE_TASKS),
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A strategy and what of its parameters and options is not the default."""
+
+    strategy: str
+    params: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Other options of the request."""
+    tokens_per_step: int | None = None
+    """Makes `steps` the canvas divided by it; None is one token per step."""
+
+    def request_options(self, canvas: int) -> dict[str, Any]:
+        """The request's options on a canvas of this width."""
+        options: dict[str, Any] = {"strategy": self.strategy, **self.options}
+        if self.params:
+            options["strategy_config"] = self.params
+        if self.tokens_per_step:
+            options["steps"] = canvas // self.tokens_per_step
+        return options
+
+    @property
+    def label(self) -> str:
+        """What is not the default, in words."""
+        parts = [f"{name} {value}" for name, value in self.params.items()]
+        parts += [f"{name} {value}" for name, value in self.options.items()]
+        if self.tokens_per_step:
+            parts.append(f"{self.tokens_per_step} tokens per step")
+        return ", ".join(parts) or "default"
+
+
+SETTINGS = [
+    Setting("static"),
+    Setting("static", tokens_per_step=2),
+    Setting("static", tokens_per_step=4),
+    Setting("threshold"),
+    Setting("threshold", {"threshold": 0.7}),
+    Setting("threshold", {"threshold": 0.5}),
+    Setting("threshold", options={"eotp": "block"}),
+    Setting("factor"),
+    Setting("factor", {"factor": 1.5}),
+    Setting("factor", {"factor": 2.0}),
+    Setting("entropy"),
+    Setting("entropy", {"threshold": 1.0}),
+    Setting("eb"),
+    Setting("eb", {"bound": 0.5}),
+    Setting("eb", {"bound": 1.0}),
+    Setting("localleap"),
+    Setting("localleap", {"relaxed_threshold": 0.5}),
+    Setting("hierarchy"),
+    Setting("hierarchy", {"threshold": 0.7, "low_threshold": 0.2}),
+    Setting("hierarchy", {"remask": True}),
+    Setting("cad"),
+    Setting("cad", {"most": 32}),
+    Setting("cad", {"most": 32, "threshold": 0.6}),
+    Setting("ete"),
+    Setting("ete", {"threshold": 0.7}),
+    Setting("ete", {"fewest_bits": 2.0}),
+    Setting("pc"),
+    Setting("pc", tokens_per_step=4),
+    Setting("dream"),
+    Setting("dream", tokens_per_step=4),
+    Setting("diffucoder"),
+    Setting("diffucoder", tokens_per_step=4),
+    Setting("learn2pd"),
+    Setting("learn2pd", {"threshold": 0.8}),
+    Setting("learn2pd", options={"eotp": "off"}),
+    Setting("bacd"),
+    Setting("bacd", {"lowest": 0.4, "highest": 0.7}),
+    Setting("klass"),
+    Setting("klass", {"threshold": 0.7, "kl_threshold": 0.1}),
+    Setting("credit"),
+    Setting("credit", {"weight": 1.5}),
+    Setting("slowfast"),
+    Setting("slowfast", {"threshold": 0.6}),
+    Setting("slowfast", {"slow_steps": 2}),
+    Setting("joint"),
+    Setting("joint", {"preset": "speed"}),
+    Setting("joint", {"edit": False}),
+    Setting("saber"),
+    Setting("saber", {"fewest": 8}),
+    Setting("eoser"),
+    Setting("eoser", tokens_per_step=4),
+    Setting("ass"),
+    Setting("freedave"),
+    Setting("freedave", {"drafts": 8}),
+    Setting("freedave", {"threshold": 0.9}),
+]
+
+LEFT_OUT = {
+    "replay": "it repeats the order of another request, and is as good as that",
+}

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare all strategies on llada-tiny: accuracy, forwards, tokens per forward."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.engine import start_engine
+from benchmarks.settings import LEFT_OUT, SETTINGS, WORKLOADS, Setting, Workload
+from vllm_dlm.training.evaluation import Served, evaluate_served
+from vllm_dlm.training.tasks import Problem, sample_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUESTS_AT_A_TIME = 32
+READING = "<!-- reading -->"
+DOCUMENT = """\
+# The strategies compared
+
+Measured by `{command}`: the built-in
+llada-tiny (1.1 M parameters), {problems} held-out problems per row, the same for all
+rows of a table; greedy, cache `none`, at most {requests} requests at a time. Blocks of
+32, but for strategies of the whole canvas. On {hardware}, vLLM {vllm}, bfloat16.
+
+- **forwards**: per request, until its end of text is final. A forward is one call of
+  the model, however much it computes: `freedave` evaluates several drafts in one.
+- **tokens per forward**: tokens of the answers, with their end of text, over forwards.
+  The padding behind it does not count, though it has to be written.
+- **seconds**: for all problems, in this run: a rough number.
+- `*`: no other row of the table is as good in accuracy and in tokens per forward, and
+  better in one of them.
+
+{left_out}
+
+{tables}
+
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting on one workload."""
+
+    setting: Setting
+    workload: Workload
+    served: Served
+
+    def beaten_by(self, other: Row) -> bool:
+        """Whether another row is as good in both respects, and better in one."""
+        mine = (self.served.right, self.served.tokens_per_forward)
+        theirs = (other.served.right, other.served.tokens_per_forward)
+        at_least = all(his >= my for his, my in zip(theirs, mine, strict=True))
+        return at_least and theirs != mine
+
+
+def main() -> int:
+    """Measure, and write the tables."""
+    args = _arguments()
+    settings = [
+        setting
+        for setting in SETTINGS
+        if args.strategies is None or setting.strategy in args.strategies
+    ]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        llm = start_engine(folder, max_num_seqs=REQUESTS_AT_A_TIME)
+        with tqdm(total=len(WORKLOADS) * len(settings), unit="row") as progress:
+            for workload in WORKLOADS:
+                for row in _measure(llm, workload, settings, args.num_problems):
+                    progress.set_postfix_str(row.setting.strategy)
+                    progress.update()
+                    rows.append(row)
+                    _save(rows, args.json)
+        llm.llm_engine.engine_core.shutdown()
+    _write(args.table, _document(rows))
+    print(f"{len(rows)} rows -> {args.table}, {args.json}")
+    return 0
+
+
+def _measure(
+    llm: Any, workload: Workload, settings: list[Setting], num_problems: int
+) -> Iterator[Row]:
+    problems = sample_problems(num_problems, 0, "heldout", workload.tasks)
+
+    def served(problems: list[Problem], options: dict[str, Any]) -> Served:
+        return evaluate_served(
+            llm, problems, options, max_tokens=workload.canvas, progress=False
+        )
+
+    # Kernels are compiled at their first use: not in the first row's time.
+    served(problems[:2], {})
+    for setting in settings:
+        options = setting.request_options(workload.canvas)
+        yield Row(setting, workload, served(problems, options))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.strategies", description=__doc__
+    )
+    parser.add_argument(
+        "--num-problems",
+        type=int,
+        default=200,
+        help="held-out problems per row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=sorted({setting.strategy for setting in SETTINGS}),
+        metavar="NAME",
+        help="only these",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=ROOT / "runs/strategies.json",
+        help="all numbers, written after each row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        default=ROOT / "docs/strategy_table.md",
+        help=f"markdown; what follows its line {READING} stays (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+# -- what is written ------------------------------------------------------
+
+
+def _save(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = [
+        {
+            **asdict(row.setting),
+            "workload": row.workload.title,
+            **asdict(row.served),
+            "accuracy": row.served.accuracy,
+            "forwards_per_request": row.served.forwards_per_request,
+            "tokens_per_forward": row.served.tokens_per_forward,
+        }
+        for row in rows
+    ]
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(path: Path, document: str) -> None:
+    """Write the document; the reading behind it, made by hand, stays."""
+    reading = "\n"
+    if path.is_file():
+        reading = path.read_text(encoding="utf-8").partition(READING)[2] or reading
+    path.write_text(document + READING + reading, encoding="utf-8")
+
+
+def _document(rows: list[Row]) -> str:
+    """The document up to the reading."""
+    import vllm
+
+    tables = [
+        f"## {workload.title}\n\n{_table(rows, workload)}" for workload in WORKLOADS
+    ]
+    left_out = [f"`{name}` is left out: {why}." for name, why in LEFT_OUT.items()]
+    return DOCUMENT.format(
+        command=" ".join(["python -m benchmarks.strategies", *sys.argv[1:]]),
+        problems=rows[0].served.problems,
+        requests=REQUESTS_AT_A_TIME,
+        hardware=_hardware(),
+        vllm=vllm.__version__,
+        left_out="\n".join(left_out),
+        tables="\n\n".join(tables),
+    )
+
+
+def _table(rows: list[Row], workload: Workload) -> str:
+    """One workload, the most tokens per forward first."""
+    rows = [row for row in rows if row.workload == workload]
+    rows.sort(key=lambda row: (-row.served.tokens_per_forward, -row.served.right))
+    lines = [
+        "| strategy | setting | accuracy | forwards | tokens per forward | seconds | |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        name, served = row.setting.strategy, row.served
+        best = not any(row.beaten_by(other) for other in rows)
+        cells = [
+            f"[{name}](strategies/{name}.md)",
+            row.setting.label,
+            f"{served.accuracy:.1%}",
+            f"{served.forwards_per_request:.2f}",
+            f"{served.tokens_per_forward:.2f}",
+            f"{served.seconds:.1f}",
+            "*" if best else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return f"{len(os.sched_getaffinity(0))} cores, {(names or [platform.machine()])[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many strategies in one batch: each request as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from engine.cases import RULES, Case, make_prompt
+from engine.harness import Engine
+from vllm import SamplingParams
+
+Request = tuple[tuple[int, ...], SamplingParams]
+
+
+@pytest.fixture(scope="module")
+def wide_engine(engines: Callable[..., Engine]) -> Engine:
+    """16 requests at a time."""
+    return engines(max_num_seqs=16, num_gpu_blocks_override=160)
+
+
+def make_request(number: int, rule: str) -> Request:
+    case = Case(
+        make_prompt(3 + 5 * number % 40, number),
+        rule=rule,
+        block=(8, 16, 32)[number % 3],
+        max_tokens=20 + number % 13,
+        ignore_eos=True,
+        seed=number,
+    )
+    more = {"temperature": 0.9} if number % 4 == 3 else {}
+    return case.prompt, case.params(**more)
+
+
+def one_per_strategy() -> dict[str, str]:
+    """Strategy -> one of its rules."""
+    return {rule.partition("/")[0]: rule for rule in reversed(RULES)}
+
+
+def test_sixteen_requests_of_eight_strategies(wide_engine: Engine):
+    rules = sorted(one_per_strategy().values())
+    for first in range(0, len(rules), 8):
+        chosen = (rules[first:] + rules)[:8]
+        requests = [make_request(i, chosen[i % 8]) for i in range(16)]
+        prompts, sampling = zip(*requests, strict=True)
+        together = wide_engine.run(prompts, sampling)
+        alone = [wide_engine.run([prompt], one)[0] for prompt, one in requests]
+        assert [(r.tokens, r.forwards) for r in together] == [
+            (r.tokens, r.forwards) for r in alone
+        ]
+
+
+@pytest.mark.parametrize("rule", sorted(one_per_strategy().values()))
+def test_a_recycled_slot_remembers_nothing(small_engine: Engine, rule: str):
+    """Requests that end in the middle of a block leave their slots to others."""
+    prompt, sampling = make_request(1, rule)
+    fresh = small_engine.run([prompt], sampling)[0]
+    for steps in (1, 2, 3, 5):
+        prompts = [make_prompt(9, seed) for seed in range(3)]
+        ids = [small_engine.add(one, make_request(1, rule)[1]) for one in prompts]
+        for _ in range(steps):
+            small_engine.step()
+        for request_id in ids:
+            small_engine.abort(request_id)
+        small_engine.flush()
+        again = small_engine.run([prompt], sampling)[0]
+        assert (again.tokens, again.forwards) == (fresh.tokens, fresh.forwards)

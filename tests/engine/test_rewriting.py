@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks that change what they wrote, in a model that keeps finished blocks' KV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from engine.block_cases import REWRITING, BlockCase, expect, run
+from engine.cases import assert_equal, make_prompt
+from engine.harness import Engine
+from reference.checkpoints import write_checkpoint
+from reference.network import TinyModel
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def served(
+    engines: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Engine, TinyModel]:
+    """A checkpoint that is LLaDA2.1 by its name."""
+    folder = tmp_path_factory.mktemp("model") / "LLaDA2.1-mini"
+    write_checkpoint("llada2", folder, seed=2)
+    engine = engines({"block_length": BLOCK}, model=str(folder))
+    return engine, TinyModel.from_folder(folder)
+
+
+def sample(rule: str) -> list[BlockCase]:
+    """Every length of a prompt's tail; texts that end inside a block and at its end."""
+    return [
+        BlockCase(
+            make_prompt(length, seed=length),
+            max_tokens=5 + 7 * length % 30,
+            rule=rule,
+            ignore_eos=length % 3 == 0,
+        )
+        for length in range(1, 2 * BLOCK + 1)
+    ]
+
+
+@pytest.mark.parametrize("rule", REWRITING)
+def test_parity(served: tuple[Engine, TinyModel], rule: str):
+    engine, oracle = served
+    cases = sample(rule)
+    wanted = [expect(case, oracle, engine) for case in cases]
+    assert_equal(cases, run(engine, cases), wanted)
+    alone = [run(engine, [case])[0] for case in cases[:4]]
+    assert_equal(cases[:4], alone, wanted[:4])
+
+
+def test_edits_happen(served: tuple[Engine, TinyModel]):
+    """Else the test above would show nothing."""
+    engine, _ = served
+    without = {"strategy_config": REWRITING["joint"][1] | {"edit": False}}
+    cases = [replace(case, ignore_eos=True) for case in sample("joint")]
+    edited = run(engine, cases)
+    plain = engine.run(
+        [case.prompt for case in cases],
+        [
+            SamplingParams(
+                max_tokens=case.max_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+                extra_args={"dlm": {"strategy": "joint"} | without},
+            )
+            for case in cases
+        ],
+    )
+    pairs = list(zip(edited, plain, strict=True))
+    assert sum(one.tokens != other.tokens for one, other in pairs) > len(cases) // 2
+    assert all(one.forwards > other.forwards for one, other in pairs)
+
+
+def test_it_is_the_models_default(served: tuple[Engine, TinyModel]):
+    engine, _ = served
+    prompts = [make_prompt(length) for length in (3, 17, 40)]
+    greedy = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+    named = {"strategy": "joint", "strategy_config": {"preset": "quality"}}
+    default = engine.run(prompts, SamplingParams(**greedy))
+    explicit = engine.run(prompts, SamplingParams(**greedy, extra_args={"dlm": named}))
+    assert default == explicit
+
+
+def test_a_block_is_streamed_when_it_is_over(served: tuple[Engine, TinyModel]):
+    """Never a token that a later step may change."""
+    engine, oracle = served
+    case = BlockCase(make_prompt(21), 2 * BLOCK + 3, rule="joint", ignore_eos=True)
+    wanted = expect(case, oracle, engine)
+    engine.add(case.prompt, case.params(output_kind=RequestOutputKind.DELTA))
+    pieces = []
+    while engine.busy:
+        for output in engine.step():
+            pieces.append(list(output.outputs[0].token_ids))
+    assert [len(piece) for piece in pieces] == [BLOCK - 5, BLOCK, 8]
+    if not wanted.near_tie:
+        assert sum(pieces, []) == wanted.tokens

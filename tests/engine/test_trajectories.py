@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trajectory log of real engines, against outputs and step maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.cases import Case, expect, make_prompt
+from engine.harness import Engine, params
+from reference.checkpoints import write_checkpoint
+from reference.llada import TinyLLaDA
+from vllm.outputs import RequestOutput
+
+from vllm_dlm import step_map
+from vllm_dlm.trajectories import Trajectory, read
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log")
+
+
+@pytest.fixture(scope="module")
+def logging_engine(engines: Callable[..., Engine], folder: Path) -> Engine:
+    """Canvases of 32, pages for three of them."""
+    return engines(
+        {"max_canvas": 32, "trajectory_dir": str(folder / "A")},
+        max_model_len=128,
+        num_gpu_blocks_override=13,
+    )
+
+
+def run(
+    engine: Engine, folder: Path, prompts: list[Any], sampling: list[Any]
+) -> tuple[list[RequestOutput], list[Trajectory], bool]:
+    """Finished outputs, their trajectories, and whether one was preempted."""
+    ids = [engine.add(*one) for one in zip(prompts, sampling, strict=True)]
+    done, preempted = {}, False
+    while engine.busy:
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output
+        waiting = engine.scheduler.waiting
+        preempted |= any(request.num_preemptions for request in waiting)
+    logged = {one.request.rpartition("-")[0]: one for one in read(folder)}
+    return [done[i] for i in ids], [logged[i] for i in ids], preempted
+
+
+def assert_agrees(output: RequestOutput, trajectory: Trajectory) -> None:
+    """Last canvas, and the steps in which a token was written and changed."""
+    assert trajectory.prompt == output.prompt_token_ids
+    tokens, found = output.outputs[0].token_ids, step_map(output)
+    mask, before = trajectory.mask, []
+    last_write, edited = {}, set()
+    for step in trajectory.steps():
+        known = before + [mask] * (len(step.canvas) - len(before))
+        differ = {i for i, token in enumerate(step.canvas) if token != known[i]}
+        assert differ <= {*step.changed}
+        for i in step.changed:
+            if step.canvas[i] != mask:
+                edited |= {i} & last_write.keys()
+                last_write[i] = step.number
+        before = step.canvas
+    assert before[: len(tokens)] == list(tokens)
+    assert [last_write[i] for i in range(len(tokens))] == found.steps
+    assert [i in edited for i in range(len(tokens))] == found.edited
+    behind = range(len(tokens), len(tokens) + len(found.beyond))
+    assert [last_write.get(i, -1) for i in behind] == found.beyond
+
+
+def test_full_attention(logging_engine: Engine, folder: Path, oracle: TinyLLaDA):
+    """Preempted or not, also what rewrites; over several blocks and canvases."""
+    rules = ("static/low_confidence", "threshold", "factor", "static/random")
+    asks = {"step_map": True, "block_length": 16}
+    cases = [
+        Case(make_prompt(12 + i), rules[i % 4], max_tokens=60, ignore_eos=i > 3, seed=i)
+        for i in range(8)
+    ]
+    sampling = [case.params() for case in cases]
+    for one in sampling:
+        one.extra_args["dlm"]["step_map"] = True
+    sampling[6:] = [
+        params(60, dlm=asks | {"strategy": "saber"}, ignore_eos=True) for _ in range(2)
+    ]
+    prompts = [case.prompt for case in cases]
+    outputs, trajectories, preempted = run(
+        logging_engine, folder / "A", prompts, sampling
+    )
+    assert preempted
+    for output, trajectory in zip(outputs, trajectories, strict=True):
+        assert_agrees(output, trajectory)
+    assert any(any(step_map(output).edited) for output in outputs[6:])
+    wanted = expect(cases[0], oracle, max_canvas=32)
+    assert wanted.near_tie or step_map(outputs[0]).steps == wanted.written_at
+
+
+def test_blocks_with_seeds(
+    engines: Callable[..., Engine],
+    folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+):
+    model = write_checkpoint(
+        "fast_dllm_v2", tmp_path_factory.mktemp("b") / "Fast_dLLM_v2_7B", seed=2
+    )
+    engine = engines(
+        {"block_length": 16, "trajectory_dir": str(folder / "B")},
+        model=str(model),
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=13,
+    )
+    sampling = [
+        params(70, dlm={"step_map": True}, ignore_eos=True, temperature=0.5, seed=i)
+        for i in range(8)
+    ]
+    prompts = [make_prompt(length) for length in (9, 64, 71, 95, 96, 100, 130, 150)]
+    outputs, trajectories, preempted = run(engine, folder / "B", prompts, sampling)
+    assert preempted
+    for output, trajectory in zip(outputs, trajectories, strict=True):
+        assert_agrees(output, trajectory)
+
+
+def test_none_without_the_option(engine: Engine):
+    assert engine.runner.sampler.trajectories is None

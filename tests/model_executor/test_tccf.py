@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the first stage of `tccf` ends."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_dlm.config import ThinkCoarse
+from vllm_dlm.model_executor.tccf import Stages
+
+STAGES = Stages(trigger=(5, 6), check=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "count"),
+    [
+        ([], [], 0),
+        ([], [5, 6], 2),
+        ([], [4, 5, 6, 7, 8], 3),
+        ([4, 5], [6, 7], 1),
+        ([5], [6, 5, 6], 1),
+        ([5, 6], [6, 7], 2),  # it ended before
+        ([4], [5], 1),
+        ([6], [4, 6, 5], 3),
+    ],
+)
+def test_where_it_ends(before, new, count):
+    assert STAGES.first_stage(before, new) == count
+
+
+def test_whether_it_has_ended():
+    assert STAGES.end_with([4, 5, 6])
+    assert not STAGES.end_with([6])
+    assert not STAGES.end_with([5, 6, 7])
+    assert STAGES.is_over([4, 5, 6, 1])
+    assert not STAGES.is_over([4, 5, 6])
+    assert not STAGES.is_over([5, 7, 6, 5])
+
+
+def test_texts_become_tokens(monkeypatch):
+    tokenizer = SimpleNamespace(
+        encode=lambda text, add_special_tokens: [ord(sign) for sign in text.strip()]
+    )
+    monkeypatch.setattr(
+        "vllm.tokenizers.cached_tokenizer_from_config", lambda config: config
+    )
+    option = ThinkCoarse(trigger="ab", check=[3])
+    assert Stages.of(option, tokenizer) == Stages((97, 98), (3,))
+    assert Stages.of(None, tokenizer) is None
+    with pytest.raises(ValueError, match="has no tokens"):
+        Stages.of(ThinkCoarse(trigger=" ", check=[3]), tokenizer)
+    with pytest.raises(ValueError, match="give token ids"):
+        Stages.of(option, None)

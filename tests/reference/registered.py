@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every registered strategy, ready to be tried on views."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from reference.views import CPU
+
+from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import NOT_DRAFTED, Branches, Strategy, View
+
+NAMES = STRATEGIES.names()
+
+# Parameters that have no default.
+GIVEN: dict[str, dict[str, Any]] = {"replay": {"recorded_steps": [1, 0, 2, 1]}}
+
+
+def build(name: str, width: int = 8, **params: Any) -> Strategy:
+    """A strategy for blocks of `width` positions; what is not given is its default."""
+    strategy = STRATEGIES[name]
+    params = {**GIVEN.get(name, {}), **params}
+    return strategy(strategy.Params(**params), width, CPU)
+
+
+def without_drafts(view: View) -> View:
+    """The view with the one branch that there always is: the canvas as it stands."""
+    branches = Branches(
+        tokens=view.candidate,
+        rank=torch.full_like(view.candidate, NOT_DRAFTED),
+        masked=view.masked[:, None],
+        candidate=view.candidate[:, None],
+        confidence=view.confidence[:, None],
+    )
+    return replace(view, branches=branches)

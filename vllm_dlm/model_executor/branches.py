@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Branches: canvases that a strategy has drafted, evaluated beside the canvas itself.
+
+A decision may name draft tokens, ranked (`Decision.draft_tokens`). The request's next
+forward then has its rows several times over, one behind the other: branch 0 is the
+canvas, branch j has the drafts of rank below j in place of masks. A branch sees the
+finished text left of its rows, and itself. Its keys and values go to scratch pages of
+the request, behind those of its rows; pages of 16, a block of 32 from position 40 on:
+
+    the request's pages      0   1   2   3   4   5   6   7   8   9  10
+    branch 0 sees            0   1   2   3   4                          as ever
+    branch 1 sees            0   1           5   6   7                  for 2, 3, 4
+    branch 2 sees            0   1                       8   9  10      for 2, 3, 4
+
+Page 2 also holds eight positions of finished text: it is copied to pages 5 and 8
+before the forward. Scratch pages are the request's own, never published for prefix
+caching, and hold text later on, when the request has come that far.
+
+Branches are made of what is to spare, host-known to scheduler and worker: rows of the
+forward and free pages that no other request wants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_dlm.model_executor.segments import BlockRows, Segments
+from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
+
+
+class Pages(NamedTuple):
+    """Pages that a request's rows [start, end) touch, counted in its block table."""
+
+    first: Any
+    end: Any
+
+    @classmethod
+    def of(cls, start: Any, end: Any, page_size: int) -> Pages:
+        """Of numbers, or of arrays of them."""
+        return cls(start // page_size, -(-end // page_size))
+
+    @property
+    def count(self) -> Any:
+        """How many: what each branch needs as scratch pages."""
+        return self.end - self.first
+
+    def with_branches(self, branches: int) -> int:
+        """Pages of a request with this many branches, number 0 included."""
+        return int(self.end + (branches - 1) * self.count)
+
+    def copies(
+        self, pages: list[int], start: int, branches: int, page_size: int
+    ) -> list[tuple[int, int]]:
+        """Pages to copy, from and to, before a forward of rows from `start` on.
+
+        Args:
+            pages: ids of the request's pages.
+        """
+        if start % page_size == 0:
+            return []
+        scratch = pages[self.end : self.with_branches(branches) : self.count]
+        return [(pages[self.first], page) for page in scratch]
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """A forward's rows that belong to branches from number 1 on; E such branches.
+
+    Arrays are on the host, tensors on the engine's device.
+    """
+
+    row_branch: torch.Tensor
+    """[M] int64: the branch of each row of the forward; 0 for the canvases' own."""
+    setback: torch.Tensor
+    """[M] int64: how far vLLM, which counts on, has put each row's position."""
+    rows: np.ndarray
+    """[n]: rows of branches."""
+    row_request: np.ndarray
+    """[n]: request of each of these rows in vLLM's batch."""
+    row_page: np.ndarray
+    """[n]: page for its key and value, counted in the request's block table."""
+    row_offset: np.ndarray
+    """[n]: place in that page."""
+    segments: np.ndarray
+    """[s]: segments of branches."""
+    pages: Pages
+    """Of [s] arrays: the pages that scratch pages stand for."""
+    scratch: np.ndarray
+    """[s]: by how much these lie further on in the block table."""
+    parents: torch.Tensor
+    """[E] int64: the deciding request that each branch is of."""
+    numbers: torch.Tensor
+    """[E] int64: 1 or more."""
+    blocks: BlockRows
+    """The branches' active blocks, E of them."""
+    index: torch.Tensor
+    """[R, K] int64: branch k of request r, counted from 0 to R - 1 for the canvases
+    and on from R for the branches; -1 where it is not evaluated."""
+    first_rows: torch.Tensor
+    """[R, K] int64: first of each one's logits rows, of which branches come last."""
+
+    def place_keys(
+        self,
+        slot_mapping: torch.Tensor,
+        block_table: torch.Tensor,
+        page_size: int,
+    ) -> None:
+        """Send the branches' keys and values to their scratch pages.
+
+        Args:
+            slot_mapping: [at least M] int64, changed in place.
+            block_table: [requests of the batch, pages] int32.
+        """
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(block_table.device, non_blocking=True)
+
+        page = block_table[on_device(self.row_request), on_device(self.row_page)]
+        slots = page.long() * page_size + on_device(self.row_offset)
+        slot_mapping[on_device(self.rows)] = slots
+
+    def swap_pages(self, block_table: torch.Tensor) -> None:
+        """Let the segments of branches see their scratch pages.
+
+        Args:
+            block_table: [S, pages] int32, changed in place.
+        """
+
+        def column(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(block_table.device)[:, None]
+
+        segments = column(self.segments)[:, 0]
+        table = block_table[segments]
+        places = torch.arange(table.shape[1], device=table.device).expand_as(table)
+        own = (places >= column(self.pages.first)) & (places < column(self.pages.end))
+        places = torch.where(own, places + column(self.scratch), places)
+        block_table[segments] = table.gather(1, places)
+
+    def by_branch(self, canvas: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """[R, K, B]: values of the canvases [R, B] and of the branches [E, B]."""
+        return torch.cat([canvas, branch])[self.index.clamp(min=0)]
+
+
+def plan_branches(
+    starts: np.ndarray,
+    ends: np.ndarray,
+    branches: np.ndarray,
+    segments: Segments,
+    deciding: np.ndarray,
+    blocks: BlockRows,
+    page_size: int,
+) -> BranchPlan:
+    """Lay out the branches of a forward.
+
+    Args:
+        starts, ends: of each request of the batch, [start, end) of one branch's rows.
+        branches: of each request, number 0 included.
+        segments: of the forward, those of branches among them.
+        deciding: [R]: the requests, of the batch, that decide.
+        blocks: theirs.
+        page_size: tokens in a KV page.
+    """
+    device = blocks.slots.device
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    lengths = ends - starts
+    pages = Pages.of(starts, ends, page_size)
+    request, place = ragged(lengths * branches)
+    branch = place // lengths[request]
+    rows = branch.nonzero()[0]
+    row_request = request[rows]
+    position = starts[row_request] + place[rows] % lengths[row_request]
+
+    copy = np.arange(len(segments.request)) - np.searchsorted(
+        segments.request, segments.request
+    )
+    number = np.where(branches[segments.request] > 1, copy, 0)
+    of_branches = number.nonzero()[0]
+    owner = segments.request[of_branches]
+
+    parents, numbers = ragged(branches[deciding] - 1)
+    numbers = numbers + 1
+    bounds = np.array(blocks.row_bounds)
+    sizes = np.diff(bounds)[parents]
+    block, offset = ragged(sizes)
+    setback = numbers * lengths[deciding[parents]]
+    width = blocks.positions.shape[1]
+    at = on_device(parents)
+    copied = blocks.logits_rows[on_device(bounds[parents[block]] + offset)]
+    index = np.full((len(deciding), int(branches.max())), -1)
+    index[:, 0] = np.arange(len(deciding))
+    index[parents, numbers] = len(deciding) + np.arange(len(parents))
+    sizes_of_all = np.concatenate([np.diff(bounds), sizes])
+    return BranchPlan(
+        row_branch=on_device(branch),
+        setback=on_device(branch * lengths[request]),
+        rows=rows,
+        row_request=row_request,
+        row_page=position // page_size + branch[rows] * pages.count[row_request],
+        row_offset=position % page_size,
+        segments=of_branches,
+        pages=Pages(pages.first[owner], pages.end[owner]),
+        scratch=number[of_branches] * pages.count[owner],
+        parents=at,
+        numbers=on_device(numbers),
+        blocks=BlockRows(
+            slots=blocks.slots[at],
+            slots_cpu=[blocks.slots_cpu[parent] for parent in parents],
+            positions=blocks.positions[at],
+            valid=blocks.valid[at],
+            readable=blocks.readable[at],
+            logits_rows=copied + on_device(setback[block]),
+            row_places=on_device(block * width + offset),
+            row_bounds=[0, *np.cumsum(sizes).tolist()],
+        ),
+        index=on_device(index),
+        first_rows=on_device((np.cumsum(sizes_of_all) - sizes_of_all)[index]),
+    )
+
+
+def ragged(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Owner, and place in the owner's row, of each entry of rows of these lengths."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.cumsum(lengths) - lengths
+    return owner, np.arange(len(owner)) - first[owner]
+
+
+class Drafts:
+    """Draft tokens of all requests, by slot."""
+
+    def __init__(self, shape: torch.Size, mask_id: int, device: torch.device) -> None:
+        self._mask_id = mask_id
+        self._tokens = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._rank = torch.full(shape, NOT_DRAFTED, dtype=torch.int32, device=device)
+
+    def forget(self, slot: int) -> None:
+        """Make room for a new request."""
+        self._rank[slot] = NOT_DRAFTED
+
+    def keep(self, decision: Decision, masked: torch.Tensor, blocks: BlockRows) -> None:
+        """Keep a decision's drafts for the next forward.
+
+        A drafted mask id (`reference_exact`) fills nothing: verifying ends before it.
+
+        Args:
+            masked: [R, B] bool: positions that may be drafted.
+        """
+        if decision.draft_tokens is None or decision.draft_rank is None:
+            return
+        masked = masked & (decision.draft_tokens != self._mask_id)
+        rank = torch.where(masked, decision.draft_rank, NOT_DRAFTED)
+        slots = blocks.slots[:, None].expand_as(rank)[blocks.valid]
+        where = blocks.positions[blocks.valid]
+        self._rank[slots, where] = rank[blocks.valid].int()
+        self._tokens[slots, where] = decision.draft_tokens[blocks.valid].int()
+
+    def written(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        branch: torch.Tensor,
+    ) -> torch.Tensor:
+        """[M] int32: the tokens of rows, with the drafts that their branches have.
+
+        Args:
+            tokens, slots, positions, branch: [M], of each row.
+        """
+        is_draft = self._rank[slots, positions] < branch
+        return torch.where(is_draft, self._tokens[slots, positions], tokens)
+
+    def of(self, blocks: BlockRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft tokens and ranks of active blocks, both [R, B] int64."""
+        slots = blocks.slots[:, None]
+        where = blocks.positions.clamp(max=self._rank.shape[1] - 1)
+        rank = torch.where(blocks.valid, self._rank[slots, where], NOT_DRAFTED)
+        return self._tokens[slots, where].long(), rank.long()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step maps inside the engine: when each token of a request was written.
+
+The worker keeps the step of its block at which a position was last written. The
+numbers travel as two columns behind the token ids of vLLM's log-probabilities, which
+is the one thing that a reply holds per token. The scheduler takes them off again,
+counts the steps of the blocks before, and puts a request's rows `[step, logprob,
+edited]` into `EngineCoreOutput.routed_experts`: the only array per token that vLLM
+carries to each output of a request, cut where its text is cut. (Which experts were
+chosen is not returned for our models.) The last rows go on to the end of the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from vllm.v1.outputs import LogprobsLists
+
+COLUMNS = 2
+"""Behind the token ids of a reply's log-probabilities: step, edited."""
+NEVER = -1
+"""Step of a mask that no step replaced (`reference_exact` may end so)."""
+
+
+def new_map(length: int, device: torch.device) -> torch.Tensor:
+    """[length, COLUMNS] int32: nothing is written yet."""
+    return torch.tensor([[NEVER, 0]], dtype=torch.int32, device=device).repeat(
+        length, 1
+    )
+
+
+def note_writes(
+    step_map: torch.Tensor, positions: torch.Tensor, step: torch.Tensor
+) -> None:
+    """Note that a step wrote these positions, for some of them not the first time.
+
+    Args:
+        step_map: [max_model_len, COLUMNS] int32, changed in place.
+        positions: [N] int64.
+        step: scalar, the step of the block.
+    """
+    rewritten = (step_map[positions, 0] != NEVER).int()
+    written_at = step.to(torch.int32).expand(len(positions))
+    step_map[positions] = torch.stack([written_at, rewritten], dim=1)
+
+
+@dataclass
+class StepCount:
+    """Denoise steps of one request, by block: a step of a block is which of its own."""
+
+    before: int = 0
+    """Steps of all finished blocks."""
+    in_block: int = 0
+    """Steps so far of the block that began at `block`."""
+    block: int = -1
+
+    def enter(self, block: int) -> None:
+        """The active block begins at this position; what it is not is finished."""
+        if block != self.block:
+            self.before += self.in_block
+            self.in_block, self.block = 0, block
+
+
+def take_columns(
+    logprobs: LogprobsLists | None,
+) -> tuple[LogprobsLists | None, np.ndarray | None]:
+    """The log-probabilities as vLLM knows them, and the columns behind the token ids.
+
+    Returns:
+        The columns are [tokens, COLUMNS] int32, None where no request asked.
+    """
+    if logprobs is None:
+        return None, None
+    ids = logprobs.logprob_token_ids
+    if ids.shape[1] == logprobs.logprobs.shape[1]:
+        return logprobs, None
+    return (
+        logprobs._replace(logprob_token_ids=ids[:, :-COLUMNS]),
+        ids[:, -COLUMNS:],
+    )
+
+
+def request_rows(
+    columns: np.ndarray, logprobs: LogprobsLists, row: int, before: int
+) -> np.ndarray:
+    """[rest of the block, 3] float64: step of the request, log-probability, edited.
+
+    Args:
+        columns: as `take_columns` returns them.
+        logprobs: the log-probabilities of the same tokens; the chosen ones come first.
+        row: the request's index in the batch.
+        before: steps of the request's finished blocks.
+    """
+    assert logprobs.cu_num_generated_tokens is not None
+    span = slice(*logprobs.cu_num_generated_tokens[row : row + 2])
+    steps, edited = columns[span].T
+    chosen = logprobs.logprobs[span, 0]
+    steps = np.where(steps == NEVER, NEVER, steps + before)
+    return np.stack([steps, chosen, edited], axis=1).astype(np.float64)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Credit decoding: a token that keeps being predicted counts as more probable.
+
+Each masked position keeps a credit C_v for every token v that was its candidate in this
+block. A step multiplies all credits by `decay` and adds c ** exponent to that of the
+candidate, whose probability is c. The fused probability of v is
+
+    p_v (1 + C_v) ** weight / (1 + sum_u p_u ((1 + C_u) ** weight - 1)),
+
+the softmax of logits to which weight log(1 + C) is added. A position's token is the
+one with the largest, and that is its confidence: written are those with confidence >=
+threshold, and the best one.
+
+Without parameters, exponent is 1, and weight and decay are the share of the block's
+positions that are decided. Source: CreditDecoding, arXiv 2510.06133. It names 1 - mask
+ratio for the latter; that the block's is meant, not the canvas's, is inferred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from vllm_dlm.strategies.base import (
+    Context,
+    Decision,
+    Params,
+    Probabilities,
+    StateField,
+    Strategy,
+    View,
+    top_masked,
+)
+
+CREDITED = 64
+"""Tokens of each position that can have credit at a time.
+
+A step adds at most one, so that in blocks of up to 64 none is ever dropped. In longer
+ones, the least credit makes room.
+"""
+
+
+class CreditParams(Params):
+    """Parameters of `Credit`."""
+
+    threshold: float = Field(
+        default=0.9,
+        gt=0.0,
+        le=2.0,
+        description=(
+            "Least fused probability at which a token is written. Lower is faster and "
+            "less exact; above 1 each step writes one token."
+        ),
+    )
+    weight: float = Field(
+        default=0.7,
+        ge=0.0,
+        le=5.0,
+        description=(
+            "How much credit raises a token's probability (alpha). At 0 not at all."
+        ),
+    )
+    exponent: float = Field(
+        default=0.2,
+        ge=0.0,
+        le=10.0,
+        description=(
+            "Power of its probability that a candidate earns as credit (gamma). At 0 "
+            "every candidate earns 1, however unsure; higher favours sure ones."
+        ),
+    )
+    decay: float = Field(
+        default=0.8,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Share of earlier credit that a step keeps (beta). At 1 none is ever "
+            "lost; at 0 only the step's own counts."
+        ),
+    )
+    mode: Literal["fixed", "parameter_free"] = Field(
+        default="fixed",
+        description=(
+            "Whether weight, exponent and decay are as given, or exponent is 1 and the "
+            "other two grow from 0 to 1 with the share of the block that is decided."
+        ),
+    )
+
+
+class Credit(Strategy):
+    """Write what is sure enough by fused probability, and the best one."""
+
+    name = "credit"
+    paper = "arXiv 2510.06133 (CreditDecoding)"
+    summary = "a threshold on probabilities that grow for tokens predicted repeatedly"
+    Params = CreditParams
+    needs = frozenset({"probabilities"})
+
+    params: CreditParams
+
+    def __init__(
+        self, params: CreditParams, block_length: int, context: Context
+    ) -> None:
+        super().__init__(params, block_length, context)
+        shape = (block_length, min(block_length, CREDITED))
+        self.state = {
+            "tokens": StateField(shape, torch.int32),
+            # 0 where there is no such token.
+            "credit": StateField(shape),
+        }
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        assert view.probabilities is not None  # named in `needs`
+        weight, exponent, decay = self._strength(view, row_params)
+        tokens, credit = earn(
+            view,
+            view.confidence ** exponent[:, None],
+            view.state["tokens"].long(),
+            view.state["credit"] * decay[:, None, None],
+        )
+        probabilities = fused(view.probabilities, tokens, credit, weight[:, None, None])
+        best = probabilities.argmax(dim=-1, keepdim=True)
+        confidence = probabilities.gather(2, best)[..., 0]
+        sure = view.masked & (confidence >= row_params["threshold"][:, None])
+        one = torch.ones_like(view.step)
+        return Decision(
+            sure | top_masked(view, confidence, one),
+            new_tokens=tokens.gather(2, best)[..., 0],
+            state={"tokens": tokens.int(), "credit": credit},
+        )
+
+    def _strength(
+        self, view: View, row_params: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weight, exponent and decay of each row, each [R] float32."""
+        if self.params.mode == "fixed":
+            return row_params["weight"], row_params["exponent"], row_params["decay"]
+        text = view.valid & (view.positions >= 0)
+        decided = view.decided.sum(dim=1) / text.sum(dim=1).clamp(min=1)
+        return decided, torch.ones_like(decided), decided
+
+
+def earn(
+    view: View, earned: torch.Tensor, tokens: torch.Tensor, credit: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add what the candidates of masked positions have earned to their credit.
+
+    Args:
+        view: the step's.
+        earned: [R, B] float32.
+        tokens: [R, B, K] int64: tokens that have credit.
+        credit: [R, B, K] float32: theirs; 0 where the place is free.
+
+    Returns:
+        tokens and credit, as they are now.
+    """
+    held = (tokens == view.candidate[..., None]) & (credit > 0)
+    known = held.any(dim=-1, keepdim=True)
+    place = torch.where(
+        known, held.int().argmax(dim=-1, keepdim=True), credit.argmin(-1, keepdim=True)
+    )
+    total = earned[..., None] + torch.where(known, credit.gather(2, place), 0.0)
+    masked = view.masked[..., None]
+    return (
+        torch.where(
+            masked, tokens.scatter(2, place, view.candidate[..., None]), tokens
+        ),
+        torch.where(masked, credit.scatter(2, place, total), credit),
+    )
+
+
+def fused(
+    probabilities: Probabilities,
+    tokens: torch.Tensor,
+    credit: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Probabilities of tokens with credit, among the whole vocabulary.
+
+    Args:
+        probabilities: the model's.
+        tokens: [R, B, K] int64.
+        credit: [R, B, K] float32; 0 where there is no such token.
+        weight: power of 1 + credit; broadcasts to [R, B, K].
+
+    Returns:
+        [R, B, K] float32; 0 where there is no such token.
+    """
+    alone = torch.where(credit > 0, probabilities.of(tokens), 0.0)
+    raise_by = (1 + credit) ** weight
+    raised = alone * raise_by
+    return raised / (1 + (alone * (raise_by - 1)).sum(dim=-1, keepdim=True))

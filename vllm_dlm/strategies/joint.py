@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joint thresholds: fill masks early, and change tokens that look wrong later.
+
+In each step of a block, masked i with c_i > mask_threshold are written, or the most
+confident one if none is. The same step gives decided positions (not the prompt's) the
+model's present best token, where that is another one with c_i > edit_threshold. Once no
+mask is left, the block stays open as long as steps change something: at most
+max_post_steps more forwards, which only edit. Without `edit` it is the rule
+`threshold` with `strict`.
+
+Source: LLaDA2.1, arXiv 2602.08676. The report prints no thresholds; the presets are its
+model cards'. Rule and end of a block follow SGLang's JointThreshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from vllm_dlm.strategies.base import (
+    AnyParams,
+    Context,
+    Decision,
+    Params,
+    StateField,
+    Strategy,
+    View,
+    best_masked,
+)
+
+PRESETS = {
+    "quality": {"mask_threshold": 0.7, "edit_threshold": 0.5},
+    "speed": {"mask_threshold": 0.5, "edit_threshold": 0.0},
+}
+
+
+class JointParams(Params):
+    """Parameters of `Joint`."""
+
+    preset: Literal["quality", "speed"] = Field(
+        default="quality",
+        description=(
+            "What the two thresholds are where they are not given: .7 and .5 for "
+            "quality, .5 and 0 for speed."
+        ),
+    )
+    mask_threshold: float = Field(
+        default=PRESETS["quality"]["mask_threshold"],
+        ge=0.0,
+        le=2.0,
+        description=(
+            "Probability above which a masked position is written. Lower is faster, "
+            "and leaves more to edits."
+        ),
+    )
+    edit_threshold: float = Field(
+        default=PRESETS["quality"]["edit_threshold"],
+        ge=0.0,
+        le=2.0,
+        description=(
+            "Probability above which another token replaces one that is written. At 0 "
+            "the model's best token always does; to switch edits off, set `edit`."
+        ),
+    )
+    edit: bool = Field(
+        default=True,
+        description=(
+            "Whether tokens that are written may change. Switch it off for models "
+            "that were not trained to correct themselves."
+        ),
+    )
+    max_post_steps: int = Field(
+        default=16,
+        ge=0,
+        le=1024,
+        description=(
+            "Forwards that a block may take after its last mask, for edits only. It "
+            "bounds edits that go back and forth."
+        ),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("preset")
+        return {**PRESETS.get(name, {}), **given} if isinstance(name, str) else given
+
+
+class Joint(Strategy):
+    """Write masks above one probability, edit tokens above another."""
+
+    name = "joint"
+    paper = "arXiv 2602.08676 (LLaDA2.1)"
+    summary = "fills masks early and corrects tokens that are written"
+    Params = JointParams
+    logit_rows = "block"
+
+    params: JointParams
+
+    def __init__(
+        self, params: JointParams, block_length: int, context: Context
+    ) -> None:
+        super().__init__(params, block_length, context)
+        self.may_rewrite = params.edit
+        # Steps so far that left no mask.
+        self.state = (
+            {"full_steps": StateField(dtype=torch.int64)} if params.edit else {}
+        )
+
+    def step_limit(self, params: AnyParams) -> int:
+        assert isinstance(params, JointParams)
+        # One more: what the engine lets a block's very last step do is no edit.
+        post_steps = params.max_post_steps + 1 if params.edit else 0
+        return self.block_length + post_steps
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        sure = view.confidence > row_params["mask_threshold"][:, None]
+        # Where any is sure, the best one is.
+        commit = (sure & view.masked) | best_masked(view)
+        if not self.params.edit:
+            return Decision(commit)
+        better = view.confidence > row_params["edit_threshold"][:, None]
+        edit = view.decided & better & (view.candidate != view.tokens)
+        # All masks of the block, where `view.masked` may be those of a part.
+        masks = view.valid & ~view.decided & (view.positions >= 0)
+        full = ~(masks & ~commit).any(dim=1)
+        full_steps = view.state["full_steps"] + full.long()
+        changed = (commit | edit).any(dim=1)
+        hold = full & changed & (full_steps <= row_params["max_post_steps"])
+        return Decision(commit, edit=edit, hold=hold, state={"full_steps": full_steps})

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay of a step map: write each position in the step that a recording names.
+
+`recorded_steps[i]` is the denoise step, counted over the request, that wrote output token i,
+-1 for none. A block's own steps begin after those of all tokens left of it: with
+b = 1 + the largest of these (0 where there are none), its step s writes the masked
+positions whose recorded step is b + s, or was before. A step without any is idle, as
+it was in the recording. Positions without a step follow when the rest of the block is
+written, the most confident one in each step. Where the tokens are the engine's own
+candidates, the same request gives the same text again, also when they are drawn.
+No paper: the counterpart of the option `step_map`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field, field_validator
+
+from vllm_dlm.strategies.base import (
+    AnyParams,
+    Context,
+    Decision,
+    Params,
+    Strategy,
+    View,
+    best_masked,
+)
+
+Step = Annotated[int, Field(ge=-1, le=1_000_000)]
+
+LONGEST_MAP = 131_072
+"""Tokens; it is sent with the request and kept on the device."""
+STEPS_PER_POSITION = 4
+"""A recording has at most that many steps per position of its blocks, idle ones and
+those of strategies that rewrite included. More would be a request that only waits."""
+
+
+class ReplayParams(Params):
+    """Parameters of `Replay`."""
+
+    recorded_steps: tuple[Step, ...] = Field(
+        description=(
+            "Denoise step of every output token, from 0 over the whole request: "
+            "`steps` of a step map and `beyond`, joined. Tokens without a step (-1, or "
+            "beyond the list) are written at the end of their block, one in a step."
+        ),
+    )
+
+    @field_validator("recorded_steps")
+    @classmethod
+    def _check_length(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not 1 <= len(steps) <= LONGEST_MAP:
+            raise ValueError(
+                f"a step map has 1 to {LONGEST_MAP} entries, one per output token; "
+                f"this one has {len(steps)}"
+            )
+        return steps
+
+
+class Replay(Strategy):
+    """Write every position in its recorded step."""
+
+    name = "replay"
+    paper = "none: replays the option step_map"
+    summary = "each token in the step that a step map names"
+    Params = ReplayParams
+
+    params: ReplayParams
+
+    def __init__(
+        self, params: ReplayParams, block_length: int, context: Context
+    ) -> None:
+        super().__init__(params, block_length, context)
+        self.recorded = torch.tensor(params.recorded_steps, device=context.device)
+        before_all = self.recorded.new_full((1,), -1)
+        largest = torch.cat([before_all, self.recorded]).cummax(dim=0).values
+        self.first_steps = largest + 1
+        """[N + 1] int64: the step at which a block begins that starts at a position."""
+
+    @classmethod
+    def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
+        """Refuse steps that no recording has."""
+        assert isinstance(params, ReplayParams)
+        limit = STEPS_PER_POSITION * (len(params.recorded_steps) + 2 * block_length)
+        if max(params.recorded_steps) >= limit:
+            raise ValueError(
+                f"recorded_steps: step {max(params.recorded_steps)} is more than a "
+                f"recording of {len(params.recorded_steps)} tokens in blocks of {block_length} "
+                f"has; at most {limit - 1} is accepted"
+            )
+
+    def step_limit(self, params: AnyParams) -> int:
+        """As many steps as the recording took, and those for what it lacks."""
+        assert isinstance(params, ReplayParams)
+        return max(params.recorded_steps) + 1 + self.block_length
+
+    def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        length = len(self.recorded)
+        first = self.first_steps[view.positions[:, 0].clamp(0, length)]
+        now = first + view.step
+        # A position beyond the map waits for ever; its own rule is below.
+        index = view.positions.clamp(0, length - 1)
+        known = (view.positions < length) & (self.recorded[index] >= 0)
+        due = view.masked & known & (self.recorded[index] <= now[:, None])
+        waiting = (view.masked & known).any(dim=1)
+        rest = best_masked(replace(view, masked=view.masked & ~known))
+        return Decision(
+            commit=due | (rest & ~waiting[:, None]),
+            idle=waiting & ~due.any(dim=1),
+        )

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Count how often each token occurs in texts: `vllm-dlm count-tokens`.
+
+The table is for the strategy `pc`. f(a) = (n(a) + 1) / (N + V) for a token seen n(a)
+times among N, V of the tokenizer's ids in all: adding one gives ids that the texts lack
+a frequency over 0, as low as any. Each text ends with the tokens that end a text, so
+that these count as what a model writes once per answer, not as the rarest of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_dlm.strategies.token_frequencies import save_frequencies
+
+BATCH_TEXTS = 256
+"""Texts that the tokenizer gets at a time."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vllm-dlm count-tokens`."""
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="plain text, one text per line, or JSON lines (*.jsonl)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="MODEL",
+        help="alias, folder or hub id of the model that will be served",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="table to write (safetensors)"
+    )
+    parser.add_argument(
+        "--field",
+        default="text",
+        help="field of JSON lines that holds the text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ends",
+        nargs="+",
+        metavar="TOKEN",
+        help="tokens that end a text, each counted once per text (default: the "
+        "tokenizer's end-of-text token)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count the tokens of the files and write their table."""
+    tokenizer = _tokenizer(args.tokenizer)
+    ends = _end_ids(tokenizer, args.ends)
+    paths = [Path(name) for name in args.files]
+    counts = count_tokens(tokenizer, _texts(paths, args.field), ends)
+    total = int(counts.sum())
+    facts = {"tokenizer": args.tokenizer, "tokens": str(total)}
+    save_frequencies(args.out, smoothed(counts), facts)
+    seen = int((counts > 0).sum())
+    print(f"{total} tokens, {seen} of {len(counts)} ids -> {args.out}")
+    return 0
+
+
+def count_tokens(
+    tokenizer: Any, texts: Iterable[str], end_ids: Iterable[int] = ()
+) -> torch.Tensor:
+    """How often each id occurs in the texts, [V] int64.
+
+    Args:
+        tokenizer: of transformers; V is its length.
+        end_ids: ids that count once more for each text.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    counts = torch.zeros(len(tokenizer), dtype=torch.int64)
+    number = 0
+    remaining = iter(texts)
+    while batch := list(islice(remaining, BATCH_TEXTS)):
+        encoded = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([i for row in encoded for i in row], dtype=torch.int64)
+        counts += torch.bincount(ids, minlength=len(counts))
+        number += len(batch)
+    if number == 0:
+        raise ValueError("the files hold no text to count tokens in")
+    counts[list(end_ids)] += number
+    return counts
+
+
+def smoothed(counts: torch.Tensor) -> torch.Tensor:
+    """Shares [V] float32 of counts [V], one added to each."""
+    return ((counts + 1).double() / (counts.sum() + len(counts))).float()
+
+
+def _tokenizer(model: str) -> Any:
+    from vllm.tokenizers import get_tokenizer
+
+    from vllm_dlm.aliases import resolve
+    from vllm_dlm.plugin import register
+
+    register()  # tokenizers that checkpoints bring as code of their own
+    try:
+        return get_tokenizer(resolve(model))
+    except OSError as error:
+        raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
+
+
+def _end_ids(tokenizer: Any, tokens: list[str] | None) -> list[int]:
+    if tokens is None:
+        return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise ValueError(f"--ends: the tokenizer has no token {token!r}")
+    return [vocabulary[token] for token in tokens]
+
+
+def _texts(paths: list[Path], field: str) -> Iterator[str]:
+    """The texts of all files, with a bar over their bytes.
+
+    Raises:
+        ValueError: a file cannot be read, or a line of JSON has no such field.
+    """
+    try:
+        size = sum(path.stat().st_size for path in paths)
+        with tqdm(total=size, desc="counting", unit="B", unit_scale=True) as progress:
+            for path in paths:
+                with path.open(encoding="utf-8") as lines:
+                    for number, line in enumerate(lines, 1):
+                        progress.update(len(line.encode()))
+                        if not line.strip():
+                            continue
+                        if path.suffix == ".jsonl":
+                            yield _field(line, field, f"{path}, line {number}")
+                        else:
+                            yield line  # with its line break: a token like others
+    except OSError as error:
+        raise ValueError(f"cannot read the texts: {error}") from error
+
+
+def _field(line: str, field: str, where: str) -> str:
+    try:
+        return str(json.loads(line)[field])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{where}: not a JSON object with a field {field!r}; --field names another"
+        ) from None
