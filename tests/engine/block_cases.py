@@ -35,17 +35,13 @@ RULES: dict[str, tuple[str, dict[str, Any], Callable[[], Rule]]] = {
         lambda: threshold(0.5),
     ),
     "factor": ("factor", {"factor": 1.0}, lambda: factor(1.0)),
-}
-"""name -> strategy, its parameters, the oracle's rule."""
-
-REWRITING: dict[str, tuple[str, dict[str, Any], Callable[[], Rule]]] = {
     "joint": (
         "joint",
         {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
         lambda: joint(0.3, 0.1, 3),
     ),
 }
-"""The same, of rules that change what they wrote."""
+"""name -> strategy, its parameters, the oracle's rule."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class BlockCase:
     ignore_eos: bool = False
 
     def params(self, **more: Any) -> SamplingParams:
-        strategy, config, _ = (RULES | REWRITING)[self.rule]
+        strategy, config, _ = RULES[self.rule]
         dlm = {
             "strategy": strategy,
             "strategy_config": config,
@@ -73,7 +69,7 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
     scheduler = engine.scheduler
     model_defaults = scheduler.dlm_defaults
     block = scheduler.dlm_server.block_length or model_defaults.block_length
-    _, _, make_rule = (RULES | REWRITING)[case.rule]
+    _, _, make_rule = RULES[case.rule]
 
     def decode(watch: Callable[[Rule, View, list[int]], None] | None = None):
         rule = make_rule()

@@ -223,10 +223,11 @@ def stores(engine: Engine) -> Iterator[tuple[str, int]]:
     yield "scheduler.running", len(scheduler.running)
     yield "scheduler.waiting", len(scheduler.waiting)
     yield "runner slots", len(runner.req_states.req_id_to_index)
-    for owner in (state, sampler, *vars(sampler).values()):
+    parts = [part for part in vars(sampler).values() if hasattr(part, "__dict__")]
+    for owner in (state, sampler, *parts):
         for name, value in vars(owner).items():
             # Grows with the variety of requests, not with their number.
-            if isinstance(value, dict) and name not in ("_strategies", "_numbers"):
+            if isinstance(value, dict) and name not in ("_groups", "_numbers"):
                 yield f"{type(owner).__name__}.{name}", len(value)
 
 

@@ -100,6 +100,7 @@ def generate_blocks(
     row = list(prompt_ids)
     masked = [False] * prompt_end  # not `== mask_id`: a prompt may hold that id
     set_at = [-1] * prompt_end
+    open_to_change: set[int] = set()  # by a rule that rewrites
     forwards = 0
 
     def predict(first: int, stop: int, row_end: int) -> Statistics:
@@ -119,7 +120,7 @@ def generate_blocks(
     def final_end() -> int | None:
         """One past the last token of the text, once all up to it is final."""
         for p in range(prompt_end, min(len(row), text_end)):
-            if masked[p]:
+            if masked[p] or p in open_to_change:
                 return None
             if eos_stop and row[p] in eos_ids:
                 return p + 1
@@ -136,9 +137,9 @@ def generate_blocks(
         step = 0
         decision = Step([])
         seeded = False
-        while decision.hold or (
-            any(masked[start:end]) and (rule.rewrites or final_end() is None)
-        ):
+        if rule.rewrites:
+            open_to_change = set(range(max(start, prompt_end), end))
+        while (decision.hold or any(masked[start:end])) and final_end() is None:
             if not forbid_mask and rule.ends_by_schedule and step >= steps:
                 break
             masks = [p for p in range(start, end) if masked[p]]
@@ -169,7 +170,9 @@ def generate_blocks(
                     [p >= prompt_end and not masked[p] for p in range(first, stop)]
                 ),
             )
-            seeded = seeded or is_seed
+            if is_seed:
+                seeded = True
+                open_to_change.discard(start)
             decision = Step([0]) if is_seed else rule.step(view)
             chosen = decision.commit
             if observe is not None:
@@ -194,9 +197,10 @@ def generate_blocks(
 
         # Masks that are left here are text, as in the sources.
         masked[start:end] = [False] * (end - start)
-        if rule.rewrites:
-            own = max(start, prompt_end)
-            set_at[own:end] = [forwards - 1] * (end - own)
+        if final_end() is None:  # else a seed was the text's end
+            for p in open_to_change:
+                set_at[p] = forwards - 1
+            open_to_change = set()
 
     stop = final_end()
     return ReferenceResult(row[prompt_end:stop], forwards, set_at[prompt_end:stop])

@@ -22,6 +22,7 @@ forward and free pages that no other request wants.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,6 +65,45 @@ class Pages(NamedTuple):
             return []
         scratch = pages[self.end : self.with_branches(branches) : self.count]
         return [(pages[self.first], page) for page in scratch]
+
+
+class Wish(NamedTuple):
+    """What one request would do with room for drafts."""
+
+    branches: int
+    """That it can use; 1 without drafts."""
+    held: int
+    """Pages that it has."""
+    start: int
+    end: int
+    """One past the last of the rows of each."""
+
+
+def share_out(
+    wishes: Sequence[Wish], *, rows: int, pages: int, longest: int, page_size: int
+) -> list[int]:
+    """Branches of each request: what one each leaves free, in the requests' order.
+
+    Args:
+        rows: that a forward may have.
+        pages: that are free.
+        longest: pages that a request may have.
+        page_size: tokens in a page.
+    """
+    spans = [Pages.of(wish.start, wish.end, page_size) for wish in wishes]
+    held = [max(wish.held, span.end) for wish, span in zip(wishes, spans, strict=True)]
+    rows -= sum(wish.end - wish.start for wish in wishes)
+    pages -= sum(held) - sum(wish.held for wish in wishes)
+    shares = []
+    for wish, span, has in zip(wishes, spans, held, strict=True):
+        length = wish.end - wish.start
+        room = min(has + pages, longest) - span.end
+        share = min(wish.branches, 1 + rows // length, 1 + room // span.count)
+        share = max(share, 1)
+        rows -= (share - 1) * length
+        pages -= max(span.with_branches(share) - has, 0)
+        shares.append(share)
+    return shares
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class CanvasRequest(Request):
             return 1
         block_end = min(block + self.dlm.block_length, self.canvas_end)
         # One for each token that is missing: masks, as far as is known here.
-        return min(self.max_branches, block_end - len(self._all_token_ids))
+        return max(min(self.max_branches, block_end - len(self._all_token_ids)), 1)
 
     def take_branches(self, count: int) -> None:
         """Have the next forward evaluate several canvases."""

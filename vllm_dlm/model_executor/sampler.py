@@ -125,13 +125,16 @@ class DenoisingSampler:
         written = output_positions[:, 0].clamp(min=0) + decided.sum(dim=1)
         longest = state.text_end[slots] - state.prompt_len[slots]
 
+        tokens = state.tokens[slots[:, None], positions].long()
+        # What was handed out stays, whatever the model thinks of it now.
+        stays = decided & self._handed_out(plan)
         return View(
-            tokens=state.tokens[slots[:, None], positions].long(),
+            tokens=tokens,
             masked=masked,
             valid=plan.valid,
             decided=decided,
             positions=output_positions,
-            candidate=choice.candidate,
+            candidate=torch.where(stays, tokens, choice.candidate),
             confidence=choice.confidence,
             is_eos=self.candidates.is_stop(choice.candidate, plan),
             step=step,
@@ -197,6 +200,12 @@ class DenoisingSampler:
             confidence = layout.by_branch(choice.confidence, drafted.confidence)
         return Branches(tokens, rank, masked, candidate, confidence)
 
+    def _handed_out(self, plan: SegmentPlan) -> torch.Tensor:
+        """[R, B] bool: what a client has: a prompt's tail, and a block's seed."""
+        state, slots = self.state, plan.slots
+        end = state.prompt_len[slots] + state.emitted[slots]
+        return plan.positions < end[:, None]
+
     def _masked(self, plan: SegmentPlan) -> torch.Tensor:
         """[R, B] bool: all masks of the active blocks."""
         # Positions past max_model_len do not exist in the state.
@@ -241,7 +250,7 @@ class DenoisingSampler:
             # In the course of its branches a request may reach the next sub-block.
             open_ = view.branches.masked.any(dim=1)
         commit = decision.commit & open_
-        may_change = view.decided & rewrites
+        may_change = view.decided & rewrites & ~self._handed_out(plan)
         edit = may_change & _or_false(decision.edit, commit)
         remask = may_change & ~edit & _or_false(decision.remask, commit)
         new_tokens = (
@@ -340,7 +349,9 @@ class DenoisingSampler:
         frontier = torch.minimum(block_start + first_open, block_end)
         # What may be rewritten, and what is held, is not final before its block is.
         waits = (self.groups.may_rewrite[slots] | hold) & ~done
-        frontier = torch.where(waits, block_start, frontier)
+        # A seed goes out at once: by it the scheduler knows that there was one.
+        seeds = plan.ends <= block_start
+        frontier = torch.where(waits & ~seeds, block_start, frontier)
         self.learning.finish(done, plan)
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block

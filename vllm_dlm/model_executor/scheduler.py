@@ -31,7 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.branches import Pages
+from vllm_dlm.model_executor.branches import Pages, Wish, share_out
 from vllm_dlm.model_executor.canvas_request import (
     CanvasRequest,
     FinalBlocksKVCacheManager,
@@ -133,31 +133,27 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Let drafts use the rows and pages that no other request wants now."""
         if all(request.useful_branches() == 1 for request in self.running):
             return
-        manager, seats = self.kv_cache_manager, self.max_num_running_reqs
-        free_rows = self.max_num_scheduled_tokens
-        free_pages = manager.block_pool.get_num_free_blocks()
-        (pages_of,) = manager.coordinator.single_type_managers
-        plans = []
-        waiting = islice(self.waiting, max(seats - len(self.running), 0))
-        for request in (*self.running, *waiting):
-            start, end = request.next_rows()
-            pages = Pages.of(start, end, self._page_size)
-            held = max(len(pages_of.req_to_blocks[request.request_id]), pages.end)
-            free_rows -= end - start
-            free_pages -= held - len(pages_of.req_to_blocks[request.request_id])
-            plans.append((request, end - start, pages, held))
-        longest = self.max_model_len // self._page_size
-        for request, rows, pages, held in plans:
-            most = min(held + free_pages, longest) - pages.end
-            count = min(
-                request.useful_branches(),
-                1 + free_rows // rows,
-                1 + most // pages.count,
-            )
-            if count > 1:
-                request.take_branches(count)
-                free_rows -= (count - 1) * rows
-                free_pages -= max(pages.with_branches(count) - held, 0)
+        manager = self.kv_cache_manager
+        # Whoever may be admitted in this step comes before drafts.
+        seats = max(self.max_num_running_reqs - len(self.running), 0)
+        requests = [*self.running, *islice(self.waiting, seats)]
+        shares = share_out(
+            [
+                Wish(
+                    request.useful_branches(),
+                    len(manager.get_block_ids(request.request_id)[0]),
+                    *request.next_rows(),
+                )
+                for request in requests
+            ],
+            rows=self.max_num_scheduled_tokens,
+            pages=manager.block_pool.get_num_free_blocks(),
+            longest=self.max_model_len // self._page_size,
+            page_size=self._page_size,
+        )
+        for request, branches in zip(requests, shares, strict=True):
+            if branches > 1:
+                request.take_branches(branches)
 
     def _settle_branches(
         self,

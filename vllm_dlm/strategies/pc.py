@@ -7,7 +7,7 @@ occurs in ordinary text. The step schedule's number of best positions is written
 weight of positions makes the order go roughly from left to right; the frequencies keep
 commas, articles and ends of text, which a model is sure of too soon, from being written
 first. `most` keeps rare tokens from outweighing all else.
-Source: PC-Sampler's code, NEUIR/PC-Sampler.
+Source: PC-Sampler, arXiv 2508.13021, and NEUIR/PC-Sampler's code.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PcSampler(Strategy):
     """Write the scheduled number of positions that are early, sure and telling."""
 
     name = "pc"
-    paper = "github.com/NEUIR/PC-Sampler"
+    paper = "arXiv 2508.13021 (PC-Sampler)"
     summary = "early, sure and rare tokens first; as many as scheduled"
     Params = PcSamplerParams
 

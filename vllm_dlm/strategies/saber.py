@@ -10,7 +10,7 @@ second up, for F written tokens, but at most F - 1, so every step gains a token.
 confidence of a decided position is that of the model's present best token for it,
 which may be another than the one that stands there.
 
-Source: zhaoyMa/Saber, `generate_with_saber`, over one block.
+Source: Saber, arXiv 2510.18165, and zhaoyMa/Saber's code, over one block.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Saber(Strategy):
     """Write what is surer than what was written; take back what gained least."""
 
     name = "saber"
-    paper = "github.com/zhaoyMa/Saber"
+    paper = "arXiv 2510.18165 (Saber)"
     summary = "a threshold that adapts, and tokens masked again"
     Params = SaberParams
     logit_rows = "block"
