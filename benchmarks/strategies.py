@@ -73,7 +73,12 @@ def main() -> int:
     ]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        llm = start_engine(folder, max_num_seqs=REQUESTS_AT_A_TIME)
+        llm = start_engine(
+            folder,
+            max_num_seqs=REQUESTS_AT_A_TIME,
+            # Enough rows for the drafts of all requests.
+            max_num_batched_tokens=65536,
+        )
         with tqdm(total=len(WORKLOADS) * len(settings), unit="row") as progress:
             for workload in WORKLOADS:
                 for row in _measure(llm, workload, settings, args.num_problems):

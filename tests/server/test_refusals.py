@@ -87,6 +87,31 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         dlm(strategy="learn2pd", strategy_config={"filter": "/etc/passwd"}),
         ["filter", "set by the server"],
     ),
+    "whole canvas too wide": (
+        xargs(dlm_strategy="saber", dlm_block_length=512),
+        ["512", "256", "--dlm-block-length canvas"],
+    ),
+    "drafts of approximate KV": (
+        xargs(dlm_strategy="freedave", dlm_cache="dual"),
+        ["'freedave'", "'dual'", "leave cache at 'none'"],
+    ),
+    "preset unknown": (
+        xargs(dlm_strategy="joint", dlm_preset="fast"),
+        ["preset", "'quality' or 'speed'"],
+    ),
+    "limits crossed": (
+        xargs(dlm_strategy="bacd", dlm_lowest=0.9, dlm_highest=0.5),
+        ["lowest", "highest"],
+    ),
+    "frequency table": (
+        xargs(dlm_strategy="pc", dlm_frequencies="/etc/passwd"),
+        ["frequencies", "set by the server"],
+    ),
+    "trajectory folder": (xargs(dlm_trajectory_dir="/tmp"), ["--dlm-trajectory-dir"]),
+    "second stage of a model without blocks": (
+        dlm(tccf={"trigger": "a", "check": "b"}),
+        ["tccf", "block"],
+    ),
     "options of DiffusionGemma": (
         xargs(diffusion_max_steps=3),
         ["'diffusion_max_steps'", "dlm_"],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replay of a step map: write each position in the step that a recording names.
 
-`recorded_steps[i]` is the denoise step, counted over the request, that wrote output token i,
--1 for none. A block's own steps begin after those of all tokens left of it: with
+`recorded_steps[i]` is the denoise step, counted over the request, that wrote output
+token i, -1 for none. A block's steps begin after those of all tokens left of it: with
 b = 1 + the largest of these (0 where there are none), its step s writes the masked
 positions whose recorded step is b + s, or was before. A step without any is idle, as
 it was in the recording. Positions without a step follow when the rest of the block is
@@ -89,8 +89,8 @@ class Replay(Strategy):
         if max(params.recorded_steps) >= limit:
             raise ValueError(
                 f"recorded_steps: step {max(params.recorded_steps)} is more than a "
-                f"recording of {len(params.recorded_steps)} tokens in blocks of {block_length} "
-                f"has; at most {limit - 1} is accepted"
+                f"recording of {len(params.recorded_steps)} tokens in blocks of "
+                f"{block_length} has; at most {limit - 1} is accepted"
             )
 
     def step_limit(self, params: AnyParams) -> int:
