@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.training.tasks import FREE_TASKS
 
 
@@ -18,6 +19,10 @@ class Workload:
     tasks: tuple[str, ...] | None = None
     """Names of the tasks; None is all of them."""
 
+
+FEW_PROBLEMS = 32
+"""For strategies that write a wide canvas whole, its padding included."""
+WIDE_CANVAS = 64
 
 WORKLOADS = [
     Workload("All tasks, canvas 64", 64),
@@ -46,6 +51,11 @@ class Setting:
         if self.tokens_per_step:
             options["steps"] = canvas // self.tokens_per_step
         return options
+
+    def most_problems(self, canvas: int) -> int | None:
+        """Fewer where each request takes hundreds of forwards; None is all."""
+        whole = STRATEGIES[self.strategy].scope == "canvas"
+        return FEW_PROBLEMS if whole and canvas > WIDE_CANVAS else None
 
     @property
     def label(self) -> str:

@@ -29,8 +29,9 @@ DOCUMENT = """\
 
 Measured by `{command}`: the built-in
 llada-tiny (1.1 M parameters), {problems} held-out problems per row, the same for all
-rows of a table; greedy, cache `none`, at most {requests} requests at a time. Blocks of
-32, but for strategies of the whole canvas. On {hardware}, vLLM {vllm}, bfloat16.
+rows of a table, or the first of them where a row says so; greedy, cache `none`, at most
+{requests} requests at a time. Blocks of 32, but for strategies of the whole canvas. On
+{hardware}, vLLM {vllm}, bfloat16.
 
 - **forwards**: per request, until its end of text is final. A forward is one call of
   the model, however much it computes: `freedave` evaluates several drafts in one.
@@ -57,8 +58,8 @@ class Row:
 
     def beaten_by(self, other: Row) -> bool:
         """Whether another row is as good in both respects, and better in one."""
-        mine = (self.served.right, self.served.tokens_per_forward)
-        theirs = (other.served.right, other.served.tokens_per_forward)
+        mine = (self.served.accuracy, self.served.tokens_per_forward)
+        theirs = (other.served.accuracy, other.served.tokens_per_forward)
         at_least = all(his >= my for his, my in zip(theirs, mine, strict=True))
         return at_least and theirs != mine
 
@@ -106,7 +107,8 @@ def _measure(
     served(problems[:2], {})
     for setting in settings:
         options = setting.request_options(workload.canvas)
-        yield Row(setting, workload, served(problems, options))
+        some = problems[: setting.most_problems(workload.canvas)]
+        yield Row(setting, workload, served(some, options))
 
 
 def _arguments() -> argparse.Namespace:
@@ -190,7 +192,8 @@ def _document(rows: list[Row]) -> str:
 def _table(rows: list[Row], workload: Workload) -> str:
     """One workload, the most tokens per forward first."""
     rows = [row for row in rows if row.workload == workload]
-    rows.sort(key=lambda row: (-row.served.tokens_per_forward, -row.served.right))
+    rows.sort(key=lambda row: (-row.served.tokens_per_forward, -row.served.accuracy))
+    most = max((row.served.problems for row in rows), default=0)
     lines = [
         "| strategy | setting | accuracy | forwards | tokens per forward | seconds | |",
         "|---|---|--:|--:|--:|--:|---|",
@@ -198,9 +201,12 @@ def _table(rows: list[Row], workload: Workload) -> str:
     for row in rows:
         name, served = row.setting.strategy, row.served
         best = not any(row.beaten_by(other) for other in rows)
+        label = row.setting.label
+        if served.problems < most:
+            label += f" ({served.problems} problems)"
         cells = [
             f"[{name}](strategies/{name}.md)",
-            row.setting.label,
+            label,
             f"{served.accuracy:.1%}",
             f"{served.forwards_per_request:.2f}",
             f"{served.tokens_per_forward:.2f}",

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pytest
 from engine.cases import RULES, Case, make_prompt
-from engine.harness import Engine
+from engine.harness import Engine, params
 from vllm import SamplingParams
+
+from vllm_dlm.model_executor.groups import MOST_IDLE_GROUPS
 
 Request = tuple[tuple[int, ...], SamplingParams]
 
@@ -65,3 +67,22 @@ def test_a_recycled_slot_remembers_nothing(small_engine: Engine, rule: str):
         small_engine.flush()
         again = small_engine.run([prompt], sampling)[0]
         assert (again.tokens, again.forwards) == (fresh.tokens, fresh.forwards)
+
+
+def test_strategies_that_nobody_uses_are_dropped(wide_engine: Engine):
+    """Each step map makes a group of its own: clients may send ever new ones."""
+    sampling = [
+        params(
+            2,
+            dlm={
+                "strategy": "replay",
+                "strategy_config": {"recorded_steps": [0, number]},
+                "block_length": 64,
+            },
+        )
+        for number in range(MOST_IDLE_GROUPS + 20)
+    ]
+    wide_engine.run([make_prompt(3)] * len(sampling), sampling)
+    wide_engine.flush()
+    groups = wide_engine.runner.sampler.groups
+    assert MOST_IDLE_GROUPS <= len(groups._groups) <= MOST_IDLE_GROUPS + 1

@@ -291,8 +291,7 @@ class Drafts:
         Args:
             masked: [R, B] bool: positions that may be drafted.
         """
-        if decision.draft_tokens is None or decision.draft_rank is None:
-            return
+        assert decision.draft_tokens is not None and decision.draft_rank is not None
         masked = masked & (decision.draft_tokens != self._mask_id)
         rank = torch.where(masked, decision.draft_rank, NOT_DRAFTED)
         slots = blocks.slots[:, None].expand_as(rank)[blocks.valid]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,7 +85,6 @@ class DlmModelState(ModelState):
         # A bitmap, not a comparison with the mask id: a literal mask token in a
         # prompt is ordinary text.
         self.masked = torch.zeros(slots, length, dtype=torch.bool, device=device)
-        self.drafts = Drafts(self.masked.shape, self.mask_id, device)
         self.prompt_len = per_slot()
         self.canvas_end = per_slot()
         self.text_end = per_slot()
@@ -141,7 +141,8 @@ class DlmModelState(ModelState):
         )
         self.masked[slot].fill_(False)
         self.masked[slot, first_mask:] = True
-        self.drafts.forget(slot)
+        if "branches" in STRATEGIES[config.strategy].needs:
+            self.drafts.forget(slot)
         self.prompt_len[slot] = prompt_len
         self.canvas_end[slot] = self.text_end[slot] = min(end, self.max_model_len)
         self.block_start[slot] = first_block
@@ -316,6 +317,11 @@ class DlmModelState(ModelState):
             cache=cache,
             options=self.server.strategy_options(),
         )
+
+    @cached_property
+    def drafts(self) -> Drafts:
+        """Of requests that draft; 8 bytes x slots x max_model_len once there is one."""
+        return Drafts(self.masked.shape, self.mask_id, self.device)
 
     def take_plan(self) -> SegmentPlan | None:
         """The plan of the forward just run; None after a dummy batch."""
