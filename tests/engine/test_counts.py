@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -150,3 +150,18 @@ def test_the_runner_counts_tokens_as_the_scheduler_does(engine: Engine):
             assert request.num_tokens <= total <= request.num_tokens + 1
             written = states.all_token_ids.gpu[slot, : request.num_tokens].tolist()
             assert written == list(request.all_token_ids)
+
+
+def test_memory_by_default_is_enough_for_a_single_request(
+    engines: Callable[..., Engine],
+):
+    """The KV cache is sized by what the requests can use: also by one."""
+    engine = engines(
+        max_num_seqs=1,
+        max_model_len=1024,
+        block_size=None,
+        num_gpu_blocks_override=None,
+    )
+    case = Case(make_prompt(9), max_tokens=16, ignore_eos=True)
+    (result,) = engine.run([case.prompt], case.params())
+    assert len(result.tokens) == 16

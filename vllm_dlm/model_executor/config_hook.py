@@ -223,6 +223,10 @@ def _choose_causal_backend(vllm_config: VllmConfig) -> None:
         attention.backend = AttentionBackendEnum.TRITON_ATTN
 
 
+CPU_PAGE = 128
+"""Tokens in a KV page on a CPU, unless the user says; set after this hook has run."""
+
+
 def _size_cpu_kv_cache(vllm_config: VllmConfig) -> None:
     """Take what the requests can use, not 92 % of the machine's memory.
 
@@ -245,7 +249,10 @@ def _size_cpu_kv_cache(vllm_config: VllmConfig) -> None:
         * model_config.get_head_size()
         * model_config.dtype.itemsize
     )
-    tokens = vllm_config.scheduler_config.max_num_seqs * model_config.max_model_len
+    # Whole pages, and the one that vLLM keeps for itself.
+    page = cache.block_size if cache.user_specified_block_size else CPU_PAGE
+    pages = -(-model_config.max_model_len // page)
+    tokens = (vllm_config.scheduler_config.max_num_seqs * pages + 1) * page
     share = psutil.virtual_memory().available // (2 * parallel.tensor_parallel_size)
     cache.kv_cache_memory_bytes = min(tokens * token_bytes, share)
     logger.info(
