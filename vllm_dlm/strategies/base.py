@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+
+T = TypeVar("T")
 
 
 class Params(BaseModel):
@@ -314,13 +316,12 @@ def numeric_fields(params: type[Params]) -> list[str]:
     ]
 
 
-def given(view: View, need: str) -> torch.Tensor:
-    """The statistic of a view, [R, B], that a strategy has named in `needs`.
+def given(statistic: T | None, need: str) -> T:
+    """A part of the view that a strategy has named in `needs`.
 
     Raises:
         ValueError: it is not set.
     """
-    statistic: torch.Tensor | None = getattr(view, need)
     if statistic is None:
         raise ValueError(f"the strategy needs View.{need}, which is not set")
     return statistic

@@ -112,7 +112,7 @@ class Cad(Strategy):
         held_back = view.is_eos & too_early[:, None]
         view = replace(view, masked=view.masked & ~held_back)
         if self.params.mode == "entropy":
-            score = -given(view, "entropy")
+            score = -given(view.entropy, "entropy")
             least = -row_params["entropy_threshold"]
         else:
             score = view.confidence

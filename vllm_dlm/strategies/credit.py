@@ -32,6 +32,7 @@ from vllm_dlm.strategies.base import (
     StateField,
     Strategy,
     View,
+    given,
     top_masked,
 )
 
@@ -113,7 +114,6 @@ class Credit(Strategy):
         }
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        assert view.probabilities is not None  # named in `needs`
         weight, exponent, decay = self._strength(view, row_params)
         tokens, credit = earn(
             view,
@@ -121,7 +121,12 @@ class Credit(Strategy):
             view.state["tokens"].long(),
             view.state["credit"] * decay[:, None, None],
         )
-        probabilities = fused(view.probabilities, tokens, credit, weight[:, None, None])
+        probabilities = fused(
+            given(view.probabilities, "probabilities"),
+            tokens,
+            credit,
+            weight[:, None, None],
+        )
         best = probabilities.argmax(dim=-1, keepdim=True)
         confidence = probabilities.gather(2, best)[..., 0]
         sure = view.masked & (confidence >= row_params["threshold"][:, None])

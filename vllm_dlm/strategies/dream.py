@@ -88,7 +88,7 @@ class Dream(Strategy):
         then = schedule_time(view.step + 1, view.steps, row_params["eps"])
         share = 1 - then / now
         if self.params.alg == "origin":
-            commit = view.masked & (given(view, "uniform") < share[:, None])
+            commit = view.masked & (given(view.uniform, "uniform") < share[:, None])
         else:
             masks = view.masked.sum(dim=1)
             count = (masks.float() * share).long()
@@ -101,13 +101,13 @@ class Dream(Strategy):
     def _score(self, view: View, temperature: torch.Tensor) -> torch.Tensor:
         """[R, B] float64; `temperature` [R, 1] float64."""
         if self.params.alg == "topk_margin":
-            score = given(view, "margin").double()
+            score = given(view.margin, "margin").double()
         elif self.params.alg == "entropy":
-            score = -given(view, "entropy").double()
+            score = -given(view.entropy, "entropy").double()
         else:
             score = view.confidence.double()
         # The n largest of logits + Gumbel noise are n draws without replacement.
-        uniform = given(view, "uniform").double().clamp(min=1e-38)
+        uniform = given(view.uniform, "uniform").double().clamp(min=1e-38)
         noisy = score / temperature - (-uniform.log()).log()
         return torch.where(temperature > 0, noisy, score)
 

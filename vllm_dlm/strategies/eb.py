@@ -50,7 +50,7 @@ class EntropyBounded(Strategy):
     needs = frozenset({"entropy"})
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        entropy = given(view, "entropy")
+        entropy = given(view.entropy, "entropy")
         ranked = torch.where(view.masked, entropy.double(), torch.inf)
         ranked = ranked.sort(dim=1).values
         # Sorted, the largest of the n least is the nth: what counts is the sum of those

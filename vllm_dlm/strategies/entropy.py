@@ -48,7 +48,7 @@ class Entropy(Strategy):
     needs = frozenset({"entropy"})
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        entropy = given(view, "entropy")
+        entropy = given(view.entropy, "entropy")
         sure = entropy <= row_params["threshold"][:, None]
         best = top_masked(view, -entropy, torch.ones_like(view.step))
         return Decision((sure & view.masked) | best)

@@ -33,6 +33,7 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
+    given,
     ranks,
 )
 
@@ -86,9 +87,7 @@ class FreeDave(Strategy):
             )
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        if view.branches is None:
-            raise ValueError("the strategy needs View.branches, which is not set")
-        branches = view.branches
+        branches = given(view.branches, "branches")
         writes = _step(branches, row_params["threshold"])
         best, commit, source = _verify(branches, writes)
 

@@ -31,6 +31,7 @@ from vllm_dlm.strategies.base import (
     StateField,
     Strategy,
     View,
+    given,
     top_masked,
 )
 
@@ -94,8 +95,7 @@ class Klass(Strategy):
         }
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        now = view.probabilities
-        assert now is not None  # named in `needs`
+        now = given(view.probabilities, "probabilities")
         before = view.state["probabilities"]
         moved = divergence(now, before, view.state["tokens"].long())
         stable = (before[..., 0] > 0) & (moved < row_params["kl_threshold"][:, None])

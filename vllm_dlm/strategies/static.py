@@ -70,5 +70,5 @@ class Static(Strategy):
             return -places.expand_as(view.masked)
         if mode == "low_confidence":
             return view.confidence
-        score = given(view, _NEEDS[mode])
+        score = given(getattr(view, _NEEDS[mode]), _NEEDS[mode])
         return -score if mode == "entropy" else score
