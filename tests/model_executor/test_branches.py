@@ -119,8 +119,6 @@ def test_drafts_are_written_by_rank():
         assert drafts.written(own, slots, positions, number).tolist() == wanted
     drafts.forget(7)
     assert (drafts.of(blocks)[1][0] == NOT_DRAFTED).all()
-    # A decision of strategies that do not draft says nothing.
-    drafts.keep(Decision(commit=masked), masked, blocks)
     assert drafts.of(blocks)[1][1, 0] == 0
 
 
