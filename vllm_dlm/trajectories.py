@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from vllm_dlm.model_executor.sampler import SafeDecision
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
-    from vllm_dlm.strategies.base import Decision
 
 PATTERN = "trajectories-*.jsonl"
 
@@ -89,7 +89,9 @@ class TrajectoryLog:
         line = {"request": request.id, "prompt": prompt, "mask": self.state.mask_id}
         self._append([line])
 
-    def record(self, step: torch.Tensor, decision: Decision, plan: SegmentPlan) -> None:
+    def record(
+        self, step: torch.Tensor, decision: SafeDecision, plan: SegmentPlan
+    ) -> None:
         """Write a line per request; the canvas holds the step's tokens already.
 
         Args:
@@ -99,13 +101,9 @@ class TrajectoryLog:
         state, slots = self.state, plan.slots
         positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
         tokens = state.tokens[slots[:, None], positions]
-        changed = decision.commit
-        if decision.edit is not None:
-            changed = changed | decision.edit
         # A predicted mask (reference_exact) writes nothing.
-        changed = changed & (tokens != state.mask_id)
-        if decision.remask is not None:
-            changed = changed | decision.remask
+        written = (decision.commit | decision.edit) & (tokens != state.mask_id)
+        changed = written | decision.remask
         outputs = plan.positions - state.prompt_len[slots][:, None]
         width = plan.valid.sum(dim=1)
         end = state.canvas_end[slots] - state.prompt_len[slots]

@@ -29,8 +29,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.segments import BlockRows, Segments
+from vllm_dlm.model_executor.segments import BlockRows, Segments, ragged
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
+
+
+def page_size_of(kv_cache_config: Any) -> int:
+    """Tokens in a KV page; requests with branches have one kind of pages."""
+    return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
 
 
 class Pages(NamedTuple):
@@ -262,13 +267,6 @@ def plan_branches(
         index=on_device(index),
         first_rows=on_device((np.cumsum(sizes_of_all) - sizes_of_all)[index]),
     )
-
-
-def ragged(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Owner, and place in the owner's row, of each entry of rows of these lengths."""
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    first = np.cumsum(lengths) - lengths
-    return owner, np.arange(len(owner)) - first[owner]
 
 
 class Drafts:

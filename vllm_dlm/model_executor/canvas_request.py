@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.branches import Pages
+from vllm_dlm.model_executor.branches import Pages, page_size_of
 from vllm_dlm.model_executor.cache import (
     Rows,
     block_start,
@@ -120,8 +120,8 @@ class CanvasRequest(Request):
         self.steps.enter(self.first_block)
         # A replay does not repeat a block's seed, if it was handed out.
         known = len(self._all_token_ids)
-        seeded = known > self.first_block >= self.num_prompt_tokens
-        self.steps.in_block = int(self.model.seeds_blocks and seeded)
+        seeded = self.model.has_seeded(self.first_block, known, self.num_prompt_tokens)
+        self.steps.in_block = int(seeded)
         self.kv_final = 0
         self.rows_end = self.next_rows().end
 
@@ -215,7 +215,7 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         kwargs["delay_cache_blocks"] = True
         if request.branches > 1:
             start, rows = request.num_computed_tokens, request.branch_rows
-            page_size = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            page_size = page_size_of(self.kv_cache_config)
             pages = Pages.of(start, start + rows, page_size)
             end = pages.with_branches(num_new_tokens // rows) * page_size
             kwargs["num_lookahead_tokens"] = end - start - rows

@@ -162,7 +162,6 @@ class StrategyGroups:
         for row, slot in enumerate(plan.slots_cpu):
             members.setdefault(id(self._group_of[slot]), []).append(row)
         whole = Decision(commit=torch.zeros_like(view.masked))
-        seeds = plan.ends <= plan.positions[:, 0]
         for rows in members.values():
             group = self._group_of[plan.slots_cpu[rows[0]]]
             strategy = group.strategy
@@ -179,7 +178,7 @@ class StrategyGroups:
             }
             decision = strategy.select(part, numbers)
             state = {**part.state, **(decision.state or {})}
-            group.remember(slots, state, seeds[index])
+            group.remember(slots, state, plan.seeds[index])
             _merge(whole, decision, index, strategy, view)
         return whole
 

@@ -17,9 +17,9 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm_dlm.model_executor.step_maps import COLUMNS, new_map, note_writes
 
 if TYPE_CHECKING:
+    from vllm_dlm.model_executor.sampler import SafeDecision
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
-    from vllm_dlm.strategies.base import Decision, View
 
 
 class RevealedLogprobs:
@@ -55,19 +55,24 @@ class RevealedLogprobs:
             store.pop(slot, None)
 
     def record(
-        self, logits: torch.Tensor, view: View, decision: Decision, plan: SegmentPlan
+        self,
+        logits: torch.Tensor,
+        step: torch.Tensor,
+        decision: SafeDecision,
+        plan: SegmentPlan,
     ) -> None:
-        """Keep the log-probabilities of the tokens written in this step."""
+        """Keep the log-probabilities of the tokens written in this step.
+
+        Args:
+            logits: [N, V], rows as `SegmentPlan.logits_rows` names them.
+            step: [R] int64, the step of each request's block.
+        """
         for row, slot in enumerate(plan.slots_cpu):
             if slot not in self._ids:
                 continue
-            written = decision.commit[row]
-            if decision.edit is not None:
-                written = written | decision.edit[row]
+            written = decision.commit[row] | decision.edit[row]
             offsets = written.nonzero()[:, 0]
-            tokens = (
-                view.candidate if decision.new_tokens is None else decision.new_tokens
-            )[row, offsets]
+            tokens = decision.new_tokens[row, offsets]
             rows = plan.rows_at(row, offsets, decision.branch)
             scores = logits[rows].float().log_softmax(dim=1)
             chosen = scores.gather(1, tokens[:, None])
@@ -83,7 +88,7 @@ class RevealedLogprobs:
             if slot in self._step_maps:
                 # A predicted mask (reference_exact) writes nothing.
                 where = where[tokens != self.state.mask_id]
-                note_writes(self._step_maps[slot], where, view.step[row])
+                note_writes(self._step_maps[slot], where, step[row])
 
     def emit(
         self, old: torch.Tensor, new: torch.Tensor, plan: SegmentPlan

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.branches import plan_branches, ragged
+from vllm_dlm.model_executor.branches import plan_branches
 from vllm_dlm.model_executor.segments import (
     SegmentPlan,
     Segments,
     cut_segments,
+    ragged,
 )
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def _plan_blocks(
         slots_cpu=slots_cpu,
         batch_rows=rows.tolist(),
         ends=end,
+        seeds=seeds,
         rows_ends=on_device(
             (starts + input_batch.num_scheduled_tokens)[rows].astype(np.int64)
         ),

@@ -12,6 +12,7 @@ streamed never changes. What they see is made in `views.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,16 @@ from vllm_dlm.trajectories import open_log
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
+
+
+@dataclass
+class SafeDecision(Decision):
+    """A decision held to the rules of decoding: what others may leave out is there."""
+
+    new_tokens: torch.Tensor
+    edit: torch.Tensor
+    remask: torch.Tensor
+    hold: torch.Tensor
 
 
 class DenoisingSampler:
@@ -84,13 +95,13 @@ class DenoisingSampler:
         view = self.views.view(logits, plan)
         self.learning.observe(view, plan)
         decision = self._safe(view, self.groups.select(view, plan), plan)
-        self.logprobs.record(logits, view, decision, plan)
+        self.logprobs.record(logits, view.step, decision, plan)
         output = self._advance(view, decision, plan)
         if self.trajectories is not None:
             self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
 
-    def _safe(self, view: View, decision: Decision, plan: SegmentPlan) -> Decision:
+    def _safe(self, view: View, decision: Decision, plan: SegmentPlan) -> SafeDecision:
         """Hold any strategy to the rules of decoding."""
         state, slots = self.state, plan.slots
         rewrites = self.groups.may_rewrite[slots][:, None]
@@ -111,8 +122,7 @@ class DenoisingSampler:
         stalled = commit.sum(dim=1) <= remask.sum(dim=1)
         if decision.idle is not None:
             # Not of a block's seed: without it no rows are left to compute.
-            seeds = plan.ends <= plan.positions[:, 0]
-            stalled = stalled & (seeds | ~decision.idle)
+            stalled = stalled & (plan.seeds | ~decision.idle)
         commit = commit | (best_masked(view) & stalled[:, None])
         # A block ends.
         limit = self.groups.step_limit[slots]
@@ -122,8 +132,8 @@ class DenoisingSampler:
         # The references' schedule ends with masks where masks were predicted.
         left = state.exact[slots][:, None] & last & ~commit
         new_tokens = torch.where(left, state.mask_id, new_tokens)
-        commit = torch.where(last, self.views.masked(plan) & plan.readable, commit)
-        return Decision(
+        commit = torch.where(last, view.masks & plan.readable, commit)
+        return SafeDecision(
             commit=commit,
             new_tokens=new_tokens,
             edit=edit & ~last,
@@ -157,14 +167,12 @@ class DenoisingSampler:
         )
 
     def _advance(
-        self, view: View, decision: Decision, plan: SegmentPlan
+        self, view: View, decision: SafeDecision, plan: SegmentPlan
     ) -> SamplerOutput:
         """Write the decision to the canvas and tell runner and scheduler."""
         state, slots = self.state, plan.slots
         commit, hold = decision.commit, decision.hold
         edit, remask, new_tokens = decision.edit, decision.remask, decision.new_tokens
-        assert edit is not None and remask is not None and hold is not None
-        assert new_tokens is not None
         block_start = plan.positions[:, 0]
 
         # Canvas. A predicted mask (reference_exact) stays masked until the block ends.
@@ -173,7 +181,7 @@ class DenoisingSampler:
         write = commit | edit
         tokens = torch.where(write, new_tokens, view.tokens)
         tokens = torch.where(remask, state.mask_id, tokens)
-        masked = (self.views.masked(plan) & ~commit) | stays | remask
+        masked = (view.masks & ~commit) | stays | remask
 
         # Truncation: what lies right of the cut no longer exists.
         uncut_end = canvas_end = state.canvas_end[slots]
@@ -200,8 +208,7 @@ class DenoisingSampler:
         # What may be rewritten, and what is held, is not final before its block is.
         waits = (self.groups.may_rewrite[slots] | hold) & ~done
         # A seed goes out at once: by it the scheduler knows that there was one.
-        seeds = plan.ends <= block_start
-        frontier = torch.where(waits & ~seeds, block_start, frontier)
+        frontier = torch.where(waits & ~plan.seeds, block_start, frontier)
         self.learning.finish(done, plan)
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block

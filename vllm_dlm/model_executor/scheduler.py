@@ -31,7 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.branches import Pages, Wish, share_out
+from vllm_dlm.model_executor.branches import Pages, Wish, page_size_of, share_out
 from vllm_dlm.model_executor.canvas_request import (
     CanvasRequest,
     FinalBlocksKVCacheManager,
@@ -59,8 +59,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self.max_canvas: int = hf_config.canvas_length
         # vLLM builds it; only its class says which pages may be shared.
         self.kv_cache_manager.__class__ = FinalBlocksKVCacheManager
-        spec = self.kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        self._page_size: int = spec.block_size
+        self._page_size = page_size_of(self.kv_cache_config)
         self._at_second_stage: list[CanvasRequest] = []
         self._canvas_rows: dict[str, int] = {}
         """Canvas rows that each request of the step in flight evaluates."""

@@ -83,8 +83,7 @@ def cut_segments(
         # One causal segment holds all that was known at admission.
         first = np.maximum(first, (first_blocks - origins) // block_lengths - 1)
     counts = np.maximum(-((origins - ends) // block_lengths) - first, 1)
-    request = np.repeat(request, counts)
-    nth = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+    request, nth = ragged(counts)
     bounds = origins[request] + (first[request] + nth + 1) * block_lengths[request]
     segment_ends = np.minimum(bounds, ends[request])
     segment_starts = np.where(
@@ -96,6 +95,13 @@ def cut_segments(
         segment_ends.astype(np.int32),
         np.append(request[1:] != request[:-1], True),
     )
+
+
+def ragged(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Owner, and place in the owner's row, of each entry of rows of these lengths."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.cumsum(lengths) - lengths
+    return owner, np.arange(len(owner)) - first[owner]
 
 
 def _starts_of(lengths: np.ndarray) -> np.ndarray:
@@ -168,6 +174,8 @@ class SegmentPlan(BlockRows):
     """[R]: index of each deciding request in vLLM's batch."""
     ends: torch.Tensor
     """[R] int64: one past the last position computed for each."""
+    seeds: torch.Tensor
+    """[R] bool: the rows end before the block, and predict its first position alone."""
     rows_ends: torch.Tensor
     """[R] int64: `ends`, and the rows of branches counted on from there."""
     branches: BranchPlan | None

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.branches import Drafts
+from vllm_dlm.model_executor.branches import Drafts, page_size_of
 from vllm_dlm.model_executor.cache import (
     POLICIES,
     block_start,
@@ -131,7 +131,7 @@ class DlmModelState(ModelState):
         first_block = block_start(len(known), block, origin)
         # Nor is a block's seed, if it was handed out: only the rows left of the block
         # predict it, alone. It was the block's first step.
-        seeded = self.defaults.seeds_blocks and len(known) > first_block >= prompt_len
+        seeded = self.defaults.has_seeded(first_block, len(known), prompt_len)
         first_mask = max(first_block + seeded, prompt_len)
         end = text_end(prompt_len + params.max_tokens, block, origin)
 
@@ -194,8 +194,7 @@ class DlmModelState(ModelState):
         num_computed_tokens: torch.Tensor,
     ) -> None:
         """Plan the forward. vLLM calls this for real batches only, before the rest."""
-        page_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self.plan = plan_forward(self, input_batch, page_size)
+        self.plan = plan_forward(self, input_batch, page_size_of(kv_cache_config))
 
     def prepare_attn(
         self,
@@ -232,10 +231,8 @@ class DlmModelState(ModelState):
                 causal = plan.causal
             if plan.branches is not None:
                 # A request with branches has one kind of pages (`scheduler.py`).
-                spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-                plan.branches.place_keys(
-                    slot_mappings[0], own_tables[0], spec.block_size
-                )
+                page_size = page_size_of(kv_cache_config)
+                plan.branches.place_keys(slot_mappings[0], own_tables[0], page_size)
                 plan.branches.swap_pages(block_tables[0])
         metadata: dict[str, Any] = build_attn_metadata(
             attn_groups=attn_groups,

@@ -37,14 +37,15 @@ class Views:
         state, slots = self.state, plan.slots
         output_positions = plan.positions - state.prompt_len[slots][:, None]
         # The prompt's last tokens may share the block: they stay.
-        decided = plan.valid & ~self.masked(plan) & (output_positions >= 0)
+        masks = self.masked(plan)
+        decided = plan.valid & ~masks & (output_positions >= 0)
 
         needs = self.groups.needs(plan.slots_cpu)
         step = state.step[slots]
         # How many branches a forward has is chance: what is drawn must not show it.
         noise_step = torch.where(self.groups.drafts[slots], decided.sum(dim=1), step)
         positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
-        masked = self._open(self.masked(plan), slots) & plan.readable
+        masked = self._open(masks, slots) & plan.readable
         all_logits, logits = logits, logits[: len(plan.row_places)]
         stats, choice = self._measure(logits, masked, noise_step, plan, needs)
         branches = None

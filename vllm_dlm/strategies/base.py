@@ -157,6 +157,11 @@ class View:
     branches: Branches | None = None
     """The canvas and its drafts (need "branches")."""
 
+    @property
+    def masks(self) -> torch.Tensor:
+        """[R, B] bool: all masks of the block; `masked` may be those of a part."""
+        return self.valid & ~self.decided & (self.positions >= 0)
+
     def take(self, index: slice | torch.Tensor, width: int) -> View:
         """The view of the rows `index` (slice or [n] int64), cut to `width` columns."""
 
@@ -329,10 +334,20 @@ def given(statistic: T | None, need: str) -> T:
 
 def best_masked(view: View) -> torch.Tensor:
     """[R, B] bool: each row's most confident masked position (lowest on ties)."""
-    score = torch.where(view.masked, view.confidence, -torch.inf)
-    best = torch.zeros_like(view.masked)
-    best.scatter_(1, score.argmax(dim=1, keepdim=True), True)
-    return best & view.masked
+    return best_of(view.masked, view.confidence)
+
+
+def best_of(among: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """[..., B] bool: the best position of each row; none where none competes.
+
+    Args:
+        among: [..., B] bool: positions that compete.
+        score: [..., B]; ties go to the lowest position.
+    """
+    best = torch.zeros_like(among)
+    ranked = torch.where(among, score, -torch.inf)
+    best.scatter_(-1, ranked.argmax(dim=-1, keepdim=True), True)
+    return best & among
 
 
 def top_masked(view: View, score: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -342,7 +357,14 @@ def top_masked(view: View, score: torch.Tensor, count: torch.Tensor) -> torch.Te
         score: [R, B]; only masked positions compete, ties go to the lowest position.
         count: [R] int64.
     """
-    return (ranks(view.masked, score) < count[:, None]) & view.masked
+    return top_of(view.masked, score, count)
+
+
+def top_of(
+    among: torch.Tensor, score: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """[R, B] bool: each row's `count` [R] best positions; `among` as in `ranks`."""
+    return (ranks(among, score) < count[:, None]) & among
 
 
 def ranks(among: torch.Tensor, score: torch.Tensor) -> torch.Tensor:

@@ -32,8 +32,8 @@ from vllm_dlm.strategies.base import (
     StateField,
     Strategy,
     View,
+    best_of,
     given,
-    top_masked,
 )
 
 CREDITED = 64
@@ -130,9 +130,8 @@ class Credit(Strategy):
         best = probabilities.argmax(dim=-1, keepdim=True)
         confidence = probabilities.gather(2, best)[..., 0]
         sure = view.masked & (confidence >= row_params["threshold"][:, None])
-        one = torch.ones_like(view.step)
         return Decision(
-            sure | top_masked(view, confidence, one),
+            sure | best_of(view.masked, confidence),
             new_tokens=tokens.gather(2, best)[..., 0],
             state={"tokens": tokens.int(), "credit": credit},
         )

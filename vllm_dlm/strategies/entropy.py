@@ -18,8 +18,8 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
+    best_of,
     given,
-    top_masked,
 )
 
 
@@ -50,5 +50,5 @@ class Entropy(Strategy):
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         entropy = given(view.entropy, "entropy")
         sure = entropy <= row_params["threshold"][:, None]
-        best = top_masked(view, -entropy, torch.ones_like(view.step))
+        best = best_of(view.masked, -entropy)
         return Decision((sure & view.masked) | best)

@@ -28,8 +28,8 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
+    best_of,
     given,
-    ranks,
 )
 
 
@@ -103,7 +103,7 @@ class Ete(Strategy):
         little = bits < row_params["fewest_bits"].double()
         few = exploit.sum(dim=1) < row_params["fewest_tokens"]
         others = active & ~exploit
-        most_open = others & (ranks(others, given(view.entropy, "entropy")) == 0)
+        most_open = best_of(others, given(view.entropy, "entropy"))
         commit = exploit | (most_open & (little | few)[:, None])
-        best = active & (ranks(active, view.confidence) == 0)
+        best = best_of(active, view.confidence)
         return Decision(commit | (best & ~commit.any(dim=1, keepdim=True)))

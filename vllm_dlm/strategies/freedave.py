@@ -33,6 +33,7 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
+    best_of,
     given,
     ranks,
 )
@@ -111,10 +112,8 @@ def _step(branches: Branches, threshold: torch.Tensor) -> torch.Tensor:
     """[R, K, B] bool: what a step of the followed procedure writes on each branch."""
     masked = branches.masked
     sure = masked & (branches.confidence >= threshold[:, None, None])
-    score = torch.where(masked, branches.confidence, -torch.inf)
-    best = torch.zeros_like(masked)
-    best.scatter_(2, score.argmax(dim=2, keepdim=True), True)
-    return torch.where(sure.any(dim=2, keepdim=True), sure, best & masked)
+    best = best_of(masked, branches.confidence)
+    return torch.where(sure.any(dim=2, keepdim=True), sure, best)
 
 
 def _verify(

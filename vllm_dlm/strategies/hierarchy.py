@@ -17,7 +17,6 @@ code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -29,7 +28,7 @@ from vllm_dlm.strategies.base import (
     Strategy,
     View,
     best_masked,
-    top_masked,
+    top_of,
 )
 
 
@@ -93,12 +92,10 @@ class Hierarchy(Strategy):
         doubtful = view.decided & (view.confidence < low)
         masks = view.masked.sum(dim=1)
         taken_back = doubtful.sum(dim=1).clamp(max=(masks - 1).clamp(min=0))
-        among = replace(view, masked=doubtful)
-        remask = top_masked(among, -view.confidence, taken_back)
+        remask = top_of(doubtful, -view.confidence, taken_back)
         # What is written makes up for what is taken back, and for one more.
-        rest = replace(view, masked=view.masked & ~commit)
         missing = taken_back + 1 - commit.sum(dim=1)
-        commit |= top_masked(rest, view.confidence, missing)
+        commit |= top_of(view.masked & ~commit, view.confidence, missing)
         return Decision(commit, remask=remask)
 
 

@@ -126,9 +126,7 @@ class Joint(Strategy):
             return Decision(commit)
         better = view.confidence > row_params["edit_threshold"][:, None]
         edit = view.decided & better & (view.candidate != view.tokens)
-        # All masks of the block, where `view.masked` may be those of a part.
-        masks = view.valid & ~view.decided & (view.positions >= 0)
-        full = ~(masks & ~commit).any(dim=1)
+        full = ~(view.masks & ~commit).any(dim=1)
         full_steps = view.state["full_steps"] + full.long()
         changed = (commit | edit).any(dim=1)
         hold = full & changed & (full_steps <= row_params["max_post_steps"])

@@ -14,7 +14,6 @@ No paper: the counterpart of the option `step_map`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -27,7 +26,7 @@ from vllm_dlm.strategies.base import (
     Params,
     Strategy,
     View,
-    best_masked,
+    best_of,
 )
 
 Step = Annotated[int, Field(ge=-1, le=1_000_000)]
@@ -107,7 +106,7 @@ class Replay(Strategy):
         known = (view.positions < length) & (self.recorded[index] >= 0)
         due = view.masked & known & (self.recorded[index] <= now[:, None])
         waiting = (view.masked & known).any(dim=1)
-        rest = best_masked(replace(view, masked=view.masked & ~known))
+        rest = best_of(view.masked & ~known, view.confidence)
         return Decision(
             commit=due | (rest & ~waiting[:, None]),
             idle=waiting & ~due.any(dim=1),

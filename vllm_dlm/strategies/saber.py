@@ -27,8 +27,8 @@ from vllm_dlm.strategies.base import (
     StateField,
     Strategy,
     View,
-    ranks,
     top_masked,
+    top_of,
 )
 
 NEVER = -1.0
@@ -78,11 +78,11 @@ class Saber(Strategy):
 
         count = write.sum(dim=1)
         back = torch.maximum(fewest // 2, (count + 7) // 8)
-        masks_left = (view.valid & ~view.decided & ~write).any(dim=1)
+        masks_left = (view.masks & ~write).any(dim=1)
         back = torch.where(masks_left, torch.minimum(back, count - 1), 0)
         growth = view.confidence - view.state["last_confidence"]
         standing = view.decided | write
-        taken_back = standing & (ranks(standing, -growth) < back[:, None])
+        taken_back = top_of(standing, -growth, back)
         return Decision(
             write & ~taken_back,
             remask=taken_back & view.decided,

@@ -16,7 +16,6 @@ always takes as many steps; here, as in the paper, it ends once the horizon is s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from pydantic import Field
@@ -27,7 +26,7 @@ from vllm_dlm.strategies.base import (
     StateField,
     Strategy,
     View,
-    best_masked,
+    best_of,
 )
 
 
@@ -94,7 +93,7 @@ class SlowFast(Strategy):
         slow = end == 0
         span = view.masked & (slow[:, None] | (place < end[:, None]))
         sure = span & (view.confidence >= row_params["threshold"][:, None])
-        commit = sure | best_masked(replace(view, masked=span))
+        commit = sure | best_of(span, view.confidence)
 
         seen = view.masked & (
             view.confidence >= row_params["horizon_threshold"][:, None]
