@@ -3,6 +3,11 @@
 
 `PATCHES` is the data: one entry per symbol. `apply_*` functions below install the
 entries, each at most once per process, and import vLLM only when called.
+
+Not wrapped, but given a subclass of ours by `DiffusionStepScheduler`, because vLLM
+builds them and offers no hook: each `vllm.v1.request:Request` (how a waiting request
+counts its tokens) and its `vllm.v1.core.kv_cache_manager:KVCacheManager` (which pages
+may be shared).
 """
 
 import functools

@@ -9,12 +9,28 @@ from typing import Any
 
 import torch
 from reference import procedures
-from reference.views import first_state, random_view, with_probabilities
+from reference.views import (
+    first_state,
+    make_view,
+    random_view,
+    select,
+    with_probabilities,
+)
 
 from vllm_dlm.strategies.base import Decision, Strategy, View, numeric_fields
 
 FIRST_TEXT = 2
 """Tokens below it end the text."""
+
+
+def decisions_of(strategy: Strategy, probabilities: torch.Tensor) -> list[Decision]:
+    """Decisions of [steps, 1, B, V] with all positions masked throughout."""
+    masked = torch.ones(probabilities.shape[1:3], dtype=torch.bool)
+    view, found = make_view(torch.zeros(masked.shape), masked), []
+    for distributions in probabilities:
+        found.append(select(strategy, with_probabilities(view, distributions)))
+        view = replace(view, state=found[-1].state)
+    return found
 
 
 def random_block(

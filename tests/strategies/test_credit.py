@@ -10,10 +10,16 @@ from pydantic import ValidationError
 from reference import stateful_rules
 from reference.stateful_rules import remembering
 from reference.views import CPU, make_view, select, with_probabilities
-from reference.walks import assert_agrees, assert_rows_alone, random_block, walk
+from reference.walks import (
+    assert_agrees,
+    assert_rows_alone,
+    decisions_of,
+    random_block,
+    walk,
+)
 
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.strategies.base import Decision, numeric_fields
+from vllm_dlm.strategies.base import numeric_fields
 from vllm_dlm.strategies.credit import Credit, CreditParams, fused
 from vllm_dlm.strategies.threshold import Threshold, ThresholdParams
 
@@ -35,20 +41,10 @@ def rule(**params: Any):
     return remembering(lambda: stateful_rules.Credit(**params))
 
 
-def steps(strategy: Credit, probabilities: torch.Tensor) -> list[Decision]:
-    """Decisions of [steps, 1, B, V] with all positions masked throughout."""
-    masked = torch.ones(probabilities.shape[1:3], dtype=torch.bool)
-    view, found = make_view(torch.zeros(masked.shape), masked), []
-    for distributions in probabilities:
-        found.append(select(strategy, with_probabilities(view, distributions)))
-        view = replace(view, state=found[-1].state)
-    return found
-
-
 def test_worked_position():
     p = torch.tensor([0.80, 0.15, 0.05])
     view = with_probabilities(make_view([[0.0]]), p[None, None])
-    decisions = steps(credit(5), p.expand(5, 1, 5, 3))
+    decisions = decisions_of(credit(5), p.expand(5, 1, 5, 3))
     for decision, expected in zip(
         decisions, [0.8648, 0.8896, 0.9028, 0.9109, 0.9163], strict=True
     ):
@@ -65,7 +61,7 @@ def test_worked_position():
 
 def test_a_token_with_credit_may_beat_the_candidate():
     block = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.48, 0.52]])
-    last = steps(credit(3), block[:, None, None].expand(3, 1, 3, 2))[-1]
+    last = decisions_of(credit(3), block[:, None, None].expand(3, 1, 3, 2))[-1]
     assert last.new_tokens.tolist() == [[0, 0, 0]]
     # .6^.2 (.8^2 + .8) for token 0, .52^.2 for token 1.
     assert last.state["tokens"][0, 0].tolist() == [0, 1, 0]
@@ -97,7 +93,7 @@ def test_in_a_long_block_the_least_credit_makes_room():
     p = torch.full((len(order), 1, 80, 100), 0.001)
     for step, token in enumerate(order):
         p[step, :, :, token] = 1 - 0.099
-    state = steps(strategy, p)[-1].state
+    state = decisions_of(strategy, p)[-1].state
     assert state["tokens"].shape == (1, 80, 64)
     held = set(state["tokens"][0, 0].tolist())
     assert len(held) == 64 and {0, 65} <= held
@@ -143,7 +139,7 @@ def test_only_what_was_a_candidate_of_a_mask_has_credit():
 def test_extreme_parameters_stay_finite():
     sure = torch.tensor([1.0, 0.0]).expand(64, 1, 64, 2)
     strategy = credit(64, weight=5.0, exponent=0.0, decay=1.0, threshold=2.0)
-    for decision in steps(strategy, sure):
+    for decision in decisions_of(strategy, sure):
         assert int(decision.commit.sum()) == 1
         assert decision.state["credit"].isfinite().all()
 

@@ -16,10 +16,15 @@ from reference.views import (
     select,
     with_probabilities,
 )
-from reference.walks import assert_agrees, assert_rows_alone, random_block
+from reference.walks import (
+    assert_agrees,
+    assert_rows_alone,
+    decisions_of,
+    random_block,
+)
 
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.strategies.base import Decision, numeric_fields
+from vllm_dlm.strategies.base import numeric_fields
 from vllm_dlm.strategies.klass import Klass, KlassParams, divergence
 from vllm_dlm.strategies.static import Static, StaticParams
 
@@ -46,19 +51,9 @@ def rule(**params: Any):
     return remembering(lambda: stateful_rules.Klass(**params))
 
 
-def steps(strategy: Klass, probabilities: torch.Tensor) -> list[Decision]:
-    """Decisions of [steps, 1, B, V] with all positions masked throughout."""
-    masked = torch.ones(probabilities.shape[1:3], dtype=torch.bool)
-    view, found = make_view(torch.zeros(masked.shape), masked), []
-    for distributions in probabilities:
-        found.append(select(strategy, with_probabilities(view, distributions)))
-        view = replace(view, state=found[-1].state)
-    return found
-
-
 def test_worked_positions():
     both = torch.tensor([RESTING, MOVING]).transpose(0, 1)[:, None]
-    decisions = steps(klass(2), both)
+    decisions = decisions_of(klass(2), both)
     written = [one.commit[0].tolist() for one in decisions]
     # Before step 3 nothing has rested for two steps: the best one by schedule.
     assert written == [[False, True], [True, False], [False, True], [True, False]]
@@ -81,7 +76,7 @@ def test_divergences_of_the_worked_positions():
 
 def test_at_rest_it_writes_all_that_is_sure():
     still = torch.tensor([[[0.95, 0.03, 0.02], [0.94, 0.04, 0.02], [0.8, 0.1, 0.1]]])
-    decisions = steps(klass(3), still.expand(3, 1, 3, 3))
+    decisions = decisions_of(klass(3), still.expand(3, 1, 3, 3))
     written = [one.commit[0].tolist() for one in decisions]
     assert written == [[True, False, False]] * 2 + [[True, True, False]]
 
@@ -89,7 +84,7 @@ def test_at_rest_it_writes_all_that_is_sure():
 @pytest.mark.parametrize("history", [1, 2, 5])
 def test_nothing_is_at_rest_before_as_many_steps(history):
     still = torch.tensor([0.95, 0.05]).expand(7, 1, 2, 2)
-    decisions = steps(klass(2, history=history), still)
+    decisions = decisions_of(klass(2, history=history), still)
     both = [bool(one.commit.all()) for one in decisions]
     assert both == [step >= history for step in range(7)]
 

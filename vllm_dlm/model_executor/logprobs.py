@@ -17,7 +17,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm_dlm.model_executor.step_maps import COLUMNS, new_map, note_writes
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.sampler import SafeDecision
+    from vllm_dlm.model_executor.safety import SafeDecision
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
 

@@ -5,14 +5,12 @@ One step, for all requests of the batch at once:
 
     rows -> statistics -> candidates -> strategy decides -> safety -> canvas -> reply
 
-The strategies say which positions to write; everything that must hold for all of them
-is here: every block makes progress, every block ends, a cut canvas stays cut, what was
-streamed never changes. What they see is made in `views.py`.
+What the strategies see is made in `views.py`, what must hold for all of them is in
+`safety.py`; a cut canvas stays cut here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,27 +19,17 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.model_executor.cache import POLICIES
 from vllm_dlm.model_executor.candidates import Candidates
-from vllm_dlm.model_executor.eotp import canvas_cut, end_of_text
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
 from vllm_dlm.model_executor.logprobs import RevealedLogprobs, spread_logprobs
+from vllm_dlm.model_executor.safety import SafeDecision, Safety
+from vllm_dlm.model_executor.trajectory_log import open_log
 from vllm_dlm.model_executor.views import Views
-from vllm_dlm.strategies.base import Decision, View, best_masked
-from vllm_dlm.trajectories import open_log
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
-
-
-@dataclass
-class SafeDecision(Decision):
-    """A decision held to the rules of decoding: what others may leave out is there."""
-
-    new_tokens: torch.Tensor
-    edit: torch.Tensor
-    remask: torch.Tensor
-    hold: torch.Tensor
+    from vllm_dlm.strategies.base import View
 
 
 class DenoisingSampler:
@@ -58,6 +46,7 @@ class DenoisingSampler:
         self.groups = StrategyGroups(state)
         self.candidates = Candidates(state)
         self.views = Views(state, self.groups, self.candidates)
+        self.safety = Safety(state, self.groups, self.candidates, self.views)
         self.logprobs = RevealedLogprobs(state)
         self.learning = Learning(state, self.groups)
         self.trajectories = open_log(state)
@@ -94,77 +83,13 @@ class DenoisingSampler:
             return _nothing_sampled(input_batch.num_reqs, logits.device)
         view = self.views.view(logits, plan)
         self.learning.observe(view, plan)
-        decision = self._safe(view, self.groups.select(view, plan), plan)
+        decided = self.groups.select(view, plan)
+        decision = self.safety.hold_to_rules(view, decided, plan)
         self.logprobs.record(logits, view.step, decision, plan)
         output = self._advance(view, decision, plan)
         if self.trajectories is not None:
             self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
-
-    def _safe(self, view: View, decision: Decision, plan: SegmentPlan) -> SafeDecision:
-        """Hold any strategy to the rules of decoding."""
-        state, slots = self.state, plan.slots
-        rewrites = self.groups.may_rewrite[slots][:, None]
-        open_ = view.masked
-        if view.branches is not None:
-            # In the course of its branches a request may reach the next sub-block.
-            open_ = view.branches.masked.any(dim=1)
-        commit = decision.commit & open_
-        may_change = view.decided & rewrites & ~self.views.handed_out(plan)
-        edit = may_change & _or_false(decision.edit, commit)
-        remask = may_change & ~edit & _or_false(decision.remask, commit)
-        new_tokens = (
-            view.candidate if decision.new_tokens is None else decision.new_tokens
-        )
-        self.candidates.veto_bad_words(commit, edit, new_tokens, plan)
-
-        # Progress: a step that writes nothing would be repeated for ever.
-        stalled = commit.sum(dim=1) <= remask.sum(dim=1)
-        if decision.idle is not None:
-            # Not of a block's seed: without it no rows are left to compute.
-            stalled = stalled & (plan.seeds | ~decision.idle)
-        commit = commit | (best_masked(view) & stalled[:, None])
-        # A block ends.
-        limit = self.groups.step_limit[slots]
-        exact_limit = torch.minimum(limit, state.steps_per_block[slots])
-        limit = torch.where(state.exact[slots], exact_limit, limit)
-        last = (view.step + 1 >= limit)[:, None]
-        # The references' schedule ends with masks where masks were predicted.
-        left = state.exact[slots][:, None] & last & ~commit
-        new_tokens = torch.where(left, state.mask_id, new_tokens)
-        commit = torch.where(last, view.masks & plan.readable, commit)
-        return SafeDecision(
-            commit=commit,
-            new_tokens=new_tokens,
-            edit=edit & ~last,
-            remask=remask & ~last,
-            hold=_or_false(decision.hold, stalled) & ~last[:, 0],
-            truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
-            branch=decision.branch,
-            draft_tokens=decision.draft_tokens,
-            draft_rank=decision.draft_rank,
-        )
-
-    def _cut(
-        self,
-        view: View,
-        write: torch.Tensor,
-        new_tokens: torch.Tensor,
-        decision: Decision,
-        plan: SegmentPlan,
-    ) -> torch.Tensor | None:
-        """Where the canvas ends now: `Decision.truncate_at`."""
-        state, slots = self.state, plan.slots
-        if all(state.requests[slot].config.eotp == "off" for slot in plan.slots_cpu):
-            return decision.truncate_at
-        is_end = self.candidates.is_stop(new_tokens, plan)
-        return canvas_cut(
-            end_of_text(view, write, is_end, state.eotp_threshold[slots]),
-            state.eotp[slots],
-            self.groups.may_rewrite[slots],
-            state.block_length[slots],
-            decision.truncate_at,
-        )
 
     def _advance(
         self, view: View, decision: SafeDecision, plan: SegmentPlan
@@ -255,10 +180,6 @@ class DenoisingSampler:
         keeps = ~done & (state.policy[plan.slots] != POLICIES.index("none"))
         left = (block_start - state.defaults.shift).clamp(min=0)
         return torch.where(keeps, left, 0)
-
-
-def _or_false(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if mask is None else mask
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:

@@ -7,7 +7,8 @@ other requests, never Python lists; it must not call `.item()` nor loop over row
 What it wants to remember it declares (`Strategy.state`), reads from the view and
 returns with the decision; the engine keeps it by slot and forgets it with the block.
 Everything that keeps decoding safe (mask-id ban, progress, step caps, NaN) belongs
-to the wrapper in `model_executor/sampler.py` and is the same for all strategies.
+to the wrapper (`views.py` and `safety.py` in `model_executor/`) and is the same for
+all strategies.
 """
 
 from __future__ import annotations

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safety: what holds for every strategy, whatever it decides.
+
+Only open masks are written, what was streamed never changes, every block makes progress
+and every block ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_dlm.model_executor.eotp import canvas_cut, end_of_text
+from vllm_dlm.strategies.base import Decision, View, best_masked
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.candidates import Candidates
+    from vllm_dlm.model_executor.groups import StrategyGroups
+    from vllm_dlm.model_executor.segments import SegmentPlan
+    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.views import Views
+
+
+@dataclass
+class SafeDecision(Decision):
+    """A decision held to the rules of decoding: what others may leave out is there."""
+
+    new_tokens: torch.Tensor
+    edit: torch.Tensor
+    remask: torch.Tensor
+    hold: torch.Tensor
+
+
+class Safety:
+    """Holds decisions to the rules of decoding; see the module docstring."""
+
+    def __init__(
+        self,
+        state: DlmModelState,
+        groups: StrategyGroups,
+        candidates: Candidates,
+        views: Views,
+    ) -> None:
+        self.state = state
+        self.groups = groups
+        self.candidates = candidates
+        self.views = views
+
+    def hold_to_rules(
+        self, view: View, decision: Decision, plan: SegmentPlan
+    ) -> SafeDecision:
+        """What may be done of what a strategy has decided."""
+        state, slots = self.state, plan.slots
+        rewrites = self.groups.may_rewrite[slots][:, None]
+        open_ = view.masked
+        if view.branches is not None:
+            # In the course of its branches a request may reach the next sub-block.
+            open_ = view.branches.masked.any(dim=1)
+        commit = decision.commit & open_
+        may_change = view.decided & rewrites & ~self.views.handed_out(plan)
+        edit = may_change & _or_false(decision.edit, commit)
+        remask = may_change & ~edit & _or_false(decision.remask, commit)
+        new_tokens = (
+            view.candidate if decision.new_tokens is None else decision.new_tokens
+        )
+        self.candidates.veto_bad_words(commit, edit, new_tokens, plan)
+
+        # Progress: a step that writes nothing would be repeated for ever.
+        stalled = commit.sum(dim=1) <= remask.sum(dim=1)
+        if decision.idle is not None:
+            # Not of a block's seed: without it no rows are left to compute.
+            stalled = stalled & (plan.seeds | ~decision.idle)
+        commit = commit | (best_masked(view) & stalled[:, None])
+        # A block ends.
+        limit = self.groups.step_limit[slots]
+        exact_limit = torch.minimum(limit, state.steps_per_block[slots])
+        limit = torch.where(state.exact[slots], exact_limit, limit)
+        last = (view.step + 1 >= limit)[:, None]
+        # The references' schedule ends with masks where masks were predicted.
+        left = state.exact[slots][:, None] & last & ~commit
+        new_tokens = torch.where(left, state.mask_id, new_tokens)
+        commit = torch.where(last, view.masks & plan.readable, commit)
+        return SafeDecision(
+            commit=commit,
+            new_tokens=new_tokens,
+            edit=edit & ~last,
+            remask=remask & ~last,
+            hold=_or_false(decision.hold, stalled) & ~last[:, 0],
+            truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
+            branch=decision.branch,
+            draft_tokens=decision.draft_tokens,
+            draft_rank=decision.draft_rank,
+        )
+
+    def _cut(
+        self,
+        view: View,
+        write: torch.Tensor,
+        new_tokens: torch.Tensor,
+        decision: Decision,
+        plan: SegmentPlan,
+    ) -> torch.Tensor | None:
+        """Where the canvas ends now: `Decision.truncate_at`."""
+        state, slots = self.state, plan.slots
+        if all(state.requests[slot].config.eotp == "off" for slot in plan.slots_cpu):
+            return decision.truncate_at
+        is_end = self.candidates.is_stop(new_tokens, plan)
+        return canvas_cut(
+            end_of_text(view, write, is_end, state.eotp_threshold[slots]),
+            state.eotp[slots],
+            self.groups.may_rewrite[slots],
+            state.block_length[slots],
+            decision.truncate_at,
+        )
+
+
+def _or_false(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if mask is None else mask
