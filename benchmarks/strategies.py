@@ -182,7 +182,7 @@ def _document(rows: list[Row]) -> str:
         command=" ".join(["python -m benchmarks.strategies", *sys.argv[1:]]),
         problems=rows[0].served.problems,
         requests=REQUESTS_AT_A_TIME,
-        hardware=_hardware(),
+        hardware=hardware(),
         vllm=vllm.__version__,
         left_out="\n".join(left_out),
         tables="\n\n".join(tables),
@@ -217,7 +217,8 @@ def _table(rows: list[Row], workload: Workload) -> str:
     return "\n".join(lines)
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """The GPU, or the cores and name of the CPU."""
     import torch
 
     if torch.cuda.is_available():

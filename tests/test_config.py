@@ -15,6 +15,7 @@ from vllm_dlm.config import (
     served_config,
 )
 from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS, ModelDefaults
+from vllm_dlm.model_executor.cache import Vicinity, Window
 from vllm_dlm.request_config import resolve, server_config
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy
@@ -125,6 +126,28 @@ def test_forms_a_request_may_take(extra_args):
         ({"dlm": {"block_length": True}}, ["integer", "True"]),
         ({"dlm": {"steps": "many"}}, ["steps", "'many'"]),
         ({"dlm": {"cache": "all"}}, ["'none'", "'prefix'", "'dual'"]),
+        (
+            {"dlm": {"cache": "dual", "cache_config": {"look_back": 4}}},
+            ["cache 'dual'", "'look_back'", "Valid: none"],
+        ),
+        (
+            {"dlm": {"cache": "vicinity", "cache_config": {"lookback": 4}}},
+            ["'lookback'", "'look_back'", "warmup_steps"],
+        ),
+        (
+            {"dlm": {"cache": "vicinity", "cache_config": {"look_ahead": -1}}},
+            ["look_ahead", "greater than or equal to 0", "-1"],
+        ),
+        (
+            {"dlm": {"cache": "window", "cache_config": {"active_window": True}}},
+            ["active_window", "number", "boolean"],
+        ),
+        (
+            {"dlm": {"cache": "window", "cache_config": {"external_window": 8}}},
+            ["external_window 8", "active_window 16"],
+        ),
+        ({"dlm_cache_config": "{"}, ["cache_config", "JSON"]),
+        ({"dlm_commit": "separate"}, ["server", "--dlm-commit"]),
         ({"dlm": {"strategy_config": [1]}}, ["strategy_config", "dict"]),
         ({"dlm": {"strategy_config": "{"}}, ["strategy_config", "JSON"]),
         ({"dlm": {"strategy_config": {"threshold": 7}}}, ["threshold", "7"]),
@@ -150,6 +173,18 @@ def test_forms_a_request_may_take(extra_args):
 )
 def test_wrong_requests_say_what_is_right(extra_args, fragments):
     refused(lambda: resolve(server(), extra_args, DEFAULTS), *fragments)
+
+
+def test_parameters_of_a_cache_policy():
+    """A request's over the server's, unless it names another policy."""
+    options = server(cache="window", cache_config={"active_window": 8})
+    flat = {"dlm_cache_config": '{"refresh_every": 9}'}
+    window = resolve(options, flat, DEFAULTS).cache_policy
+    assert window == Window(active_window=8, refresh_every=9)
+    assert resolve(options, {"dlm_cache": "vicinity"}, DEFAULTS).cache_policy == (
+        Vicinity()
+    )
+    refused(lambda: server(cache="prefix", cache_config={"refresh_every": 9}), "prefix")
 
 
 def test_a_request_cannot_set_a_parameter_of_the_server(monkeypatch):

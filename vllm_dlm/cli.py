@@ -26,6 +26,10 @@ TRAINABLE = {"llada-tiny": "vllm_dlm.training.llada_tiny"}
 """What `vllm-dlm train` trains -> module with `add_arguments` and `run`."""
 
 TOOLS = {
+    "bench": (
+        "vllm_dlm.bench.command",
+        "measure speed and accuracy, and compare with other engines",
+    ),
     "count-tokens": (
         "vllm_dlm.training.token_counts",
         "count how often tokens occur in texts, for the strategy pc",

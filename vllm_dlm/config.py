@@ -26,10 +26,10 @@ from pydantic import (
 from vllm_dlm import trajectories
 from vllm_dlm.messages import explain, unknown
 from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS
+from vllm_dlm.model_executor.cache import POLICIES, Cache, CachePolicy
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
-Cache = Literal["none", "prefix", "dual"]
 EndOfText = Literal["off", "block", "token"]
 
 WHOLE_CANVAS = "canvas"
@@ -37,6 +37,7 @@ WHOLE_CANVAS = "canvas"
 
 SERVER_ONLY = (
     "max_canvas",
+    "commit",
     "online_learning",
     "filter_dir",
     "record_traces",
@@ -141,9 +142,17 @@ class DlmConfig(BaseModel):
     cache: Cache = Field(
         default="none",
         description="KV policy of models with full attention: `none` recomputes "
-        "everything in each step and is exact; `prefix` keeps what is left of the "
-        "block, `dual` both sides of it, until the block is done: faster, approximate "
-        "(Fast-dLLM, arXiv 2505.22618).",
+        "everything in each step and is exact. The others are faster and approximate: "
+        "until the block is done, `prefix` keeps what is left of it, `dual` both sides "
+        "(Fast-dLLM, arXiv 2505.22618), `vicinity` all but some positions around it "
+        "(dInfer, 2510.08666); `window` computes some positions from the first one on "
+        "that is not final (Window-Diffusion, 2601.20332). docs/caches.md",
+    )
+    cache_config: Annotated[dict[str, Any], BeforeValidator(_parse_json)] = Field(
+        default_factory=dict,
+        description="The cache policy's own parameters, as a JSON object: of "
+        "`vicinity` look_back, look_ahead, warmup_steps; of `window` active_window, "
+        "external_window, refresh_every.",
     )
     steps: Count | None = Field(
         default=None,
@@ -198,6 +207,13 @@ class DlmConfig(BaseModel):
         "outputs continue on a further canvas. Default: "
         f"the model's own, or {DEFAULT_MAX_CANVAS}, at most the context length.",
     )
+    commit: Literal["fused", "separate"] = Field(
+        default="fused",
+        description="Of block-causal models: when a finished block's keys and values "
+        "are written for good. `fused`: in the next block's first step, at no forward "
+        "of their own. `separate`: by one forward more per block, as other engines do; "
+        "the same tokens, to measure what the difference is.",
+    )
     online_learning: bool = Field(
         default=True,
         description="Let strategies with a learned part (learn2pd) learn in the "
@@ -246,6 +262,7 @@ class DlmConfig(BaseModel):
         config = parse_options(mapping, where=where)
         if config.strategy is not None:
             parse_params(config.strategy, config.strategy_config, where=where)
+        parse_policy(config.cache, config.cache_config, where=where)
         if config.trajectory_dir is not None:
             trajectories.check_folder(config.trajectory_dir, where=where)
         return config
@@ -320,6 +337,26 @@ def parse_params(strategy: str, values: Mapping[str, Any], *, where: str) -> Par
         if abs(getattr(parsed, name)) > LARGEST_NUMBER:
             raise ValueError(f"{where}: {name}: at most {LARGEST_NUMBER:g} is accepted")
     return parsed
+
+
+def parse_policy(cache: Cache, values: Mapping[str, Any], *, where: str) -> CachePolicy:
+    """Validate a cache policy's parameters.
+
+    Raises:
+        ValueError: unknown or wrong parameters; the message lists the valid ones.
+    """
+    policy = POLICIES[cache]
+    where = f"{where} (cache {cache!r}): cache_config"
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        if name not in policy.model_fields:
+            raise ValueError(f"{where}: {unknown(name, policy.model_fields)}")
+        if isinstance(value, bool):
+            raise ValueError(f"{where}: {name}: expected a number, not a boolean")
+    try:
+        return policy.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {explain(error)}") from None
 
 
 def parse_options(

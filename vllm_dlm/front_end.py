@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from vllm_dlm import aliases, request, step_maps
+from vllm_dlm.model_executor.cache import POLICIES
 
 FLAG_PREFIX = "dlm_"
 
@@ -21,7 +22,9 @@ _METAVARS = {
     "strategy": "NAME",
     "strategy_config": "JSON",
     "block_length": "{N,canvas}",
-    "cache": "{none,prefix,dual}",
+    "cache": f"{{{','.join(POLICIES)}}}",
+    "cache_config": "JSON",
+    "commit": "{fused,separate}",
     "eotp": "{off,block,token}",
     "tccf": "JSON",
     "filter_dir": "FOLDER",
@@ -73,7 +76,8 @@ def _checked(name: str) -> Callable[[str], Any]:
 def fold_options(additional_config: Any, options: Mapping[str, Any]) -> Any:
     """`additional_config` with `options` (without prefix) put into its "dlm" part.
 
-    Options win over what is there; a changed strategy drops the other's parameters.
+    Options win over what is there; a changed strategy or cache policy drops the other's
+    parameters.
 
     Raises:
         ValueError: the merged options are not valid.
@@ -91,6 +95,8 @@ def fold_options(additional_config: Any, options: Mapping[str, Any]) -> Any:
     before = dict((additional_config or {}).get("dlm") or {})
     if given.get("strategy", before.get("strategy")) != before.get("strategy"):
         before.pop("strategy_config", None)
+    if given.get("cache", before.get("cache")) != before.get("cache"):
+        before.pop("cache_config", None)
     merged = before | given
     DlmConfig.from_mapping(merged, where="dlm options")
     return {**(additional_config or {}), "dlm": merged}
@@ -306,6 +312,20 @@ def _chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
     return respond
 
 
+def _run_busy_loop(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    from vllm.v1.engine.core import EngineCoreActorMixin
+
+    def run(self: Any) -> None:
+        try:
+            original(self)
+        except Exception:
+            if isinstance(self, EngineCoreActorMixin):
+                self._send_engine_dead()
+            raise
+
+    return run
+
+
 WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.engine.arg_utils:EngineArgs.add_cli_args": _add_cli_args,
     "vllm.engine.arg_utils:EngineArgs.from_cli_args": _from_cli_args,
@@ -321,6 +341,8 @@ SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] =
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
     "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
     "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
+    "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": _run_busy_loop,
+    "vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop": _run_busy_loop,
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
     ".request_output_to_completion_response": _completion_response,
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"

@@ -21,7 +21,8 @@ class LLM(vllm.LLM):
         dlm_strategy_config: the strategy's own parameters.
         dlm_block_length: positions decoded together, or "canvas", all.
         dlm_sub_block_length: positions of a block written at a time.
-        dlm_cache: "none" (exact), "prefix" or "dual".
+        dlm_cache: "none" (exact), "prefix", "dual", "vicinity" or "window".
+        dlm_cache_config: the cache policy's own parameters.
         dlm_steps: denoise steps over a request's whole canvas.
         dlm_steps_per_block: the same per block.
         dlm_eotp: end-of-text prediction: "off", "block" or "token".
@@ -30,6 +31,7 @@ class LLM(vllm.LLM):
         dlm_reference_exact: decode as the published reference code does.
         dlm_step_map: give every output its step map; `vllm_dlm.step_map` reads it.
         dlm_max_canvas: most positions of a canvas.
+        dlm_commit: "fused", or "separate" to compare with it.
         dlm_online_learning: let strategies learn from finished requests.
         dlm_filter_dir: folder of learned filters.
         dlm_record_traces: keep confidences of finished requests in memory.
@@ -51,6 +53,7 @@ class LLM(vllm.LLM):
         dlm_block_length: int | Literal["canvas"] | None = None,
         dlm_sub_block_length: int | None = None,
         dlm_cache: str | None = None,
+        dlm_cache_config: Mapping[str, Any] | None = None,
         dlm_steps: int | None = None,
         dlm_steps_per_block: int | None = None,
         dlm_eotp: Literal["off", "block", "token"] | None = None,
@@ -59,6 +62,7 @@ class LLM(vllm.LLM):
         dlm_reference_exact: bool | None = None,
         dlm_step_map: bool | None = None,
         dlm_max_canvas: int | None = None,
+        dlm_commit: Literal["fused", "separate"] | None = None,
         dlm_online_learning: bool | None = None,
         dlm_filter_dir: str | None = None,
         dlm_record_traces: bool | None = None,
@@ -72,6 +76,7 @@ class LLM(vllm.LLM):
             "block_length": dlm_block_length,
             "sub_block_length": dlm_sub_block_length,
             "cache": dlm_cache,
+            "cache_config": dlm_cache_config and dict(dlm_cache_config),
             "steps": dlm_steps,
             "steps_per_block": dlm_steps_per_block,
             "eotp": dlm_eotp,
@@ -80,6 +85,7 @@ class LLM(vllm.LLM):
             "reference_exact": dlm_reference_exact,
             "step_map": dlm_step_map,
             "max_canvas": dlm_max_canvas,
+            "commit": dlm_commit,
             "online_learning": dlm_online_learning,
             "filter_dir": dlm_filter_dir,
             "record_traces": dlm_record_traces,

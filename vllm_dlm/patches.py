@@ -158,6 +158,24 @@ PATCHES: dict[str, Patch] = {
             drop_when="vLLM verifies sampling parameters before it streams",
         ),
         Patch(
+            symbol="vllm.v1.engine.core:EngineCoreProc.run_busy_loop",
+            why=(
+                "Data parallel over Ray: clients of an engine that failed wait for ever."
+            ),
+            how="The engine tells its clients, as one in a process of its own does.",
+            upstream="no issue yet: the monitor expects RayActorError, gets RayTaskError",
+            drop_when="a failed engine in a Ray actor reports itself",
+        ),
+        Patch(
+            symbol="vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop",
+            why=(
+                "The same, for mixtures of experts."
+            ),
+            how="The same.",
+            upstream="no issue yet: the monitor expects RayActorError, gets RayTaskError",
+            drop_when="a failed engine in a Ray actor reports itself",
+        ),
+        Patch(
             symbol=(
                 "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
                 ".request_output_to_completion_response"

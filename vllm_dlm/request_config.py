@@ -14,15 +14,16 @@ from vllm_dlm.config import (
     SERVER_ONLY,
     SERVER_PARAMETER,
     WHOLE_CANVAS,
-    Cache,
     DlmConfig,
     EndOfText,
     ThinkCoarse,
     parse_options,
     parse_params,
+    parse_policy,
 )
 from vllm_dlm.messages import unknown
 from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_executor.cache import Cache, CachePolicy, Reach
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
 
@@ -38,6 +39,9 @@ class RequestConfig:
     sub_block_length: int
     """0, the whole block, is replaced by `sized` too."""
     cache: Cache
+    cache_policy: CachePolicy
+    reads_block: bool
+    """Positions that are decided are read too, or rewritten."""
     steps: int | None
     """Over the whole canvas; None writes one token per step."""
     steps_per_block: int | None
@@ -53,6 +57,10 @@ class RequestConfig:
         length = self.block_length or min(max_tokens, max_canvas)
         sub = min(self.sub_block_length or length, length)
         return replace(self, block_length=length, sub_block_length=sub)
+
+    def reach(self, shift: int) -> Reach:
+        """What its cache policy computes, of a model with this shift."""
+        return self.cache_policy.reach(shift, self.reads_block)
 
 
 def server_config(vllm_config: Any) -> DlmConfig:
@@ -121,6 +129,11 @@ def resolve(
             )
     is_set = request.model_fields_set
     block_length = request.block_length or _own_block_length(strategy, server, defaults)
+    rule = STRATEGIES[strategy]
+    cache = request.cache if "cache" in is_set else server.cache
+    # Parameters of one policy mean nothing to another.
+    cache_config = server.cache_config if cache == server.cache else {}
+    cache_config = {**cache_config, **request.cache_config}
     counts_steps = request if request.steps or request.steps_per_block else server
     config = RequestConfig(
         strategy=strategy,
@@ -130,10 +143,15 @@ def resolve(
         or server.sub_block_length
         or defaults.sub_block_length
         or 0,
-        cache=request.cache if "cache" in is_set else server.cache,
+        cache=cache,
+        cache_policy=parse_policy(cache, cache_config, where="the request"),
+        # Traces teach a strategy that reads whole blocks.
+        reads_block=rule.logit_rows == "block"
+        or rule.may_rewrite
+        or server.record_traces,
         steps=counts_steps.steps,
         steps_per_block=counts_steps.steps_per_block,
-        eotp=request.eotp or server.eotp or STRATEGIES[strategy].eotp,
+        eotp=request.eotp or server.eotp or rule.eotp,
         eotp_threshold=(
             request.eotp_threshold
             if "eotp_threshold" in is_set

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from engine.harness import Engine, Finished, params
 from reference import procedures, rewriting_rules, rules, stateful_rules
+from reference.cached_procedures import ALL_CACHES
 from reference.llada import TinyLLaDA
 from reference.procedures import Rule, View, generate
 from reference.stateful_rules import remembering
@@ -88,6 +89,9 @@ FREQUENCIES = torch.rand(100, generator=torch.Generator().manual_seed(0)) ** 4 +
 FREQUENCIES /= FREQUENCIES.sum()
 """Of the first 100 token ids: the random checkpoints have more."""
 
+WHOLE_BLOCK = ("learn2pd", "hierarchy", "joint", "saber")
+"""Strategies that read decided positions too."""
+
 TIE = 1e-5
 """Scores closer than this may be ordered either way by two float32 programs."""
 
@@ -106,6 +110,7 @@ class Case:
     seed: int = 0
     number: float | None = None
     """The rule's parameter of `NUMBERS`, where not the usual value."""
+    cache_config: dict[str, int] = field(default_factory=dict)
 
     def params(self, reference_exact: bool = False, **more: Any) -> SamplingParams:
         strategy, _, variant = self.rule.partition("/")
@@ -124,6 +129,7 @@ class Case:
             "strategy": strategy,
             "strategy_config": config,
             "cache": self.cache,
+            "cache_config": self.cache_config,
             "block_length": self.block,
             "steps": self.steps,
             "eotp": variant if variant in EOTP else "off",
@@ -157,7 +163,7 @@ def write_filters(folder: Path) -> None:
     from vllm_dlm.strategies.learn2pd_filter import Filter
 
     for block in FILTER_BLOCKS:
-        for cache in procedures.CACHES:
+        for cache in ALL_CACHES:
             name = f"learn2pd/b{block}-{cache}.safetensors"
             Filter(**filter_weights(block), cache=cache).save(folder / name)
 
@@ -218,6 +224,9 @@ def expect(
             steps=per_block * blocks,
             rule=rule,
             cache=case.cache,
+            # Only a request's first block warms up, not that of a further canvas.
+            cache_options=case.cache_config | ({"warmup_steps": 0} if tokens else {}),
+            whole_block=case.rule.partition("/")[0] in WHOLE_BLOCK,
             eos_stop=not case.ignore_eos,
             # Who ignores the end of the text has none to predict.
             eotp=None if case.ignore_eos else EOTP.get(variant),

@@ -58,6 +58,11 @@ def alone(engine: Engine, case: BlockCase) -> tuple[list[tuple[int, int]], list[
     return rows, counts.logits_rows
 
 
+def masks_left(*blocks: int) -> list[int]:
+    """Rows through lm_head of each step, where a step writes one token."""
+    return [left for masks in blocks for left in range(masks, 0, -1)]
+
+
 # -- counts --------------------------------------------------------------------
 
 
@@ -72,7 +77,7 @@ def test_rows_of_every_forward(sdar: BlockEngines):
         (48, 80),
         *[(64, 80)] * 15,  # nobody needs the last block's KV
     ]
-    assert logits == [BLOCK] * 40
+    assert logits == masks_left(8, 16, 16)
 
 
 def test_rows_of_every_forward_with_seeds(fast_dllm: BlockEngines):
@@ -85,14 +90,14 @@ def test_rows_of_every_forward_with_seeds(fast_dllm: BlockEngines):
         (48, 64),
         *[(64, 80)] * 15,
     ]
-    # A forward that predicts a seed alone has a block's logits computed too.
-    assert logits == [BLOCK] * 40
+    # A seed is one row; then come the masks of one sub-block after the other.
+    assert logits == [*masks_left(8), *2 * (1, *masks_left(7, 8))]
 
 
 def test_a_prompt_of_whole_blocks_is_seeded_by_its_last_row(fast_dllm: BlockEngines):
     rows, logits = alone(fast_dllm(), one_a_step(32, 17))
     assert rows == [(0, 32), *[(32, 48)] * 15, (32, 48)]
-    assert logits == [BLOCK] * 17
+    assert logits == [1, *masks_left(7, 8), 1]
 
 
 @pytest.mark.parametrize(("steps", "forwards"), [(1, 3), (4, 10), (8, 20), (16, 40)])
@@ -120,7 +125,7 @@ def test_a_long_prompt_is_computed_in_chunks(sdar: BlockEngines):
         (4096, 4128),
     ]
     # Chunks that decide nothing do not go through lm_head at all.
-    assert logits == [BLOCK] * 17
+    assert logits == [*masks_left(BLOCK), BLOCK]
     (result,) = run(engine, [case])
     assert result.forwards == 17
 
@@ -130,7 +135,7 @@ def test_chunks_end_where_blocks_end(sdar: BlockEngines):
     engine = sdar(max_num_batched_tokens=2 * BLOCK)
     rows, logits = alone(engine, one_a_step(150, 1))
     assert rows == [(0, 32), (32, 64), (64, 96), (96, 128), (128, 160)]
-    assert logits == [BLOCK]
+    assert logits == [160 - 150]
     rows, _ = alone(engine, one_a_step(161, 1))
     assert rows[-2:] == [(128, 160), (160, 176)]
 
@@ -192,9 +197,16 @@ def test_a_prompt_is_computed_while_others_denoise(model: BlockEngines):
         if ids[2] in forward and not forward[ids[2]].canvas and len(forward) == 3
     ]
     assert len(mixed) >= 4
-    # Who computes a part of its prompt needs no logits.
-    deciding = [sum(part.canvas > 0 for part in f.values()) for f in forwards]
-    assert counts.logits_rows == [BLOCK * number for number in deciding]
+    # Who computes a part of its prompt needs no logits; the others read what they do
+    # alone.
+    reads = {
+        name: iter(alone(engine, case)[1])
+        for name, case in zip(ids, cases, strict=True)
+    }
+    assert counts.logits_rows == [
+        sum(next(reads[name]) for name, part in forward.items() if part.canvas > 0)
+        for forward in forwards
+    ]
 
 
 # -- lengths -------------------------------------------------------------------------

@@ -68,7 +68,8 @@ def test_rows_of_every_forward(
     with counting(engine) as counts:
         (result,) = engine.run([case.prompt], case.params())
     assert counts.rows == planned_rows(cache, prompt, canvas, block)
-    assert counts.logits_rows == [block] * canvas
+    # lm_head sees masks only, of which there is one less in each step.
+    assert counts.logits_rows == [*range(block, 0, -1)] * (canvas // block)
     assert result.forwards == canvas
 
 
@@ -89,7 +90,7 @@ def test_static_takes_its_steps(engine: Engine, cache: str):
 
 
 def test_rows_of_a_batch(engine: Engine):
-    """Three requests side by side; lm_head sees the rows of each one's block."""
+    """Three requests side by side; lm_head sees the masks of each one's block."""
     cases = [
         Case(make_prompt(10), cache="dual", block=8, max_tokens=16, ignore_eos=True),
         Case(make_prompt(20), cache="prefix", block=16, max_tokens=16, ignore_eos=True),
@@ -103,7 +104,8 @@ def test_rows_of_a_batch(engine: Engine):
         planned_rows(case.cache, len(case.prompt), 16, case.block) for case in cases
     ]
     assert counts.rows == [sum(rows) for rows in zip(*each, strict=True)]
-    assert counts.logits_rows == [8 + 16 + 16] * 16
+    left = [8 - i % 8 + 2 * (16 - i) for i in range(16)]
+    assert counts.logits_rows == left
     assert [result.forwards for result in results] == [16] * 3
 
 

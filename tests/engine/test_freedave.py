@@ -273,7 +273,7 @@ def branches_of(engine: Engine) -> Iterator[list[int]]:
 
 
 def test_rows_of_every_forward(serve: Serve):
-    """Every branch costs a block's rows; a block's first forward has none."""
+    """Every branch costs a block's rows, and lm_head sees those of its masks."""
     engine = serve("SDAR-4B-Chat")
     asked = Asked(make_prompt(16), max_tokens=12, drafts=3)
     engine.llm.reset_prefix_cache()
@@ -285,7 +285,8 @@ def test_rows_of_every_forward(serve: Serve):
     for number, (rows, count) in enumerate(zip(counts.rows, branches, strict=True)):
         # A first forward computes the block before as well, for good.
         assert rows in ((4 * count,) if count > 1 else (4, 8, 20)), number
-        assert counts.logits_rows[number] == 4 * count
+        assert counts.logits_rows[number] % count == 0
+        assert counts.logits_rows[number] <= 4 * count
     assert len(first) >= 2 and max(branches) == 3
 
 

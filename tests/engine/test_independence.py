@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from engine.cases import RULES, Case, make_prompt
 from engine.harness import Engine, Finished, finished
-from reference.procedures import CACHES
+from reference.cached_procedures import ALL_CACHES
 from vllm import SamplingParams
 
 Request = tuple[tuple[int, ...], SamplingParams]
@@ -25,7 +25,7 @@ def make_requests(count: int, max_tokens: int, longest: int) -> list[Request]:
         case = Case(
             make_prompt(1 + 7 * number % longest, number),
             rule=rule,
-            cache=CACHES[number % len(CACHES)],
+            cache=ALL_CACHES[number % len(ALL_CACHES)],
             block=(8, 16, 32, 12)[number % 4],
             max_tokens=max_tokens - number % 5,
             ignore_eos=number % 2 == 0,
@@ -151,7 +151,7 @@ def test_preempted_at_any_step(engine: Engine, solo: Tokens):
 
 
 @pytest.mark.parametrize("rule", ["learn2pd/token", "learn2pd/block"])
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", ALL_CACHES)
 def test_preempted_after_its_canvas_was_cut(engine: Engine, rule: str, cache: str):
     """The block is replayed with the canvas that it began with."""
     hit = 0

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dlm.kernels import draw as module
+from vllm_dlm.kernels import numba_rows
 from vllm_dlm.kernels.draw import draw, uniform
+from vllm_dlm.kernels.token_stats import token_stats
 
 MASK64 = (1 << 64) - 1
 INF, NAN = float("inf"), float("nan")
@@ -73,9 +76,13 @@ def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.special.gammaincc(freedom / 2, statistic / 2))
 
 
+WITH_NUMBA = pytest.mark.parametrize("with_numba", [True, False])
+
+
 # --- What is drawn --------------------------------------------------------------
 
 
+@WITH_NUMBA
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
     data_seed=st.integers(0, 2**20),
@@ -87,7 +94,7 @@ def p_value(observed: torch.Tensor, expected: torch.Tensor) -> float:
     min_p=st.sampled_from([0.0, 0.1, 1.0]),
 )
 def test_agrees_with_plain_python(
-    seed, data_seed, position, step, temperature, top_k, top_p, min_p
+    with_numba, seed, data_seed, position, step, temperature, top_k, top_p, min_p
 ):
     generator = torch.Generator().manual_seed(data_seed)
     logits = torch.randn(1, 40, generator=generator) * 2
@@ -95,7 +102,10 @@ def test_agrees_with_plain_python(
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "seed": seed, "position": position, "step": step,
     }  # fmt: skip
-    got = draw(logits, logits.argmax(dim=1), **settings(1, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        if not with_numba:
+            patch.setattr(numba_rows, "AVAILABLE", False)
+        got = draw(logits, logits.argmax(dim=1), **settings(1, **options))
     assert got.dtype == torch.int64
     assert got.tolist() == [slow_draw(logits[0].tolist(), **options)]
 
@@ -161,6 +171,51 @@ def test_a_tiny_temperature_is_the_argmax():
     assert torch.equal(draw(logits, argmax, **options), argmax)
 
 
+@WITH_NUMBA
+@given(
+    seed=st.integers(0, 2**20),
+    vocab=st.sampled_from([1, 2, 30, 2048, 5000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    banned=st.booleans(),
+)
+def test_odd_rows(odd_logits, with_numba, seed, vocab, dtype, banned):
+    rows = 8
+    logits = odd_logits(seed, rows, vocab, dtype)
+    ban_id = seed % vocab if banned else -1
+    options = settings(
+        rows,
+        seed=seed,
+        position=torch.arange(rows),
+        temperature=torch.tensor([0.5, 1.5]).repeat(4),
+        min_p=torch.tensor([0.0, 0.2]).repeat_interleave(4),
+    )
+    argmax = token_stats(logits, ban_id=ban_id).argmax
+    with pytest.MonkeyPatch.context() as patch:
+        if not with_numba:
+            patch.setattr(numba_rows, "AVAILABLE", False)
+        got = draw(logits, argmax, **options, ban_id=ban_id)
+    for row, scores in enumerate(logits.tolist()):
+        scores = [
+            -INF if x != x or token == ban_id else x for token, x in enumerate(scores)
+        ]
+        if not math.isfinite(max(scores)):
+            assert got[row] == argmax[row]
+            continue
+        numbers = {name: values[row].item() for name, values in options.items()}
+        assert got[row] == slow_draw(scores, **numbers)
+
+
+def test_numba_and_torch_draw_the_same_tokens(monkeypatch):
+    rows, vocab = 1000, 2500
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5)) * 2
+    argmax = logits.argmax(dim=1)
+    options = settings(rows, position=torch.arange(rows), temperature=0.9)
+    fast = draw(logits, argmax, **options)
+    monkeypatch.setattr(numba_rows, "AVAILABLE", False)
+    assert torch.equal(fast, draw(logits, argmax, **options))
+    assert (fast != argmax).sum() > rows / 2
+
+
 # --- What it does not depend on -------------------------------------------------
 
 
@@ -198,6 +253,10 @@ def test_batch_and_row_order_do_not_matter(dtype, monkeypatch):
             logits[part], argmax[part], **{k: v[part] for k, v in options.items()}
         )
         assert alone[0] == whole[row]
+    monkeypatch.setattr(numba_rows, "_WORTH_A_THREAD", 100)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert torch.equal(draw(logits, argmax, **options), whole)
     hot = options["temperature"] > 0
     cut = (options["top_k"] > 0) | (options["top_p"] < 1)
     for plain in (hot & ~cut, hot):
@@ -212,6 +271,35 @@ def test_batch_and_row_order_do_not_matter(dtype, monkeypatch):
 
 
 # --- The noise ------------------------------------------------------------------
+
+
+def test_numba_makes_the_same_noise():
+    ids = torch.arange(3000)
+    for seed in (0, -1, 2**40):
+        key = module._row_key(torch.tensor([seed]), torch.tensor(3), torch.tensor(7))
+        out = torch.empty(2900)
+        numba_rows._exponentials(key.numpy().view("uint64")[0], 100, out.numpy())
+        want = module._gumbel(key, ids)[0, 100:]
+        torch.testing.assert_close(-out.log(), want, rtol=4e-7, atol=4e-7)
+
+
+def test_numba_keeps_no_noise():
+    rows, vocab = 64, 32_000
+    logits = torch.randn(rows, vocab).bfloat16()
+    options = settings(rows, position=torch.arange(rows))
+    both = {"rows": torch.arange(rows), "truncated_rows": torch.arange(0)}
+    argmax = token_stats(logits).argmax
+    draw(logits, argmax, **options, **both)  # compiled, imported
+    with torch.profiler.profile(profile_memory=True) as profile:
+        draw(logits, argmax, **options, **both)
+    events = profile.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert 0 < max(sizes) <= 8 * rows
+    tracemalloc.start()
+    draw(logits, argmax, **options, **both)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 600 * rows
 
 
 def test_uniform_is_the_documented_hash():

@@ -25,13 +25,16 @@ def active_blocks(slots: list[int], starts: list[int], length: int) -> BlockRows
     count = len(slots)
     return BlockRows(
         slots=torch.tensor(slots),
-        slots_cpu=slots,
+        slots_np=np.array(slots),
         positions=torch.tensor(starts)[:, None] + torch.arange(length),
         valid=torch.ones(count, length, dtype=torch.bool),
         readable=torch.ones(count, length, dtype=torch.bool),
         logits_rows=torch.arange(count * length),
         row_places=torch.arange(count * length),
-        row_bounds=[length * i for i in range(count + 1)],
+        row_at=torch.arange(count * length).view(count, length),
+        row_request=np.repeat(np.arange(count), length),
+        row_offset=np.tile(np.arange(length), count),
+        row_requests=torch.arange(count).repeat_interleave(length),
     )
 
 
@@ -66,11 +69,16 @@ def test_a_forward_with_branches():
     assert plan.row_branch.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4
     # vLLM counts on: positions 8 to 16 are those of branches.
     assert plan.setback.tolist() == [0] * 4 + [4] * 4 + [8] * 4 + [0] * 4
-    assert plan.blocks.slots_cpu == [7, 7]
+    assert plan.blocks.slots_np.tolist() == [7, 7]
     assert plan.blocks.positions.tolist() == [[4, 5, 6, 7]] * 2
     assert plan.blocks.logits_rows.tolist() == [*range(4, 12)]
     assert plan.index.tolist() == [[0, 2, 3], [1, -1, -1]]
-    assert plan.first_rows[0].tolist() == [0, 8, 12]
+    assert plan.all_rows_at.tolist() == [
+        [*range(0, 4)],
+        [*range(4, 8)],
+        [*range(8, 12)],
+        [*range(12, 16)],
+    ]
 
     tables = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]], dtype=torch.int32)
     slot_mapping = torch.zeros(16, dtype=torch.int64)

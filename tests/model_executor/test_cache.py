@@ -1,30 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of a step, canvas widths and step schedules, by hand."""
 
+from typing import get_args
+
 import pytest
+import torch
 
 from vllm_dlm.model_executor.cache import (
     POLICIES,
+    Cache,
+    Reach,
     canvas_width,
+    next_start,
     plan_rows,
     steps_per_block,
 )
 
+VICINITY = {"look_back": 6, "look_ahead": 5, "warmup_steps": 2}
+WINDOW = {"active_window": 4, "external_window": 10, "refresh_every": 3}
+
+
+def rows(
+    policy: Cache,
+    step: int,
+    *,
+    start: int = 40,
+    shift: int = 0,
+    end: int = 72,
+    first: bool = False,
+    frontiers: tuple[int, int] = (43, 45),
+    reads_block: bool = False,
+    **config: int,
+) -> tuple[int, int]:
+    """Rows of a step of a block of 16 on a canvas that ends at `end`."""
+    return plan_rows(
+        POLICIES[policy](**config).reach(shift, reads_block),
+        step=step,
+        is_first_block=first,
+        block_start=start,
+        block_length=16,
+        frontiers=frontiers,
+        canvas_end=end,
+    )
+
+
+def test_every_policy_has_a_name():
+    assert tuple(POLICIES) == get_args(Cache)
+
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_refresh_computes_everything(policy):
-    assert plan_rows(policy, True, 40, 16, 72) == (0, 72)
+def test_a_blocks_first_step_computes_everything(policy):
+    assert rows(policy, 0) == (0, 72)
 
 
 @pytest.mark.parametrize(
-    ("policy", "rows"), [("none", (0, 72)), ("prefix", (40, 72)), ("dual", (40, 56))]
+    ("policy", "wanted"),
+    [
+        ("none", (0, 72)),
+        ("prefix", (40, 72)),
+        ("dual", (40, 56)),
+        ("vicinity", (24, 72)),
+        ("window", (43, 61)),
+    ],
 )
-def test_inner_steps(policy, rows):
-    assert plan_rows(policy, False, 40, 16, 72) == rows
+def test_inner_steps(policy, wanted):
+    assert rows(policy, 1) == wanted
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted"),
+    [("prefix", (39, 72)), ("dual", (39, 56)), ("window", (42, 61))],
+)
+def test_a_shift_computes_the_row_to_the_left(policy, wanted):
+    assert rows(policy, 1, shift=1) == wanted
 
 
 def test_the_last_block_of_a_canvas_may_be_short():
-    assert plan_rows("dual", False, 40, 16, 45) == (40, 45)
+    assert rows("dual", 1, end=45) == (40, 45)
+
+
+def test_vicinity():
+    assert rows("vicinity", 1, **VICINITY) == (34, 61)
+    assert rows("vicinity", 1, end=58, **VICINITY) == (34, 58)
+    assert rows("vicinity", 1, start=3, **VICINITY) == (0, 24)
+    # What it looks back to holds the row that a shift needs.
+    assert rows("vicinity", 1, shift=1, **VICINITY) == (34, 61)
+    assert rows("vicinity", 1, shift=1, **VICINITY | {"look_back": 0}) == (39, 61)
+
+
+def test_vicinity_warms_up_in_the_first_block_alone():
+    steps = [rows("vicinity", step, first=True, **VICINITY) for step in range(4)]
+    assert steps == [(0, 72), (0, 72), (0, 72), (34, 61)]
+    assert rows("vicinity", 1, **VICINITY) == (34, 61)
+
+
+def test_window():
+    steps = [rows("window", step, **WINDOW) for step in range(5)]
+    assert steps == [(0, 72), (43, 49), (43, 49), (0, 72), (43, 49)]
+    assert rows("window", 1, end=47, **WINDOW) == (43, 47)
+    assert rows("window", 1, reads_block=True, **WINDOW) == (40, 56)
+    reach = POLICIES["window"](**WINDOW).reach(0, reads_block=False)
+    assert reach.keys == 6
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_worker_starts_where_the_scheduler_does(policy, shift):
+    """The same on tensors, of many requests."""
+    reach = POLICIES[policy]().reach(shift, reads_block=False)
+    cases = [
+        (step, first, start, (start + 2, start + 3))
+        for step in (0, 1, 4, 5, 31, 32, 64)
+        for first in (False, True)
+        for start in (1, 5, 16, 40)
+    ]
+    starts = next_start(
+        Reach(*torch.tensor([reach] * len(cases)).unbind(dim=1)),
+        torch.tensor([step for step, *_ in cases]),
+        torch.tensor([first for _, first, *_ in cases]),
+        torch.tensor([start for *_, start, _ in cases]),
+        torch.tensor([frontiers[0] for *_, frontiers in cases]),
+    )
+    assert starts.tolist() == [
+        rows(policy, step, shift=shift, first=first, start=start, frontiers=frontiers)[
+            0
+        ]
+        for step, first, start, frontiers in cases
+    ]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ def make_request(
     *,
     max_model_len: int = 1024,
     cache: str = "none",
+    cache_config: dict[str, int] | None = None,
+    commit: str = "fused",
     **model: Any,
 ) -> CanvasRequest:
     """A waiting request, as the scheduler makes it; class B unless `model` says."""
@@ -39,11 +41,15 @@ def make_request(
     )
     request.__class__ = CanvasRequest
     request.model = defaults
-    request.dlm = resolve(DlmConfig(cache=cache), None, defaults)
+    server = DlmConfig(cache=cache, cache_config=cache_config or {}, commit=commit)
+    request.dlm = resolve(server, None, defaults)
     request.dlm = request.dlm.sized(max_tokens, MAX_CANVAS)
     request.origin = defaults.origin(prompt_len, request.dlm.block_length)
     request.stop_ids = frozenset({121, 7})
     request.steps = StepCount()
+    request.reach = request.dlm.reach(defaults.shift)
+    request.frontiers = [request.block_start]
+    request.commits_alone = server.commit == "separate"
     request.open_canvas(MAX_CANVAS, max_model_len)
     request.begin()
     return request
@@ -51,11 +57,15 @@ def make_request(
 
 def compute(request: CanvasRequest, end: int | None = None) -> tuple[int, int, int]:
     """One forward: its rows' start and end, and how many of them are canvas."""
+    request.note_frontier()
     start, request.rows_end = request.next_rows()
     end = request.rows_end if end is None else end
     assert request.whole_rows(start, end) == end - start
     request.status = RequestStatus.RUNNING
-    return start, end, request.computed(start, end)
+    canvas_rows = request.computed(start, end)
+    if canvas_rows:
+        request.note_step()
+    return start, end, canvas_rows
 
 
 def write(request: CanvasRequest, count: int) -> None:
@@ -169,6 +179,22 @@ def test_blocks_counted_from_the_prompts_end():
     assert compute(request) == (10, 18, 4)
 
 
+def test_a_finished_block_may_be_committed_alone():
+    request = make_request(10, max_tokens=16, commit="separate")
+    assert compute(request) == (0, 12, 2)  # of the prompt's blocks none is awaited
+    write(request, 2)
+    assert compute(request) == (8, 12, 0)
+    assert compute(request) == (12, 16, 4)
+    write(request, 3)
+    assert compute(request) == (12, 16, 4)
+    write(request, 1)
+    assert compute(request) == (12, 16, 0)
+    request.status = RequestStatus.PREEMPTED
+    request.begin()
+    # Who comes back computes its text along with the block that it is at.
+    assert compute(request) == (0, 20, 4)
+
+
 # -- class B with a shift: a block's first token comes from the block before --
 
 
@@ -240,6 +266,55 @@ def test_full_attention_continues_on_a_further_canvas():
     write(request, 32)
     request.open_canvas(MAX_CANVAS, 1024)
     assert request.canvas_end == 35 + 20  # 18 are left
+
+
+def test_vicinity_warms_up_once():
+    request = make_request(
+        10,
+        model_class="A",
+        block_origin="prompt",
+        cache="vicinity",
+        cache_config={"look_back": 3, "look_ahead": 2, "warmup_steps": 1},
+    )
+    assert [compute(request)[:2] for _ in range(3)] == [(0, 18), (0, 18), (7, 16)]
+    write(request, 4)
+    assert [compute(request)[:2] for _ in range(2)] == [(0, 18), (11, 18)]
+
+
+def window_request() -> CanvasRequest:
+    return make_request(
+        10,
+        max_tokens=12,
+        model_class="A",
+        block_origin="prompt",
+        block_length=12,
+        cache="window",
+        cache_config={"active_window": 3, "external_window": 5, "refresh_every": 4},
+    )
+
+
+def decode(request: CanvasRequest, counts: list[int]) -> list[tuple[int, int]]:
+    """Rows of the forwards that write so many tokens each, from the left."""
+    found = []
+    for count in counts:
+        found.append(compute(request)[:2])
+        write(request, count)
+    return found
+
+
+def test_a_window_moves_with_the_text():
+    rows = decode(window_request(), [1, 2, 0, 0, 3, 1])
+    assert rows == [(0, 22), (10, 14), (11, 16), (13, 16), (0, 22), (13, 19)]
+
+
+def test_a_replay_moves_its_window_as_before():
+    """Tokens that were handed out say nothing of where the window stood."""
+    request = window_request()
+    rows = decode(request, [1, 2, 0, 0, 3])
+    request.status = RequestStatus.PREEMPTED
+    request.begin()
+    assert [compute(request)[:2] for _ in range(5)] == rows
+    assert decode(request, [1, 1]) == [(13, 19), (16, 20)]
 
 
 # -- class C: a causal context, one block whole ------------------------------

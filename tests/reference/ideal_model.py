@@ -15,7 +15,7 @@ from itertools import permutations
 
 import torch
 from reference.registered import without_drafts
-from reference.views import first_state, row_params
+from reference.views import WholeLogits, first_state, row_params
 from torch.nn.functional import one_hot
 
 from vllm_dlm.strategies.base import (
@@ -207,7 +207,9 @@ def _view(
         # Any order of the positions is as good: the tasks are symmetric in them.
         uniform=torch.rand(length, generator=generator).expand(rows, length),
         probabilities=Probabilities(
-            logits, logits.logsumexp(dim=1), torch.arange(rows * length).view(rows, -1)
+            WholeLogits(logits),
+            logits.logsumexp(dim=1),
+            torch.arange(rows * length).view(rows, -1),
         ),
     )
     return without_drafts(view)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reference decoding of one request by a full-attention diffusion model, greedy.
 
-The rules of `reference.rules`, with prefix or dual cache (Fast-dLLM, arXiv
-2505.22618) and end-of-text prediction (Learn2PD, 2509.25188). Plain loops over one
-row; every engine path is compared with these token for token.
+The rules of `reference.rules`, under the KV policies of
+`reference.cached_procedures`, with end-of-text prediction (Learn2PD, 2509.25188).
+Plain loops over one row; every engine path is compared with these token for token.
 
 Conventions: ties go to the lowest position and the lowest token id; confidences
 are float32 probabilities of untempered logits.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from reference.cached_procedures import ALL_CACHES, CACHES, leading, step_span
 from reference.layers import KVStore
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
@@ -53,8 +54,6 @@ __all__ = [
     "threshold",
     "top_k",
 ]
-
-CACHES = ("none", "prefix", "dual")
 
 
 class Statistics(NamedTuple):
@@ -106,6 +105,8 @@ def generate(
     block_length: int,
     rule: Rule,
     cache: str = "none",
+    cache_options: dict[str, int] | None = None,
+    whole_block: bool = False,
     steps: int | None = None,
     shift: int = 0,
     mask_id: int | None = None,
@@ -122,7 +123,10 @@ def generate(
         cache: "none" recomputes the whole row every step. "prefix" and "dual" do so
             in the first step of a block only; its later steps recompute the block
             and all right of it ("prefix") or the block alone ("dual"). Keys of rows
-            not recomputed stay as they are.
+            not recomputed stay as they are. "vicinity" and "window" take
+            `cache_options`; see `cached_procedures.step_span`.
+        whole_block: the rule reads or rewrites decided positions, so that "window"
+            computes all of the block.
         steps: total steps of the schedule, steps // num_blocks for each block; default
             gen_length (one token a step). Rules without a schedule ignore it.
         shift: the logits for position p are those of row p - shift (0 or 1; the very
@@ -149,8 +153,8 @@ def generate(
         RuntimeError: a rule other than static can make no progress
             (forbid_mask=False and the mask id is its whole choice).
     """
-    if cache not in CACHES:
-        raise ValueError(f"cache {cache!r} is not one of {CACHES}")
+    if cache not in ALL_CACHES:
+        raise ValueError(f"cache {cache!r} is not one of {ALL_CACHES}")
     if eotp not in (None, "first", "block", "paper"):
         raise ValueError(
             f"eotp {eotp!r} is not one of (None, 'first', 'block', 'paper')"
@@ -178,24 +182,35 @@ def generate(
         schedule = static_schedule(num_masked, steps_per_block)
         store: KVStore | None = None
         step = 0
+        frontiers = (start, start)
         decision = Step([])
         while decision.hold or mask_id in row[start : start + block_length]:
             scheduled = schedule[step] if step < len(schedule) else 0
             if rule.ends_by_schedule and step >= steps_per_block:
-                break
+                if cache != "window":
+                    break
+                # Some of the block could not be written in time: it is not left so.
+                scheduled = block_length
             end = min(start + block_length, len(row))
 
-            # The forward predicts positions [low, high), from rows `shift` to the left.
-            low, high = 0, len(row)
             if cache != "none" and step == 0:
                 store = model.new_store(len(row))
-            elif cache == "prefix":
-                low = start
-            elif cache == "dual":
-                low, high = start, end
-            first_row = max(low - shift, 0)
-            computed = list(range(first_row, high))
-            logits = model.forward(row[first_row:high], computed, store)
+            first_row, end_row, low, high, seen = step_span(
+                cache,
+                cache_options or {},
+                step=step,
+                is_first_block=block == 0,
+                start=start,
+                end=end,
+                length=len(row),
+                frontiers=frontiers,
+                whole_block=whole_block or rule.rewrites,
+                shift=shift,
+            )
+            computed = list(range(first_row, end_row))
+            logits = model.forward(
+                row[first_row:end_row], computed, leading(store, seen)
+            )
             sources = [max(p - shift, 0) - first_row for p in range(low, high)]
             stats = row_statistics(logits[sources], mask_id if forbid_mask else None)
 
@@ -204,13 +219,16 @@ def generate(
                 p for p in range(max(low, prompt_end), start) if row[p] == mask_id
             ]
             first = min([start, *left_over])
+            known = [low <= p < high for p in range(first, end)]
             view = View(
-                masked=torch.tensor([row[p] == mask_id for p in range(first, end)]),
-                argmax=stats.argmax[first - low : end - low],
-                confidence=stats.confidence[first - low : end - low],
-                margin=stats.margin[first - low : end - low],
-                entropy=stats.entropy[first - low : end - low],
-                probabilities=stats.probabilities[first - low : end - low],
+                masked=torch.tensor(
+                    [row[p] == mask_id and low <= p < high for p in range(first, end)]
+                ),
+                argmax=_placed(stats.argmax, known, low - first),
+                confidence=_placed(stats.confidence, known, low - first),
+                margin=_placed(stats.margin, known, low - first),
+                entropy=_placed(stats.entropy, known, low - first),
+                probabilities=_placed(stats.probabilities, known, low - first),
                 first=first - prompt_end,
                 forward=forwards,
                 scheduled=scheduled,
@@ -236,6 +254,8 @@ def generate(
                 row[first + offset] = mask_id
             forwards += 1
             step += 1
+            still = [p for p in range(start, end) if row[p] == mask_id]
+            frontiers = (frontiers[1], min([end, *still]))
             stuck = view.masked.any() and not committed
             if stuck and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
@@ -244,7 +264,7 @@ def generate(
                 revealed = [p for p in committed if row[p] == eos_id]
                 predicted = {
                     p: stats.confidence[p - low]
-                    for p in range(start, high)
+                    for p in range(max(start, low), high)
                     if row[p] == mask_id and stats.argmax[p - low] == eos_id
                 }
                 cut = len(row)
@@ -274,6 +294,15 @@ def generate(
                 if stop is not None:
                     return result(stop)
     return result(len(row))
+
+
+def _placed(values: torch.Tensor, known: list[bool], shift: int) -> torch.Tensor:
+    """`values` of the positions from `shift` on; 0 where a position is not known."""
+    placed = torch.zeros(len(known), *values.shape[1:], dtype=values.dtype)
+    for i, is_known in enumerate(known):
+        if is_known:
+            placed[i] = values[i - shift]
+    return placed
 
 
 def _eos_end(row: list[int], prompt_end: int, mask_id: int, eos_id: int) -> int | None:

@@ -115,8 +115,8 @@ class Doubling:
         time = (2 ** (view.step + 1) - 1) / 2**steps
         weights = (self.first_weight, self.last_weight)
         scores = damped(view, self.eos_ids, *weights, time)
-        # A test may go on after the last step.
-        count = self.schedule[view.step] if view.step < steps else 0
+        # Not all could be written in time where some could not be seen.
+        count = self.schedule[view.step] if view.step < steps else len(masks)
         return best(scores, masks, count)
 
 

@@ -146,14 +146,15 @@ class Credit:
         size = len(view.masked)
         weight, exponent, decay = self.weight, self.exponent, self.decay
         if self.parameter_free:
-            decided = 1 - int(view.masked.sum()) / size
+            decided = int(view.decided.sum()) / size
             weight, exponent, decay = decided, 1.0, decided
         self.credit = self.credit or [{} for _ in range(size)]
         tokens, confidence = view.argmax.clone(), torch.zeros(size)
-        for i in view.masked_offsets():
-            credit = self.credit[i]
+        for credit in self.credit:
             for token in credit:
                 credit[token] *= decay
+        for i in view.masked_offsets():
+            credit = self.credit[i]
             candidate = int(view.argmax[i])
             p = view.probabilities[i].double()
             p[candidate] = view.confidence[i]

@@ -378,7 +378,7 @@ def test_mask_id_is_banned_unless_allowed():
 
 def test_options_are_checked(model):
     for options in (
-        {"cache": "window"},
+        {"cache": "windows"},
         {"eotp": "yes"},
         {"block_length": 5},
         {"steps": 3},

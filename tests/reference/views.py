@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -34,6 +35,22 @@ DISTRIBUTIONS = [
 ]
 
 MASK_ID = 99
+
+
+class WholeLogits:
+    """Logits [N, V] that exist."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def map(
+        self,
+        rows: torch.Tensor,
+        function: Callable[[torch.Tensor, slice], torch.Tensor],
+    ) -> torch.Tensor:
+        return function(self.logits[rows], slice(None))
+
+
 CPU = Context(device=torch.device("cpu"), model="no-such-model")
 
 
@@ -82,7 +99,7 @@ def with_probabilities(view: View, probabilities: torch.Tensor) -> View:
         entropy=torch.special.entr(probabilities.float()).sum(dim=-1),
         margin=best.values[..., 0] - best.values[..., 1],
         probabilities=Probabilities(
-            logits,
+            WholeLogits(logits),
             logits.logsumexp(dim=1),
             torch.arange(rows * width).view(rows, width),
         ),

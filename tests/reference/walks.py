@@ -145,7 +145,7 @@ def row_view(view: View, row: int, step: int) -> procedures.View:
     assert view.probabilities is not None
     assert view.entropy is not None and view.margin is not None
     size = int(view.valid[row].sum())
-    everything = torch.arange(view.probabilities.logits.shape[1])
+    everything = torch.arange(view.probabilities.logits.logits.shape[1])
     dense = view.probabilities.of(everything.expand(*view.masked.shape, -1))
     return procedures.View(
         masked=view.masked[row, :size],

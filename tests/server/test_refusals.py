@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "block length a boolean": (dlm(block_length=True), ["block_length", "integer"]),
     "steps no integer": (xargs(dlm_steps="many"), ["steps", "integer", "'many'"]),
-    "unknown cache": (xargs(dlm_cache="most"), ["'none', 'prefix' or 'dual'"]),
+    "unknown cache": (xargs(dlm_cache="most"), ["'vicinity' or 'window'"]),
     "set twice": (
         xargs(dlm_strategy="static", dlm='{"strategy": "static"}'),
         ["'dlm'"],

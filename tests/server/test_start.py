@@ -24,7 +24,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown cache": (
         ["--dlm-cache", "most"],
-        ["--dlm-cache", "'none', 'prefix' or 'dual'", "'most'"],
+        ["--dlm-cache", "'vicinity' or 'window'", "'most'"],
     ),
     "parameter of another strategy": (
         ["--dlm-strategy", "factor", "--dlm-strategy-config.threshold", "0.5"],
@@ -69,7 +69,11 @@ def test_help_shows_the_flags(runs: Callable[[list[str]], Run]):
     shown = runs(HELP)
     assert shown.returncode == 0
     flags = ["strategy NAME", "strategy-config JSON", "block-length", "steps"]
-    flags += ["cache {none,prefix,dual}", "max-canvas", "online-learning"]
+    flags += [
+        "cache {none,prefix,dual,vicinity,window}",
+        "max-canvas",
+        "online-learning",
+    ]
     assert not [flag for flag in flags if f"--dlm-{flag}" not in shown.stdout]
     # The group alone: no flag of vLLM's own.
     assert "--max-model-len" not in shown.stdout

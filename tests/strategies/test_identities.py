@@ -162,6 +162,53 @@ def test_decisions_are_of_the_contracts_shapes(name, seed):
             assert value.shape == (rows, *strategy.state[key].shape)
 
 
+def as_read(view: View, noise: torch.Generator | None) -> View:
+    """The view without statistics of decided positions: noise in their place, or 0."""
+
+    def only_masked(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        elsewhere = torch.zeros_like(values)
+        if noise is not None:
+            elsewhere.uniform_(generator=noise)
+        return torch.where(view.masked, values, elsewhere)
+
+    probabilities = view.probabilities
+    if probabilities is not None:
+        rows = torch.where(view.masked, probabilities.rows, -1)
+        probabilities = replace(probabilities, rows=rows)
+    return replace(
+        view,
+        candidate=torch.where(view.masked, view.candidate, view.tokens),
+        confidence=only_masked(view.confidence),
+        entropy=only_masked(view.entropy),
+        margin=only_masked(view.margin),
+        probabilities=probabilities,
+    )
+
+
+READ_MASKS = [name for name in NAMES if build(name, 6).logit_rows == "masked"]
+
+
+@pytest.mark.parametrize("name", READ_MASKS)
+@given(seed=st.integers(0, 2**20))
+def test_what_is_declared_unread_is_not_read(name, seed):
+    """`logit_rows = "masked"`: the engine computes no logits of decided positions."""
+    strategy = build(name, 6)
+    view, probabilities = random_block(seed)
+    params = row_params(strategy, len(view.step))
+    noise = torch.Generator().manual_seed(seed)
+    for seen, decision in decode(strategy, view, probabilities):
+        noisy = strategy.select(as_read(seen, noise), params)
+        assert torch.equal(noisy.commit & seen.masked, decision.commit & seen.masked)
+        write = decision.commit & seen.masked
+        assert torch.equal(written(seen, noisy)[write], written(seen, decision)[write])
+        for field in ("hold", "truncate_at", "idle"):
+            mine, theirs = getattr(noisy, field), getattr(decision, field)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_deciding_does_not_wait_for_the_device(name):
     """Fake tensors hold no numbers: `.item()` and `if tensor` fail on them."""

@@ -9,13 +9,24 @@ a logarithm.
 The hash is SplitMix64's finaliser (Steele, Lea, Flood 2014) in wrapping int64
 arithmetic: one round each over seed, position and step gives a row's key, one more over
 key + (token id + 1) * golden ratio the token's 64 bits; token id -1 serves `uniform`.
+
+Rows without top-k and top-p are drawn in one pass, by numba or Triton where present;
+the noise of a token is never stored. The versions hash alike, bit for bit, and differ
+by a few units in the last place of two logarithms: they draw different tokens only
+where the two best noisy scores are that close, about once in a million draws.
 """
 
 from __future__ import annotations
 
 import torch
 
-from vllm_dlm.kernels.token_stats import forbid
+from vllm_dlm.kernels import numba_rows
+from vllm_dlm.kernels.shards import VocabShard, best_of, logit_of
+from vllm_dlm.kernels.token_stats import (
+    banned_ids,
+    forbid,
+    triton_kernels,
+)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -40,6 +51,7 @@ def draw(
     truncated_rows: torch.Tensor | None = None,
     banned: torch.Tensor | None = None,
     ban_id: int = -1,
+    shard: VocabShard | None = None,
 ) -> torch.Tensor:
     """One token per row; the argmax where the temperature is 0.
 
@@ -63,34 +75,53 @@ def draw(
             and a GPU has to be waited for.
         banned: [N] bool, rows in which `ban_id` is never drawn; None means all rows.
         ban_id: the mask id; -1 for none.
+        shard: which part of the vocabulary the columns are, as in `token_stats`.
+            `truncated_rows` must be empty then: sorting needs whole rows.
 
     Returns:
         [N] int64.
     """
-    tokens = argmax.clone()
     if rows is None or truncated_rows is None:
         hot, cut = temperature > 0, (top_k > 0) | (top_p < 1)
         rows = (hot & ~cut).nonzero()[:, 0]
         truncated_rows = (hot & cut).nonzero()[:, 0]
-    vocab = logits.shape[1]
+    if len(truncated_rows) and shard is not None:
+        raise ValueError(
+            "rows with top-k or top-p need the whole vocabulary: gather their logits "
+            "and draw them without a shard"
+        )
+    tokens = argmax.clone()
     key = _row_key(seed, position, step)
-    all_ids = torch.arange(vocab, device=logits.device)
-    size = _SLICE_CPU if logits.device.type == "cpu" else _SLICE
-    for chosen, truncate in ((rows, False), (truncated_rows, True)):
-        for part in chosen.split(max(1, size // vocab)) if len(chosen) else ():
-            part_banned = None if banned is None else banned[part]
-            scores = forbid(logits[part].float(), part_banned, ban_id)
-            top = scores.max(dim=1, keepdim=True).values
-            scores = _scaled(scores, top, temperature[part], min_p[part])
-            ids = all_ids
-            if truncate:
-                scores, ids = _truncated(scores, top_k[part], top_p[part])
-            drawn = (scores + _gumbel(key[part], ids)).argmax(dim=1)
-            if truncate:
-                drawn = ids.gather(1, drawn[:, None])[:, 0]
-            # A row without a finite maximum has nothing to draw from.
-            drawn = torch.where(top[:, 0].isfinite(), drawn, argmax[part])
-            tokens.index_copy_(0, part, drawn)
+    if len(rows):
+        columns = logits if shard is None else shard.columns(logits)
+        bans = banned_ids(
+            columns, banned, ban_id if shard is None else shard.column(ban_id)
+        )
+        top = logit_of(logits, argmax, shard)[rows].float()
+        # A row without a finite maximum has nothing to draw from.
+        usable = top.isfinite()
+        drawn = _plain_draws(
+            columns,
+            rows,
+            bans[rows],
+            torch.where(usable, top, 0.0),
+            temperature[rows].float(),
+            min_p[rows].float().log(),
+            key[rows],
+            shard,
+        )
+        tokens.index_copy_(0, rows, torch.where(usable, drawn, argmax[rows]))
+    size = _rows_per_slice(logits)
+    for part in truncated_rows.split(size) if len(truncated_rows) else ():
+        part_banned = None if banned is None else banned[part]
+        scores = forbid(logits[part].float(), part_banned, ban_id)
+        top = scores.max(dim=1, keepdim=True).values
+        scores = _scaled(scores, top, temperature[part], min_p[part].log())
+        scores, ids = _truncated(scores, top_k[part], top_p[part])
+        drawn = (scores + _gumbel(key[part], ids)).argmax(dim=1)
+        drawn = ids.gather(1, drawn[:, None])[:, 0]
+        drawn = torch.where(top[:, 0].isfinite(), drawn, argmax[part])
+        tokens.index_copy_(0, part, drawn)
     return tokens
 
 
@@ -108,7 +139,7 @@ def tempered(
     """
     scores = logits.float()
     top = scores.max(dim=1, keepdim=True).values
-    kept, ids = _truncated(_scaled(scores, top, temperature, min_p), top_k, top_p)
+    kept, ids = _truncated(_scaled(scores, top, temperature, min_p.log()), top_k, top_p)
     return torch.empty_like(kept).scatter_(1, ids, kept)
 
 
@@ -127,15 +158,90 @@ def uniform(
     return _shifted(bits, 40).float() * 2.0**-24
 
 
+def _plain_draws(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    bans: torch.Tensor,
+    top: torch.Tensor,
+    temperature: torch.Tensor,
+    cut: torch.Tensor,
+    key: torch.Tensor,
+    shard: VocabShard | None,
+) -> torch.Tensor:
+    """[M] tokens of rows [M] of [N, V] logits; the rest as in `_plain_draw_reference`.
+
+    The best of every rank is gathered where there is a shard.
+    """
+    settings = (bans, top, temperature, cut, key)
+    first = 0 if shard is None else shard.first
+    triton_rows = triton_kernels(logits)
+    if logits.shape[1] == 0:
+        scores = torch.full_like(top, -torch.inf)
+        columns = torch.zeros_like(rows)
+    elif triton_rows is not None:
+        scores, columns = triton_rows.draw_rows(logits, rows, *settings, first)
+    elif (
+        logits.device.type == "cpu"
+        and numba_rows.AVAILABLE
+        and numba_rows.reads(logits)
+    ):
+        scores, columns = numba_rows.draw_rows(logits, rows, *settings, first)
+    else:
+        size = _rows_per_slice(logits)
+        parts = [
+            _plain_draw_reference(
+                logits[rows[part]],
+                bans[part],
+                top[part],
+                temperature[part],
+                cut[part],
+                key[part],
+                first,
+            )
+            for part in torch.arange(len(rows), device=rows.device).split(size)
+        ]
+        scores, columns = map(torch.cat, zip(*parts, strict=True))
+    tokens = columns + first
+    if shard is None:
+        return tokens
+    pairs = shard.gather(torch.stack([scores.double(), tokens.double()], dim=1))
+    return best_of(pairs[..., 0], pairs[..., 1]).long()
+
+
+def _plain_draw_reference(
+    logits: torch.Tensor,
+    bans: torch.Tensor,
+    top: torch.Tensor,
+    temperature: torch.Tensor,
+    cut: torch.Tensor,
+    key: torch.Tensor,
+    first: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`numba_rows.draw_rows` of all rows in plain torch, with noise for all tokens."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    scores = logits.float()
+    left_out = scores.isnan() | (columns == bans[:, None])
+    scores = _scaled(
+        scores.masked_fill(left_out, -torch.inf), top[:, None], temperature, cut
+    )
+    best = (scores + _gumbel(key, columns + first)).max(dim=1)
+    return best.values, best.indices
+
+
+def _rows_per_slice(logits: torch.Tensor) -> int:
+    size = _SLICE_CPU if logits.device.type == "cpu" else _SLICE
+    return max(1, size // max(1, logits.shape[1]))
+
+
 def _scaled(
     scores: torch.Tensor,
     top: torch.Tensor,
     temperature: torch.Tensor,
-    min_p: torch.Tensor,
+    cut: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores over temperature, the best at 0; what min-p drops at -inf."""
+    """Scores over temperature, the best at 0; -inf below `cut`, the log of min-p."""
     scores = (scores - top) / temperature[:, None]
-    return scores.masked_fill_(scores < min_p[:, None].log(), -torch.inf)
+    return scores.masked_fill_(scores < cut[:, None], -torch.inf)
 
 
 def _truncated(

@@ -145,8 +145,9 @@ class BranchPlan:
     index: torch.Tensor
     """[R, K] int64: branch k of request r, counted from 0 to R - 1 for the canvases
     and on from R for the branches; -1 where it is not evaluated."""
-    first_rows: torch.Tensor
-    """[R, K] int64: first of each one's logits rows, of which branches come last."""
+    all_rows_at: torch.Tensor
+    """[R + E, B] int64: `BlockRows.row_at` of the canvases and, counted on, of the
+    branches."""
 
     def place_keys(
         self,
@@ -231,17 +232,21 @@ def plan_branches(
 
     parents, numbers = ragged(branches[deciding] - 1)
     numbers = numbers + 1
-    bounds = np.array(blocks.row_bounds)
-    sizes = np.diff(bounds)[parents]
-    block, offset = ragged(sizes)
+    # A branch reads the rows that its canvas does: it has no further masks.
+    counts = np.bincount(blocks.row_request, minlength=len(deciding))
+    first = np.cumsum(counts) - counts
+    block, nth = ragged(counts[parents])
+    copied = first[parents[block]] + nth
+    offset = blocks.row_offset[copied]
     setback = numbers * lengths[deciding[parents]]
     width = blocks.positions.shape[1]
-    at = on_device(parents)
-    copied = blocks.logits_rows[on_device(bounds[parents[block]] + offset)]
+    places = np.full((len(parents), width), -1)
+    places[block, offset] = np.arange(len(block))
+    at, row_at = on_device(parents), on_device(places)
+    num_rows = len(blocks.row_request)
     index = np.full((len(deciding), int(branches.max())), -1)
     index[:, 0] = np.arange(len(deciding))
     index[parents, numbers] = len(deciding) + np.arange(len(parents))
-    sizes_of_all = np.concatenate([np.diff(bounds), sizes])
     return BranchPlan(
         row_branch=on_device(branch),
         setback=on_device(branch * lengths[request]),
@@ -256,16 +261,22 @@ def plan_branches(
         numbers=on_device(numbers),
         blocks=BlockRows(
             slots=blocks.slots[at],
-            slots_cpu=[blocks.slots_cpu[parent] for parent in parents],
+            slots_np=blocks.slots_np[parents],
             positions=blocks.positions[at],
             valid=blocks.valid[at],
             readable=blocks.readable[at],
-            logits_rows=copied + on_device(setback[block]),
+            logits_rows=blocks.logits_rows[on_device(copied)]
+            + on_device(setback[block]),
             row_places=on_device(block * width + offset),
-            row_bounds=[0, *np.cumsum(sizes).tolist()],
+            row_at=row_at,
+            row_request=block,
+            row_offset=offset,
+            row_requests=on_device(block),
         ),
         index=on_device(index),
-        first_rows=on_device((np.cumsum(sizes_of_all) - sizes_of_all)[index]),
+        all_rows_at=torch.cat(
+            [blocks.row_at, torch.where(row_at >= 0, row_at + num_rows, -1)]
+        ),
     )
 
 

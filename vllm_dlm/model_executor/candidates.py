@@ -15,6 +15,7 @@ Rows of plain greedy requests cost nothing here: their candidate is the argmax.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,23 +26,111 @@ from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
 from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
 
 if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
-
+    from vllm_dlm.model_executor.logits import Logits
     from vllm_dlm.model_executor.segments import BlockRows
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.state import DlmModelState, DlmRequest
 
 
-class Choice(NamedTuple):
-    """The tokens that a step may write; every tensor is [R, B]."""
+class Sampling(NamedTuple):
+    """What shapes the distributions that n rows draw from; every tensor is [n]."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+    def at(self, rows: torch.Tensor) -> Sampling:
+        """Of some of the rows."""
+        return Sampling(*(values[rows] for values in self))
+
+
+class RowChoice(NamedTuple):
+    """What N rows may write; every tensor is [N]."""
 
     candidate: torch.Tensor
     """int64."""
     confidence: torch.Tensor
     """float32: the candidate's probability."""
+    logsumexp: torch.Tensor
+    """float64, of the row's logits."""
     entropy: torch.Tensor | None
     """float32, nats; None if not asked for."""
     margin: torch.Tensor | None
     """float32; None if not asked for."""
+
+    @classmethod
+    def of_nothing(cls, device: torch.device, needs: set[str]) -> RowChoice:
+        """No rows."""
+        none = torch.empty(0, device=device)
+        return cls(
+            none.long(),
+            none,
+            none.double(),
+            none if "entropy" in needs else None,
+            none if "margin" in needs else None,
+        )
+
+
+class Choice(NamedTuple):
+    """The tokens that a step may write: [R, B] tensors, 0 where no row is read."""
+
+    candidate: torch.Tensor
+    confidence: torch.Tensor
+    logsumexp: torch.Tensor
+    """[N] float64, as `RowChoice` has it."""
+    entropy: torch.Tensor | None
+    margin: torch.Tensor | None
+
+    @classmethod
+    def of(cls, parts: list[RowChoice], blocks: BlockRows) -> Choice:
+        """The rows of some blocks, one part after the other, at their places."""
+
+        def joined(*tensors: torch.Tensor | None) -> torch.Tensor | None:
+            there = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(there) if there else None
+
+        rows = RowChoice(*map(joined, *parts))  # type: ignore[arg-type]
+        return cls(
+            blocks.spread(rows.candidate),
+            blocks.spread(rows.confidence),
+            rows.logsumexp,
+            None if rows.entropy is None else blocks.spread(rows.entropy),
+            None if rows.margin is None else blocks.spread(rows.margin),
+        )
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """Tokens that a request's sampling parameters favour or forbid."""
+
+    biased: torch.Tensor
+    """[k] int64 token ids of `logit_bias`."""
+    bias: torch.Tensor
+    """[k] float32."""
+    allowed: torch.Tensor | None
+    """[k] int64: `allowed_token_ids`; None for all."""
+    ending: torch.Tensor
+    """[k] int64: what may not be written while the text is short of `min_tokens`."""
+    bad_words: list[list[int]]
+
+    @classmethod
+    def of(cls, request: DlmRequest, device: torch.device) -> Restriction | None:
+        """Of a request; None if there is none."""
+        params = request.params
+        words = params.bad_words_token_ids or []
+        allowed, ending = params.allowed_token_ids, set[int]()
+        if params.min_tokens:
+            ending = {*params.all_stop_token_ids, *request.stop_ids}
+        if not (params.logit_bias or allowed or params.min_tokens or words):
+            return None
+        bias = params.logit_bias or {}
+        return cls(
+            torch.tensor(list(bias), dtype=torch.int64, device=device),
+            torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
+            torch.tensor(allowed, device=device) if allowed else None,
+            torch.tensor(sorted(ending), dtype=torch.int64, device=device),
+            words,
+        )
 
 
 class Candidates:
@@ -57,6 +146,14 @@ class Candidates:
         self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
         self._min_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._stop_ids = torch.full((slots, 2), -1, dtype=torch.int64, device=device)
+
+        def flags() -> np.ndarray:
+            return np.zeros(slots, dtype=bool)
+
+        # On the host: which rows need more than their argmax.
+        self._draws, self._truncates, self._restricts = flags(), flags(), flags()
+        self._measures_drawn, self._seeds_greedily = flags(), flags()
+        self._restrictions: dict[int, Restriction] = {}
 
     def add(self, slot: int) -> None:
         """Take over a new request's sampling parameters."""
@@ -78,152 +175,133 @@ class Candidates:
                 request.stop_ids, device=self.state.device
             )
 
+        draws = params.temperature > 0
+        self._draws[slot] = draws
+        self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
+        self._measures_drawn[slot] = draws and request.measures_drawn
+        defaults = self.state.defaults
+        is_seeding_family = defaults.seeds_blocks and defaults.shift == 1
+        exact = request.config.reference_exact
+        # Fast-dLLM v2 never draws a block's first token.
+        self._seeds_greedily[slot] = is_seeding_family and exact
+        self._restrictions.pop(slot, None)
+        restriction = Restriction.of(request, self.state.device)
+        self._restricts[slot] = restriction is not None
+        if restriction is not None:
+            self._restrictions[slot] = restriction
+
     # -- drawing -----------------------------------------------------------
 
     def choose(
         self,
-        logits: torch.Tensor,
+        logits: Logits,
+        tile: torch.Tensor,
         stats: TokenStats,
+        rows: slice,
+        own: slice,
         masked: torch.Tensor,
         step: torch.Tensor,
-        plan: BlockRows,
-    ) -> Choice:
-        """Candidates, and how sure the model is of them.
+        blocks: BlockRows,
+    ) -> RowChoice:
+        """Candidates of a tile of rows, and how sure the model is of them.
 
         Args:
-            logits: [N, V], the rows of `plan`, mask id banned.
-            stats: of the same rows, with the statistics that strategies need.
-            masked: [R, B] bool; decided positions have the argmax as candidate.
+            logits: of the step.
+            tile: [n, V], this rank's part of some of them.
+            stats: of the tile, with the statistics that strategies need.
+            rows: which rows of `logits` the tile has.
+            own: which of the rows of `blocks` these are.
+            masked: [n] bool; decided positions have the argmax as candidate.
             step: [R] int64: which noise is drawn with.
         """
-        choice = Choice(
-            plan.spread(stats.argmax),
-            plan.spread(stats.confidence),
-            None if stats.entropy is None else plan.spread(stats.entropy),
-            None if stats.margin is None else plan.spread(stats.margin),
+        choice = RowChoice(
+            stats.argmax, stats.confidence, stats.logsumexp, stats.entropy, stats.margin
         )
-        requests = [
-            request
-            for request, slot in enumerate(plan.slots_cpu)
-            if _is_special(self.state.requests[slot].params)
-        ]
-        if not requests:
+        slots = blocks.row_slots[own]
+        special = (self._draws[slots] | self._restricts[slots]).nonzero()[0]
+        if not len(special):
             return choice
-        rows = plan.rows_of(requests)
-        raw = logits[rows]
-        # A copy, also of float32: what is restricted must not move the confidence.
-        processed = raw.to(torch.float32, copy=True)
-        begin = 0
-        for request in requests:
-            end = begin + plan.row_bounds[request + 1] - plan.row_bounds[request]
-            self._restrict(processed[begin:end], request, plan)
-            begin = end
-        owners = plan.row_requests[rows]
-        slots, places = plan.slots[owners], plan.row_places[rows]
-        argmax = token_stats(processed).argmax
-        tempered, truncated = self._rows_to_draw(requests, plan)
+        slots = slots[special]
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(tile.device, non_blocking=True)
+
+        at = on_device(special)
+        places = blocks.row_places[own][at]
+        raw = logits.whole(tile[at], at + rows.start)
+        processed, argmax = raw, stats.argmax[at]
+        if self._restricts[slots].any():
+            # A copy, also of float32: what is restricted must not move the confidence.
+            processed = raw.to(torch.float32, copy=True)
+            self._restrict(processed, special + own.start, blocks)
+            argmax = token_stats(processed).argmax
+        owners = blocks.row_requests[own][at]
+        sampling = self._sampling(blocks.slots[owners])
+        cut = self._truncates[slots]
         drawn = draw(
             processed,
             argmax=argmax,
-            temperature=self._temperature[slots],
-            top_k=self._top_k[slots],
-            top_p=self._top_p[slots],
-            min_p=self._min_p[slots],
-            seed=self._seed[slots],
-            position=plan.positions.flatten()[places],
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=self._seed[blocks.slots[owners]],
+            position=blocks.positions.flatten()[places],
             step=step[owners],
-            rows=tempered,
-            truncated_rows=truncated,
+            rows=on_device((self._draws[slots] & ~cut).nonzero()[0]),
+            truncated_rows=on_device(cut.nonzero()[0]),
         )
-        drawn = torch.where(masked.flatten()[places], drawn, argmax)
-        seeded = self._seeded_greedily(requests, plan)
-        drawn = torch.where(seeded, stats.argmax[rows], drawn)
-        sure = prob_of(raw, drawn, stats.logsumexp[rows])
+        drawn = torch.where(masked[at], drawn, argmax)
+        is_first = blocks.row_offset[own][special] == 0
+        greedy = on_device(self._seeds_greedily[slots] & is_first)
+        drawn = torch.where(greedy, stats.argmax[at], drawn)
         choice = choice._replace(
-            candidate=choice.candidate.clone(), confidence=choice.confidence.clone()
+            candidate=choice.candidate.index_copy(0, at, drawn),
+            confidence=choice.confidence.index_copy(
+                0, at, prob_of(raw, drawn, stats.logsumexp[at])
+            ),
         )
-        choice.candidate.view(-1)[places] = drawn
-        choice.confidence.view(-1)[places] = sure
-        self._measure_drawn(choice, processed, requests, plan)
+        measured = self._measures_drawn[slots].nonzero()[0]
+        if len(measured):
+            self._measure_drawn(choice, processed, sampling, at, on_device(measured))
         return choice
 
-    def _seeded_greedily(self, requests: list[int], plan: BlockRows) -> torch.Tensor:
-        """[n] bool: rows of a block's first token, which Fast-dLLM v2 never draws."""
-        defaults = self.state.defaults
-        is_family = defaults.seeds_blocks and defaults.shift == 1
-        seeded = np.zeros(_num_rows(requests, plan), dtype=bool)
-        begin = 0
-        for request in requests:
-            config = self.state.requests[plan.slots_cpu[request]].config
-            seeded[begin] = is_family and config.reference_exact
-            begin += _num_rows([request], plan)
-        return torch.from_numpy(seeded).to(plan.positions.device)
-
-    def _measure_drawn(
-        self,
-        choice: Choice,
-        processed: torch.Tensor,
-        requests: list[int],
-        plan: BlockRows,
-    ) -> None:
-        """Overwrite statistics by those of what is drawn from, where asked for.
-
-        Args:
-            processed: [n, V], the restricted logits of the rows of `requests`.
-        """
-        state = self.state
-        measured = [
-            request
-            for request in requests
-            if state.requests[plan.slots_cpu[request]].measures_drawn
-            and state.requests[plan.slots_cpu[request]].params.temperature > 0
-        ]
-        if not measured:
-            return
-        rows = plan.rows_of(measured)
-        slots = plan.slots[plan.row_requests[rows]]
-        shaped = tempered(
-            processed[self._local_rows(measured, requests, plan)],
+    def _sampling(self, slots: torch.Tensor) -> Sampling:
+        """Of rows of these slots [n]."""
+        return Sampling(
             self._temperature[slots],
             self._top_k[slots],
             self._top_p[slots],
             self._min_p[slots],
         )
+
+    def _measure_drawn(
+        self,
+        choice: RowChoice,
+        processed: torch.Tensor,
+        sampling: Sampling,
+        at: torch.Tensor,
+        measured: torch.Tensor,
+    ) -> None:
+        """Overwrite statistics by those of what is drawn from, where asked for.
+
+        Args:
+            processed: [n, V], restricted logits.
+            sampling: of these rows.
+            at: [n] int64: which rows of `choice` they are.
+            measured: [m] int64: which of the n ask for it.
+        """
+        shaped = tempered(processed[measured], *sampling.at(measured))
         stats = token_stats(
             shaped, choice.entropy is not None, choice.margin is not None
         )
-        places = plan.row_places[rows]
-        tokens = choice.candidate.view(-1)[places]
-        sure = prob_of(shaped, tokens, stats.logsumexp)
-        choice.confidence.view(-1)[places] = sure
+        at = at[measured]
+        tokens = choice.candidate[at]
+        choice.confidence[at] = prob_of(shaped, tokens, stats.logsumexp)
         if choice.entropy is not None and stats.entropy is not None:
-            choice.entropy.view(-1)[places] = stats.entropy
+            choice.entropy[at] = stats.entropy
         if choice.margin is not None and stats.margin is not None:
-            choice.margin.view(-1)[places] = stats.margin
-
-    def _rows_to_draw(
-        self, requests: list[int], plan: BlockRows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of `requests` with a temperature, without and with top-k/p."""
-        plain: list[int] = []
-        truncated: list[int] = []
-        for request in requests:
-            params = self.state.requests[plan.slots_cpu[request]].params
-            if params.temperature > 0:
-                cut = params.top_k > 0 or params.top_p < 1
-                (truncated if cut else plain).append(request)
-        return (
-            self._local_rows(plain, requests, plan),
-            self._local_rows(truncated, requests, plan),
-        )
-
-    def _local_rows(
-        self, some: list[int], requests: list[int], plan: BlockRows
-    ) -> torch.Tensor:
-        """[n] int64: rows of `some` of the `requests`, counted among all of theirs."""
-        sizes = [_num_rows([request], plan) for request in requests]
-        chosen = np.repeat(np.isin(requests, some), sizes).nonzero()[0]
-        return torch.from_numpy(chosen).to(plan.positions.device)
+            choice.margin[at] = stats.margin
 
     def noise_keys(
         self, step: torch.Tensor, plan: BlockRows
@@ -236,27 +314,37 @@ class Candidates:
             step.repeat_interleave(width),
         )
 
-    def _restrict(self, block: torch.Tensor, row: int, plan: BlockRows) -> None:
-        """Apply one request's token restrictions to its [B, V] logits in place."""
-        request = self.state.requests[plan.slots_cpu[row]]
-        params = request.params
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=block.device)
-            bias = torch.tensor(list(params.logit_bias.values()), device=block.device)
-            block[:, ids] += bias.to(block.dtype)
-        if params.allowed_token_ids:
-            allowed = torch.tensor(params.allowed_token_ids, device=block.device)
-            kept = block[:, allowed]
-            block.fill_(-torch.inf)
-            block[:, allowed] = kept
-        if params.min_tokens:
-            early = self._early(plan)[row, : len(block)]
-            stop_ids = {*params.all_stop_token_ids, *request.stop_ids}
-            stop = torch.tensor(sorted(stop_ids), device=block.device)
-            block[early.nonzero()[:, 0, None], stop] = -torch.inf
-        if params.bad_words_token_ids:
-            for offset, token in self._banned(row, plan):
-                block[offset, token] = -torch.inf
+    def _restrict(
+        self, logits: torch.Tensor, rows: np.ndarray, blocks: BlockRows
+    ) -> None:
+        """Apply requests' token restrictions in place.
+
+        Args:
+            logits: [n, V] float32.
+            rows: [n]: which of the rows of `blocks` these are.
+        """
+        requests = blocks.row_request[rows]
+        for request in np.unique(requests[self._restricts[blocks.row_slots[rows]]]):
+            (mine,) = (requests == request).nonzero()
+            # A request's rows follow each other.
+            part = logits[mine[0] : mine[-1] + 1]
+            offsets = blocks.row_offset[rows[mine]]
+            restriction = self._restrictions[int(blocks.slots_np[request])]
+            part[:, restriction.biased] += restriction.bias
+            if restriction.allowed is not None:
+                kept = part[:, restriction.allowed]
+                part.fill_(-torch.inf)
+                part[:, restriction.allowed] = kept
+            if len(restriction.ending):
+                places = torch.from_numpy(offsets).to(part.device)
+                early = self._early(blocks)[request, places][:, None]
+                ending = part[:, restriction.ending]
+                part[:, restriction.ending] = ending.masked_fill(early, -torch.inf)
+            if restriction.bad_words:
+                row_of = {offset: row for row, offset in enumerate(offsets.tolist())}
+                for offset, token in self._banned(int(request), blocks):
+                    if offset in row_of:
+                        part[row_of[offset], token] = -torch.inf
 
     # -- what ends a text --------------------------------------------------
 
@@ -274,8 +362,8 @@ class Candidates:
 
     def _banned(self, row: int, plan: BlockRows) -> list[tuple[int, int]]:
         """(block offset, token) pairs that would complete a bad word."""
-        slot = plan.slots_cpu[row]
-        words = self.state.requests[slot].params.bad_words_token_ids
+        slot = int(plan.slots_np[row])
+        words = self._restrictions[slot].bad_words
         tokens, first = self._output(slot, row, plan)
         return [(i - first, token) for i, token in banned_tokens(tokens, words, first)]
 
@@ -287,8 +375,9 @@ class Candidates:
         plan: BlockRows,
     ) -> None:
         """Withdraw, in place, commits and edits that would write a bad word."""
-        for row, slot in enumerate(plan.slots_cpu):
-            words = self.state.requests[slot].params.bad_words_token_ids
+        for row in self._restricts[plan.slots_np].nonzero()[0].tolist():
+            slot = int(plan.slots_np[row])
+            words = self._restrictions[slot].bad_words
             if not words:
                 continue
             tokens, first = self._output(slot, row, plan)
@@ -315,19 +404,3 @@ class Candidates:
             for token, hidden in zip(tokens, masked, strict=True)
         ]
         return known, block_start - begin
-
-
-def _num_rows(requests: list[int], plan: BlockRows) -> int:
-    bounds = plan.row_bounds
-    return sum(bounds[request + 1] - bounds[request] for request in requests)
-
-
-def _is_special(params: SamplingParams) -> bool:
-    """Whether a request's candidates may differ from the argmax."""
-    return bool(
-        params.temperature > 0
-        or params.logit_bias
-        or params.allowed_token_ids
-        or params.min_tokens
-        or params.bad_words_token_ids
-    )

@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.branches import Pages, page_size_of
 from vllm_dlm.model_executor.cache import (
+    Reach,
     Rows,
     block_start,
     canvas_width,
@@ -55,7 +56,14 @@ class CanvasRequest(Request):
     block_hashes: list[Any]
     """vLLM's: of its full pages."""
     steps: StepCount
-    """Its denoise steps, for step maps."""
+    """Its denoise steps."""
+    reach: Reach
+    """Its cache policy; of class A."""
+    frontiers: list[int]
+    """Its tokens after each step of the active block, from before the first one on.
+    Kept when it is preempted: a replay computes the same rows again."""
+    commits_alone: bool
+    """A finished block's KV is written by a forward of its own."""
     max_branches: int
     """Canvases that a forward of its may evaluate (`branches.py`)."""
     branches: int
@@ -82,6 +90,11 @@ class CanvasRequest(Request):
         """Absolute position of the active block's first token."""
         length = self.dlm.block_length
         return block_start(len(self._all_token_ids), length, self.origin)
+
+    @property
+    def step(self) -> int:
+        """Denoise steps that the active block has had."""
+        return self.steps.in_block if self.steps.block == self.block_start else 0
 
     def open_canvas(self, max_canvas: int, max_model_len: int) -> None:
         """Lay out the canvas for (the rest of) the output.
@@ -129,20 +142,36 @@ class CanvasRequest(Request):
         """Rows that its next forward computes."""
         block, length = self.block_start, self.dlm.block_length
         if not self.model.reuses_blocks:
+            step = self.step
             return plan_rows(
-                self.dlm.cache,
-                self.refreshed_block != block,
-                block,
-                length,
-                self.canvas_end,
-                self.model.shift,
+                self.reach,
+                step=step,
+                is_first_block=block <= self.num_prompt_tokens,
+                block_start=block,
+                block_length=length,
+                frontiers=(self.frontiers[max(step - 1, 0)], self.frontiers[step]),
+                canvas_end=self.canvas_end,
             )
         if self.model.seeds_blocks and len(self._all_token_ids) == block:
             # The rows left of the block, finished now, predict its first token.
             return Rows(self.kv_final, block)
+        if self.commits_alone and self.kv_final < block != self.first_block:
+            return Rows(self.kv_final, block)
         # What is finished but not final (the block before this one, or the prompt)
         # and the block itself: no forward is spent on writing final KV alone.
         return Rows(self.kv_final, min(block + length, self.canvas_end))
+
+    def note_step(self) -> None:
+        """A denoise step is over; its tokens are not appended yet."""
+        self.steps.enter(self.block_start)
+        self.steps.in_block += 1
+
+    def note_frontier(self) -> None:
+        """The tokens of a denoise step have been appended."""
+        if self.frontiers[0] != self.block_start:
+            self.frontiers = [self.block_start]
+        elif self.step == len(self.frontiers):
+            self.frontiers.append(len(self._all_token_ids))
 
     def useful_branches(self) -> int:
         """Canvases that its next forward can learn from; 1 where nothing is drafted."""

@@ -95,7 +95,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         if defaults.reuses_blocks:
             _serve_blocks(vllm_config, defaults, server)
         else:
-            _serve_full_attention(vllm_config)
+            _serve_full_attention(vllm_config, server)
         scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
         vllm_config.attention_config.use_non_causal = True
         if current_platform.is_cpu():
@@ -142,12 +142,20 @@ def _check_stop_ids(model_config: ModelConfig, defaults: ModelDefaults) -> None:
         )
 
 
-def _serve_full_attention(vllm_config: VllmConfig) -> None:
+def _serve_full_attention(vllm_config: VllmConfig, server: DlmConfig) -> None:
     """Class A: every position attends to every other.
 
     A prompt plus its canvas is one forward, or it is wrong; and a page's KV changes
     with the canvas in every forward: there is nothing to share.
+
+    Raises:
+        ValueError: an option that speaks of final KV.
     """
+    if server.commit != "fused":
+        raise ValueError(
+            f"commit {server.commit!r} is for block-causal models: with full attention "
+            "no block's KV is ever final; leave it at 'fused'"
+        )
     scheduler = vllm_config.scheduler_config
     max_model_len = vllm_config.model_config.max_model_len
     scheduler.enable_chunked_prefill = False

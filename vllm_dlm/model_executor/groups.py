@@ -7,11 +7,15 @@ may differ from row to row and live in one tensor per parameter, addressed by sl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import (
     NOT_DRAFTED,
@@ -36,8 +40,9 @@ MOST_IDLE_GROUPS = 64
 class Group:
     """A strategy, and what it remembers of the requests that it decides."""
 
-    def __init__(self, strategy: Strategy, num_slots: int) -> None:
+    def __init__(self, strategy: Strategy, num_slots: int, number: int) -> None:
         self.strategy = strategy
+        self.number = number
         self._memory = {
             name: torch.full(
                 (num_slots, *field.shape),
@@ -98,6 +103,9 @@ class StrategyGroups:
         """[slots] bool: the slot's strategy has branches evaluated."""
         self._groups: dict[GroupKey, Group] = {}
         self._group_of: dict[int, Group] = {}
+        self._group_number = np.full(state.max_num_reqs, -1)
+        """[slots]: the number of each slot's group, to tell them apart in a batch."""
+        self._next_number = count()
         self._numbers: dict[tuple[str, str], torch.Tensor] = {}
 
     def add(self, slot: int) -> None:
@@ -110,12 +118,16 @@ class StrategyGroups:
             strategy = strategy_class(
                 config.params, config.block_length, self.state.context(config.cache)
             )
-            self._groups[key] = Group(strategy, self.state.max_num_reqs)
+            self._groups[key] = Group(
+                strategy, self.state.max_num_reqs, next(self._next_number)
+            )
         group = self._group_of[slot] = self._groups[key]
+        self._group_number[slot] = group.number
         group.forget(slot)
         self.may_rewrite[slot] = group.strategy.may_rewrite
         self.step_limit[slot] = group.strategy.step_limit(config.params)
         self.drafts[slot] = "branches" in group.strategy.needs
+        self.state.host.reads[slot] = _rows_read_by(group.strategy)
         for name in numeric:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
 
@@ -152,23 +164,28 @@ class StrategyGroups:
             )
         return self._numbers[key]
 
-    def needs(self, slots: list[int]) -> set[str]:
+    def needs(self, slots: np.ndarray) -> set[str]:
         """Statistics that any of these slots' strategies reads."""
-        return {need for slot in slots for need in self.strategy_of(slot).needs}
+        return {
+            need for group, _ in self._split(slots) for need in group.strategy.needs
+        }
+
+    def _split(self, slots: np.ndarray) -> Iterator[tuple[Group, np.ndarray]]:
+        """Each group of some slots [R], and which of them are its."""
+        numbers = self._group_number[slots]
+        for number in np.unique(numbers):
+            (rows,) = (numbers == number).nonzero()
+            yield self._group_of[int(slots[rows[0]])], rows
 
     def select(self, view: View, plan: SegmentPlan) -> Decision:
         """Let every group decide its rows; one `Decision` for the whole batch."""
-        members: dict[int, list[int]] = {}
-        for row, slot in enumerate(plan.slots_cpu):
-            members.setdefault(id(self._group_of[slot]), []).append(row)
         whole = Decision(commit=torch.zeros_like(view.masked))
-        for rows in members.values():
-            group = self._group_of[plan.slots_cpu[rows[0]]]
+        for group, rows in self._split(plan.slots_np):
             strategy = group.strategy
-            if len(rows) == len(plan.slots_cpu):
+            if len(rows) == len(plan.slots_np):
                 index: slice | torch.Tensor = slice(None)
             else:
-                index = torch.tensor(rows, device=self.state.device)
+                index = torch.from_numpy(rows).to(self.state.device, non_blocking=True)
             slots = plan.slots[index]
             part = view.take(index, strategy.block_length)
             part = replace(part, state=group.recall(slots, part.step))
@@ -181,6 +198,13 @@ class StrategyGroups:
             group.remember(slots, state, plan.seeds[index])
             _merge(whole, decision, index, strategy, view)
         return whole
+
+
+def _rows_read_by(strategy: Strategy) -> int:
+    if strategy.logit_rows == "block":
+        return BLOCK
+    # In the course of its branches a request may reach the next sub-block.
+    return MASKS if "branches" in strategy.needs else OPEN_MASKS
 
 
 def _where(flags: torch.Tensor, fill: float, values: torch.Tensor) -> torch.Tensor:

@@ -11,52 +11,86 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_dlm.model_executor.step_maps import COLUMNS, new_map, note_writes
+from vllm_dlm.kernels.top_logprobs import top_logprobs
+from vllm_dlm.model_executor.segments import ragged, upload
+from vllm_dlm.model_executor.step_maps import COLUMNS, NOT_WRITTEN, note_writes
 
 if TYPE_CHECKING:
+    from vllm_dlm.model_executor.logits import Logits
     from vllm_dlm.model_executor.safety import SafeDecision
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
 
 
 class RevealedLogprobs:
-    """Per request that asked for logprobs: ids, values and ranks by position."""
+    """Ids, values and ranks by position, of requests that asked for logprobs.
+
+    Each has a seat in tensors that grow with the number of such requests at a time.
+    """
 
     def __init__(self, state: DlmModelState) -> None:
         self.state = state
-        self._ids: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
-        self._ranks: dict[int, torch.Tensor] = {}
-        self._step_maps: dict[int, torch.Tensor] = {}
+        self._seat = np.full(state.max_num_reqs, -1)
+        """[slots]: -1 for requests that did not ask."""
+        self._top = np.zeros(state.max_num_reqs, dtype=np.int64)
+        """[slots]: how many tokens they want besides the chosen one."""
+        self._maps = np.zeros(state.max_num_reqs, dtype=bool)
+        """[slots]: whether they want a step map."""
+        self._free: list[int] = []
+        length = state.tokens.shape[1]
+
+        def seats(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(0, length, *shape, dtype=dtype, device=state.device)
+
+        # [seats, max_model_len, k + 1]: column 0 is the token's own.
+        self._ids = seats(1, dtype=torch.int32)
+        self._values = seats(1, dtype=torch.float32)
+        self._ranks = seats(dtype=torch.int64)
+        self._step_maps = seats(COLUMNS, dtype=torch.int32)
 
     def add(self, slot: int) -> None:
-        """Make room for a new request that asked for logprobs or a step map.
-
-        Stored per slot: [max_model_len, k + 1] ids and values, column 0 the token's.
-        """
+        """Make room for a new request that asked for logprobs or a step map."""
         request = self.state.requests[slot]
         top = request.params.num_logprobs
-        length, device = self.state.tokens.shape[1], self.state.device
         if request.config.step_map:
-            self._step_maps[slot] = new_map(length, device)
             top = top or 0
         if top is None:
             return
-        self._ids[slot] = torch.zeros(length, top + 1, dtype=torch.int32, device=device)
-        self._values[slot] = torch.zeros(length, top + 1, device=device)
-        self._ranks[slot] = torch.zeros(length, dtype=torch.int64, device=device)
+        if not self._free:
+            self._add_seats()
+        self._widen(top + 1)
+        seat = self._seat[slot] = self._free.pop()
+        self._top[slot], self._maps[slot] = top, request.config.step_map
+        self._step_maps[seat] = torch.tensor(NOT_WRITTEN, dtype=torch.int32)
 
     def remove(self, slot: int) -> None:
         """Drop what is kept for a request that has left."""
-        for store in (self._ids, self._values, self._ranks, self._step_maps):
-            store.pop(slot, None)
+        if self._seat[slot] >= 0:
+            self._free.append(int(self._seat[slot]))
+            self._seat[slot] = -1
+
+    def _add_seats(self) -> None:
+        """Twice as many."""
+        have = len(self._ids)
+        more = max(have, 1)
+        self._ids, self._values, self._ranks, self._step_maps = (
+            torch.cat([store, store.new_zeros(more, *store.shape[1:])])
+            for store in (self._ids, self._values, self._ranks, self._step_maps)
+        )
+        self._free += range(have, have + more)
+
+    def _widen(self, columns: int) -> None:
+        missing = (0, max(columns - self._ids.shape[2], 0))
+        self._ids = torch.nn.functional.pad(self._ids, missing)
+        self._values = torch.nn.functional.pad(self._values, missing)
 
     def record(
         self,
-        logits: torch.Tensor,
+        logits: Logits,
         step: torch.Tensor,
         decision: SafeDecision,
         plan: SegmentPlan,
@@ -64,31 +98,36 @@ class RevealedLogprobs:
         """Keep the log-probabilities of the tokens written in this step.
 
         Args:
-            logits: [N, V], rows as `SegmentPlan.logits_rows` names them.
+            logits: of the step's rows.
             step: [R] int64, the step of each request's block.
         """
-        for row, slot in enumerate(plan.slots_cpu):
-            if slot not in self._ids:
-                continue
-            written = decision.commit[row] | decision.edit[row]
-            offsets = written.nonzero()[:, 0]
-            tokens = decision.new_tokens[row, offsets]
-            rows = plan.rows_at(row, offsets, decision.branch)
-            scores = logits[rows].float().log_softmax(dim=1)
-            chosen = scores.gather(1, tokens[:, None])
-            top = self._ids[slot].shape[1] - 1
-            best = scores.topk(top, dim=1)
-            where = plan.positions[row, offsets]
-            self._ids[slot][where] = torch.cat(
-                [tokens[:, None], best.indices], dim=1
-            ).int()
-            self._values[slot][where] = torch.cat([chosen, best.values], dim=1)
-            # As vLLM ranks: 1 for the best, ties count.
-            self._ranks[slot][where] = (scores >= chosen).sum(dim=1)
-            if slot in self._step_maps:
-                # A predicted mask (reference_exact) writes nothing.
-                where = where[tokens != self.state.mask_id]
-                note_writes(self._step_maps[slot], where, step[row])
+        (asking,) = (self._seat[plan.slots_np] >= 0).nonzero()
+        if not len(asking):
+            return
+        slots = plan.slots_np[asking]
+        at, seats, maps = upload(
+            logits.device, asking, self._seat[slots], self._maps[slots]
+        )
+        # What was left a mask (reference_exact) may have no row of its own.
+        written = (decision.commit | decision.edit)[at] & plan.has_row[at]
+        which, offsets = written.nonzero(as_tuple=True)
+        requests, seats = at[which], seats[which]
+        tokens = decision.new_tokens[requests, offsets]
+        positions = plan.positions[requests, offsets]
+        rows = plan.rows_at(requests, offsets, decision.branch)
+        top = int(self._top[slots].max())
+        for part, of_rows in logits.over(rows):
+            ids, values, ranks = top_logprobs(of_rows, top, None, tokens[part])
+            where = seats[part], positions[part]
+            self._ids[*where, : top + 1] = ids.int()
+            self._values[*where, : top + 1] = values
+            self._ranks[where] = ranks
+        if self._maps[slots].any():
+            # A predicted mask (reference_exact) writes nothing.
+            noted = maps[which].bool() & (tokens != self.state.mask_id)
+            note_writes(
+                self._step_maps, seats[noted], positions[noted], step[requests[noted]]
+            )
 
     def emit(
         self, old: torch.Tensor, new: torch.Tensor, plan: SegmentPlan
@@ -99,50 +138,36 @@ class RevealedLogprobs:
         the token ids are followed by its `COLUMNS`, and that request's tokens by the
         rest of its block: what stands behind the end of a text has shaped it too.
         """
-        if not any(slot in self._ids for slot in plan.slots_cpu):
+        slots = plan.slots_np
+        asks = self._seat[slots] >= 0
+        if not asks.any():
             return None
-        columns = max(ids.shape[1] for ids in self._ids.values())
-        mapped = any(slot in self._step_maps for slot in plan.slots_cpu)
-        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        offsets = [0]
         block_end = plan.positions[:, 0] + plan.valid.sum(dim=1)
-        bounds = torch.stack(
-            [old, new, block_end - self.state.prompt_len[plan.slots]], dim=1
-        ).tolist()
-        for slot, (begin, end, last) in zip(plan.slots_cpu, bounds, strict=True):
-            count = 0
-            if slot in self._step_maps:
-                end = last
-            if slot in self._ids:
-                prompt_len = int(self.state.prompt_len[slot])
-                span = slice(prompt_len + begin, prompt_len + end)
-                missing = columns - self._ids[slot].shape[1]
-                pad = (0, missing)
-                ids = torch.nn.functional.pad(self._ids[slot][span], pad)
-                if mapped:
-                    step_map = self._step_maps.get(slot)
-                    columns_behind = (
-                        ids.new_zeros(len(ids), COLUMNS)
-                        if step_map is None
-                        else step_map[span]
-                    )
-                    ids = torch.cat([ids, columns_behind], dim=1)
-                parts.append(
-                    (
-                        ids,
-                        torch.nn.functional.pad(
-                            self._values[slot][span], pad, value=-torch.inf
-                        ),
-                        self._ranks[slot][span],
-                    )
-                )
-                count = end - begin
-            offsets.append(offsets[-1] + count)
+        prompt_len = self.state.prompt_len[plan.slots]
+        bounds = torch.stack([old + prompt_len, new + prompt_len, block_end])
+        # vLLM wants the counts on the host.
+        first, last, block_end_np = bounds.cpu().numpy()
+        last = np.where(self._maps[slots], block_end_np, last)
+        counts = np.where(asks, last - first, 0)
+        owner, nth = ragged(counts)
+        owner_slots = slots[owner]
+        columns = int(self._top[slots[asks]].max()) + 1
+        seats, positions, wanted = upload(
+            old.device,
+            self._seat[owner_slots],
+            first[owner] + nth,
+            np.arange(columns) <= self._top[owner_slots, None],
+        )
+        where, unwanted = (seats, positions), ~wanted.bool()
+        ids = self._ids[where][:, :columns].masked_fill(unwanted, 0)
+        if self._maps[slots].any():
+            ids = torch.cat([ids, self._step_maps[where]], dim=1)
+        values = self._values[where][:, :columns]
         return LogprobsTensors(
-            logprob_token_ids=torch.cat([part[0] for part in parts]),
-            logprobs=torch.cat([part[1] for part in parts]),
-            selected_token_ranks=torch.cat([part[2] for part in parts]),
-            cu_num_generated_tokens=offsets,
+            logprob_token_ids=ids,
+            logprobs=values.masked_fill(unwanted, -torch.inf),
+            selected_token_ranks=self._ranks[where],
+            cu_num_generated_tokens=[0, *np.cumsum(counts).tolist()],
         )
 
 
@@ -154,5 +179,5 @@ def spread_logprobs(
         return None
     counts = torch.zeros(num_reqs + 1, dtype=torch.int64)
     offsets = torch.tensor(logprobs.cu_num_generated_tokens)
-    counts[torch.tensor(plan.batch_rows) + 1] = offsets.diff()
+    counts[torch.from_numpy(plan.batch_rows) + 1] = offsets.diff()
     return logprobs._replace(cu_num_generated_tokens=counts.cumsum(0).tolist())

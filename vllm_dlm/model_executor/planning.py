@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the rows that the scheduler chose to a `SegmentPlan`.
 
-Lengths, starts and ends are known on the host, so segments are cut there. Where the
-active blocks stand depends on what was decided: those tensors stay on the device, and
-nothing here waits for it.
+Everything is laid out on the host: lengths, starts and ends are known there, and what
+the last step decided has arrived with its outcome (`host_slots.py`). One transfer
+brings the plan to the device; nothing here waits for it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from vllm_dlm.model_executor.branches import plan_branches
+from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
 from vllm_dlm.model_executor.segments import (
     SegmentPlan,
     Segments,
     cut_segments,
-    ragged,
+    upload,
 )
 
 if TYPE_CHECKING:
@@ -27,37 +27,36 @@ if TYPE_CHECKING:
 
 
 def plan_forward(state: DlmModelState, input_batch: Any, page_size: int) -> SegmentPlan:
-    """Plan the forward of vLLM's `input_batch`; updates the state's canvas ends.
+    """Plan the forward of vLLM's `input_batch`; updates the canvas ends.
 
     Args:
         page_size: tokens in a KV page.
     """
+    state.host.settle()
     starts = input_batch.num_computed_tokens_np.astype(np.int64)
     branches = np.ones_like(starts)
     if input_batch.num_draft_tokens_per_req is not None:
         # What vLLM takes for a number of draft tokens (`scheduler.py`).
         branches += input_batch.num_draft_tokens_per_req
     ends = starts + input_batch.num_scheduled_tokens // branches
-    slots_cpu = input_batch.idx_mapping_np.tolist()
-    requests = [state.requests[slot] for slot in slots_cpu]
-    lengths = np.array([request.config.block_length for request in requests])
-    first_blocks = np.array([request.first_block for request in requests])
+    host, slots = state.host, input_batch.idx_mapping_np
+    first_blocks = host.first_block[slots]
     # Until its first block is reached, a request's rows are a part of its prompt.
-    # Known here without asking the device: the scheduler cuts nothing later on.
-    seeds = np.array([request.seeds for request in requests])
-    decides = (ends > first_blocks) | (seeds & (ends == first_blocks))
+    decides = (ends > first_blocks) | (host.seeds[slots] & (ends == first_blocks))
+    if state.commits_alone:
+        decides &= ends > host.block_start[slots]
     segments = cut_segments(
         state.defaults.model_class,
         starts,
         ends,
-        lengths,
-        np.array([request.origin for request in requests]),
+        host.block_length[slots],
+        host.origin[slots],
         first_blocks,
     )
     # A request with branches computes its active block, or all: one segment.
     segments = segments.repeated(branches[segments.request])
     rows = decides.nonzero()[0]
-    plan = _plan_blocks(state, input_batch, segments, rows, starts, ends, lengths[rows])
+    plan = _plan_blocks(state, input_batch, segments, rows, starts, ends, branches)
     if branches.max() == 1:
         return plan
     return replace(
@@ -73,75 +72,103 @@ def _plan_blocks(
     rows: np.ndarray,
     starts: np.ndarray,
     ends: np.ndarray,
-    lengths: np.ndarray,
+    branches: np.ndarray,
 ) -> SegmentPlan:
-    """The active blocks of the batch's `rows`, and where their logits come from.
-
-    Args:
-        lengths: [R] B of each of them; the batch's is the largest.
-    """
-    width = int(lengths.max(initial=1))
-    owner, offset = ragged(lengths)
-    places = owner * width + offset
-
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(state.device, non_blocking=True)
-
-    slots_cpu = input_batch.idx_mapping_np[rows].tolist()
-    slots = on_device(np.array(slots_cpu, dtype=np.int64))
-    start, end = on_device(starts[rows]), on_device(ends[rows])
-    block_start, canvas_end = state.block_start[slots], state.canvas_end[slots]
-    kv_lens = on_device(segments.kv_lens)
-    if state.defaults.reuses_blocks:
+    """The active blocks of the batch's `rows`, and where their logits come from."""
+    host, defaults = state.host, state.defaults
+    slots = input_batch.idx_mapping_np[rows].astype(np.int64)
+    start, end = starts[rows, None], ends[rows, None]
+    block_start, canvas_end = host.block_start[slots], host.canvas_end[slots]
+    kv_lens = segments.kv_lens
+    if defaults.reuses_blocks:
         # A strategy cut the canvas at a block's end, and the text goes on.
         goes_on = canvas_end <= block_start
-        canvas_end = torch.where(goes_on, state.text_end[slots], canvas_end)
+        canvas_end = np.where(goes_on, host.text_end[slots], canvas_end)
     else:
-        # A forward that starts at 0 covers the canvas, as the scheduler cut it.
-        canvas_end = torch.where(start == 0, end, canvas_end)
-        kv_lens = canvas_end.to(torch.int32)[on_device(segments.request)]
-    state.canvas_end[slots] = canvas_end
+        # A canvas' first forward covers it, as wide as the scheduler has opened it.
+        canvas_end = np.where(canvas_end <= block_start, end[:, 0], canvas_end)
+        seen = np.minimum(end[:, 0] + host.keys_behind[slots], canvas_end)
+        kv_lens = seen[segments.request]
+    host.canvas_end[slots] = canvas_end
 
     # Rows that end before the block predict its first position.
-    seeds = end <= block_start
-    causal = None
-    if state.defaults.model_class == "C":
+    seeds = end[:, 0] <= block_start
+    is_causal = None
+    if defaults.model_class == "C":
         # All that is finished; the active block is its request's last segment.
-        opens = torch.zeros(len(starts), dtype=torch.bool, device=state.device)
-        opens[on_device(rows)] = ~seeds
-        active = opens[on_device(segments.request)] & on_device(segments.is_last)
-        causal = (~active).to(torch.int32)
+        opens = np.zeros(len(starts), dtype=bool)
+        opens[rows] = ~seeds
+        is_causal = ~(opens[segments.request] & segments.is_last)
 
-    offsets = torch.arange(width, device=state.device)
+    # B of the batch is the longest request's.
+    lengths = host.block_length[slots, None]
+    offsets = np.arange(lengths.max(initial=1))
     positions = block_start[:, None] + offsets
-    valid = (positions < canvas_end[:, None]) & (
-        offsets < state.block_length[slots][:, None]
+    valid = (positions < canvas_end[:, None]) & (offsets < lengths)
+    source = positions - np.where(seeds, 1, defaults.shift)[:, None]
+    readable = valid & (start <= source) & (source < end)
+    is_read = readable & _rows_to_read(state, slots, valid)
+    row_request, row_offset = is_read.nonzero()
+    row_at = np.full(positions.shape, -1)
+    row_at[is_read] = np.arange(len(row_request))
+    first_rows = input_batch.query_start_loc_np[rows].astype(np.int64) - start[:, 0]
+    logits_rows = (first_rows[:, None] + source)[is_read]
+    on_device = upload(
+        state.device,
+        slots,
+        end[:, 0],
+        (starts + input_batch.num_scheduled_tokens)[rows],
+        canvas_end,
+        seeds,
+        positions,
+        valid,
+        readable,
+        row_at,
+        logits_rows,
+        row_request * len(offsets) + row_offset,
+        row_request,
+        kv_lens,
+        is_read.sum(axis=1) * branches[rows],
+        *([] if is_causal is None else [is_causal]),
     )
-    shift = torch.where(seeds, 1, state.defaults.shift)
-    source = positions - shift[:, None]
-    readable = valid & (source < end[:, None])
-    # Rows that are not there are never read; keep their index inside the request.
-    source = source.clamp(start[:, None], end[:, None] - 1)
-    first_rows = on_device(input_batch.query_start_loc_np[rows].astype(np.int64))
-    row_places = on_device(places)
-    logits_rows = ((first_rows - start)[:, None] + source).flatten()[row_places]
-    return SegmentPlan(
+    plan = SegmentPlan(
         segments=segments,
-        kv_lens=kv_lens,
-        causal=causal,
-        slots=slots,
-        slots_cpu=slots_cpu,
-        batch_rows=rows.tolist(),
-        ends=end,
-        seeds=seeds,
-        rows_ends=on_device(
-            (starts + input_batch.num_scheduled_tokens)[rows].astype(np.int64)
-        ),
-        positions=positions,
-        valid=valid,
-        readable=readable,
-        logits_rows=logits_rows,
-        row_places=row_places,
-        row_bounds=[0, *np.cumsum(lengths).tolist()],
+        slots_np=slots,
+        batch_rows=rows,
+        row_request=row_request,
+        row_offset=row_offset,
+        slots=on_device[0],
+        ends=on_device[1],
+        rows_ends=on_device[2],
+        canvas_end=on_device[3],
+        seeds=on_device[4].bool(),
+        positions=on_device[5],
+        valid=on_device[6].bool(),
+        readable=on_device[7].bool(),
+        row_at=on_device[8],
+        logits_rows=on_device[9],
+        row_places=on_device[10],
+        row_requests=on_device[11],
+        kv_lens=on_device[12].int(),
+        num_logits=on_device[13],
+        causal=None if is_causal is None else on_device[14].int(),
         branches=None,
     )
+    state.canvas_end[plan.slots] = plan.canvas_end
+    return plan
+
+
+def _rows_to_read(
+    state: DlmModelState, slots: np.ndarray, valid: np.ndarray
+) -> np.ndarray:
+    """[R, B] bool: positions of the active blocks whose logits are read.
+
+    The device's own masks are `Views.masked`, the open ones of them `Views._open`.
+    """
+    width, reads = valid.shape[1], state.host.reads[slots, None]
+    masked = state.host.masked[slots, :width] & valid
+    sub_block = np.arange(width) // state.host.sub_block_length[slots, None]
+    first = np.where(masked, sub_block, width).min(axis=1, keepdims=True)
+    masked &= (sub_block == first) | (reads != OPEN_MASKS)
+    is_read: np.ndarray = masked | (reads == BLOCK)
+    return is_read

@@ -81,7 +81,9 @@ class Safety:
         # The references' schedule ends with masks where masks were predicted.
         left = state.exact[slots][:, None] & last & ~commit
         new_tokens = torch.where(left, state.mask_id, new_tokens)
-        commit = torch.where(last, view.masks & plan.readable, commit)
+        # A further sub-block, whose rows were not read, ends in the next step.
+        ends = view.masks & plan.readable & (plan.has_row | state.exact[slots][:, None])
+        commit = torch.where(last, ends, commit)
         return SafeDecision(
             commit=commit,
             new_tokens=new_tokens,
@@ -104,7 +106,7 @@ class Safety:
     ) -> torch.Tensor | None:
         """Where the canvas ends now: `Decision.truncate_at`."""
         state, slots = self.state, plan.slots
-        if all(state.requests[slot].config.eotp == "off" for slot in plan.slots_cpu):
+        if not state.host.predicts_end[plan.slots_np].any():
             return decision.truncate_at
         is_end = self.candidates.is_stop(new_tokens, plan)
         return canvas_cut(

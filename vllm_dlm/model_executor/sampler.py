@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DenoisingSampler: logits of the active blocks in, final tokens out.
+"""DenoisingSampler: the active blocks' rows in, final tokens out.
 
 One step, for all requests of the batch at once:
 
-    rows -> statistics -> candidates -> strategy decides -> safety -> canvas -> reply
+    rows -> lm_head -> statistics -> candidates -> strategy -> safety -> canvas -> reply
 
 What the strategies see is made in `views.py`, what must hold for all of them is in
 `safety.py`; a cut canvas stays cut here.
@@ -15,9 +15,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dlm.model_executor.cache import POLICIES
+from vllm_dlm.kernels.token_stats import token_stats
+from vllm_dlm.model_executor.cache import Reach, next_start
 from vllm_dlm.model_executor.candidates import Candidates
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
@@ -50,6 +52,8 @@ class DenoisingSampler:
         self.logprobs = RevealedLogprobs(state)
         self.learning = Learning(state, self.groups)
         self.trajectories = open_log(state)
+        # A place in the reply that our models do not need, unless one looks for NaNs.
+        self._counts_rows = not envs.VLLM_COMPUTE_NANS_IN_LOGITS
         state.on_remove = self._forget
 
     def _forget(self, slot: int) -> None:
@@ -71,16 +75,20 @@ class DenoisingSampler:
 
     # -- one step ----------------------------------------------------------
 
-    def __call__(self, logits: torch.Tensor, input_batch: Any) -> SamplerOutput:
+    def __call__(self, hidden: torch.Tensor, input_batch: Any) -> SamplerOutput:
         """Decide one denoise step.
 
         Args:
-            logits: [N, V], rows as `SegmentPlan.logits_rows` names them.
-            input_batch: vLLM's batch, for the query lengths.
+            hidden: [N, H], rows as `SegmentPlan.logits_rows` names them, as the network
+                leaves them: `DiffusionModelMixin.compute_logits` says why.
+            input_batch: vLLM's batch.
         """
         plan = self.state.take_plan()
-        if plan is None or not plan.slots_cpu:
-            return _nothing_sampled(input_batch.num_reqs, logits.device)
+        if plan is None:
+            self._rehearse(hidden)
+        if plan is None or not len(plan.slots_np):
+            return _nothing_sampled(input_batch.num_reqs, hidden.device)
+        logits = self.views.logits(hidden, plan)
         view = self.views.view(logits, plan)
         self.learning.observe(view, plan)
         decided = self.groups.select(view, plan)
@@ -90,6 +98,12 @@ class DenoisingSampler:
         if self.trajectories is not None:
             self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
+
+    def _rehearse(self, hidden: torch.Tensor) -> None:
+        """A full tile, while vLLM measures how much memory a step takes."""
+        rows = min(self.state.tile_rows, self.state.max_num_tokens)
+        logits = self.state.model.logits(hidden.new_zeros(rows, hidden.shape[1]))
+        token_stats(logits, need_entropy=True, need_margin=True)
 
     def _advance(
         self, view: View, decision: SafeDecision, plan: SegmentPlan
@@ -109,7 +123,7 @@ class DenoisingSampler:
         masked = (view.masks & ~commit) | stays | remask
 
         # Truncation: what lies right of the cut no longer exists.
-        uncut_end = canvas_end = state.canvas_end[slots]
+        uncut_end = canvas_end = plan.canvas_end
         if decision.truncate_at is not None:
             cut = decision.truncate_at
             cut_end = torch.where(cut >= 0, block_start + cut + 1, canvas_end)
@@ -138,6 +152,7 @@ class DenoisingSampler:
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block
         state.step[slots] = torch.where(done, 0, view.step + 1)
+        self._tell_host(next_block, canvas_end, plan)
 
         # The reply: tokens that became final, then where the canvas ends.
         old = state.emitted[slots]
@@ -164,22 +179,45 @@ class DenoisingSampler:
         return SamplerOutput(
             sampled_token_ids=sampled,
             logprobs_tensors=self.logprobs.emit(old, new, plan),
-            num_nans=None,
+            num_nans=plan.num_logits if self._counts_rows else None,
             num_sampled=num_sampled,
-            num_rejected=(plan.rows_ends - self._next_start(done, plan)).int(),
+            num_rejected=(plan.rows_ends - self._next_start(frontier, plan)).int(),
         )
 
-    def _next_start(self, done: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
+    def _tell_host(
+        self, block_start: torch.Tensor, canvas_end: torch.Tensor, plan: SegmentPlan
+    ) -> None:
+        """Send what the next forward's rows follow from (`planning.py`)."""
+        state = self.state
+        offsets = torch.arange(plan.positions.shape[1], device=block_start.device)
+        positions = block_start[:, None] + offsets
+        positions = positions.clamp(max=state.masked.shape[1] - 1)
+        masked = state.masked[plan.slots[:, None], positions]
+        state.host.send(plan.slots_np, block_start, canvas_end, masked)
+
+    def _next_start(self, frontier: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
         """[R] int64: where the next forward of each request starts.
 
         The scheduler's rule (`CanvasRequest.next_rows`), for the runner's own count.
+
+        Args:
+            frontier: [R] int64, first position that is not final now.
         """
-        state, block_start = self.state, plan.positions[:, 0]
+        state, slots = self.state, plan.slots
         if state.defaults.reuses_blocks:
-            return block_start
-        keeps = ~done & (state.policy[plan.slots] != POLICIES.index("none"))
-        left = (block_start - state.defaults.shift).clamp(min=0)
-        return torch.where(keeps, left, 0)
+            return plan.positions[:, 0]
+        # In a replay, less is final than was handed out (`emitted`).
+        before = state.frontier[slots]
+        state.frontier[slots] = torch.maximum(before, frontier)
+        block_start = state.block_start[slots]
+        start: torch.Tensor = next_start(
+            Reach(*state.reach[slots].unbind(dim=1)),
+            state.step[slots],
+            block_start <= state.prompt_len[slots],
+            block_start,
+            before,
+        )
+        return start
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
@@ -198,9 +236,9 @@ def _for_batch(
     output: SamplerOutput, plan: SegmentPlan, num_reqs: int
 ) -> SamplerOutput:
     """The deciding requests' output as rows of the whole batch."""
-    if len(plan.slots_cpu) == num_reqs:
+    if len(plan.slots_np) == num_reqs:
         return output
-    rows = torch.tensor(plan.batch_rows, device=output.num_sampled.device)
+    rows = torch.from_numpy(plan.batch_rows).to(output.num_sampled.device)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         whole = values.new_zeros(num_reqs, *values.shape[1:])
@@ -210,7 +248,7 @@ def _for_batch(
     return SamplerOutput(
         sampled_token_ids=spread(output.sampled_token_ids),
         logprobs_tensors=spread_logprobs(output.logprobs_tensors, plan, num_reqs),
-        num_nans=None,
+        num_nans=None if output.num_nans is None else spread(output.num_nans),
         num_sampled=spread(output.num_sampled),
         num_rejected=spread(output.num_rejected),
     )

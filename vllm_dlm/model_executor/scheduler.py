@@ -63,6 +63,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self._at_second_stage: list[CanvasRequest] = []
         self._canvas_rows: dict[str, int] = {}
         """Canvas rows that each request of the step in flight evaluates."""
+        self._work = [0, 0]
+        """Rows, and rows through lm_head, since the last statistics (`metrics.py`)."""
 
     # -- admission ---------------------------------------------------------
 
@@ -86,6 +88,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.stop_ids = stop_ids(params)
             request.stages = Stages.of(request.dlm.tccf, self.vllm_config.model_config)
             request.steps = StepCount()
+            request.reach = request.dlm.reach(self.dlm_defaults.shift)
+            request.frontiers = [request.block_start]
+            request.commits_alone = self.dlm_server.commit == "separate"
             request.max_branches = self._max_branches(request)
             # Forwards and tokens per forward, on every request's output.
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(
@@ -112,6 +117,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
             branches = self._settle_branches(output, request, start, num_rows)
             canvas_rows = request.computed(start, start + num_rows // branches)
             self._canvas_rows[request_id] = branches * canvas_rows
+            if canvas_rows == 0 and request.block_start != request.first_block:
+                # vLLM counts no forward that decides nothing, as the prompt's parts.
+                request.spec_decode_metrics.observe(0, 0)
             self.kv_cache_manager.cache_blocks(request, request.kv_final)
         # Who sat out goes first next time. (A stable sort: False before True.)
         self.running.sort(key=lambda r: r.request_id in output.num_scheduled_tokens)
@@ -198,6 +206,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
+        # What vLLM takes for a number of NaNs is the rows that went through lm_head.
+        head_rows, model_runner_output.num_nans_in_logits = (
+            model_runner_output.num_nans_in_logits or {},
+            None,
+        )
+        self._work[0] += scheduler_output.total_num_scheduled_tokens
+        self._work[1] += sum(head_rows.values())
         logprobs, columns = take_columns(model_runner_output.logprobs)
         model_runner_output.logprobs = logprobs
         step_maps = {}
@@ -213,8 +228,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             if request.stages is not None:
                 before = request.output_token_ids
                 del tokens[request.stages.first_stage(before, tokens) :]
-            request.steps.enter(request.block_start)
-            request.steps.in_block += 1
+            request.note_step()
             if request.dlm.step_map and logprobs is not None and columns is not None:
                 step_maps[request.request_id] = request_rows(
                     columns, logprobs, row, request.steps.before
@@ -235,6 +249,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
                         end = None if output.finished else len(output.new_token_ids)
                         output.routed_experts = rows[:end]
         for request in self.running:
+            request.note_frontier()
             if request.num_tokens == request.canvas_end:
                 request.open_canvas(self.max_canvas, self.max_model_len)
             elif request.refreshed_block != request.block_start:
@@ -291,7 +306,10 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Denoise steps, canvas positions evaluated and tokens finalized."""
         if not self.log_stats:
             return None
-        stats = spec_decoding_stats or SpecDecodingStats.new(0)
+        stats = spec_decoding_stats
+        if stats is None:
+            stats = SpecDecodingStats.new(0)
+            stats.num_draft_tokens_per_pos, self._work = self._work, [0, 0]
         stats.num_drafts += 1
         stats.num_draft_tokens += num_draft_tokens
         stats.num_accepted_tokens += num_accepted_tokens

@@ -110,16 +110,16 @@ def _starts_of(lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BlockRows:
-    """R active blocks, and the rows of a forward that their logits are read from.
+    """R active blocks, and the rows of a forward whose logits are read for them.
 
-    Blocks are of different lengths, rows are ragged. Tensors are on the engine's
-    device.
+    Blocks are of different lengths, and of each only some positions are read. Tensors
+    are on the engine's device, arrays on the host.
     """
 
     slots: torch.Tensor
     """[R] int64: state slot of each block's request."""
-    slots_cpu: list[int]
-    """The same on the host, for grouping requests by strategy."""
+    slots_np: np.ndarray
+    """The same on the host."""
     positions: torch.Tensor
     """[R, B] int64: absolute positions of the active blocks."""
     valid: torch.Tensor
@@ -127,17 +127,24 @@ class BlockRows:
     readable: torch.Tensor
     """[R, B] bool: valid, and this forward computes the row that predicts it."""
     logits_rows: torch.Tensor
-    """[N] int64: rows of the forward that go through lm_head; of each request as many
-    as its own block is long, one request after the other."""
+    """[N] int64: rows of the forward that go through lm_head, request by request: those
+    of the block's masks, or of all its positions where the strategy reads them."""
     row_places: torch.Tensor
     """[N] int64: where each of these rows belongs in a flattened [R, B] tensor."""
-    row_bounds: list[int]
-    """[R + 1]: request r has the rows from `row_bounds[r]` to `row_bounds[r + 1]`."""
+    row_at: torch.Tensor
+    """[R, B] int64: which of these rows each position has; -1 for none."""
+    row_request: np.ndarray
+    """[N]: the request that each row belongs to, counted from 0 to R - 1."""
+    row_offset: np.ndarray
+    """[N]: the row's place in its block."""
+    row_requests: torch.Tensor
+    """[N] int64: `row_request` on the device."""
 
     @property
-    def row_requests(self) -> torch.Tensor:
-        """[N] int64: the request that each row belongs to, counted from 0 to R - 1."""
-        return self.row_places // self.positions.shape[1]
+    def row_slots(self) -> np.ndarray:
+        """[N]: state slot of each row's request."""
+        slots: np.ndarray = self.slots_np[self.row_request]
+        return slots
 
     def spread(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:
         """[R, B]: values [N] of the rows, each at its place, `fill` elsewhere."""
@@ -147,12 +154,6 @@ class BlockRows:
         whole = values.new_full((shape.numel(),), fill)
         whole[self.row_places] = values
         return whole.view(shape)
-
-    def rows_of(self, requests: list[int]) -> torch.Tensor:
-        """[n] int64: the rows of some requests, in their order."""
-        bounds = self.row_bounds
-        spans = [torch.arange(bounds[r], bounds[r + 1]) for r in requests]
-        return torch.cat(spans).to(self.positions.device)
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,14 @@ class SegmentPlan(BlockRows):
     causal: torch.Tensor | None
     """[S] int32: 1 where a position sees none to its right, as in class C's finished
     text; None where there is no such segment."""
-    batch_rows: list[int]
+    batch_rows: np.ndarray
     """[R]: index of each deciding request in vLLM's batch."""
     ends: torch.Tensor
     """[R] int64: one past the last position computed for each."""
+    canvas_end: torch.Tensor
+    """[R] int64: one past each canvas' last position."""
+    num_logits: torch.Tensor
+    """[R] int64: how many of the rows through lm_head are each request's."""
     seeds: torch.Tensor
     """[R] bool: the rows end before the block, and predict its first position alone."""
     rows_ends: torch.Tensor
@@ -181,16 +186,40 @@ class SegmentPlan(BlockRows):
     branches: BranchPlan | None
     """Drafts that are evaluated along; None where there are none."""
 
+    @property
+    def has_row(self) -> torch.Tensor:
+        """[R, B] bool: positions of the canvases whose logits are read."""
+        return self.row_at >= 0
+
     def rows_at(
-        self, request: int, offsets: torch.Tensor, branch: torch.Tensor | None
+        self,
+        requests: torch.Tensor,
+        offsets: torch.Tensor,
+        branch: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[n] int64: rows of logits of some positions of a request's block.
+        """[n] int64: rows of logits of some positions, those of branches included.
 
         Args:
-            request: 0 to R - 1.
-            offsets: [n] int64, places in the block.
+            requests: [n] int64, 0 to R - 1.
+            offsets: [n] int64, places in their blocks.
             branch: [R, B] int64, of each position; None for 0.
         """
         if self.branches is None or branch is None:
-            return self.row_bounds[request] + offsets
-        return self.branches.first_rows[request, branch[request, offsets]] + offsets
+            return self.row_at[requests, offsets]
+        canvas = self.branches.index[requests, branch[requests, offsets]]
+        return self.branches.all_rows_at[canvas, offsets]
+
+
+def upload(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """The arrays as int64 tensors on a device, in one transfer that waits for nothing.
+
+    Args:
+        arrays: of integers or booleans, any shapes.
+    """
+    packed = np.concatenate([array.ravel().astype(np.int64) for array in arrays])
+    tensor = torch.from_numpy(packed)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    tensor = tensor.to(device, non_blocking=True)
+    parts = tensor.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

@@ -26,13 +26,15 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.branches import Drafts, page_size_of
 from vllm_dlm.model_executor.cache import (
-    POLICIES,
+    Reach,
     block_start,
     canvas_width,
     steps_per_block,
     text_end,
 )
 from vllm_dlm.model_executor.eotp import MODES
+from vllm_dlm.model_executor.host_slots import HostSlots
+from vllm_dlm.model_executor.logits import tile_rows
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.planning import plan_forward
 from vllm_dlm.model_executor.segments import SegmentPlan
@@ -69,9 +71,15 @@ class DlmModelState(ModelState):
         )
         """How a request without options of its own is decoded."""
         self.mask_id = self.defaults.mask_token_id
+        self.tile_rows = tile_rows(hf_config.vocab_size, self.dtype, device)
+        """Rows that go through lm_head at a time."""
         self._model_key = model_key(
             self.model_config.model, self.model_config.revision, hf_config
         )
+        self.commits_alone = (
+            self.server.commit == "separate" and not self.defaults.seeds_blocks
+        )
+        """A forward that ends before the active block only writes KV."""
         self.plan: SegmentPlan | None = None
         """The forward in flight; None while vLLM profiles with dummy batches."""
 
@@ -88,7 +96,7 @@ class DlmModelState(ModelState):
         self.prompt_len = per_slot()
         self.canvas_end = per_slot()
         self.text_end = per_slot()
-        """End of the block in which the longest text ends (not of class A)."""
+        """End of the block in which the longest text ends."""
         self.block_start = per_slot()
         self.block_length = per_slot()
         self.sub_block_length = per_slot()
@@ -99,14 +107,19 @@ class DlmModelState(ModelState):
         self.block_masks = per_slot()
         """Masks the active block began with: what the step schedule divides."""
         self.steps_per_block = per_slot()
-        self.policy = per_slot()
-        """Index into `cache.POLICIES`."""
+        self.reach = torch.zeros(
+            slots, len(Reach._fields), dtype=torch.int64, device=device
+        )
+        """[slots, fields of `cache.Reach`]: cache policies of class A."""
+        self.frontier = per_slot()
+        """First position that was not final before the active block's last step."""
         self.eotp = per_slot()
         """Index into `eotp.MODES`."""
         self.eotp_threshold = per_slot(torch.float32)
         self.exact = per_slot(torch.bool)
         """`reference_exact`: the mask id may be predicted, as in the references."""
 
+        self.host = HostSlots(slots, length)
         self.requests: dict[int, DlmRequest] = {}
         self._slot_of: dict[str, int] = {}
         self.on_remove: Callable[[int], None] | None = None
@@ -116,6 +129,7 @@ class DlmModelState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Give a request's slot its prompt, finished tokens and an all-mask canvas."""
+        self.host.settle()
         params = new_req_data.sampling_params
         config = resolve(self.server, params.extra_args, self.defaults)
         config = config.sized(params.max_tokens, self.max_canvas)
@@ -150,7 +164,9 @@ class DlmModelState(ModelState):
         self.sub_block_length[slot] = config.sub_block_length
         self.emitted[slot] = len(known) - prompt_len
         self.step[slot] = int(seeded)
-        self.policy[slot] = POLICIES.index(config.cache)
+        reach = config.reach(self.defaults.shift)
+        self.reach[slot] = torch.tensor(reach)
+        self.frontier[slot] = first_block
         self.eotp[slot] = MODES.index(config.eotp)
         self.eotp_threshold[slot] = config.eotp_threshold
         self.exact[slot] = config.reference_exact
@@ -161,15 +177,26 @@ class DlmModelState(ModelState):
             steps = min(config.steps_per_block, block)
         self.steps_per_block[slot] = steps
 
+        host = self.host
+        host.block_length[slot] = block
+        host.sub_block_length[slot] = config.sub_block_length
+        host.origin[slot] = origin
+        host.first_block[slot] = host.block_start[slot] = first_block
+        host.seeds[slot] = self.defaults.seeds_blocks and len(known) == first_block
+        host.text_end[slot] = min(end, self.max_model_len)
+        # In class A the first forward says where the canvas ends.
+        is_known = self.defaults.reuses_blocks
+        host.canvas_end[slot] = host.text_end[slot] if is_known else 0
+        host.keys_behind[slot] = reach.keys
+        host.predicts_end[slot] = config.eotp != "off"
+        host.masked[slot, :block] = np.arange(block) >= first_mask - first_block
+
         self._slot_of[new_req_data.req_id] = slot
         self.requests[slot] = DlmRequest(
             new_req_data.req_id,
             config,
             params,
             self.model_config.seed,
-            origin=origin,
-            first_block=first_block,
-            seeds=self.defaults.seeds_blocks and len(known) == first_block,
             measures_drawn=STRATEGIES[config.strategy].measures == "drawn"
             or (
                 config.reference_exact and self.defaults.reference_confidence == "drawn"
@@ -336,20 +363,11 @@ class DlmRequest:
         params: SamplingParams,
         seed: int,
         *,
-        origin: int,
-        first_block: int,
-        seeds: bool,
         measures_drawn: bool,
     ) -> None:
         self.id = req_id
         self.config = config
         self.params = params
-        self.origin = origin
-        """Position from which blocks are counted."""
-        self.first_block = first_block
-        """Start of the block that was active when the request was (re-)admitted."""
-        self.seeds = seeds
-        """Whether that block's first token comes from the rows to its left."""
         self.measures_drawn = measures_drawn
         """Whether statistics are those of the distribution that is drawn from."""
         # Unseeded requests still need one seed that all tensor-parallel ranks share.

@@ -27,26 +27,24 @@ NEVER = -1
 """Step of a mask that no step replaced (`reference_exact` may end so)."""
 
 
-def new_map(length: int, device: torch.device) -> torch.Tensor:
-    """[length, COLUMNS] int32: nothing is written yet."""
-    return torch.tensor([[NEVER, 0]], dtype=torch.int32, device=device).repeat(
-        length, 1
-    )
+NOT_WRITTEN = (NEVER, 0)
+"""The columns of a position that no step has written."""
 
 
 def note_writes(
-    step_map: torch.Tensor, positions: torch.Tensor, step: torch.Tensor
+    step_maps: torch.Tensor,
+    seats: torch.Tensor,
+    positions: torch.Tensor,
+    steps: torch.Tensor,
 ) -> None:
-    """Note that a step wrote these positions, for some of them not the first time.
+    """Note that steps wrote these positions, for some of them not the first time.
 
     Args:
-        step_map: [max_model_len, COLUMNS] int32, changed in place.
-        positions: [N] int64.
-        step: scalar, the step of the block.
+        step_maps: [seats, max_model_len, COLUMNS] int32, changed in place.
+        seats, positions, steps: [N] int64; a step counts in its block.
     """
-    rewritten = (step_map[positions, 0] != NEVER).int()
-    written_at = step.to(torch.int32).expand(len(positions))
-    step_map[positions] = torch.stack([written_at, rewritten], dim=1)
+    rewritten = step_maps[seats, positions, 0] != NEVER
+    step_maps[seats, positions] = torch.stack([steps, rewritten], dim=1).int()
 
 
 @dataclass

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_dlm.model_executor.host_slots import BLOCK
+
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
@@ -80,8 +82,9 @@ class TraceRecorder:
         self._lock = threading.Lock()
 
     def follow(self, slot: int) -> None:
-        """Record a new request from now on."""
+        """Record a new request from now on, decided positions too."""
         self._steps[slot] = []
+        self.state.host.reads[slot] = BLOCK
 
     def forget(self, slot: int) -> None:
         """End of a request: label what its unfinished block has decided so far."""
@@ -93,7 +96,7 @@ class TraceRecorder:
         """Note one step's confidences, best tokens and masks, before the decision."""
         if not self._steps:
             return
-        for row, slot in enumerate(plan.slots_cpu):
+        for row, slot in enumerate(plan.slots_np.tolist()):
             if slot in self._steps:
                 width = self.state.requests[slot].config.block_length
                 self._steps[slot].append(
@@ -109,7 +112,7 @@ class TraceRecorder:
         if not self._steps:
             return
         for row in done.nonzero()[:, 0].tolist():
-            slot = plan.slots_cpu[row]
+            slot = int(plan.slots_np[row])
             if slot in self._steps:
                 self._close(slot, int(plan.positions[row, 0]))
                 self._steps[slot] = []

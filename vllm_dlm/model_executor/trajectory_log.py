@@ -73,7 +73,7 @@ class TrajectoryLog:
         end = state.canvas_end[slots] - state.prompt_len[slots]
         ends = (outputs[:, 0] + width).minimum(end)
         rows = zip(
-            plan.slots_cpu,
+            plan.slots_np.tolist(),
             outputs[:, 0].clamp(min=0).tolist(),
             ends.tolist(),
             step.tolist(),

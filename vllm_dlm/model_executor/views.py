@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Views: from the logits of a forward to what the strategies see of it.
 
-The mask id is never predicted, unless `reference_exact` asks for it: its logit is
-banned here, before anything is measured.
+The mask id is never predicted, unless `reference_exact` asks for it. Logits come a tile
+at a time (`logits.py`); what stays of a tile is one candidate and its statistics per
+row.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_dlm.kernels.draw import uniform
-from vllm_dlm.kernels.token_stats import TokenStats, token_stats
+from vllm_dlm.kernels.token_stats import token_stats
+from vllm_dlm.model_executor.candidates import Choice, RowChoice
+from vllm_dlm.model_executor.logits import Logits
 from vllm_dlm.strategies.base import Branches, Probabilities, View
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.candidates import Candidates, Choice
+    from vllm_dlm.model_executor.candidates import Candidates
     from vllm_dlm.model_executor.groups import StrategyGroups
     from vllm_dlm.model_executor.segments import BlockRows, SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
@@ -32,48 +35,63 @@ class Views:
         self.groups = groups
         self.candidates = candidates
 
-    def view(self, logits: torch.Tensor, plan: SegmentPlan) -> View:
-        """Statistics of the active blocks, [R, B]; bans the mask id in `logits`."""
+    def logits(self, hidden: torch.Tensor, plan: SegmentPlan) -> Logits:
+        """The step's logits, of branches' rows too.
+
+        Args:
+            hidden: [N, H], rows as `SegmentPlan.logits_rows` names them, behind them
+                those of branches.
+        """
+        state, requests = self.state, plan.row_requests
+        if plan.branches is not None:
+            layout = plan.branches
+            of_branches = layout.parents[layout.blocks.row_requests]
+            requests = torch.cat([requests, of_branches])
+        may_predict_mask = state.exact[plan.slots][requests]
+        return Logits(
+            state.model, hidden, state.tile_rows, state.mask_id, may_predict_mask
+        )
+
+    def view(self, logits: Logits, plan: SegmentPlan) -> View:
+        """Statistics of the active blocks, [R, B]."""
         state, slots = self.state, plan.slots
         output_positions = plan.positions - state.prompt_len[slots][:, None]
         # The prompt's last tokens may share the block: they stay.
         masks = self.masked(plan)
         decided = plan.valid & ~masks & (output_positions >= 0)
 
-        needs = self.groups.needs(plan.slots_cpu)
+        needs = self.groups.needs(plan.slots_np)
         step = state.step[slots]
         # How many branches a forward has is chance: what is drawn must not show it.
         noise_step = torch.where(self.groups.drafts[slots], decided.sum(dim=1), step)
         positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
         masked = self._open(masks, slots) & plan.readable
-        all_logits, logits = logits, logits[: len(plan.row_places)]
-        stats, choice = self._measure(logits, masked, noise_step, plan, needs)
+        choice = self._measure(logits, 0, masked, noise_step, plan, needs)
         branches = None
         if "branches" in needs:
-            branches = self._branches(all_logits, masked, choice, noise_step, plan)
+            branches = self._branches(logits, masked, choice, noise_step, plan)
         noise = None
         if "uniform" in needs:
             noise = uniform(*self.candidates.noise_keys(step, plan)).view(masked.shape)
         probabilities = None
         if "probabilities" in needs:
-            rows = torch.arange(len(logits), device=logits.device)
-            rows = torch.where(plan.readable, plan.spread(rows), -1)
-            probabilities = Probabilities(logits, stats.logsumexp, rows)
+            probabilities = Probabilities(logits, choice.logsumexp, plan.row_at)
         written = output_positions[:, 0].clamp(min=0) + decided.sum(dim=1)
         longest = state.text_end[slots] - state.prompt_len[slots]
 
         tokens = state.tokens[slots[:, None], positions].long()
         # What was handed out stays, whatever the model thinks of it now.
-        stays = decided & self.handed_out(plan)
+        stays = (decided & self.handed_out(plan)) | ~plan.has_row
+        candidate = torch.where(stays, tokens, choice.candidate)
         return View(
             tokens=tokens,
             masked=masked,
             valid=plan.valid,
             decided=decided,
             positions=output_positions,
-            candidate=torch.where(stays, tokens, choice.candidate),
+            candidate=candidate,
             confidence=choice.confidence,
-            is_eos=self.candidates.is_stop(choice.candidate, plan),
+            is_eos=self.candidates.is_stop(candidate, plan),
             step=step,
             scheduled=self._scheduled(masked, step, slots),
             steps=state.steps_per_block[slots],
@@ -88,25 +106,41 @@ class Views:
 
     def _measure(
         self,
-        logits: torch.Tensor,
+        logits: Logits,
+        first: int,
         masked: torch.Tensor,
         noise_step: torch.Tensor,
         blocks: BlockRows,
         needs: set[str],
-    ) -> tuple[TokenStats, Choice]:
-        """Statistics of rows [N, V] and the blocks' candidates; bans the mask id."""
-        mask_id = self.state.mask_id
-        exact = self.state.exact[blocks.slots][blocks.row_requests]
-        logits[:, mask_id] = torch.where(exact, logits[:, mask_id], -torch.inf)
-        stats = token_stats(
-            logits, need_entropy="entropy" in needs, need_margin="margin" in needs
-        )
-        choice = self.candidates.choose(logits, stats, masked, noise_step, blocks)
-        return stats, choice
+    ) -> Choice:
+        """The blocks' candidates and their statistics.
+
+        Args:
+            logits: of all rows of the step.
+            first: the first of the blocks' N rows among these.
+        """
+        places = masked.flatten()[blocks.row_places]
+        parts = [RowChoice.of_nothing(logits.device, needs)]
+        for rows, tile in logits.tiles(first, first + len(places)):
+            stats = token_stats(
+                tile,
+                need_entropy="entropy" in needs,
+                need_margin="margin" in needs,
+                banned=logits.banned[rows],
+                ban_id=logits.mask_id,
+                shard=logits.shard,
+            )
+            own = slice(rows.start - first, rows.stop - first)
+            parts.append(
+                self.candidates.choose(
+                    logits, tile, stats, rows, own, places[own], noise_step, blocks
+                )
+            )
+        return Choice.of(parts, blocks)
 
     def _branches(
         self,
-        logits: torch.Tensor,
+        logits: Logits,
         masked: torch.Tensor,
         choice: Choice,
         noise_step: torch.Tensor,
@@ -115,7 +149,7 @@ class Views:
         """What the forward made of drafts, beside the canvas' own `choice`.
 
         Args:
-            logits: [N, V]: rows of the canvases, those of branches behind them.
+            logits: rows of the canvases, those of branches behind them.
             masked: [R, B] bool: positions of the canvases that may be written.
         """
         tokens, rank = self.state.drafts.of(plan)
@@ -129,8 +163,8 @@ class Views:
             )
             left = self._open(left, blocks.slots)
             step = noise_step[layout.parents] + layout.numbers
-            rows = logits[len(plan.row_places) :]
-            _, drafted = self._measure(rows, left, step, blocks, set())
+            own_rows = len(plan.row_places)
+            drafted = self._measure(logits, own_rows, left, step, blocks, set())
             masked = layout.by_branch(masked[:, 0], left)
             masked &= (layout.index >= 0)[..., None]
             candidate = layout.by_branch(choice.candidate, drafted.candidate)

@@ -13,9 +13,9 @@ all strategies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -53,16 +53,30 @@ class StateField:
     """The value in a block's first step."""
 
 
+class RowLogits(Protocol):
+    """Rows of logits that may not all exist at a time (`model_executor/logits.py`)."""
+
+    def map(
+        self,
+        rows: torch.Tensor,
+        function: Callable[[torch.Tensor, slice], torch.Tensor],
+    ) -> torch.Tensor:
+        """What `function` makes of the logits of rows [n], some rows at a time.
+
+        It gets [m, V] logits and which of the n rows they are, and returns [m, ...].
+        """
+
+
 @dataclass(frozen=True)
 class Probabilities:
     """The model's own distribution at the positions of a view, read on demand.
 
-    Untempered and unrestricted, the mask id left out. Positions that this forward did
-    not compute have probability 0 everywhere.
+    Untempered and unrestricted, the mask id left out. Positions that are not read
+    (`Strategy.logit_rows`) have probability 0 everywhere.
     """
 
-    logits: torch.Tensor
-    """[N, V]: rows of this step, of all requests."""
+    logits: RowLogits
+    """Of this step, of all requests."""
     logsumexp: torch.Tensor
     """[N] float64."""
     rows: torch.Tensor
@@ -70,9 +84,14 @@ class Probabilities:
 
     def of(self, tokens: torch.Tensor) -> torch.Tensor:
         """[R, B, K] float32: probabilities of tokens [R, B, K] int64."""
-        rows = self.rows.clamp(min=0)[..., None]
-        found = (self.logits[rows, tokens] - self.logsumexp[rows]).exp().float()
-        return torch.where(self.rows[..., None] >= 0, found, 0.0)
+        if not len(self.logsumexp):
+            return torch.zeros(tokens.shape, device=tokens.device)
+        wanted, rows = tokens.flatten(0, 1), self.rows.flatten().clamp(min=0)
+        found = self.logits.map(
+            rows, lambda logits, part: logits.gather(1, wanted[part])
+        )
+        found = (found - self.logsumexp[rows, None]).exp().float()
+        return torch.where(self.rows[..., None] >= 0, found.view(tokens.shape), 0.0)
 
     def top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The most probable tokens: probabilities float32 and ids, [R, B, K].
@@ -80,10 +99,15 @@ class Probabilities:
         K is `count`, or the vocabulary's size if that is smaller. Only the view's own
         rows are sorted.
         """
-        count = min(count, self.logits.shape[1])
-        rows = self.rows.flatten()
-        ids = self.logits[rows.clamp(min=0)].topk(count, dim=1).indices
-        ids = ids.view(*self.rows.shape, count)
+        if not len(self.logsumexp):
+            none = torch.zeros(*self.rows.shape, 0, device=self.rows.device)
+            return none, none.long()
+
+        def best(logits: torch.Tensor, part: slice) -> torch.Tensor:
+            return logits.topk(min(count, logits.shape[1]), dim=1).indices
+
+        ids = self.logits.map(self.rows.flatten().clamp(min=0), best)
+        ids = ids.view(*self.rows.shape, -1)
         return self.of(ids), ids
 
 
@@ -118,7 +142,8 @@ class View:
 
     Shapes: R rows, B block length. Only statistics named in `Strategy.needs` are set,
     except `confidence`, which always is. Where a position is decided already,
-    candidate and statistics are the model's present opinion of it, nothing drawn.
+    candidate and statistics are the model's present opinion of it, nothing drawn, if
+    the strategy reads it (`Strategy.logit_rows`); else its token, and 0.
     """
 
     tokens: torch.Tensor
@@ -229,9 +254,10 @@ class Strategy:
     logit_rows: ClassVar[str] = "masked"
     """"masked": only masked positions' statistics are read; "block": all of them.
 
-    A declaration; the engine computes all rows of the block so far."""
+    Rows that are not read do not go through lm_head."""
     may_rewrite: bool = False
-    """Whether decisions may edit or remask decided positions; `__init__` may set it."""
+    """Whether decisions may edit or remask decided positions; `__init__` may set it.
+    `logit_rows` must be "block" then."""
     scope: ClassVar[Literal["block", "canvas"]] = "block"
     """"canvas": made for the whole output as one block, which is then the default
     block length. Models that decode block after block cannot serve it."""
@@ -308,7 +334,7 @@ class Context:
     model_class: str = "A"
     """"A" sees the whole canvas; "B" and "C" decode block after block."""
     cache: str = "none"
-    """KV policy that is served: "none", "prefix" or "dual"."""
+    """KV policy that is served: a name of `model_executor/cache.py`."""
     options: Mapping[str, Any] | None = None
     """Server-level options (folder for learned filters, ...)."""
 

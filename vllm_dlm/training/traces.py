@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vllm_dlm.model_executor.cache import POLICIES
 from vllm_dlm.model_executor.traces import Traces
 
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put each prompt into the model's chat template",
     )
-    parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none")
+    parser.add_argument("--cache", choices=tuple(POLICIES), default="none")
     parser.add_argument("--block-length", type=int, help="default: the model's own")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument(

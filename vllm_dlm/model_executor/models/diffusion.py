@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm_dlm.kernels.shards import VocabShard
 
 
 class DiffusionModelMixin:
     """Hands vLLM's runner our per-request state; put it before the vLLM class."""
+
+    lm_head: Any
+    logits_processor: Any
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -18,14 +24,52 @@ class DiffusionModelMixin:
 
         return DlmModelState
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits of the given rows, [rows, vocab].
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The hidden states as they are: the sampler runs lm_head (`logits.py`).
 
-        A step may have no rows to decide; gathering a zero-row tensor across
-        tensor-parallel CPU workers kills them, so that case ends here.
+        What vLLM's runner takes for the logits of all rows it hands to the sampler,
+        which needs them a tile at a time only.
         """
-        if hidden_states.shape[0] == 0:
-            vocab_size: int = self.config.vocab_size  # type: ignore[attr-defined]
-            return hidden_states.new_empty((0, vocab_size))
-        logits: torch.Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]
+        return hidden_states
+
+    # -- lm_head, for the sampler (`logits.Head`) --------------------------
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, V]: this rank's part of the logits of rows [n, H]."""
+        processor = self.logits_processor
+        logits: torch.Tensor = processor(self.lm_head, hidden, skip_gather=True)
+        if self.lm_head.tp_size == 1:
+            return logits[:, : processor.org_vocab_size]
         return logits
+
+    def gathered(self, logits: torch.Tensor) -> torch.Tensor:
+        """[n, V]: all ranks' parts of these logits, side by side."""
+        if self.lm_head.tp_size == 1:
+            return logits
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        if len(logits) == 0:
+            # vLLM's all_gather on a CPU dies of a tensor without elements.
+            return logits.new_empty((0, self.logits_processor.org_vocab_size))
+        whole = tensor_model_parallel_all_gather(logits)
+        return whole[:, : self.logits_processor.org_vocab_size]
+
+    @property
+    def vocab_shard(self) -> VocabShard | None:
+        """Which part of the vocabulary is this rank's; None for all of it."""
+        if self.lm_head.tp_size == 1:
+            return None
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        from vllm_dlm.kernels.shards import VocabShard
+
+        def gather(values: torch.Tensor) -> torch.Tensor:
+            ranks: torch.Tensor = tensor_model_parallel_all_gather(values[None], dim=0)
+            return ranks
+
+        indices = self.lm_head.shard_indices
+        return VocabShard(
+            first=indices.org_vocab_start_index,
+            size=indices.org_vocab_end_index - indices.org_vocab_start_index,
+            gather=gather,
+        )

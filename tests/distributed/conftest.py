@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of several workers: processes, or actors of a Ray cluster on this machine.
+
+Each start takes half a minute, so whole files share a cluster and an engine. The
+checkpoints' vocabulary, 150, does not fill its two halves: one ends in padding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.cases import write_filters
+from engine.harness import Engine
+from reference.checkpoints import write_checkpoint
+from reference.llada import write_random_checkpoint
+
+VOCABULARY = 150
+
+
+@pytest.fixture(scope="module", autouse=True)
+def users_environment() -> Iterator[None]:
+    """Engines in processes of their own, as users have them; workers do not pin cores.
+
+    By default a vLLM worker takes a NUMA node for itself, and a small machine has one.
+    """
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        # No token file in the user's home: the cluster is on this machine, for a test.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster on this machine, with four devices; processes join it."""
+    import ray
+
+    from vllm_dlm.ray_cluster import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        connect(devices=4)
+        patch.setenv("RAY_ADDRESS", os.environ["RAY_ADDRESS"])
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module", params=["mp", "ray"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """How workers are started: as processes, or as actors of `cluster`."""
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of class A, with Learn2PD filters."""
+    folder = write_random_checkpoint(
+        tmp_path_factory.mktemp("llada"), seed=2, vocab_size=VOCABULARY
+    )
+    write_filters(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of class B, blocks of 16."""
+    folder = tmp_path_factory.mktemp("sdar") / "SDAR-4B-Chat-b16"
+    return write_checkpoint("sdar", folder, seed=2, vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Callable[..., Engine]]:
+    """`engines(model, backend, degree)`: an engine, started once a file."""
+    started: dict[tuple[Any, ...], Engine] = {}
+
+    def engine(model: Path, backend: str, degree: int) -> Engine:
+        from vllm import LLM
+
+        key = (model, backend, degree)
+        if key not in started:
+            llm = LLM(
+                str(model),
+                tensor_parallel_size=degree,
+                distributed_executor_backend=backend,
+                additional_config={"dlm": {"online_learning": False}},
+                dtype="float32",
+                enforce_eager=True,
+                max_model_len=256,
+                max_num_seqs=8,
+                block_size=32,
+                num_gpu_blocks_override=80,
+            )
+            started[key] = Engine(llm)
+        return started[key]
+
+    yield engine
+    for running in started.values():
+        running.llm.llm_engine.engine_core.shutdown()

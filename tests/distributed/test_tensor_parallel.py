@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two workers give one worker's tokens: as processes, and as actors of a Ray cluster.
+
+Sums over hidden sizes are split between workers, so that float32 logits differ in the
+last digits. What may differ for that is what the oracle calls a near-tie; nothing is.
+The last tests here kill a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed.workers import youngest_workers
+from engine import block_cases
+from engine.block_cases import BlockCase
+from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
+from engine.harness import Engine, params
+from reference.llada import TinyLLaDA
+
+pytestmark = pytest.mark.slow
+
+BACKENDS = ("mp", "ray")
+Engines = Callable[..., Engine]
+
+CLASS_A = [
+    Case(make_prompt(length, 5), rule, cache, block, max_tokens=40)
+    for length, block, cache in ((1, 16, "none"), (7, 16, "dual"), (40, 32, "none"))
+    for rule in (
+        "static/low_confidence",
+        "threshold",
+        "entropy",
+        "eb",
+        "learn2pd/token",
+        "klass",
+        "joint/edit",
+    )
+]
+"""Rules that read confidences, entropies, margins, whole rows (klass); that rewrite."""
+
+CLASS_B = [
+    BlockCase(make_prompt(length, 5), 40, rule)
+    for length in (3, 16, 37)
+    for rule in ("static", "entropy", "threshold", "joint")
+]
+
+
+def test_class_a(engines: Engines, llada: Path, backend: str):
+    """The oracle's tokens and forwards, as one worker's."""
+    oracle = TinyLLaDA.from_folder(llada)
+    expected = [expect(case, oracle) for case in CLASS_A]
+    one = run_cases(engines(llada, "mp", 1), CLASS_A)
+    two = run_cases(engines(llada, backend, 2), CLASS_A)
+    assert_equal(CLASS_A, one, expected)
+    assert_equal(CLASS_A, two, expected)
+
+
+def test_class_b(engines: Engines, sdar: Path, backend: str):
+    one = block_cases.run(engines(sdar, "mp", 1), CLASS_B)
+    two = block_cases.run(engines(sdar, backend, 2), CLASS_B)
+    assert len({tuple(result.tokens) for result in one}) > len(CLASS_B) // 2
+    assert two == one
+
+
+def test_drawn_tokens_and_log_probabilities(
+    engines: Engines, llada: Path, backend: str
+):
+    """Each worker draws for itself: the same token, or the next forward is wrong."""
+    limits = ({}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.05})
+    sampling = [
+        params(
+            24,
+            dlm={"block_length": 8, "strategy": strategy},
+            seed=seed,
+            temperature=0.8,
+            ignore_eos=True,
+            logprobs=3,
+            **limits[seed % 4],
+        )
+        for seed, strategy in enumerate(["threshold", "static", "entropy"] * 4)
+    ]
+    prompts = [make_prompt(9, 1)] * len(sampling)
+    one = engines(llada, "mp", 1).run(prompts, sampling)
+    two = engines(llada, backend, 2).run(prompts, sampling)
+    assert len({tuple(result.tokens) for result in one}) == len(one)
+    assert two == one
+    for alone, shared in zip(one, two, strict=True):
+        pairs = zip(alone.output.logprobs, shared.output.logprobs, strict=True)
+        for wanted, got in pairs:
+            assert got.keys() == wanted.keys()
+            for token, entry in got.items():
+                assert entry.logprob == pytest.approx(wanted[token].logprob, abs=1e-4)
+                assert entry.rank == wanted[token].rank
+
+
+def test_a_lost_worker_ends_requests_with_an_error(
+    engines: Engines, sdar: Path, backend: str
+):
+    """Last in this file: the engine is gone afterwards."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    engine = engines(sdar, backend, 2)
+    long = params(200, dlm={"strategy": "static"}, ignore_eos=True)
+    for number in range(4):
+        engine.add(make_prompt(10, number), long)
+    engine.step()
+    workers = youngest_workers(backend, 2)
+    workers[1].kill()
+    finished = []
+    with pytest.raises(EngineDeadError):
+        while engine.busy:
+            finished += [output for output in engine.step() if output.finished]
+    assert not finished
+    # The other worker, which waits for the lost one, is ended as well.
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    with pytest.raises(EngineDeadError):
+        engine.run([make_prompt(3)], params(8))

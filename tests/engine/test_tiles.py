@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits exist a tile at a time: no more memory for more requests, the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from engine.cases import Case, make_prompt
+from engine.harness import Engine, Finished
+from engine.test_mixed import make_request, one_per_strategy
+
+from vllm_dlm.model_executor.logits import tile_rows
+
+ROWS = 7
+"""Of a tile: fewer than a block has, and no divisor of it."""
+
+
+@pytest.fixture(scope="module")
+def wide_engine(engines: Callable[..., Engine]) -> Engine:
+    """16 requests at a time."""
+    return engines(max_num_seqs=16, num_gpu_blocks_override=160)
+
+
+@contextmanager
+def tiles_of(engine: Engine, rows: int) -> Iterator[list[int]]:
+    """Rows of every tile of logits meanwhile."""
+    state, seen = engine.runner.model_state, []
+    usual, head = state.tile_rows, engine.runner.model.logits_processor
+
+    def note(module, args, output) -> None:
+        seen.append(len(output))
+
+    hook, state.tile_rows = head.register_forward_hook(note), rows
+    try:
+        yield seen
+    finally:
+        state.tile_rows = usual
+        hook.remove()
+
+
+def test_small_tiles_change_nothing(wide_engine: Engine):
+    """Every strategy, and every fourth request drawn, sixteen at a time."""
+    rules = sorted(one_per_strategy().values())
+    requests = [make_request(i, rule) for i, rule in enumerate(rules)]
+    prompts, sampling = zip(*requests, strict=True)
+    wanted = wide_engine.run(prompts, sampling)
+    with tiles_of(wide_engine, ROWS) as seen:
+        got = wide_engine.run(prompts, sampling)
+    assert [(r.tokens, r.forwards) for r in got] == [
+        (r.tokens, r.forwards) for r in wanted
+    ]
+    assert max(seen) == ROWS
+
+
+RESTRICTED = {
+    "logprobs": {"logprobs": 3},
+    "bias": {"logit_bias": {20: 3.0, 21: 2.0}},
+    "allowed": {"allowed_token_ids": list(range(10, 60))},
+    "min_tokens": {"min_tokens": 12, "stop_token_ids": list(range(40))},
+    "bad_words": {"temperature": 0.8, "seed": 4, "top_p": 0.9},
+    "nucleus": {"temperature": 1.2, "seed": 4, "top_k": 30, "min_p": 0.01},
+}
+
+
+def test_small_tiles_keep_what_sampling_parameters_ask(wide_engine: Engine):
+    cases = [
+        Case(make_prompt(9 + i, i), block=16, max_tokens=32, ignore_eos=True)
+        for i in range(len(RESTRICTED))
+    ]
+    prompts = [case.prompt for case in cases]
+    sampling = [
+        case.params(**more)
+        for case, more in zip(cases, RESTRICTED.values(), strict=True)
+    ]
+    wanted = wide_engine.run(prompts, sampling)
+    with tiles_of(wide_engine, ROWS) as seen:
+        got = wide_engine.run(prompts, sampling)
+    assert got == wanted
+    assert max(seen) == ROWS
+    assert top_logprobs(got[0]) == pytest.approx(top_logprobs(wanted[0]), abs=1e-4)
+
+
+def top_logprobs(result: Finished) -> list[float]:
+    """Of each token, those of the most probable ones."""
+    logprobs = result.output.logprobs
+    assert logprobs is not None
+    return [entry.logprob for step in logprobs for entry in step.values()]
+
+
+def test_a_tile_does_not_grow_with_the_batch(wide_engine: Engine):
+    """As many rows as fit, whatever is in the batch."""
+    case = Case(make_prompt(8), block=32, max_tokens=32, ignore_eos=True)
+    for requests in (1, 4, 16):
+        with tiles_of(wide_engine, 48) as seen:
+            wide_engine.run([case.prompt] * requests, case.params())
+        assert max(seen) == min(32 * requests, 48)
+
+
+def test_tiles_of_real_sizes():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert tile_rows(126464, torch.bfloat16, cuda) == 2122
+    assert tile_rows(126464, torch.bfloat16, cpu) == 265
+    assert tile_rows(32000, torch.float32, cpu) == 524
+    assert tile_rows(1 << 40, torch.float32, cpu) == 1

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/kernels.py: it times what it says, and writes it down."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Benchmarks are no part of the package: found beside it, for this import only.
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks import kernels  # noqa: E402
+
+sys.path.pop()
+
+
+def test_a_run(tmp_path, capsys):
+    path = tmp_path / "kernels.json"
+    threads = torch.get_num_threads()
+    try:
+        arguments = ["--shapes", "2x50", "3x7", "--repeats", "2", "--device", "cpu"]
+        assert kernels.main([*arguments, "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    record = json.loads(path.read_text())
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["threads"] == 1
+    cases = [(row["kernel"], row["rows"], row["dtype"]) for row in record["results"]]
+    assert len(set(cases)) == 2 * 2 * len(kernels.KERNELS)
+    assert all(row["ms"] > 0 and row["plain_ms"] > 0 for row in record["results"])
+    assert "2 x 50" in capsys.readouterr().out
+
+
+def test_counterparts_compute_the_same():
+    logits = torch.randn(4, 300)
+    ours, plain = (function() for function in kernels.KERNELS["token_stats"](logits))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    ours, plain = (function() for function in kernels.KERNELS["top_logprobs"](logits))
+    torch.testing.assert_close(ours[1][:, 1:], plain[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[0][:, 1:], plain[1])
+    assert torch.equal(ours[2], plain[2])
+
+
+def test_a_shape_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--shapes", "32"])
+    assert "rows and vocabulary as in 32x32000" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run consists of, and the JSON file its results are kept in.
+
+A cell is one engine, strategy, cache policy and concurrency. Its key names all that
+its result depends on but the machine; a run that resumes a file skips the keys in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+"""Of the JSON file's layout."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement."""
+
+    engine: str
+    """"vllm-dlm", "plain", "ar" or an adapter's spec."""
+    dtype: str
+    concurrency: int
+    strategy: str = ""
+    strategy_config: Mapping[str, Any] = field(default_factory=dict)
+    cache: str = "none"
+    cache_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> str:
+        """Strategy, its parameters and the cache policy, in words."""
+        if not self.strategy:
+            return "autoregressive"
+        settings = (
+            (self.strategy, self.strategy_config),
+            (self.cache, self.cache_config),
+        )
+        return ", ".join(
+            ":".join([name, *(f"{key}={value}" for key, value in params.items())])
+            for name, params in settings
+        )
+
+    def described(self) -> dict[str, Any]:
+        """What identifies the cell, as its result names it."""
+        return {
+            "engine": without_folders(self.engine),
+            "dtype": self.dtype,
+            "setting": self.setting,
+            "strategy": self.strategy,
+            "strategy_config": dict(self.strategy_config),
+            "cache": self.cache,
+            "cache_config": dict(self.cache_config),
+            "concurrency": self.concurrency,
+        }
+
+    def key(self, run: Mapping[str, Any]) -> str:
+        """Names the cell and what of the run it depends on."""
+        return json.dumps({**run, **self.described()}, sort_keys=True)
+
+
+def without_folders(value: Any) -> Any:
+    """A value as it goes into the file: of paths in it, the last part only."""
+    if isinstance(value, Mapping):
+        return {name: without_folders(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(part) for part in value]
+    if isinstance(value, Path) or (isinstance(value, str) and os.sep in value):
+        kind, colon, path = str(value).rpartition("adapter:")
+        return kind + colon + Path(path).name
+    return value
+
+
+class Results:
+    """The JSON file: `version`, `environments` and `cells`.
+
+    Args:
+        path: None keeps results in memory only.
+        resume: go on with the cells of an existing file.
+        environment: of this run; each cell refers to its own by number.
+
+    Raises:
+        ValueError: there is a file already and `resume` is off, or it is not ours.
+    """
+
+    def __init__(
+        self, path: Path | None, *, resume: bool, environment: dict[str, Any]
+    ) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {
+            "version": VERSION,
+            "environments": [],
+            "cells": [],
+        }
+        if path is not None and path.exists():
+            if not resume:
+                raise ValueError(
+                    f"--json {path} exists: pass --resume to go on with it, or "
+                    "another name"
+                )
+            self.data = _read(path)
+        self.data["environments"].append(environment)
+
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        """Results, in the order they were measured."""
+        cells: list[dict[str, Any]] = self.data["cells"]
+        return cells
+
+    def has(self, key: str) -> bool:
+        """Whether this cell is measured; one that failed is tried again."""
+        return any(cell["key"] == key and "error" not in cell for cell in self.cells)
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Keep a result, in place of an earlier one of its key, and write the file."""
+        result = {**result, "environment": len(self.data["environments"]) - 1}
+        kept = [cell for cell in self.cells if cell["key"] != result["key"]]
+        self.data["cells"] = [*kept, result]
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: a run may be killed while it writes.
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--json {path} is not JSON ({error})") from None
+    if not isinstance(data, dict) or data.get("version") != VERSION:
+        raise ValueError(
+            f"--json {path} is not a file of `vllm-dlm bench`, version {VERSION}"
+        )
+    return data

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-dlm bench`: its arguments, and the run over all cells."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from vllm_dlm.bench.cells import Results, without_folders
+from vllm_dlm.bench.engine import load_adapter
+from vllm_dlm.bench.environment import record
+from vllm_dlm.config import DlmConfig, parse_params, parse_policy
+from vllm_dlm.model_executor.cache import POLICIES
+from vllm_dlm.strategies import STRATEGIES
+
+Setting: TypeAlias = tuple[str, dict[str, Any]]
+"""A strategy or a cache policy, and its parameters."""
+
+DTYPES = ("float32", "bfloat16")
+AGAINST = ("plain", "ar", "adapter:FILE.py:Class")
+MODES = ("serve", "offline")
+SOFTMAX = ("float64", "float32")
+
+EXAMPLES = """\
+examples:
+  vllm-dlm bench --model llada-tiny --strategies static,threshold,learn2pd
+  vllm-dlm bench --model random-60m --caches dual --strategies static --steps 64 \\
+      --concurrency 1,16 --against plain,ar --json runs/60m.json --plot runs/60m.png
+  vllm-dlm bench --model ./my-model --prompts questions.jsonl
+  vllm-dlm bench --against adapter:benchmarks/openai_endpoint.py:OpenAIEndpoint \\
+      --adapter-option url=http://localhost:8000/v1
+
+On one core: OMP_NUM_THREADS=1 taskset -c 0 vllm-dlm bench --mode offline ...
+What the columns mean: docs/benchmarking.md
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `vllm-dlm bench`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    work = parser.add_argument_group("what is asked")
+    work.add_argument(
+        "--model",
+        default="llada-tiny",
+        help="llada-tiny (with problems whose answers are checked), random-60m, "
+        "random:d=64,layers=2,heads=2,mlp=128,vocab=256,family=sdar (what is not named "
+        "is as in random-60m; families llada and sdar), or a folder, hub id or alias "
+        "(default: %(default)s)",
+    )
+    work.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="for a model of yours: JSON lines with a `prompt` and, for an accuracy "
+        "(exact match), an `answer`; without it, random token ids",
+    )
+    work.add_argument(
+        "--requests",
+        type=_count,
+        help="requests in a cell (default: twice the concurrency, 4 at least)",
+    )
+    work.add_argument(
+        "--prompt-len",
+        type=_count,
+        default=128,
+        help="tokens of a random prompt (default: %(default)s)",
+    )
+    work.add_argument(
+        "--max-tokens",
+        type=_count,
+        default=256,
+        help="most new tokens of a request; all of them where prompts are random "
+        "(default: %(default)s)",
+    )
+    work.add_argument("--seed", type=int, default=0)
+
+    cells = parser.add_argument_group("the cells: every combination is measured")
+    cells.add_argument(
+        "--strategies",
+        type=_settings_of(_strategy),
+        default="threshold",
+        metavar="NAME,...",
+        help="a strategy may have parameters, as in threshold:threshold=0.8 "
+        "(default: %(default)s)",
+    )
+    cells.add_argument(
+        "--caches",
+        type=_settings_of(_cache),
+        default="none",
+        metavar="NAME,...",
+        help=f"of {', '.join(POLICIES)}; parameters as above (default: %(default)s)",
+    )
+    cells.add_argument(
+        "--concurrency",
+        type=_counts,
+        default="1,4,16",
+        metavar="N,...",
+        help="requests in flight (default: %(default)s)",
+    )
+    cells.add_argument(
+        "--dtype",
+        type=_dtypes,
+        default="bfloat16",
+        metavar="NAME,...",
+        help=f"of {', '.join(DTYPES)} (default: %(default)s)",
+    )
+    cells.add_argument(
+        "--block-length",
+        type=_count,
+        help="(default: the model's own; 32 for random weights)",
+    )
+    cells.add_argument(
+        "--steps",
+        type=_count,
+        help="denoise steps over a request's canvas, for strategies with a schedule "
+        "(default: one token per step)",
+    )
+    cells.add_argument(
+        "--against",
+        type=_against,
+        default="",
+        metavar="NAME,...",
+        help="also measure: plain (a PyTorch loop, one request at a time: static and "
+        "threshold), ar (an autoregressive model of this size on the same vLLM), "
+        "adapter:FILE.py:Class (any other engine)",
+    )
+    cells.add_argument(
+        "--skip-ours", action="store_true", help="measure only what --against names"
+    )
+
+    engines = parser.add_argument_group("how the engines run")
+    engines.add_argument(
+        "--mode",
+        choices=MODES,
+        default="serve",
+        help="serve: vLLM in processes of its own, as a server has it; offline: in "
+        "this process, as vllm.LLM has it (default: %(default)s)",
+    )
+    engines.add_argument(
+        "--threads",
+        type=_count,
+        help="threads of the model, for every engine (default: OMP_NUM_THREADS, or the "
+        "cores that this process may use)",
+    )
+    engines.add_argument(
+        "--server-option",
+        type=_server_option,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="an option of this package's server: commit=separate, eotp=block",
+    )
+    engines.add_argument(
+        "--engine-option",
+        type=_json_option,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="an argument of vLLM's engine, ours and ar alike: enforce_eager=true",
+    )
+    engines.add_argument(
+        "--adapter-option",
+        type=_text_option,
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="handed to adapters: url=http://localhost:8000/v1",
+    )
+    engines.add_argument(
+        "--plain-batch",
+        type=_count,
+        default=1,
+        help="requests that the plain loop decodes as one batch (default: %(default)s)",
+    )
+    engines.add_argument(
+        "--plain-softmax",
+        choices=SOFTMAX,
+        default="float64",
+        help="the public loops have %(default)s, which is the default",
+    )
+    engines.add_argument(
+        "--step-times",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="count rows, time forwards and steps in vLLM's worker (default: on a CPU; "
+        "on an accelerator it waits for the device at each reading)",
+    )
+
+    output = parser.add_argument_group("what is written")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="all numbers, after each cell"
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="skip the cells that FILE has"
+    )
+    output.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="a picture (.png, .svg, .pdf); needs the extra `bench`",
+    )
+
+
+# -- the run --------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure all cells, print the table, write the files."""
+    from vllm_dlm.bench import report
+    from vllm_dlm.bench.runner import Runner
+
+    if args.skip_ours and not args.against:
+        raise ValueError("--skip-ours leaves nothing: name engines with --against")
+    if args.plot is not None:
+        report.check_plotting()
+    args.threads = args.threads or _default_threads()
+    _set_threads(args.threads)
+    environment = record(args.threads) | {"arguments": _shown(args)}
+    results = Results(args.json, resume=args.resume, environment=environment)
+    with tempfile.TemporaryDirectory(prefix="vllm-dlm-bench-") as folder:
+        keys = Runner(args, Path(folder), results).run()
+    cells = [cell for cell in results.cells if cell["key"] in keys]
+    report.print_table(cells)
+    if args.plot is not None:
+        report.plot(cells, args.plot)
+        print(f"picture: {args.plot}")
+    if args.json is not None:
+        print(f"{len(results.cells)} cells: {args.json}")
+    return 0
+
+
+def _default_threads() -> int:
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0))
+
+
+def _set_threads(threads: int) -> None:
+    """Let vLLM's processes have as many threads as the plain loop has here."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["NUMBA_NUM_THREADS"] = str(threads)
+    # Otherwise vLLM binds one thread to each core that it finds, but for one.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _shown(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as they go into the JSON file."""
+    shown = {name: value for name, value in vars(args).items() if name != "run"}
+    # An address or a key is nobody's business.
+    shown["adapter_option"] = [name for name, _ in args.adapter_option]
+    # A hub id has a slash, but is no path.
+    model = args.model if not Path(args.model).is_dir() else Path(args.model).name
+    return without_folders(shown) | {"model": model}
+
+
+# -- arguments ------------------------------------------------------------
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _dtypes(text: str) -> list[str]:
+    for part in text.split(","):
+        if part not in DTYPES:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not one of {', '.join(DTYPES)}"
+            )
+    return text.split(",")
+
+
+def _strategy(name: str, params: Mapping[str, Any], where: str) -> None:
+    STRATEGIES.check(name)
+    parse_params(name, params, where=where)
+
+
+def _cache(name: str, params: Mapping[str, Any], where: str) -> None:
+    if name not in POLICIES:
+        raise ValueError(f"{name!r} is not one of {', '.join(POLICIES)}")
+    parse_policy(name, params, where=where)
+
+
+def _settings_of(
+    check: Callable[[str, Mapping[str, Any], str], None],
+) -> Callable[[str], list[Setting]]:
+    """A parser of `NAME:PARAMETER=VALUE:...,NAME`: names and parameters, checked."""
+
+    def parse(text: str) -> list[Setting]:
+        found = []
+        for part in text.split(","):
+            name, *settings = part.split(":")
+            params = dict(map(_json_option, settings))
+            try:
+                check(name, params, repr(part))
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+            found.append((name, params))
+        return found
+
+    return parse
+
+
+def _server_option(text: str) -> tuple[str, Any]:
+    name, value = _json_option(text)
+    try:
+        DlmConfig.from_mapping({name: value}, where="--server-option")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name, value
+
+
+def _against(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name in ("plain", "ar"):
+            continue
+        kind, _, spec = name.partition(":")
+        if kind != "adapter":
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is not one of {', '.join(AGAINST)}"
+            )
+        try:
+            load_adapter(spec)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names
+
+
+def _text_option(text: str) -> tuple[str, str]:
+    name, is_there, value = text.partition("=")
+    if not name or not is_there:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE")
+    return name, value
+
+
+def _json_option(text: str) -> tuple[str, Any]:
+    name, value = _text_option(text)
+    return name, _json_or_text(value)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

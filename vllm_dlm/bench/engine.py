@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmark asks of an engine, ours or anybody's, and adapters for others.
+
+An adapter is a class in a file of the user's: `--against adapter:FILE.py:Class`. It is
+made without arguments and has the methods of `Engine`. benchmarks/openai_endpoint.py
+is one, for any server that speaks OpenAI's HTTP API.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+
+class Unsupported(ValueError):
+    """An engine cannot do what a cell asks; the cell is recorded with the reason."""
+
+
+UNKNOWN_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the prompts of a cell are to be answered, greedily."""
+
+    max_tokens: int
+    concurrency: int
+    """Requests in flight: one that ends makes room for the next."""
+    ignore_eos: bool
+    """Write all of `max_tokens`, whatever the tokens are."""
+    strategy: str = ""
+    """Decoding strategy; empty for an engine that is not asked for one."""
+    strategy_config: Mapping[str, Any] = field(default_factory=dict)
+    cache: str = "none"
+    cache_config: Mapping[str, Any] = field(default_factory=dict)
+    block_length: int | None = None
+    steps: int | None = None
+    """Denoise steps over the whole canvas; None is one token per step."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request's tokens and when they came; seconds since it was sent."""
+
+    tokens: list[int]
+    """Ids; `UNKNOWN_TOKEN` in all places where an engine says only how many."""
+    first: float
+    """Seconds until the first tokens."""
+    first_tokens: int
+    """How many tokens came first, together."""
+    last: float
+    """Seconds until the last token."""
+    forwards: int | None = None
+    """Model forwards it took part in, where the engine says."""
+
+    @property
+    def per_token(self) -> float | None:
+        """Seconds per token after the first ones; None if there were none."""
+        later = len(self.tokens) - self.first_tokens
+        return (self.last - self.first) / later if later else None
+
+
+class Engine(Protocol):
+    """An engine under test."""
+
+    def start(self, model: str, options: Mapping[str, Any]) -> None:
+        """Load the model.
+
+        Args:
+            model: folder, hub id or alias.
+            options: `dtype` ("float32" or "bfloat16"), `threads`, `max_concurrency`
+                and `max_length` (tokens, prompt included) of any cell to come, `seed`,
+                `ends_texts` (whether a token may end a text before `max_tokens`), and
+                what `--adapter-option NAME=TEXT` adds.
+        """
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
+    ) -> list[Answer]:
+        """Answer all prompts (token ids), `work.concurrency` at a time.
+
+        Args:
+            on_answer: to be called after each answer, for the progress bar.
+
+        Raises:
+            Unsupported: the engine cannot work like that.
+        """
+
+    def stop(self) -> None:
+        """End the engine and its processes."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the workers of an engine did between two calls of `Counting`."""
+
+    forwards: int
+    """Of the model, however many requests shared one."""
+    rows: int
+    """Through the layers."""
+    head_rows: int
+    """Through lm_head."""
+    pairs: int | None = None
+    """Keys attended to, summed over rows; None where nobody counts."""
+    forward_seconds: float | None = None
+    head_seconds: float | None = None
+    sampler_seconds: float | None = None
+    """Of the sampler without lm_head."""
+    step_seconds: float | None = None
+    """From the first forward's start to the last step's end."""
+    forward_cpu: float | None = None
+    """CPU seconds of the worker's process, all threads; as above."""
+    head_cpu: float | None = None
+    sampler_cpu: float | None = None
+    step_cpu: float | None = None
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """An engine that counts its work as well."""
+
+    def start_counting(self) -> None:
+        """Count from 0 from here on."""
+
+    def counts(self) -> Counts:
+        """What has been done since."""
+
+
+def load_adapter(spec: str) -> type[Engine]:
+    """The class of `FILE.py:Class`.
+
+    Raises:
+        ValueError: no such file or class, or one without an engine's methods.
+    """
+    path, _, name = spec.rpartition(":")
+    if not path or not name:
+        raise ValueError(f"adapter {spec!r}: expected FILE.py:Class")
+    if not Path(path).is_file():
+        raise ValueError(f"adapter {spec!r}: there is no file {path}")
+    found = importlib.util.spec_from_file_location(f"vllm_dlm_adapter_{name}", path)
+    if found is None or found.loader is None:
+        raise ValueError(f"adapter {spec!r}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    adapter = getattr(module, name, None)
+    if not isinstance(adapter, type):
+        classes = sorted(
+            known
+            for known, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        )
+        raise ValueError(
+            f"adapter {spec!r}: {path} has no class {name}; it has "
+            f"{', '.join(classes) or 'none'}"
+        )
+    missing = [m for m in ("start", "generate", "stop") if not hasattr(adapter, m)]
+    if missing:
+        raise ValueError(f"adapter {spec!r}: {name} lacks {', '.join(missing)}")
+    return adapter

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM under test: a diffusion model through this package, or an autoregressive one.
+
+As a server has it (`AsyncLLM`: front end, engine and worker are processes of their own)
+or, "offline", as `vllm.LLM` has it in one process, which costs less where there is one
+core. Both are driven in a closed loop: a request that ends makes room for the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vllm_dlm.bench.clock import EXTENSION
+from vllm_dlm.bench.engine import Answer, Counts, Work
+
+CPU_PAGE = 128
+"""Tokens in a KV page of vLLM on a CPU."""
+
+
+class _Record:
+    """When the tokens of one request came."""
+
+    def __init__(self) -> None:
+        self.sent = time.perf_counter()
+        self.tokens: list[int] = []
+        self.first = self.last = 0.0
+        self.first_tokens = 0
+        self.forwards: int | None = None
+
+    def add(self, output: Any) -> None:
+        """Take an output of vLLM, with the tokens since the one before."""
+        completion = output.outputs[0]
+        if completion.token_ids:
+            self.last = time.perf_counter() - self.sent
+            if not self.tokens:
+                self.first, self.first_tokens = self.last, len(completion.token_ids)
+            self.tokens += completion.token_ids
+        if completion.spec_decode_metrics is not None:
+            self.forwards = sum(completion.spec_decode_metrics.histogram)
+
+    def answer(self, is_diffusion: bool) -> Answer:
+        # An autoregressive model writes one token in each forward.
+        forwards = self.forwards if is_diffusion else len(self.tokens)
+        return Answer(self.tokens, self.first, self.first_tokens, self.last, forwards)
+
+
+class VllmEngine:
+    """vLLM with a model, started with the benchmark's options and the user's.
+
+    Args:
+        engine_options: further arguments of vLLM's `EngineArgs`.
+        mode: "serve" or "offline".
+        step_times: time forwards and steps in the worker; see `clock`.
+    """
+
+    is_diffusion = True
+
+    def __init__(
+        self, engine_options: Mapping[str, Any], mode: str, step_times: bool
+    ) -> None:
+        self.engine_options = engine_options
+        self.mode = mode
+        self.step_times = step_times
+        self.count = 0
+
+    def start(self, model: str, options: Mapping[str, Any]) -> None:
+        arguments: dict[str, Any] = {
+            "model": model,
+            "dtype": options["dtype"],
+            "seed": options["seed"],
+            "max_model_len": options["max_length"],
+            "max_num_seqs": options["max_concurrency"],
+            # What ends a text, the tokenizer knows; random weights have none.
+            "skip_tokenizer_init": not options["ends_texts"],
+            "disable_log_stats": True,
+            # Repeated prompts would be answered from it.
+            "enable_prefix_caching": False,
+        }
+        if self.step_times:
+            arguments["worker_extension_cls"] = EXTENSION
+        arguments |= self._own_arguments(options)
+        arguments |= self.engine_options
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self.mode == "serve"))
+        if self.mode == "serve":
+            self._start_server(arguments)
+        else:
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            self.engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+    def _own_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What this kind of engine needs besides."""
+        return {}
+
+    def _start_server(self, arguments: dict[str, Any]) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.loop = asyncio.new_event_loop()
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+        self.engine = self.loop.run_until_complete(start())
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
+    ) -> list[Answer]:
+        sampling = self._sampling(work)
+        if self.mode == "offline":
+            return self._step_through(prompts, work, sampling, on_answer)
+        return self.loop.run_until_complete(
+            self._serve(prompts, work, sampling, on_answer)
+        )
+
+    def _sampling(self, work: Work) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        options = {
+            "strategy": work.strategy,
+            "strategy_config": dict(work.strategy_config),
+            "cache": work.cache,
+            "cache_config": dict(work.cache_config),
+            "block_length": work.block_length,
+            "steps": work.steps,
+        }
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=work.max_tokens,
+            ignore_eos=work.ignore_eos,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"dlm": options} if self.is_diffusion else None,
+        )
+
+    async def _serve(
+        self,
+        prompts: Sequence[Sequence[int]],
+        work: Work,
+        sampling: Any,
+        on_answer: Callable[[], Any],
+    ) -> list[Answer]:
+        waiting = deque(enumerate(prompts))
+        answers: dict[int, Answer] = {}
+
+        async def client() -> None:
+            while waiting:
+                index, prompt = waiting.popleft()
+                record = _Record()
+                stream = self.engine.generate(
+                    {"prompt_token_ids": list(prompt)}, sampling, self._new_id()
+                )
+                async for output in stream:
+                    record.add(output)
+                answers[index] = record.answer(self.is_diffusion)
+                on_answer()
+
+        await asyncio.gather(*(client() for _ in range(work.concurrency)))
+        return [answers[index] for index in range(len(prompts))]
+
+    def _step_through(
+        self,
+        prompts: Sequence[Sequence[int]],
+        work: Work,
+        sampling: Any,
+        on_answer: Callable[[], Any],
+    ) -> list[Answer]:
+        waiting = deque(prompts)
+        order: list[str] = []
+        records: dict[str, _Record] = {}
+        running = 0
+        while waiting or running:
+            while waiting and running < work.concurrency:
+                order.append(self._new_id())
+                records[order[-1]] = _Record()
+                prompt = {"prompt_token_ids": list(waiting.popleft())}
+                self.engine.add_request(order[-1], prompt, sampling)
+                running += 1
+            for output in self.engine.step():
+                records[output.request_id].add(output)
+                if output.finished:
+                    running -= 1
+                    on_answer()
+        return [records[name].answer(self.is_diffusion) for name in order]
+
+    def _new_id(self) -> str:
+        self.count += 1
+        return f"bench-{self.count}"
+
+    def start_counting(self) -> None:
+        if self.step_times:
+            self._rpc("dlm_clock_start")
+
+    def counts(self) -> Counts | None:
+        """The first worker's: those of a tensor-parallel group do the same steps."""
+        return Counts(**self._rpc("dlm_clock_read")[0]) if self.step_times else None
+
+    def _rpc(self, method: str) -> list[Any]:
+        answer = self.engine.collective_rpc(method)
+        if self.mode == "serve":
+            answer = self.loop.run_until_complete(answer)
+        return list(answer)
+
+    def stop(self) -> None:
+        if self.mode == "offline":
+            self.engine.engine_core.shutdown()
+            return
+
+        async def stop() -> None:
+            self.engine.shutdown()
+
+        self.loop.run_until_complete(stop())
+        self.loop.close()
+
+
+class AutoregressiveEngine(VllmEngine):
+    """vLLM with an ordinary model: neither strategy nor cache policy."""
+
+    is_diffusion = False
+
+    def _own_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            return {}
+        # As large as our engine's: vLLM's default takes and clears most of the memory.
+        pages = -(-options["max_length"] // CPU_PAGE)
+        tokens = (options["max_concurrency"] * pages + 1) * CPU_PAGE
+        return {"kv_cache_memory_bytes": tokens * options["token_bytes"]}

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked: a model, prompts, and how an answer is judged where that is known.
+
+- `random-60m`, `random:d=64,...`: random weights of a given size, written to a folder;
+  prompts are random token ids, and every answer has all its tokens.
+- `llada-tiny`: the built-in model; held-out problems whose answers a program checks.
+- anything else is a user's model: random prompts, or `--prompts FILE`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_dlm.aliases import resolve
+from vllm_dlm.bench.checkpoints import write_random
+from vllm_dlm.bench.shapes import RandomModel, Shape
+
+BUILT_IN = "llada-tiny"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and prompts for it."""
+
+    name: str
+    """As on the command line, a folder cut to its last part."""
+    model: str
+    """Folder, hub id or alias."""
+    shape: Shape | None
+    """None where arithmetic is not counted (mixtures of experts)."""
+    prompts: list[list[int]]
+    ignore_eos: bool
+    check: Callable[[int, list[int]], bool] | None = None
+    """Whether these tokens answer the prompt of this index."""
+
+    block_length: int | None = None
+    """To ask for in every request; None leaves it to the model."""
+
+    def first(self, num: int) -> Workload:
+        """The same with the first `num` prompts only."""
+        return replace(self, prompts=self.prompts[:num])
+
+    @property
+    def dense_shape(self) -> Shape:
+        """The shape, for a model of equal size.
+
+        Raises:
+            ValueError: the model is a mixture of experts.
+        """
+        if self.shape is None:
+            raise ValueError(
+                "--against ar: no dense model has the size of a mixture of experts; "
+                "leave ar out"
+            )
+        return self.shape
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return max(map(len, self.prompts))
+
+
+def make_workload(
+    model: str,
+    folder: Path,
+    *,
+    num_prompts: int,
+    prompt_length: int,
+    block_length: int | None,
+    seed: int,
+    prompts_file: Path | None = None,
+) -> Workload:
+    """Prepare a model and its prompts.
+
+    Args:
+        model: as on the command line.
+        folder: where random weights are written.
+        prompts_file: JSON lines with a `prompt` and, for an accuracy, an `answer`.
+
+    Raises:
+        ValueError: the model or the file is not what it should be.
+    """
+    if model.partition(":")[0] in ("random", "random-60m"):
+        _refuse_prompts(model, prompts_file)
+        random_model = RandomModel.parse(model)
+        length = block_length or 32
+        path = write_random(
+            folder / "model", random_model, block_length=length, seed=seed
+        )
+        shape = random_model.shape
+        # The last two ids are the end of the text and the mask.
+        prompts = _random_prompts(
+            num_prompts, prompt_length, range(shape.vocabulary - 2), seed
+        )
+        # SDAR's is declared in its config, and no request may change it.
+        asked = length if random_model.family == "llada" else None
+        return Workload(
+            model, str(path), shape, prompts, ignore_eos=True, block_length=asked
+        )
+    if model == BUILT_IN:
+        _refuse_prompts(model, prompts_file)
+        return replace(_tiny_tasks(num_prompts, seed), block_length=block_length)
+    config = _read_config(model)
+    name = Path(model).name if Path(model).is_dir() else model
+    text_shape = Shape.from_hf_config(config)
+    if prompts_file is not None:
+        prompts, check = _read_prompts(prompts_file, model, num_prompts)
+        return Workload(name, model, text_shape, prompts, False, check, block_length)
+    special = _special_ids(config)
+    ids = [i for i in range(config.vocab_size) if i not in special]
+    prompts = _random_prompts(num_prompts, prompt_length, ids, seed)
+    return Workload(
+        name, model, text_shape, prompts, ignore_eos=True, block_length=block_length
+    )
+
+
+def _refuse_prompts(model: str, prompts_file: Path | None) -> None:
+    if prompts_file is not None:
+        raise ValueError(f"--prompts: {model} has prompts of its own")
+
+
+def _random_prompts(
+    num: int, length: int, ids: Sequence[int], seed: int
+) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [draw.choices(ids, k=length) for _ in range(num)]
+
+
+def _tiny_tasks(num: int, seed: int) -> Workload:
+    from vllm_dlm.training.tasks import sample_problems
+    from vllm_dlm.training.tokenizer import decode, encode_prompt
+
+    problems = sample_problems(num, seed, "heldout")
+    return Workload(
+        BUILT_IN,
+        BUILT_IN,
+        Shape.from_hf_config(_read_config(BUILT_IN)),
+        [encode_prompt(problem.question, chat=False) for problem in problems],
+        ignore_eos=False,
+        check=lambda index, tokens: problems[index].check(decode(tokens)),
+    )
+
+
+def _read_config(model: str) -> Any:
+    from vllm.transformers_utils.config import get_config
+
+    from vllm_dlm.plugin import register
+
+    register()
+    return get_config(resolve(model), trust_remote_code=False)
+
+
+def _special_ids(config: Any) -> set[int]:
+    """The mask and what may end a text."""
+    eos = getattr(config, "eos_token_id", None)
+    return {
+        getattr(config, "mask_token_id", None),
+        *(eos if isinstance(eos, list) else [eos]),
+        *getattr(config, "dlm_stop_ids", ()),
+    } - {None}
+
+
+def _read_prompts(
+    path: Path, model: str, num: int
+) -> tuple[list[list[int]], Callable[[int, list[int]], bool] | None]:
+    from vllm.tokenizers import get_tokenizer
+
+    tokenizer = get_tokenizer(resolve(model))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    records = [json.loads(line) for line in lines[:num]]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise ValueError(
+                f"--prompts {path}, line {number}: expected an object with a `prompt` "
+                "and perhaps an `answer`, both texts"
+            )
+    if len(records) < num:
+        raise ValueError(
+            f"--prompts {path} has {len(records)} prompts; --requests {num} needs more"
+        )
+    prompts = [list(tokenizer.encode(record["prompt"])) for record in records]
+    if not all("answer" in record for record in records):
+        return prompts, None
+
+    def check(index: int, tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        return str(records[index]["answer"]).strip() == text.strip()
+
+    return prompts, check
