@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,33 @@ WORKLOADS = [
 
 
 @dataclass(frozen=True)
-class Row:
-    """One policy on one workload."""
+class Setting:
+    """A policy, and what of its parameters is not the default."""
 
-    policy: str
+    cache: str
+    config: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """As the tables name it."""
+        return ", ".join(
+            [f"`{self.cache}`", *(f"{k} {v}" for k, v in self.config.items())]
+        )
+
+
+SETTINGS = [
+    *(Setting(name) for name in POLICIES),
+    # What the default owes to steps that compute everything.
+    Setting("vicinity", {"warmup_steps": 0}),
+    Setting("window", {"refresh_every": 4}),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting on one workload."""
+
+    setting: Setting
     workload: Workload
     served: Served
     rows: int
@@ -96,14 +119,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         llm = start_engine(folder, max_num_seqs=REQUESTS_AT_A_TIME)
         counter = RowCounter(llm)
-        with tqdm(total=len(WORKLOADS) * len(POLICIES), unit="row") as progress:
+        with tqdm(total=len(WORKLOADS) * len(SETTINGS), unit="row") as progress:
             for workload in WORKLOADS:
                 count = min(args.num_problems, workload.most_problems)
                 problems = sample_problems(count, 0, "heldout")
-                for policy in POLICIES:
-                    progress.set_postfix_str(policy)
+                for setting in SETTINGS:
+                    progress.set_postfix_str(setting.cache)
                     before = counter.rows
-                    options = workload.options | {"cache": policy}
+                    options = workload.options | {
+                        "cache": setting.cache,
+                        "cache_config": setting.config,
+                    }
                     served = evaluate_served(
                         llm,
                         problems,
@@ -111,7 +137,7 @@ def main() -> int:
                         max_tokens=workload.canvas,
                         progress=False,
                     )
-                    rows.append(Row(policy, workload, served, counter.rows - before))
+                    rows.append(Row(setting, workload, served, counter.rows - before))
                     progress.update()
                     _save(rows, args.json)
         llm.llm_engine.engine_core.shutdown()
@@ -153,7 +179,7 @@ def _save(rows: list[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = [
         {
-            "policy": row.policy,
+            "setting": asdict(row.setting),
             "workload": asdict(row.workload),
             **asdict(row.served),
             "accuracy": row.served.accuracy,
@@ -185,7 +211,7 @@ def _tables(rows: list[Row]) -> str:
     about = f"""\
 Measured by `{command}` on {hardware()}, vLLM {vllm.__version__}, bfloat16:
 the built-in llada-tiny (1.1 M parameters), greedy, at most {REQUESTS_AT_A_TIME}
-requests at a time, each policy with its defaults. Rows are positions that go through
+requests at a time, by default or as said. Rows are positions that go through
 the network, prompts included."""
     parts = [about]
     for workload in WORKLOADS:
@@ -205,7 +231,7 @@ def _table(workload: Workload, rows: list[Row]) -> str:
     ]
     for row in rows:
         cells = [
-            f"`{row.policy}`",
+            row.setting.label,
             f"{row.served.accuracy:.1%}",
             f"{row.served.forwards_per_request:.2f}",
             f"{row.rows_per_request:,.0f}",

@@ -21,22 +21,30 @@ LLADA = ModelDefaults("threshold", 32, mask_token_id=5, eos_token_id=6)
 
 
 @pytest.mark.parametrize("workload", caches.WORKLOADS, ids=lambda one: one.title)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_workloads_are_valid(workload: caches.Workload, policy: str):
-    options = workload.options | {"cache": policy}
-    assert resolve(DlmConfig(), {"dlm": options}, LLADA).cache == policy
+@pytest.mark.parametrize("setting", caches.SETTINGS, ids=lambda one: one.label)
+def test_requests_are_valid(workload: caches.Workload, setting: caches.Setting):
+    options = {"cache": setting.cache, "cache_config": setting.config}
+    config = resolve(DlmConfig(), {"dlm": workload.options | options}, LLADA)
+    assert config.cache == setting.cache
+
+
+def test_every_policy_is_measured_by_default():
+    assert [one.cache for one in caches.SETTINGS if not one.config] == list(POLICIES)
 
 
 def test_the_table_compares_rows_with_the_first_policy():
     workload = caches.WORKLOADS[0]
     rows = [
-        caches.Row(policy, workload, caches.Served(10, right, 320, 100, 1.0), count)
-        for policy, right, count in (("none", 10, 20_000), ("dual", 9, 5_000))
+        caches.Row(setting, workload, caches.Served(10, right, 320, 100, 1.0), count)
+        for setting, right, count in (
+            (caches.Setting("none"), 10, 20_000),
+            (caches.Setting("vicinity", {"look_back": 4}), 9, 5_000),
+        )
     ]
     lines = caches._table(workload, rows).splitlines()
     assert lines[-2:] == [
         "| `none` | 100.0% | 32.00 | 2,000 | 100% |",
-        "| `dual` | 90.0% | 32.00 | 500 | 25% |",
+        "| `vicinity`, look_back 4 | 90.0% | 32.00 | 500 | 25% |",
     ]
 
 

@@ -174,20 +174,20 @@ def test_a_tiny_temperature_is_the_argmax():
 @WITH_NUMBA
 @given(
     seed=st.integers(0, 2**20),
-    vocab=st.sampled_from([1, 2, 30, 2048, 5000]),
+    vocab=st.sampled_from([1, 2, 30, 2049]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     banned=st.booleans(),
 )
 def test_odd_rows(odd_logits, with_numba, seed, vocab, dtype, banned):
-    rows = 8
+    rows = 4
     logits = odd_logits(seed, rows, vocab, dtype)
     ban_id = seed % vocab if banned else -1
     options = settings(
         rows,
         seed=seed,
         position=torch.arange(rows),
-        temperature=torch.tensor([0.5, 1.5]).repeat(4),
-        min_p=torch.tensor([0.0, 0.2]).repeat_interleave(4),
+        temperature=torch.tensor([0.5, 1.5]).repeat(2),
+        min_p=torch.tensor([0.0, 0.2]).repeat_interleave(2),
     )
     argmax = token_stats(logits, ban_id=ban_id).argmax
     with pytest.MonkeyPatch.context() as patch:

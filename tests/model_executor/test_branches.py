@@ -14,7 +14,7 @@ from vllm_dlm.model_executor.branches import (
     plan_branches,
     share_out,
 )
-from vllm_dlm.model_executor.segments import BlockRows, cut_segments
+from vllm_dlm.model_executor.segments import BlockRows, Cells, cut_segments
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 
 MASK_ID = 99
@@ -107,7 +107,11 @@ def test_drafts_are_written_by_rank():
         draft_rank=torch.tensor([[2, NOT_DRAFTED, 0, 1], [0, 1, 2, 3]]),
     )
     masked = torch.tensor([[True] * 4, [True, True, False, True]])
-    drafts.keep(decision, masked, blocks)
+    # 20 positions a slot.
+    cells = torch.tensor(
+        [7 * 20 + 4 + i for i in range(4)] + [5 * 20 + 8 + i for i in range(4)]
+    )
+    drafts.keep(decision, masked, Cells(torch.arange(8), cells))
     tokens, rank = drafts.of(blocks)
     assert tokens[0].tolist() == [31, 32, 33, 34]
     assert rank.tolist() == [

@@ -83,13 +83,18 @@ class Server:
     # -- what it reports ---------------------------------------------------
 
     def metrics(self, *names: str) -> tuple[float, ...]:
-        """Values of vLLM's metrics at one moment, summed over their labels."""
+        """Values of metrics at one moment, summed over their labels.
+
+        Args:
+            names: without a prefix they are vLLM's own.
+        """
         lines = httpx.get(
             f"{self.url}/metrics", timeout=REPLY_SECONDS
         ).text.splitlines()
         values = []
         for name in names:
-            found = [line for line in lines if line.startswith(f"vllm:{name}{{")]
+            name = name if ":" in name else f"vllm:{name}"
+            found = [line for line in lines if line.startswith(f"{name}{{")]
             assert found, f"no metric {name}"
             values.append(sum(float(line.rpartition(" ")[2]) for line in found))
         return tuple(values)

@@ -63,14 +63,19 @@ class _Clock:
         self.is_async = runner.device.type != "cpu"
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward)
-        processor = model.logits_processor
+        processor = getattr(model, "logits_processor", None)
+        if processor is None:
+            raise ValueError(
+                f"{type(model).__name__} has no logits_processor to count lm_head's "
+                "rows at: pass --no-step-times"
+            )
         processor.register_forward_pre_hook(self._before_head)
         processor.register_forward_hook(self._after_head)
         runner.sample_tokens = self._timed_sampler(runner.sample_tokens)
         self.reset()
 
     def reset(self) -> None:
-        self.forwards = self.rows = self.head_rows = self.pairs = 0
+        self.steps = self.forwards = self.rows = self.head_rows = self.pairs = 0
         self.forward = _Stopwatch(self._now)
         self.head = _Stopwatch(self._now)
         self.sampler = _Stopwatch(self._now)
@@ -78,6 +83,12 @@ class _Clock:
         self.last = (0.0, 0.0)
 
     def read(self) -> Counts:
+        if self.forwards != self.steps:
+            raise ValueError(
+                f"{self.steps - self.forwards} of {self.steps} steps did not call the "
+                "model, but replayed a CUDA graph, which cannot be timed from here: "
+                "pass --no-step-times, or --engine-option enforce_eager=true"
+            )
         first = self.first or self.last
         return Counts(
             forwards=self.forwards,
@@ -125,6 +136,7 @@ class _Clock:
             head = self.head.wall, self.head.cpu
             output = sample_tokens(*args, **kwargs)
             self.sampler.stop()
+            self.steps += 1
             self.sampler.wall -= self.head.wall - head[0]
             self.sampler.cpu -= self.head.cpu - head[1]
             self.last = self._now()

@@ -125,8 +125,8 @@ class Counting(Protocol):
     def start_counting(self) -> None:
         """Count from 0 from here on."""
 
-    def counts(self) -> Counts:
-        """What has been done since."""
+    def counts(self) -> Counts | None:
+        """What has been done since; None if nobody counted after all."""
 
 
 def load_adapter(spec: str) -> type[Engine]:

@@ -9,11 +9,14 @@ core. Both are driven in a closed loop: a request that ends makes room for the n
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from vllm_dlm.bench.clock import EXTENSION
 from vllm_dlm.bench.engine import Answer, Counts, Work
@@ -69,6 +72,7 @@ class VllmEngine:
         self.count = 0
 
     def start(self, model: str, options: Mapping[str, Any]) -> None:
+        """As `Engine.start`."""
         arguments: dict[str, Any] = {
             "model": model,
             "dtype": options["dtype"],
@@ -112,6 +116,7 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
     ) -> list[Answer]:
+        """As `Engine.generate`."""
         sampling = self._sampling(work)
         if self.mode == "offline":
             return self._step_through(prompts, work, sampling, on_answer)
@@ -195,11 +200,15 @@ class VllmEngine:
         return f"bench-{self.count}"
 
     def start_counting(self) -> None:
+        """As `Counting.start_counting`."""
         if self.step_times:
             self._rpc("dlm_clock_start")
 
     def counts(self) -> Counts | None:
-        """The first worker's: those of a tensor-parallel group do the same steps."""
+        """The first worker's; None without `step_times`.
+
+        The workers of a tensor-parallel group do the same steps.
+        """
         return Counts(**self._rpc("dlm_clock_read")[0]) if self.step_times else None
 
     def _rpc(self, method: str) -> list[Any]:
@@ -209,8 +218,12 @@ class VllmEngine:
         return list(answer)
 
     def stop(self) -> None:
+        """End vLLM, and let go of the memory that this process has of it."""
         if self.mode == "offline":
             self.engine.engine_core.shutdown()
+            del self.engine
+            gc.collect()
+            torch.cuda.empty_cache()
             return
 
         async def stop() -> None:

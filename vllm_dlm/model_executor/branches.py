@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.segments import BlockRows, Segments, ragged
+from vllm_dlm.model_executor.segments import BlockRows, Cells, Segments, ragged
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 
 
@@ -292,7 +292,7 @@ class Drafts:
         """Make room for a new request."""
         self._rank[slot] = NOT_DRAFTED
 
-    def keep(self, decision: Decision, masked: torch.Tensor, blocks: BlockRows) -> None:
+    def keep(self, decision: Decision, masked: torch.Tensor, cells: Cells) -> None:
         """Keep a decision's drafts for the next forward.
 
         A drafted mask id (`reference_exact`) fills nothing: verifying ends before it.
@@ -303,10 +303,8 @@ class Drafts:
         assert decision.draft_tokens is not None and decision.draft_rank is not None
         masked = masked & (decision.draft_tokens != self._mask_id)
         rank = torch.where(masked, decision.draft_rank, NOT_DRAFTED)
-        slots = blocks.slots[:, None].expand_as(rank)[blocks.valid]
-        where = blocks.positions[blocks.valid]
-        self._rank[slots, where] = rank[blocks.valid].int()
-        self._tokens[slots, where] = decision.draft_tokens[blocks.valid].int()
+        cells.write(self._rank, rank)
+        cells.write(self._tokens, decision.draft_tokens)
 
     def written(
         self,

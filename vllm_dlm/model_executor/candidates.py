@@ -26,6 +26,7 @@ from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
 from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
 
 if TYPE_CHECKING:
+    from vllm_dlm.kernels.shards import VocabShard
     from vllm_dlm.model_executor.logits import Logits
     from vllm_dlm.model_executor.segments import BlockRows
     from vllm_dlm.model_executor.state import DlmModelState, DlmRequest
@@ -97,6 +98,19 @@ class Choice(NamedTuple):
             None if rows.entropy is None else blocks.spread(rows.entropy),
             None if rows.margin is None else blocks.spread(rows.margin),
         )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some rows of a step's logits."""
+
+    logits: Logits
+    values: torch.Tensor
+    """[n, V]: this rank's part of them."""
+    rows: slice
+    """Which rows of `logits` these are."""
+    own: slice
+    """Which rows of the blocks that are being decided."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +208,8 @@ class Candidates:
 
     def choose(
         self,
-        logits: Logits,
-        tile: torch.Tensor,
+        tile: Tile,
         stats: TokenStats,
-        rows: slice,
-        own: slice,
         masked: torch.Tensor,
         step: torch.Tensor,
         blocks: BlockRows,
@@ -206,36 +217,63 @@ class Candidates:
         """Candidates of a tile of rows, and how sure the model is of them.
 
         Args:
-            logits: of the step.
-            tile: [n, V], this rank's part of some of them.
             stats: of the tile, with the statistics that strategies need.
-            rows: which rows of `logits` the tile has.
-            own: which of the rows of `blocks` these are.
             masked: [n] bool; decided positions have the argmax as candidate.
             step: [R] int64: which noise is drawn with.
         """
         choice = RowChoice(
             stats.argmax, stats.confidence, stats.logsumexp, stats.entropy, stats.margin
         )
-        slots = blocks.row_slots[own]
-        special = (self._draws[slots] | self._restricts[slots]).nonzero()[0]
-        if not len(special):
+        slots = blocks.row_slots[tile.own]
+        special = self._draws[slots] | self._restricts[slots]
+        if not special.any():
             return choice
-        slots = slots[special]
+        # Who draws from the model's own distribution needs no other rank's logits.
+        shaped = self._restricts | self._truncates | self._measures_drawn
+        whole = special & shaped[slots]
+        for rows, shard in ((special & ~whole, tile.logits.shard), (whole, None)):
+            (some,) = rows.nonzero()
+            if len(some):
+                choice = self._redo(
+                    choice, tile, some, shard, rows is whole, masked, step, blocks
+                )
+        return choice
+
+    def _redo(
+        self,
+        choice: RowChoice,
+        tile: Tile,
+        some: np.ndarray,
+        shard: VocabShard | None,
+        gather: bool,
+        masked: torch.Tensor,
+        step: torch.Tensor,
+        blocks: BlockRows,
+    ) -> RowChoice:
+        """The same with other candidates for some of a tile's rows.
+
+        Args:
+            some: [m], which of the n rows.
+            shard: of their logits, where these are not gathered.
+            gather: whether they are.
+            masked, step, blocks: as for `choose`.
+        """
+        logits, slots = tile.logits, blocks.row_slots[tile.own][some]
 
         def on_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(tile.device, non_blocking=True)
+            return torch.from_numpy(array).to(logits.device, non_blocking=True)
 
-        at = on_device(special)
-        places = blocks.row_places[own][at]
-        raw = logits.whole(tile[at], at + rows.start)
-        processed, argmax = raw, stats.argmax[at]
+        at = on_device(some)
+        raw, best = tile.values[at], choice.candidate[at]
+        if gather:
+            raw = logits.whole(raw, at + tile.rows.start)
+        processed, argmax = raw, best
         if self._restricts[slots].any():
             # A copy, also of float32: what is restricted must not move the confidence.
             processed = raw.to(torch.float32, copy=True)
-            self._restrict(processed, special + own.start, blocks)
+            self._restrict(processed, some + tile.own.start, blocks)
             argmax = token_stats(processed).argmax
-        owners = blocks.row_requests[own][at]
+        owners = blocks.row_requests[tile.own][at]
         sampling = self._sampling(blocks.slots[owners])
         cut = self._truncates[slots]
         drawn = draw(
@@ -246,20 +284,22 @@ class Candidates:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             seed=self._seed[blocks.slots[owners]],
-            position=blocks.positions.flatten()[places],
+            position=blocks.positions.flatten()[blocks.row_places[tile.own][at]],
             step=step[owners],
             rows=on_device((self._draws[slots] & ~cut).nonzero()[0]),
             truncated_rows=on_device(cut.nonzero()[0]),
+            banned=logits.banned[tile.rows][at],
+            ban_id=logits.mask_id,
+            shard=shard,
         )
         drawn = torch.where(masked[at], drawn, argmax)
-        is_first = blocks.row_offset[own][special] == 0
+        is_first = blocks.row_offset[tile.own][some] == 0
         greedy = on_device(self._seeds_greedily[slots] & is_first)
-        drawn = torch.where(greedy, stats.argmax[at], drawn)
+        drawn = torch.where(greedy, best, drawn)
+        sure = prob_of(raw, drawn, choice.logsumexp[at], shard)
         choice = choice._replace(
             candidate=choice.candidate.index_copy(0, at, drawn),
-            confidence=choice.confidence.index_copy(
-                0, at, prob_of(raw, drawn, stats.logsumexp[at])
-            ),
+            confidence=choice.confidence.index_copy(0, at, sure),
         )
         measured = self._measures_drawn[slots].nonzero()[0]
         if len(measured):

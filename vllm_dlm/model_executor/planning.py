@@ -16,6 +16,7 @@ import numpy as np
 from vllm_dlm.model_executor.branches import plan_branches
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
 from vllm_dlm.model_executor.segments import (
+    Cells,
     SegmentPlan,
     Segments,
     cut_segments,
@@ -129,6 +130,8 @@ def _plan_blocks(
         row_request,
         kv_lens,
         is_read.sum(axis=1) * branches[rows],
+        valid.ravel().nonzero()[0],
+        (slots[:, None] * state.max_model_len + positions)[valid],
         *([] if is_causal is None else [is_causal]),
     )
     plan = SegmentPlan(
@@ -151,7 +154,8 @@ def _plan_blocks(
         row_requests=on_device[11],
         kv_lens=on_device[12].int(),
         num_logits=on_device[13],
-        causal=None if is_causal is None else on_device[14].int(),
+        cells=Cells(on_device[14], on_device[15]),
+        causal=None if is_causal is None else on_device[16].int(),
         branches=None,
     )
     state.canvas_end[plan.slots] = plan.canvas_end

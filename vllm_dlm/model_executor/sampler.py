@@ -130,15 +130,13 @@ class DenoisingSampler:
             canvas_end = torch.minimum(canvas_end, cut_end)
             state.canvas_end[slots] = canvas_end
         exists = view.valid & (plan.positions < canvas_end[:, None])
-        rows = slots[:, None].expand_as(plan.positions)[view.valid]
-        where = plan.positions[view.valid]
-        state.tokens[rows, where] = tokens[view.valid].to(state.tokens.dtype)
-        state.masked[rows, where] = masked[view.valid]
+        plan.cells.write(state.tokens, tokens)
+        plan.cells.write(state.masked, masked)
 
         # Progress of the block.
         open_ = masked & exists
         if decision.draft_rank is not None:
-            state.drafts.keep(decision, open_, plan)
+            state.drafts.keep(decision, open_, plan.cells)
         block_end = block_start + exists.sum(dim=1)
         offsets = torch.arange(open_.shape[1], device=open_.device)
         first_open = torch.where(open_, offsets, open_.shape[1]).amin(dim=1)

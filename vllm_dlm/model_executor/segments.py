@@ -157,6 +157,21 @@ class BlockRows:
 
 
 @dataclass(frozen=True)
+class Cells:
+    """Where the valid positions of blocks [R, B] are in tensors [slots, positions]."""
+
+    places: torch.Tensor
+    """[M] int64: in the flattened blocks."""
+    cells: torch.Tensor
+    """[M] int64: in the flattened tensor."""
+
+    def write(self, store: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the valid ones of values [R, B] into `store`."""
+        values = values.flatten()[self.places].to(store.dtype)
+        store.view(-1).index_copy_(0, self.cells, values)
+
+
+@dataclass(frozen=True)
 class SegmentPlan(BlockRows):
     """One forward: its segments, and the active blocks that it decides.
 
@@ -177,6 +192,8 @@ class SegmentPlan(BlockRows):
     """[R] int64: one past the last position computed for each."""
     canvas_end: torch.Tensor
     """[R] int64: one past each canvas' last position."""
+    cells: Cells
+    """Where the canvases' positions are kept."""
     num_logits: torch.Tensor
     """[R] int64: how many of the rows through lm_head are each request's."""
     seeds: torch.Tensor

@@ -14,7 +14,7 @@ import torch
 
 from vllm_dlm.kernels.draw import uniform
 from vllm_dlm.kernels.token_stats import token_stats
-from vllm_dlm.model_executor.candidates import Choice, RowChoice
+from vllm_dlm.model_executor.candidates import Choice, RowChoice, Tile
 from vllm_dlm.model_executor.logits import Logits
 from vllm_dlm.strategies.base import Branches, Probabilities, View
 
@@ -121,19 +121,21 @@ class Views:
         """
         places = masked.flatten()[blocks.row_places]
         parts = [RowChoice.of_nothing(logits.device, needs)]
-        for rows, tile in logits.tiles(first, first + len(places)):
+        for rows, values in logits.tiles(first, first + len(places)):
             stats = token_stats(
-                tile,
+                values,
                 need_entropy="entropy" in needs,
                 need_margin="margin" in needs,
                 banned=logits.banned[rows],
                 ban_id=logits.mask_id,
                 shard=logits.shard,
             )
-            own = slice(rows.start - first, rows.stop - first)
+            tile = Tile(
+                logits, values, rows, slice(rows.start - first, rows.stop - first)
+            )
             parts.append(
                 self.candidates.choose(
-                    logits, tile, stats, rows, own, places[own], noise_step, blocks
+                    tile, stats, places[tile.own], noise_step, blocks
                 )
             )
         return Choice.of(parts, blocks)
