@@ -21,6 +21,8 @@ def main(model: str = "llada-tiny", engines: str = "2") -> None:
     connect(devices=int(engines))
     config = vLLMEngineProcessorConfig(
         model_source=resolve(model),
+        # Starts sooner; without it, a GPU decodes faster.
+        engine_kwargs={"enforce_eager": True},
         concurrency=(int(engines), int(engines)),
         batch_size=2,
         # Prompts are text and stay so: the engine alone is a stage.

@@ -25,7 +25,9 @@ from vllm_dlm.ray_cluster import connect
 @serve.deployment(ray_actor_options={"num_gpus": 1})
 class Engine:
     def __init__(self, model: str) -> None:
-        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model))
+        # Eager starts sooner; without it, a GPU decodes faster.
+        arguments = AsyncEngineArgs(model, enforce_eager=True)
+        self.engine = AsyncLLM.from_engine_args(arguments)
 
     async def check_health(self) -> None:
         await self.engine.check_health()  # Serve replaces an engine that has failed

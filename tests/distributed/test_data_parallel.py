@@ -72,29 +72,34 @@ def test_a_lost_worker_ends_requests_with_an_error(server: Server, backend: str)
         "vllm_xargs": {"dlm_strategy": "static", "dlm_block_length": 8},
     }
 
-    def whole(prompt: str) -> str | None:
-        return server.complete(prompt, **long).choices[0].finish_reason
+    def whole(prompt: str) -> str:
+        return server.text(prompt, **long)
 
-    def streamed(prompt: str) -> str | None:
-        (*_, last) = server.complete(prompt, stream=True, **long)
-        return last.choices[0].finish_reason
+    def streamed(prompt: str) -> str:
+        events = server.complete(prompt, stream=True, **long)
+        return "".join(event.choices[0].text for event in events)
 
-    with ThreadPoolExecutor(4) as pool:
-        replies = [
-            pool.submit(ask, prompt)
-            for ask in (whole, streamed)
-            for prompt in QUESTIONS
-        ]
-        until(lambda: server.load()[0] == len(replies), "they do not run")
-        youngest_workers(backend, 2)[0].kill()
-        for reply in replies:
-            error = reply.exception()
-            # A status of 500, an error in the stream, or a closed connection.
-            assert isinstance(error, openai.APIError), error or reply.result()
+    right = {prompt: whole(prompt) for prompt in QUESTIONS}
     (process,) = (
         child for child in psutil.Process().children() if "serve" in child.cmdline()
     )
-    until(
-        lambda: process.status() == psutil.STATUS_ZOMBIE,
-        "the server goes on without its worker",
-    )
+    with ThreadPoolExecutor(8) as pool:
+        replies = [
+            (prompt, pool.submit(ask, prompt))
+            for ask in (whole, streamed)
+            for prompt in list(QUESTIONS) * 2
+        ]
+        until(lambda: server.load()[0] == len(replies), "they do not run")
+        youngest_workers(backend, 2)[0].kill()
+    errors = []
+    for prompt, reply in replies:
+        if error := reply.exception():
+            errors.append(error)
+        else:  # the other engine was faster
+            assert reply.result() == right[prompt]
+    # A status of 500, an error in the stream, or a closed connection.
+    assert len(errors) >= len(replies) // 2
+    for error in errors:
+        assert isinstance(error, openai.APIError | httpx.TransportError), error
+        assert not isinstance(error, openai.APITimeoutError)
+    process.wait(timeout=60)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,18 +31,29 @@ from vllm_dlm.bench.workloads import Workload
 WARM_UP_BLOCKS = 2
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The arithmetic that the machine can do in one dtype."""
+
+    gflops: float
+    """GFLOP/s of all `threads`; see `environment.peak_gflops`."""
+    threads: int
+    is_cpu: bool
+    """Then it is per CPU second of a thread, and so is what is compared with it."""
+
+
 def measure(
     engine: Engine,
     workload: Workload,
     work: Work,
     *,
-    peak_gflops: float,
+    limit: Limit,
     on_answer: Callable[[], Any],
 ) -> dict[str, Any]:
     """Run a cell; its numbers by the names in the JSON file.
 
     Args:
-        peak_gflops: of the machine; see `environment.peak_gflops`.
+        limit: the arithmetic that the machine can do.
 
     Raises:
         Unsupported: the engine cannot work like that.
@@ -62,7 +73,7 @@ def measure(
 
     numbers = summarise(answers, seconds, cpu)
     numbers["peak_memory_gib"] = _peak_memory()
-    numbers |= _work_done(counts, workload, seconds, len(answers), peak_gflops)
+    numbers |= _work_done(counts, workload, numbers, limit)
     are_known = all(UNKNOWN_TOKEN not in answer.tokens for answer in answers)
     if workload.check is not None and are_known:
         right = [workload.check(i, a.tokens) for i, a in enumerate(answers)]
@@ -110,24 +121,23 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def _work_done(
-    counts: Counts | None,
-    workload: Workload,
-    seconds: float,
-    requests: int,
-    peak_gflops: float,
+    counts: Counts | None, workload: Workload, numbers: dict[str, Any], limit: Limit
 ) -> dict[str, Any]:
-    """Arithmetic and host overhead, from what the engine counted."""
+    """Arithmetic and overheads, from what the engine counted."""
     if counts is None:
         return {}
-    numbers: dict[str, Any] = {"counts": asdict(counts)}
+    work: dict[str, Any] = {"counts": asdict(counts)}
     if workload.shape is not None and counts.pairs is not None:
-        flops = workload.shape.flops(counts.rows, counts.pairs, counts.head_rows)
-        numbers |= {
-            "gflop_per_request": flops / requests / 1e9,
-            "gflops": flops / seconds / 1e9,
-            "peak_gflops": peak_gflops,
+        gflop = workload.shape.flops(counts.rows, counts.pairs, counts.head_rows) / 1e9
+        busy = numbers["seconds"]
+        if limit.is_cpu:
+            busy = numbers["cpu_seconds"] / limit.threads
+        work |= {
+            "gflop_per_request": gflop / numbers["requests"],
+            "gflops": gflop / busy,
+            "peak_gflops": limit.gflops,
         }
-    return numbers | _overheads(counts)
+    return work | _overheads(counts)
 
 
 def _overheads(counts: Counts) -> dict[str, float]:

@@ -19,7 +19,7 @@ from vllm_dlm.bench.cells import Cell, Results, without_folders
 from vllm_dlm.bench.checkpoints import write_autoregressive
 from vllm_dlm.bench.engine import Engine, Unsupported, Work, load_adapter
 from vllm_dlm.bench.environment import peak_gflops
-from vllm_dlm.bench.measure import measure
+from vllm_dlm.bench.measure import Limit, measure
 from vllm_dlm.bench.workloads import make_workload
 
 OURS, PLAIN, AUTOREGRESSIVE = "vllm-dlm", "plain", "ar"
@@ -64,17 +64,20 @@ class Runner:
                 todo.items(), lambda item: (item[1].engine, item[1].dtype)
             ):
                 bar.set_description(f"{name} {dtype}: starting")
-                peak = peak_gflops(dtype, self.args.threads)
+                threads = self.args.threads
+                limit = Limit(
+                    peak_gflops(dtype, threads), threads, not torch.cuda.is_available()
+                )
                 with self._started(name, dtype) as engine:
                     for key, cell in group:
                         where = f"{cell.setting}, {cell.concurrency} at once"
                         bar.set_description(f"{name} {dtype}: {where}")
-                        numbers = self._measured(engine, cell, peak, bar.update)
+                        numbers = self._measured(engine, cell, limit, bar.update)
                         self.results.add(cell.described() | {"key": key} | numbers)
         return set(keys)
 
     def _measured(
-        self, engine: Engine, cell: Cell, peak: float, on_answer: Callable[[], Any]
+        self, engine: Engine, cell: Cell, limit: Limit, on_answer: Callable[[], Any]
     ) -> dict[str, Any]:
         args = self.args
         workload = self.workload.first(self._num_requests(cell))
@@ -93,9 +96,7 @@ class Runner:
             steps=args.steps,
         )
         try:
-            return measure(
-                engine, workload, work, peak_gflops=peak, on_answer=on_answer
-            )
+            return measure(engine, workload, work, limit=limit, on_answer=on_answer)
         except Unsupported as error:
             return {"error": str(error)}
 

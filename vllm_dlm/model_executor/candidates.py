@@ -24,12 +24,13 @@ import torch
 from vllm_dlm.kernels.draw import draw, tempered
 from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
 from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
+from vllm_dlm.model_executor.restrictions import Restriction
 
 if TYPE_CHECKING:
     from vllm_dlm.kernels.shards import VocabShard
     from vllm_dlm.model_executor.logits import Logits
     from vllm_dlm.model_executor.segments import BlockRows
-    from vllm_dlm.model_executor.state import DlmModelState, DlmRequest
+    from vllm_dlm.model_executor.state import DlmModelState
 
 
 class Sampling(NamedTuple):
@@ -111,40 +112,6 @@ class Tile:
     """Which rows of `logits` these are."""
     own: slice
     """Which rows of the blocks that are being decided."""
-
-
-@dataclass(frozen=True)
-class Restriction:
-    """Tokens that a request's sampling parameters favour or forbid."""
-
-    biased: torch.Tensor
-    """[k] int64 token ids of `logit_bias`."""
-    bias: torch.Tensor
-    """[k] float32."""
-    allowed: torch.Tensor | None
-    """[k] int64: `allowed_token_ids`; None for all."""
-    ending: torch.Tensor
-    """[k] int64: what may not be written while the text is short of `min_tokens`."""
-    bad_words: list[list[int]]
-
-    @classmethod
-    def of(cls, request: DlmRequest, device: torch.device) -> Restriction | None:
-        """Of a request; None if there is none."""
-        params = request.params
-        words = params.bad_words_token_ids or []
-        allowed, ending = params.allowed_token_ids, set[int]()
-        if params.min_tokens:
-            ending = {*params.all_stop_token_ids, *request.stop_ids}
-        if not (params.logit_bias or allowed or params.min_tokens or words):
-            return None
-        bias = params.logit_bias or {}
-        return cls(
-            torch.tensor(list(bias), dtype=torch.int64, device=device),
-            torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
-            torch.tensor(allowed, device=device) if allowed else None,
-            torch.tensor(sorted(ending), dtype=torch.int64, device=device),
-            words,
-        )
 
 
 class Candidates:
@@ -363,28 +330,17 @@ class Candidates:
             logits: [n, V] float32.
             rows: [n]: which of the rows of `blocks` these are.
         """
+        early = self._early(blocks)
         requests = blocks.row_request[rows]
         for request in np.unique(requests[self._restricts[blocks.row_slots[rows]]]):
             (mine,) = (requests == request).nonzero()
-            # A request's rows follow each other.
-            part = logits[mine[0] : mine[-1] + 1]
             offsets = blocks.row_offset[rows[mine]]
             restriction = self._restrictions[int(blocks.slots_np[request])]
-            part[:, restriction.biased] += restriction.bias
-            if restriction.allowed is not None:
-                kept = part[:, restriction.allowed]
-                part.fill_(-torch.inf)
-                part[:, restriction.allowed] = kept
-            if len(restriction.ending):
-                places = torch.from_numpy(offsets).to(part.device)
-                early = self._early(blocks)[request, places][:, None]
-                ending = part[:, restriction.ending]
-                part[:, restriction.ending] = ending.masked_fill(early, -torch.inf)
-            if restriction.bad_words:
-                row_of = {offset: row for row, offset in enumerate(offsets.tolist())}
-                for offset, token in self._banned(int(request), blocks):
-                    if offset in row_of:
-                        part[row_of[offset], token] = -torch.inf
+            banned = self._banned(int(request), blocks) if restriction.bad_words else []
+            places = torch.from_numpy(offsets).to(logits.device)
+            # A request's rows follow each other.
+            part = logits[mine[0] : mine[-1] + 1]
+            restriction.apply(part, early[request, places], offsets, banned)
 
     # -- what ends a text --------------------------------------------------
 

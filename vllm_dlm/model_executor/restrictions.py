@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restriction: which tokens a request's sampling parameters favour or forbid.
+
+`logit_bias`, `allowed_token_ids`, `min_tokens` and `bad_words`, made into tensors when
+the request is admitted, and applied to its rows of logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.state import DlmRequest
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """Of one request."""
+
+    biased: torch.Tensor
+    """[k] int64 token ids of `logit_bias`."""
+    bias: torch.Tensor
+    """[k] float32."""
+    allowed: torch.Tensor | None
+    """[k] int64: `allowed_token_ids`; None for all."""
+    ending: torch.Tensor
+    """[k] int64: what may not be written while the text is short of `min_tokens`."""
+    bad_words: list[list[int]]
+
+    @classmethod
+    def of(cls, request: DlmRequest, device: torch.device) -> Restriction | None:
+        """None where every token is as good as the model finds it."""
+        params = request.params
+        words = params.bad_words_token_ids or []
+        allowed, ending = params.allowed_token_ids, set[int]()
+        if params.min_tokens:
+            ending = {*params.all_stop_token_ids, *request.stop_ids}
+        if not (params.logit_bias or allowed or params.min_tokens or words):
+            return None
+        bias = params.logit_bias or {}
+        return cls(
+            torch.tensor(list(bias), dtype=torch.int64, device=device),
+            torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
+            torch.tensor(allowed, device=device) if allowed else None,
+            torch.tensor(sorted(ending), dtype=torch.int64, device=device),
+            words,
+        )
+
+    def apply(
+        self,
+        logits: torch.Tensor,
+        early: torch.Tensor,
+        offsets: np.ndarray,
+        banned: list[tuple[int, int]],
+    ) -> None:
+        """Change logits in place.
+
+        Args:
+            logits: [n, V] float32, rows of the request.
+            early: [n] bool: where `min_tokens` forbids the text to end.
+            offsets: [n], each row's place in the block.
+            banned: (place in the block, token) that would complete a bad word.
+        """
+        logits[:, self.biased] += self.bias
+        if self.allowed is not None:
+            kept = logits[:, self.allowed]
+            logits.fill_(-torch.inf)
+            logits[:, self.allowed] = kept
+        if len(self.ending):
+            ending = logits[:, self.ending]
+            logits[:, self.ending] = ending.masked_fill(early[:, None], -torch.inf)
+        if banned:
+            row_of = {offset: row for row, offset in enumerate(offsets.tolist())}
+            for offset, token in banned:
+                if offset in row_of:
+                    logits[row_of[offset], token] = -torch.inf
