@@ -160,19 +160,22 @@ PATCHES: dict[str, Patch] = {
         Patch(
             symbol="vllm.v1.engine.core:EngineCoreProc.run_busy_loop",
             why=(
-                "Data parallel over Ray: clients of an engine that failed wait for ever."
+                "Data parallel over Ray: clients of an engine that failed wait for "
+                "ever, and /health says 200."
             ),
             how="The engine tells its clients, as one in a process of its own does.",
-            upstream="no issue yet: the monitor expects RayActorError, gets RayTaskError",
+            upstream=(
+                "no issue yet: the monitor expects RayActorError, gets RayTaskError"
+            ),
             drop_when="a failed engine in a Ray actor reports itself",
         ),
         Patch(
             symbol="vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop",
-            why=(
-                "The same, for mixtures of experts."
-            ),
+            why="The same, for mixtures of experts.",
             how="The same.",
-            upstream="no issue yet: the monitor expects RayActorError, gets RayTaskError",
+            upstream=(
+                "no issue yet: the monitor expects RayActorError, gets RayTaskError"
+            ),
             drop_when="a failed engine in a Ray actor reports itself",
         ),
         Patch(

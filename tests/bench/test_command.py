@@ -11,7 +11,10 @@ from bench.conftest import TINY
 from vllm_dlm.bench import command, report
 from vllm_dlm.bench.engine import load_adapter
 
-PLAIN = ("--model", TINY, "--skip-ours", "--against", "plain", "--requests", "2")
+PLAIN = (
+    *("--model", TINY, "--skip-ours", "--against", "plain"),
+    *("--requests", "2", "--concurrency", "1"),
+)
 SHORT = ("--prompt-len", "8", "--max-tokens", "16", "--block-length", "8")
 
 ADAPTER = '''
@@ -180,6 +183,8 @@ def test_wrong_models_name_the_right_ones(bench, model, message):
 def test_nothing_to_measure(bench):
     with pytest.raises(ValueError, match="--against"):
         bench("--skip-ours")
+    with pytest.raises(ValueError, match="--concurrency 16 requests in flight"):
+        bench("--requests", "4")
 
 
 def cell(engine: str, concurrency: int, speed: float, accuracy: float | None) -> dict:
@@ -228,11 +233,28 @@ def test_answers_from_a_file_are_judged(bench, tmp_path):
 
     data = bench(
         *("--model", resolve("llada-tiny"), "--prompts", str(path), "--requests", "3"),
-        *("--skip-ours", "--against", "plain", "--max-tokens", "32"),
+        *(
+            "--concurrency",
+            "1",
+            "--skip-ours",
+            "--against",
+            "plain",
+            "--max-tokens",
+            "32",
+        ),
     )
     assert data["cells"][0]["accuracy"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="has 3 prompts"):
         bench(
             *("--model", resolve("llada-tiny"), "--prompts", str(path)),
-            *("--requests", "4", "--skip-ours", "--against", "plain", "--resume"),
+            *(
+                "--requests",
+                "4",
+                "--concurrency",
+                "1",
+                "--skip-ours",
+                "--against",
+                "plain",
+                "--resume",
+            ),
         )

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from engine.cases import Case, make_prompt
 from engine.harness import Engine, Finished
 from engine.test_mixed import make_request, one_per_strategy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_dlm.model_executor.logits import tile_rows
+from vllm_dlm.model_executor.sampler import DenoisingSampler
 
 ROWS = 7
 """Of a tile: fewer than a block has, and no divisor of it."""
@@ -97,6 +100,51 @@ def test_a_tile_does_not_grow_with_the_batch(wide_engine: Engine):
         with tiles_of(wide_engine, 48) as seen:
             wide_engine.run([case.prompt] * requests, case.params())
         assert max(seen) == min(32 * requests, 48)
+
+
+class LongestOverVocabulary(TorchDispatchMode):
+    """Rows of the longest tensor [rows, vocabulary] that any operation makes."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.rows = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None) -> Any:
+        result = call(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else [result]:
+            shape = made.shape if isinstance(made, torch.Tensor) else ()
+            if len(shape) > 1 and shape[-1] == self.vocab_size:
+                self.rows = max(self.rows, shape[:-1].numel())
+        return result
+
+
+def test_no_tensor_over_the_vocabulary_is_longer_than_a_tile(
+    wide_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """Not for draws, restrictions, log-probabilities or `Probabilities` either."""
+    cases = [
+        Case(make_prompt(9 + i, i), rule=rule, block=16, max_tokens=16, ignore_eos=True)
+        for i, rule in enumerate(
+            ["klass", "credit/fixed", *["static/low_confidence"] * 6]
+        )
+    ]
+    sampling = [
+        case.params(**more)
+        for case, more in zip(cases, [{}, {}, *RESTRICTED.values()], strict=True)
+    ]
+    vocab_size = wide_engine.runner.model.logits_processor.org_vocab_size
+    longest = LongestOverVocabulary(vocab_size)
+    decide = DenoisingSampler.__call__
+
+    def watched(*args: Any) -> Any:
+        with longest:
+            return decide(*args)
+
+    monkeypatch.setattr(DenoisingSampler, "__call__", watched)
+    with tiles_of(wide_engine, ROWS):
+        wide_engine.run([case.prompt for case in cases], sampling)
+    assert longest.rows == ROWS
 
 
 def test_tiles_of_real_sizes():

@@ -217,6 +217,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.skip_ours and not args.against:
         raise ValueError("--skip-ours leaves nothing: name engines with --against")
+    if args.requests is not None and args.requests < max(args.concurrency):
+        raise ValueError(
+            f"--requests {args.requests} cannot keep --concurrency "
+            f"{max(args.concurrency)} requests in flight: ask for as many at least"
+        )
     if args.plot is not None:
         report.check_plotting()
     args.threads = args.threads or _default_threads()

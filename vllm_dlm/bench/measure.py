@@ -9,7 +9,7 @@ this process, and its seconds are not in them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,7 +134,8 @@ def _work_done(
             busy = numbers["cpu_seconds"] / limit.threads
         work |= {
             "gflop_per_request": gflop / numbers["requests"],
-            "gflops": gflop / busy,
+            # The kernel counts CPU time in hundredths of a second.
+            "gflops": gflop / busy if busy else None,
             "peak_gflops": limit.gflops,
         }
     return work | _overheads(counts)
@@ -158,35 +159,35 @@ def _overheads(counts: Counts) -> dict[str, float]:
     return numbers
 
 
-def _family() -> Iterator[psutil.Process]:
-    """This process and all below it."""
-    me = psutil.Process()
-    yield me
-    yield from me.children(recursive=True)
-
-
 def _cpu_seconds() -> float:
-    total = 0.0
-    for process in _family():
+    """User and system seconds of this process and all below it, so far."""
+    total = time.process_time()
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             total += times.user + times.system
     return total
 
 
+def _processes() -> list[int]:
+    """This process and all below it."""
+    me = psutil.Process()
+    return [me.pid, *(process.pid for process in me.children(recursive=True))]
+
+
 def _forget_peak_memory() -> None:
     """Let Linux measure the peak resident memory of each process anew."""
-    for process in _family():
+    for pid in _processes():
         with suppress(OSError):
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")
+            Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak_memory() -> float | None:
     """GiB, the sum over processes of each one's peak; None where that is unknown."""
     total = 0
-    for process in _family():
+    for pid in _processes():
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+            status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
         except OSError:
             return None
         peak = [line.split()[1] for line in status.splitlines() if "VmHWM" in line]
