@@ -97,6 +97,12 @@ def small_engine(engines: Callable[..., Engine]) -> Engine:
 
 
 @pytest.fixture(scope="session")
+def wide_engine(engines: Callable[..., Engine]) -> Engine:
+    """16 requests at a time."""
+    return engines(max_num_seqs=16, num_gpu_blocks_override=160)
+
+
+@pytest.fixture(scope="session")
 def busy_engine(engines: Callable[..., Engine]) -> Engine:
     """Forwards of at most 128 rows; a model with a stop token of its own, 11."""
     return engines(

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from engine.cases import RULES, Case, make_prompt
 from engine.harness import Engine, params
@@ -13,12 +11,6 @@ from vllm import SamplingParams
 from vllm_dlm.model_executor.groups import MOST_IDLE_GROUPS
 
 Request = tuple[tuple[int, ...], SamplingParams]
-
-
-@pytest.fixture(scope="module")
-def wide_engine(engines: Callable[..., Engine]) -> Engine:
-    """16 requests at a time."""
-    return engines(max_num_seqs=16, num_gpu_blocks_override=160)
 
 
 def make_request(number: int, rule: str) -> Request:

@@ -9,7 +9,6 @@ its predecessor comes with the reply that the scheduler waits for (`host_slots.p
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,12 +46,6 @@ class Waits(TorchDispatchMode):
             if ours:
                 self.seen.add(f"{name}: {ours[-1].name}: {ours[-1].line}")
         return call(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def wide_engine(engines: Callable[..., Engine]) -> Engine:
-    """16 requests at a time."""
-    return engines(max_num_seqs=16, num_gpu_blocks_override=160)
 
 
 @pytest.mark.parametrize("rule", sorted(one_per_strategy().values()))

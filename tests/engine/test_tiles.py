@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,6 @@ from vllm_dlm.model_executor.sampler import DenoisingSampler
 
 ROWS = 7
 """Of a tile: fewer than a block has, and no divisor of it."""
-
-
-@pytest.fixture(scope="module")
-def wide_engine(engines: Callable[..., Engine]) -> Engine:
-    """16 requests at a time."""
-    return engines(max_num_seqs=16, num_gpu_blocks_override=160)
 
 
 @contextmanager

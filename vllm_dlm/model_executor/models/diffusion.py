@@ -64,8 +64,12 @@ class DiffusionModelMixin:
         from vllm_dlm.kernels.shards import VocabShard
 
         def gather(values: torch.Tensor) -> torch.Tensor:
-            ranks: torch.Tensor = tensor_model_parallel_all_gather(values[None], dim=0)
-            return ranks
+            if len(values) == 0:  # see `gathered`
+                return values.new_empty((self.lm_head.tp_size, *values.shape))
+            # As float32, bit for bit: vLLM's all_gather on a CPU knows no float64.
+            halves = values.contiguous().view(torch.float32)
+            ranks = tensor_model_parallel_all_gather(halves[None], dim=0)
+            return ranks.view(values.dtype)
 
         indices = self.lm_head.shard_indices
         return VocabShard(
