@@ -249,6 +249,8 @@ SERVER_OPTIONS: dict[str, str] = {
     "--logits-processors": "model_config.logits_processors",
     "--enable-trace-replay": "model_config.enable_trace_replay",
     "--watermark-config": "watermark_config",
+    # vLLM applies an adapter to one row of logits per request.
+    "--enable-lora": "lora_config",
     "--kv-transfer-config": "kv_transfer_config",
     # Step maps travel where these would.
     "--enable-return-routed-experts": "aux_output_config.enable_return_routed_experts",

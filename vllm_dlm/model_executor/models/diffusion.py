@@ -36,10 +36,10 @@ class DiffusionModelMixin:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, V]: this rank's part of the logits of rows [n, H]."""
-        processor = self.logits_processor
-        logits: torch.Tensor = processor(self.lm_head, hidden, skip_gather=True)
-        if self.lm_head.tp_size == 1:
-            return logits[:, : processor.org_vocab_size]
+        is_sharded = self.lm_head.tp_size > 1
+        logits: torch.Tensor = self.logits_processor(
+            self.lm_head, hidden, skip_gather=is_sharded
+        )
         return logits
 
     def gathered(self, logits: torch.Tensor) -> torch.Tensor:

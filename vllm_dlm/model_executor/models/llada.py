@@ -6,7 +6,7 @@ names. Two tensors are called `ff_out`: `transformer.ff_out` is the head,
 `blocks.N.ff_out` the MLP's down projection; and `ff_proj` is the *gate*. RoPE is
 Llama's half rotation; the reference rotates in float32, vLLM in the model's dtype
 with a float32-built table, a numeric drift without effect on float32 parity.
-Tensor parallelism, quantisation, LoRA and pipeline hooks come from the parent.
+Tensor parallelism and quantisation come from the parent.
 """
 
 from __future__ import annotations
