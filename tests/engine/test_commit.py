@@ -13,6 +13,7 @@ from engine.cases import make_prompt
 from engine.harness import Engine
 from engine.test_counts import counting
 from reference.checkpoints import write_checkpoint
+from vllm import LLM
 
 CASES = [
     BlockCase(make_prompt(1 + 7 * number % 50, number), max_tokens, rule, ignore_eos=i)
@@ -125,6 +126,7 @@ def test_a_causal_context(engines: Callable[..., Engine], tmp_path_factory):
     ]
 
 
-def test_full_attention_has_nothing_to_commit(engines: Callable[..., Engine]):
+def test_full_attention_has_nothing_to_commit(checkpoint: Path):
+    dlm = {"commit": "separate"}
     with pytest.raises(ValueError, match="leave it at 'fused'"):
-        engines(dlm={"commit": "separate"})
+        LLM(str(checkpoint), additional_config={"dlm": dlm}, enforce_eager=True)

@@ -25,8 +25,7 @@ _GROUPS = 256
 _DRAW_BLOCK = 1024
 
 _FAR = tl.constexpr(-1000.0)
-"""A difference of logits whose exponential is 0. `tl.maximum` turns NaN (-inf - -inf)
-into it as well, as PTX and numpy's fmax do."""
+"""A difference of logits whose exponential is 0."""
 _NOWHERE = tl.constexpr(1 << 30)
 
 
@@ -107,10 +106,19 @@ def _pieces(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def _at_least(x, least):  # type: ignore[no-untyped-def]
+    """The larger one; of NaN, as -inf - -inf is, `least`.
+
+    `tl.maximum` does so on a GPU, but not in every version of the interpreter.
+    """
+    return tl.where(x > least, x, least)
+
+
+@triton.jit
 def _logits_at(row, stride, ids, vocab):  # type: ignore[no-untyped-def]
     """Float32 logits; -inf for NaN and what is past the end."""
     x = tl.load(row + ids * stride, mask=ids < vocab, other=-float("inf"))
-    return tl.maximum(x.to(tl.float32), -float("inf"))
+    return _at_least(x.to(tl.float32), -float("inf"))
 
 
 @triton.jit
@@ -147,9 +155,9 @@ def _piece_kernel(  # type: ignore[no-untyped-def]
         found = tl.max(x, axis=1)
         top = tl.maximum(best, found)
         # Sums so far were relative to the former best.
-        change = tl.maximum(best - top, _FAR)
+        change = _at_least(best - top, _FAR)
         weight = tl.exp(change)
-        delta = tl.maximum(x - top[:, None], _FAR)
+        delta = _at_least(x - top[:, None], _FAR)
         exponential = tl.exp(delta)
         spread = weight * (spread + change * total) + tl.sum(
             delta * exponential, axis=1
@@ -160,7 +168,7 @@ def _piece_kernel(  # type: ignore[no-untyped-def]
         best = top
 
     top = tl.max(best, axis=0)
-    change = tl.maximum(best - top, _FAR)
+    change = _at_least(best - top, _FAR)
     weight = tl.exp(change)
     start = block + group
     winner = tl.min(tl.where(best == top, start, _NOWHERE), axis=0)
@@ -211,7 +219,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     second = tl.load(at + 4, mask=present, other=-float("inf"))
 
     top = tl.max(best, axis=0)
-    change = tl.maximum(best - top, _FAR)
+    change = _at_least(best - top, _FAR)
     weight = tl.exp(change)
     spread = tl.sum(weight * (spread + change * total), axis=0)
     total = tl.sum(weight * total, axis=0)
