@@ -7,7 +7,6 @@ checkpoints' vocabulary, 150, does not fill its two halves: one ends in padding.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,9 @@ def cluster() -> Iterator[None]:
     from vllm_dlm.ray_cluster import connect
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
+        # `connect` sets it; afterwards it is what it was.
+        patch.setenv("RAY_ADDRESS", "auto")
         connect(devices=4)
-        patch.setenv("RAY_ADDRESS", os.environ["RAY_ADDRESS"])
         yield
         ray.shutdown()
 
