@@ -19,13 +19,12 @@ import asyncio
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from openai import AsyncOpenAI
 
-from vllm_dlm.bench.engine import UNKNOWN_TOKEN, Answer, Work
+from vllm_dlm.bench.engine import UNKNOWN_TOKEN, Answer, Work, closed_loop
 
 HOURS = 3600.0
 
@@ -64,22 +63,13 @@ class OpenAIEndpoint:
         self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
     ) -> list[Answer]:
         """Answer all prompts over HTTP, streamed."""
-        return self.loop.run_until_complete(self._all(prompts, work, on_answer))
 
-    async def _all(
-        self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
-    ) -> list[Answer]:
-        waiting = deque(enumerate(prompts))
-        answers: dict[int, Answer] = {}
+        def ask(prompt: Sequence[int]) -> Awaitable[Answer]:
+            return self._one(prompt, work)
 
-        async def client() -> None:
-            while waiting:
-                index, prompt = waiting.popleft()
-                answers[index] = await self._one(prompt, work)
-                on_answer()
-
-        await asyncio.gather(*(client() for _ in range(work.concurrency)))
-        return [answers[index] for index in range(len(prompts))]
+        return self.loop.run_until_complete(
+            closed_loop(prompts, work.concurrency, ask, on_answer)
+        )
 
     async def _one(self, prompt: Sequence[int], work: Work) -> Answer:
         sent = time.perf_counter()

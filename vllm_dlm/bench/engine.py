@@ -8,8 +8,10 @@ is one, for any server that speaks OpenAI's HTTP API.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -160,3 +162,29 @@ def load_adapter(spec: str) -> type[Engine]:
     if missing:
         raise ValueError(f"adapter {spec!r}: {name} lacks {', '.join(missing)}")
     return adapter
+
+
+async def closed_loop(
+    prompts: Sequence[Sequence[int]],
+    concurrency: int,
+    ask: Callable[[Sequence[int]], Awaitable[Answer]],
+    on_answer: Callable[[], Any],
+) -> list[Answer]:
+    """Answers to prompts, in their order; one that ends makes room for the next.
+
+    Args:
+        concurrency: how many are asked at a time.
+        ask: answers one.
+        on_answer: called after each.
+    """
+    waiting = deque(enumerate(prompts))
+    answers: dict[int, Answer] = {}
+
+    async def client() -> None:
+        while waiting:
+            index, prompt = waiting.popleft()
+            answers[index] = await ask(prompt)
+            on_answer()
+
+    await asyncio.gather(*(client() for _ in range(concurrency)))
+    return [answers[index] for index in range(len(prompts))]

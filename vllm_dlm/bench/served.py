@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vllm_dlm.bench.clock import EXTENSION
-from vllm_dlm.bench.engine import Answer, Counts, Work
+from vllm_dlm.bench.engine import Answer, Counts, Work, closed_loop
 
 CPU_PAGE = 128
 """Tokens in a KV page of vLLM on a CPU."""
@@ -152,23 +152,16 @@ class VllmEngine:
         sampling: Any,
         on_answer: Callable[[], Any],
     ) -> list[Answer]:
-        waiting = deque(enumerate(prompts))
-        answers: dict[int, Answer] = {}
+        async def ask(prompt: Sequence[int]) -> Answer:
+            record = _Record()
+            stream = self.engine.generate(
+                {"prompt_token_ids": list(prompt)}, sampling, self._new_id()
+            )
+            async for output in stream:
+                record.add(output)
+            return record.answer(self.is_diffusion)
 
-        async def client() -> None:
-            while waiting:
-                index, prompt = waiting.popleft()
-                record = _Record()
-                stream = self.engine.generate(
-                    {"prompt_token_ids": list(prompt)}, sampling, self._new_id()
-                )
-                async for output in stream:
-                    record.add(output)
-                answers[index] = record.answer(self.is_diffusion)
-                on_answer()
-
-        await asyncio.gather(*(client() for _ in range(work.concurrency)))
-        return [answers[index] for index in range(len(prompts))]
+        return await closed_loop(prompts, work.concurrency, ask, on_answer)
 
     def _step_through(
         self,
