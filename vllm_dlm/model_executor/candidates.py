@@ -46,22 +46,22 @@ class Sampling(NamedTuple):
         return Sampling(*(values[rows] for values in self))
 
 
-class RowChoice(NamedTuple):
-    """What N rows may write; every tensor is [N]."""
+class Choice(NamedTuple):
+    """The tokens that a step may write: of rows [N] or, `spread`, of blocks [R, B]."""
 
     candidate: torch.Tensor
     """int64."""
     confidence: torch.Tensor
     """float32: the candidate's probability."""
     logsumexp: torch.Tensor
-    """float64, of the row's logits."""
+    """[N] float64, of the rows' logits, also where the rest is spread."""
     entropy: torch.Tensor | None
     """float32, nats; None if not asked for."""
     margin: torch.Tensor | None
     """float32; None if not asked for."""
 
     @classmethod
-    def of_nothing(cls, device: torch.device, needs: set[str]) -> RowChoice:
+    def of_nothing(cls, device: torch.device, needs: set[str]) -> Choice:
         """No rows."""
         none = torch.empty(0, device=device)
         return cls(
@@ -72,32 +72,24 @@ class RowChoice(NamedTuple):
             none if "margin" in needs else None,
         )
 
-
-class Choice(NamedTuple):
-    """The tokens that a step may write: [R, B] tensors, 0 where no row is read."""
-
-    candidate: torch.Tensor
-    confidence: torch.Tensor
-    logsumexp: torch.Tensor
-    """[N] float64, as `RowChoice` has it."""
-    entropy: torch.Tensor | None
-    margin: torch.Tensor | None
-
     @classmethod
-    def of(cls, parts: list[RowChoice], blocks: BlockRows) -> Choice:
-        """The rows of some blocks, one part after the other, at their places."""
+    def joined(cls, parts: list[Choice]) -> Choice:
+        """The rows of one part after the other."""
 
-        def joined(*tensors: torch.Tensor | None) -> torch.Tensor | None:
+        def join(*tensors: torch.Tensor | None) -> torch.Tensor | None:
             there = [tensor for tensor in tensors if tensor is not None]
             return torch.cat(there) if there else None
 
-        rows = RowChoice(*map(joined, *parts))  # type: ignore[arg-type]
-        return cls(
-            blocks.spread(rows.candidate),
-            blocks.spread(rows.confidence),
-            rows.logsumexp,
-            None if rows.entropy is None else blocks.spread(rows.entropy),
-            None if rows.margin is None else blocks.spread(rows.margin),
+        return cls(*map(join, *parts))  # type: ignore[arg-type]
+
+    def spread(self, blocks: BlockRows) -> Choice:
+        """The rows of some blocks at their places, 0 where no row is read."""
+        return Choice(
+            blocks.spread(self.candidate),
+            blocks.spread(self.confidence),
+            self.logsumexp,
+            None if self.entropy is None else blocks.spread(self.entropy),
+            None if self.margin is None else blocks.spread(self.margin),
         )
 
 
@@ -180,7 +172,7 @@ class Candidates:
         masked: torch.Tensor,
         step: torch.Tensor,
         blocks: BlockRows,
-    ) -> RowChoice:
+    ) -> Choice:
         """Candidates of a tile of rows, and how sure the model is of them.
 
         Args:
@@ -188,7 +180,7 @@ class Candidates:
             masked: [n] bool; decided positions have the argmax as candidate.
             step: [R] int64: which noise is drawn with.
         """
-        choice = RowChoice(
+        choice = Choice(
             stats.argmax, stats.confidence, stats.logsumexp, stats.entropy, stats.margin
         )
         slots = blocks.row_slots[tile.own]
@@ -208,7 +200,7 @@ class Candidates:
 
     def _redo(
         self,
-        choice: RowChoice,
+        choice: Choice,
         tile: Tile,
         some: np.ndarray,
         shard: VocabShard | None,
@@ -216,7 +208,7 @@ class Candidates:
         masked: torch.Tensor,
         step: torch.Tensor,
         blocks: BlockRows,
-    ) -> RowChoice:
+    ) -> Choice:
         """The same with other candidates for some of a tile's rows.
 
         Args:
@@ -284,7 +276,7 @@ class Candidates:
 
     def _measure_drawn(
         self,
-        choice: RowChoice,
+        choice: Choice,
         processed: torch.Tensor,
         sampling: Sampling,
         at: torch.Tensor,

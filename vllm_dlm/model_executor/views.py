@@ -14,7 +14,7 @@ import torch
 
 from vllm_dlm.kernels.draw import uniform
 from vllm_dlm.kernels.token_stats import token_stats
-from vllm_dlm.model_executor.candidates import Choice, RowChoice, Tile
+from vllm_dlm.model_executor.candidates import Choice, Tile
 from vllm_dlm.model_executor.logits import Logits
 from vllm_dlm.strategies.base import Branches, Probabilities, View
 
@@ -120,7 +120,7 @@ class Views:
             first: the first of the blocks' N rows among these.
         """
         places = masked.flatten()[blocks.row_places]
-        parts = [RowChoice.of_nothing(logits.device, needs)]
+        parts = [Choice.of_nothing(logits.device, needs)]
         for rows, values in logits.tiles(first, first + len(places)):
             stats = token_stats(
                 values,
@@ -138,7 +138,7 @@ class Views:
                     tile, stats, places[tile.own], noise_step, blocks
                 )
             )
-        return Choice.of(parts, blocks)
+        return Choice.joined(parts).spread(blocks)
 
     def _branches(
         self,
