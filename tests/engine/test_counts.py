@@ -6,11 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from engine.cases import Case, make_prompt
 from engine.harness import Engine, params
 from reference.procedures import CACHES
+from vllm.v1.metrics.stats import PrefixCacheStats
+from vllm.v1.request import RequestStatus
+
+from vllm_dlm.metrics import work_done
 
 
 @dataclass
@@ -167,3 +172,33 @@ def test_memory_by_default_is_enough_for_a_single_request(
     case = Case(make_prompt(9), max_tokens=16, ignore_eos=True)
     (result,) = engine.run([case.prompt], case.params())
     assert len(result.tokens) == 16
+
+
+def test_work_of_a_step_whose_requests_are_aborted(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """It is counted with that step, not with another request's."""
+    scheduler = engine.scheduler
+    monkeypatch.setattr(scheduler, "log_stats", True)
+    monkeypatch.setattr(
+        scheduler.kv_cache_manager, "prefix_cache_stats", PrefixCacheStats()
+    )
+    monkeypatch.setattr(scheduler.kv_cache_manager, "log_stats", True)
+    case = Case(make_prompt(7), block=16, max_tokens=16, ignore_eos=True)
+    request_id = engine.add(case.prompt, case.params())
+    engine.step()
+    update, work = scheduler.update_from_output, []
+
+    def abort_and_update(*args: Any) -> Any:
+        # Where vLLM's engine takes an abort that came during the forward.
+        scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+        outputs = update(*args)
+        work.extend(work_done(of.scheduler_stats) for of in outputs.values())
+        return outputs
+
+    monkeypatch.setattr(scheduler, "update_from_output", abort_and_update)
+    engine.step()
+    assert work == [[7 + 16, 15]]
+    monkeypatch.undo()
+    engine.llm.llm_engine.abort_request([request_id])
+    engine.flush()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
-from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
@@ -309,11 +309,24 @@ class DiffusionStepScheduler(DiffusionScheduler):
         stats = spec_decoding_stats
         if stats is None:
             stats = SpecDecodingStats.new(0)
-            stats.num_draft_tokens_per_pos, self._work = self._work, [0, 0]
         stats.num_drafts += 1
         stats.num_draft_tokens += num_draft_tokens
         stats.num_accepted_tokens += num_accepted_tokens
         return stats
+
+    def make_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> SchedulerStats | None:
+        """vLLM's, with the step's work, also where all its requests were aborted."""
+        if self.log_stats and any(self._work):
+            if spec_decoding_stats is None:
+                spec_decoding_stats = SpecDecodingStats.new(0)
+            spec_decoding_stats.num_draft_tokens_per_pos = self._work
+            self._work = [0, 0]
+        return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Nothing: the canvas lives in the worker, no draft tokens travel."""
