@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_dlm import aliases, request, step_maps
 from vllm_dlm.model_executor.cache import POLICIES
+from vllm_dlm.spec_decode import front_end as speculation
 
 FLAG_PREFIX = "dlm_"
 
@@ -168,7 +169,9 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         options = additional.get("dlm") if isinstance(additional, Mapping) else None
         if options is not None:
             DlmConfig.from_mapping(options, where='additional_config["dlm"]')
+        speculation.translate(self)
         config = original(self, *args, **kwargs)
+        speculation.check(config)
         ours = request.is_ours(config.model_config.hf_config)
         if options and not ours:
             raise ValueError(
@@ -255,6 +258,14 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
         )
 
 
+def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate(self: Any, speculative_config: Any) -> None:
+        speculation.check_request(self.extra_args, speculative_config)
+        original(self, speculative_config)
+
+    return validate
+
+
 def _check_supports_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
     def check(self: Any, config: Any = None, **kwargs: Any) -> bool:
         from vllm.sampling_params import BeamSearchParams
@@ -332,6 +343,7 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": _create_engine_config,
     "vllm.engine.arg_utils:get_model_path": _get_model_path,
     "vllm.sampling_params:SamplingParams._validate_diffusion": _validate_diffusion,
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": _validate_spec_decode,
     "vllm.config.vllm:VllmConfig._check_supports_watermarking": (
         _check_supports_watermarking
     ),

@@ -42,14 +42,22 @@ PATCHES: dict[str, Patch] = {
             symbol="vllm.config.vllm:VllmConfig.use_v2_model_runner",
             why=(
                 "Diffusion models run only on model runner V2, which vLLM does not "
-                "pick where Triton is missing, as on the CPU wheel."
+                "pick where Triton is missing, as on the CPU wheel. Our speculative "
+                "methods and entropy switching run only on V1, which vLLM picks "
+                "nowhere else."
             ),
             how=(
-                "True for diffusion models on a CPU whose kernels we replace; every "
-                "other model, and an explicit VLLM_USE_V2_MODEL_RUNNER, is untouched."
+                "True for diffusion models on a CPU whose kernels we replace, False "
+                "for engines with such a method; every other engine, and an explicit "
+                "VLLM_USE_V2_MODEL_RUNNER, is untouched."
             ),
-            upstream="no issue yet: a platform cannot say that it replaces kernels",
-            drop_when="vLLM asks the platform instead of HAS_TRITON",
+            upstream=(
+                "no issue yet: a platform cannot say that it replaces kernels; V2 has "
+                "no seam for drafters"
+            ),
+            drop_when=(
+                "vLLM asks the platform instead of HAS_TRITON, and V2 takes drafters"
+            ),
         ),
         Patch(
             symbol="vllm.config.vllm:VllmConfig._validate_v2_model_runner",
@@ -78,6 +86,17 @@ PATCHES: dict[str, Patch] = {
             how="Hides llvmlite, which holds no kernels, from the scan.",
             upstream="no issue yet: `vars(value).get` assumes a dict",
             drop_when="the scan checks that `__dict__` is a dict",
+        ),
+        Patch(
+            symbol="vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+            why=(
+                "It writes into a copy, so that drafts get uninitialised memory for "
+                "their temperature, top-k and top-p: speculative decoding at "
+                "temperature > 0 draws from wrong distributions on a CPU."
+            ),
+            how="Replaced by `kernels/expand_cpu.py`, for every model.",
+            upstream="no issue yet: `_ensure_int64(output)` is never copied back",
+            drop_when="tests/spec_decode/test_expand.py passes on vLLM's own",
         ),
         Patch(
             symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
@@ -132,6 +151,13 @@ PATCHES: dict[str, Patch] = {
             ),
             upstream="no issue yet: the check does not ask the model",
             drop_when="a model can say which sampling parameters it honours",
+        ),
+        Patch(
+            symbol="vllm.sampling_params:SamplingParams._validate_spec_decode",
+            why="A request's own draft limit would be read by the worker only.",
+            how="Refuses one that is no number, too large, or without speculation.",
+            upstream="no issue yet: speculation has no parameters per request",
+            drop_when="vLLM has a parameter for it",
         ),
         Patch(
             symbol="vllm.config.vllm:VllmConfig._check_supports_watermarking",
@@ -255,27 +281,48 @@ def add(symbol: str, value: Any) -> None:
         _applied.append(patch)
 
 
-def apply_cpu_runner_patches() -> None:
-    """Let diffusion models use model runner V2 on a CPU build without Triton.
+def apply_runner_choice() -> None:
+    """Model runner V2 for diffusion models on a CPU, V1 for what needs that.
 
-    Call it once `vllm.config` is fully imported. Where Triton works it does nothing.
+    Call it once `vllm.config` is fully imported.
     """
-    from vllm.triton_utils import HAS_TRITON
-
-    if HAS_TRITON:
-        return
-
     from vllm import envs
-    from vllm.triton_utils import dispatcher
-    from vllm.utils.math_utils import next_power_of_2
+    from vllm.triton_utils import HAS_TRITON
 
     def use_v2_model_runner(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
         def decide(self: Any) -> bool:
-            if envs.VLLM_USE_V2_MODEL_RUNNER is None and _is_diffusion(self):
-                return True
+            if envs.VLLM_USE_V2_MODEL_RUNNER is None:
+                if not HAS_TRITON and _is_diffusion(self):
+                    return True
+                if any(key in (self.additional_config or ()) for key in _V1_KEYS):
+                    return False
             return original(self)
 
         return decide
+
+    wrap("vllm.config.vllm:VllmConfig.use_v2_model_runner", use_v2_model_runner)
+
+
+_V1_KEYS = ("dlm_speculation", "dlm_switching")
+"""In `additional_config`: the engine needs model runner V1."""
+
+
+def apply_cpu_runner_patches() -> None:
+    """Let diffusion models use model runner V2 on a CPU build without Triton.
+
+    Call it once `vllm.config` is fully imported. Where Triton works there is little
+    to do.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    apply_runner_choice()
+    if HAS_TRITON:
+        return
+
+    from vllm.triton_utils import dispatcher
+    from vllm.utils.math_utils import next_power_of_2
+
+    from vllm_dlm.kernels.expand_cpu import expand_kernel
 
     def validate(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def check(self: Any) -> None:
@@ -306,9 +353,9 @@ def apply_cpu_runner_patches() -> None:
 
         return rebind
 
-    wrap("vllm.config.vllm:VllmConfig.use_v2_model_runner", use_v2_model_runner)
     wrap("vllm.config.vllm:VllmConfig._validate_v2_model_runner", validate)
     wrap("vllm.triton_utils.dispatcher:_rebind_kernels", rebind_kernels)
+    wrap("vllm.utils.cpu_triton_utils:_expand_kernel_impl", lambda _: expand_kernel)
     add("vllm.triton_utils:triton.next_power_of_2", next_power_of_2)
 
 
@@ -320,6 +367,7 @@ def apply_front_end_patches() -> None:
     """
     from vllm_dlm.front_end import SERVER_WRAPPERS, WRAPPERS
 
+    apply_runner_choice()
     for symbol, make in WRAPPERS.items():
         wrap(symbol, make)
     for symbol, make in SERVER_WRAPPERS.items():

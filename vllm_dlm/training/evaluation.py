@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,15 +86,45 @@ def evaluate_model(
     block_length: int = 32,
     tokens_per_step: int = 1,
     seed: int = 0,
+    tasks: list[str] | None = None,
+) -> dict[str, float]:
+    """Exact match of static decoding per task, and over all as "all"."""
+    was_training = model.training
+    model.eval()
+
+    def decode(prompts: list[list[int]]) -> list[list[int]]:
+        return decode_static(
+            model,
+            prompts,
+            canvas=canvas,
+            block_length=block_length,
+            tokens_per_step=tokens_per_step,
+        )
+
+    shares = exact_match(decode, num_problems, seed=seed, tasks=tasks)
+    model.train(was_training)
+    return shares
+
+
+def exact_match(
+    decode: Callable[[list[list[int]]], list[list[int]]],
+    num_problems: int,
+    *,
+    seed: int = 0,
     batch_size: int = 64,
     tasks: list[str] | None = None,
 ) -> dict[str, float]:
     """Exact match per task on held-out problems, and over all as "all".
 
     Every other problem is asked through the chat template, the rest as plain text.
+
+    Args:
+        decode: Token ids of the answers of a list of prompts.
+        num_problems: Number of problems.
+        seed: Seed of the problems.
+        batch_size: Problems that `decode` gets at a time.
+        tasks: Names of the tasks, all of them by default.
     """
-    was_training = model.training
-    model.eval()
     problems = tiny_tasks.sample_problems(num_problems, seed, "heldout", tasks)
     right: dict[str, list[bool]] = defaultdict(list)
     for first in range(0, len(problems), batch_size):
@@ -103,18 +133,10 @@ def evaluate_model(
             tiny_tokenizer.encode_prompt(problem.question, chat=index % 2 == 0)
             for index, problem in enumerate(batch)
         ]
-        answers = decode_static(
-            model,
-            prompts,
-            canvas=canvas,
-            block_length=block_length,
-            tokens_per_step=tokens_per_step,
-        )
-        for problem, answer in zip(batch, answers, strict=True):
+        for problem, answer in zip(batch, decode(prompts), strict=True):
             is_right = problem.check(tiny_tokenizer.decode(answer))
             right[problem.task].append(is_right)
             right["all"].append(is_right)
-    model.train(was_training)
     order = [*tiny_tasks.TASKS, "all"]
     return {task: sum(right[task]) / len(right[task]) for task in order if right[task]}
 

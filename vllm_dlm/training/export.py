@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.modeling import LLaDAModel
@@ -15,17 +16,25 @@ from vllm_dlm.training.modeling import LLaDAModel
 
 def export(model: LLaDAModel, output_dir: str | Path) -> None:
     """Write the weights, the configuration and the tokenizer of a model."""
+    write_folder(output_dir, model.state_dict(), make_config(model))
+
+
+def write_folder(
+    output_dir: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, object],
+) -> None:
+    """Write float32 weights, config.json and the built-in models' tokenizer."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().float().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
     weights = output_dir / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
+    contiguous = {
+        name: tensor.detach().float().contiguous() for name, tensor in tensors.items()
+    }
+    save_file(contiguous, weights, metadata={"format": "pt"})
     # safetensors leaves the file readable by its owner only.
     weights.chmod(0o644)
-    _write_json(output_dir / "config.json", make_config(model))
+    _write_json(output_dir / "config.json", config)
     generation = {
         "bos_token_id": tiny_tokenizer.BOS_ID,
         "eos_token_id": tiny_tokenizer.EOS_ID,

@@ -61,8 +61,8 @@ class LLaDABlock(nn.Module):
         query = _rotate(heads(self.q_proj(h)), cos, sin)
         key = _rotate(heads(self.k_proj(h)), cos, sin)
         value = heads(self.v_proj(h))
-        if self.training and key_mask is None:
-            h = _plain_attention(query, key, value)
+        if self.training:
+            h = _plain_attention(query, key, value, key_mask)
         else:
             h = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
         x = x + self.attn_out(h.transpose(1, 2).reshape(rows, length, size))
@@ -118,20 +118,41 @@ class LLaDAModel(nn.Module):
             input_ids: Token ids, the rows left-aligned.
             valid: Bool [rows, length], False at padding that nobody may attend to.
         """
+        key_mask = None if valid is None else valid[:, None, None, :]
+        return self.head(self.hidden_states(input_ids, key_mask)[-1])
+
+    def hidden_states(self, input_ids: Tensor, key_mask: Tensor | None) -> list[Tensor]:
+        """What each layer hands on, [rows, length, d_model] each.
+
+        Args:
+            input_ids: Token ids [rows, length].
+            key_mask: Bool, broadcast to [rows, heads, length, length]; True at the
+                keys that a query may see.
+        """
         transformer: Any = self.model["transformer"]
         length = input_ids.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
-        key_mask = None if valid is None else valid[:, None, None, :]
         x = transformer["wte"](input_ids)
+        states = []
         for block in transformer["blocks"]:
             x = block(x, cos, sin, key_mask)
-        return transformer["ff_out"](transformer["ln_f"](x))
+            states.append(x)
+        return states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of what a layer hands on [..., d_model]."""
+        transformer: Any = self.model["transformer"]
+        return transformer["ff_out"](transformer["ln_f"](hidden))
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
+) -> Tensor:
     # For short rows on a CPU the backward pass of scaled_dot_product_attention takes
     # as long as all the rest.
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 

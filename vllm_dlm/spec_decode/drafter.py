@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vLLM side that our drafters share: who may draft how much, and what is drafted.
+
+vLLM (model runner V1) asks a drafter once a step, after the step's tokens are known on
+the host. `Drafter.propose` turns its arguments into a `Batch`, lets the method draft,
+and hands over at most what each request may take. A drafter that fails is switched
+off with a warning: requests go on without drafts, and their texts stay right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from vllm_dlm.spec_decode.options import CONFIG_KEY, Options, from_plain, request_limit
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a round of drafting knows: R requests, T tokens of the step they finished.
+
+    Tokens that verification rejected are not among the T.
+    """
+
+    request_ids: list[str]
+    num_tokens: np.ndarray
+    """[R] int64: prompt and output, the token just sampled included."""
+    limits: np.ndarray
+    """[R] int64: most tokens that a draft may have; 0 for no draft."""
+    token_ids: np.ndarray
+    """[R, max_model_len] int32; row i holds `num_tokens[i]` tokens."""
+    seeds: np.ndarray
+    """[R] int64: the request's seed, or one of its own."""
+    next_token_ids: torch.Tensor
+    """[R] int32: the token just sampled, behind a chunk of a prompt the next of it."""
+    target_token_ids: torch.Tensor
+    """[T] int32."""
+    target_positions: torch.Tensor
+    """[T] int64."""
+    target_hidden_states: torch.Tensor
+    """[T, H]; auxiliary hidden states, side by side, where the model gives those."""
+    attention: CommonAttentionMetadata
+    """Of the T tokens."""
+    sampling: SamplingMetadata
+    parameters: list[SamplingParams]
+    """[R], each request's own."""
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """R drafts of different lengths."""
+
+    tokens: list[list[int]]
+    probs: torch.Tensor | None = None
+    """[R, K, V] float32, what each token was drawn from, K at least the longest draft;
+    None where tokens are verified as if they had been certain."""
+
+
+class Drafter(DraftModelProposer):
+    """Base of the drafters that vLLM takes for its draft model."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, runner: Any
+    ) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+        self.options: Options = options_of(vllm_config)
+        self.counts: Counter[str] = Counter()
+        """What drafting has cost: "forwards" and "rows" of the drafter, ..."""
+        self.failed = False
+
+    def draft(self, batch: Batch) -> Drafts:
+        """Draft for every row whose limit is not 0; a method's whole difference."""
+        raise NotImplementedError
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Called by vLLM; R lists of tokens."""
+        self._last_draft_probs = None
+        rows = self.runner.input_batch.req_ids
+        if self.failed:
+            return [[] for _ in rows]
+        batch = Batch(
+            request_ids=list(rows),
+            num_tokens=self.runner.input_batch.num_tokens_no_spec[: len(rows)].astype(
+                np.int64
+            ),
+            limits=limits(self.runner, num_speculative_tokens),
+            token_ids=self.runner.input_batch.token_ids_cpu[: len(rows)],
+            seeds=seeds(self.runner),
+            next_token_ids=next_token_ids,
+            target_token_ids=target_token_ids,
+            target_positions=target_positions,
+            target_hidden_states=target_hidden_states,
+            attention=common_attn_metadata,
+            sampling=sampling_metadata,
+            parameters=[self.runner.requests[row].sampling_params for row in rows],
+        )
+        try:
+            drafts = self.draft(batch)
+        except Exception:
+            self.failed = True
+            warn_of_failure(self.options)
+            return [[] for _ in rows]
+        self._last_draft_probs = drafts.probs
+        return clip(drafts.tokens, batch.limits)
+
+
+def options_of(vllm_config: VllmConfig) -> Options:
+    """The options that the front end left for the worker."""
+    return from_plain(vllm_config.additional_config[CONFIG_KEY])
+
+
+def limits(runner: Any, most: int) -> np.ndarray:
+    """[R] int64: most tokens that each request's draft may have.
+
+    Nothing while a prompt is being computed; no token behind the last one that the
+    request may still get (verification adds one of its own); what the request says.
+    """
+    batch = runner.input_batch
+    found = np.zeros(len(batch.req_ids), np.int64)
+    for row, request_id in enumerate(batch.req_ids):
+        request = runner.requests[request_id]
+        params = request.sampling_params
+        output = len(request.output_token_ids)
+        if params is None or not output:
+            continue
+        room = runner.max_model_len - request.num_prompt_tokens
+        if params.max_tokens is not None:
+            room = min(room, params.max_tokens)
+        own = request_limit(params.extra_args, most)
+        found[row] = max(0, min(own, room - output - 1))
+    return found
+
+
+def seeds(runner: Any) -> np.ndarray:
+    """[R] int64: each request's seed, where it has none a hash of its id."""
+    return np.array(
+        [_seed(runner.requests[row]) for row in runner.input_batch.req_ids], np.int64
+    )
+
+
+def _seed(request: Any) -> int:
+    params = request.sampling_params
+    if params is not None and params.seed is not None:
+        return params.seed
+    digest = hashlib.blake2b(request.req_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def clip(tokens: Sequence[Sequence[int]], most: np.ndarray) -> list[list[int]]:
+    """Drafts, cut to what each request may take (vLLM's statistics fail on more)."""
+    return [list(row[:limit]) for row, limit in zip(tokens, most, strict=True)]
+
+
+def warn_of_failure(options: Options) -> None:
+    """Tell, with the traceback at hand, that drafting is over."""
+    logger.warning(
+        "Drafting failed (%s). The engine goes on without drafts: texts stay right, "
+        "and come as slowly as without speculation. Restart it to draft again.",
+        type(options).__name__,
+        exc_info=True,
+    )

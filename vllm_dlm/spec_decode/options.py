@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may say about each of our speculative methods; validated here, once.
+
+A user's dict (`--speculative-config`, `LLM(speculative_config=...)`) has vLLM's own
+keys "method", "model", "num_speculative_tokens", and a method's own beside them.
+No vLLM import: the front end turns options into vLLM's terms (`front_end.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vllm_dlm.messages import explain, unknown
+
+MAX_DRAFT = 128
+"""Tokens; vLLM's rejection sampler takes no longer drafts (`MAX_SPEC_LEN`)."""
+
+CONFIG_KEY = "dlm_speculation"
+"""Of `additional_config`: the options, for the worker."""
+
+REQUEST_KEY = "dlm_draft_tokens"
+"""Of a request's `extra_args` (HTTP `vllm_xargs`): its own limit; 0 drafts nothing."""
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a boolean")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_refuse_bool)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+
+
+class Options(BaseModel):
+    """What all methods share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    needs_model: ClassVar[bool] = True
+    """Whether "model" names a drafter."""
+    proposer: ClassVar[str]
+    """`module:class` of the vLLM glue."""
+
+    model: str | None = Field(
+        default=None, min_length=1, description="The drafter: folder, hub id or alias."
+    )
+    num_speculative_tokens: Count = Field(
+        default=8,
+        ge=1,
+        le=MAX_DRAFT,
+        description="Most tokens that one draft may have.",
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the drafter on the hub."
+    )
+    quantization: str | None = Field(
+        default=None, description="Quantization of the drafter, as vLLM takes it."
+    )
+    draft_tensor_parallel_size: Count | None = Field(
+        default=None, ge=1, description="As vLLM takes it: the target's, or nothing."
+    )
+
+
+class Deer(Options):
+    """A diffusion model drafts a block in one denoising step."""
+
+    summary = "a diffusion language model drafts a block in one denoising step"
+    paper = "DEER, arXiv 2512.15176 (a reconstruction: no code is public)"
+    proposer = "vllm_dlm.spec_decode.deer_proposer:DeerProposer"
+
+    num_speculative_tokens: Count = Field(
+        default=32,
+        ge=1,
+        le=MAX_DRAFT,
+        description="Masks behind the text, all drafted at once.",
+    )
+    context: Literal["auto", "recompute", "cached"] = Field(
+        default="auto",
+        description="How the drafter sees the text before its masks: computed anew in "
+        "each round, or kept in the KV cache, which is exact only where the text does "
+        "not see the masks (block-causal drafters). auto: cached where that is exact.",
+    )
+
+
+class SpecDecPlusPlus(Options):
+    """A draft model drafts until a head expects a rejection."""
+
+    summary = "a small model drafts until a trained head expects a rejection"
+    paper = "SpecDec++, arXiv 2405.19715"
+    proposer = "vllm_dlm.spec_decode.specdec_pp_proposer:SpecDecPlusPlusProposer"
+
+    num_speculative_tokens: Count = Field(
+        default=20,
+        ge=1,
+        le=MAX_DRAFT,
+        description="Most tokens that one draft may have.",
+    )
+    head: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File or folder of the acceptance head. Default: specdec_head."
+        "safetensors in the drafter's folder; `vllm-dlm train specdec-head` makes it.",
+    )
+    stop_threshold: Number = Field(
+        default=0.7,
+        gt=0,
+        lt=1,
+        description="Drafting stops when a rejection is more probable than this.",
+    )
+    min_tokens: Count = Field(
+        default=2, ge=1, le=MAX_DRAFT, description="Tokens drafted before it may stop."
+    )
+
+
+class Del(Options):
+    """The target's own lower layers draft; which ones and how far is learned."""
+
+    summary = "the model's own lower layers draft; exit and length adapt to the text"
+    paper = "DEL, arXiv 2504.05598"
+    needs_model = False
+    proposer = "vllm_dlm.spec_decode.del_proposer:DelProposer"
+
+    num_speculative_tokens: Count = Field(
+        default=18,
+        ge=1,
+        le=MAX_DRAFT,
+        description="Most tokens that one draft may have.",
+    )
+    exits: list[Count] | None = Field(
+        default=None,
+        min_length=1,
+        description="Layers after which a draft may exit, 1 to the number of layers "
+        "less 1. Each costs a pass through lm_head per verified token. Default: up to "
+        "8, evenly spaced.",
+    )
+    decay: Number = Field(
+        default=0.95, gt=0, le=1, description="Of older statistics, per round."
+    )
+    statistics: Literal["request", "shared"] = Field(
+        default="request",
+        description="Whether each request learns its own exit, or all learn one.",
+    )
+
+
+class Aded(Options):
+    """Tri-grams draft; a tree search picks the chain."""
+
+    summary = "tri-grams of a corpus and of the text itself draft; no model is needed"
+    paper = "ADED, arXiv 2407.12021"
+    needs_model = False
+    proposer = "vllm_dlm.spec_decode.aded_proposer:AdedProposer"
+
+    corpus: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of tri-grams; `vllm-dlm count-trigrams` makes it. Default: "
+        "the request's own text only.",
+    )
+    learn_prompt: bool = Field(
+        default=True, description="Whether the prompt's tri-grams are learned as well."
+    )
+    window: Count = Field(
+        default=16,
+        ge=3,
+        le=4096,
+        description="Last tokens whose tri-grams gain weight.",
+    )
+    increment: Number = Field(
+        default=0.04, ge=0, le=3, description="Weight that they gain per round."
+    )
+    cap: Number = Field(default=3.0, gt=0, le=1e6, description="Most that one weighs.")
+    iterations: Count = Field(
+        default=150, ge=1, le=100_000, description="Of the tree search, per round."
+    )
+    depth: Count = Field(default=4, ge=1, le=64, description="Of the search tree.")
+    top_k: Count = Field(
+        default=24, ge=1, le=1024, description="Successors of a node that are searched."
+    )
+    seed: Count = Field(default=0, ge=0, description="Of the search's roll-outs.")
+
+
+METHODS: dict[str, type[Options]] = {
+    "deer": Deer,
+    "specdec++": SpecDecPlusPlus,
+    "del": Del,
+    "aded": Aded,
+}
+"""Value of "method" -> its options."""
+
+
+def is_ours(speculative_config: Mapping[str, Any] | None) -> bool:
+    """Whether a user's dict asks for one of our methods."""
+    return bool(speculative_config) and speculative_config.get("method") in METHODS
+
+
+def parse(speculative_config: Mapping[str, Any]) -> Options:
+    """The options of a user's dict.
+
+    Raises:
+        ValueError: unknown or invalid options; names the valid ones.
+    """
+    given = {
+        key.replace("-", "_"): value
+        for key, value in speculative_config.items()
+        if key != "method"
+    }
+    method = speculative_config["method"]
+    kind = METHODS[method]
+    where = f"speculative config of {method!r}"
+    for name in given:
+        if name not in kind.model_fields:
+            raise ValueError(f"{where}: {unknown(name, kind.model_fields)}")
+    try:
+        options = kind(**given)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {explain(error)}") from None
+    if kind.needs_model and options.model is None:
+        raise ValueError(f'{where}: it needs a drafter: set "model"')
+    if not kind.needs_model and options.model is not None:
+        raise ValueError(
+            f'{where}: it drafts without a second model; leave out "model"'
+        )
+    return options
+
+
+def to_plain(method: str, options: Options) -> dict[str, Any]:
+    """What `additional_config` carries to the worker."""
+    return {"method": method, **options.model_dump()}
+
+
+def from_plain(plain: Mapping[str, Any]) -> Options:
+    """The options that `to_plain` wrote."""
+    values = dict(plain)
+    return METHODS[values.pop("method")](**values)
+
+
+def request_limit(extra_args: Mapping[str, Any] | None, most: int) -> int:
+    """Most tokens that a draft for this request may have.
+
+    Raises:
+        ValueError: the request's own limit is no integer from 0 to `most`.
+    """
+    limit = (extra_args or {}).get(REQUEST_KEY, most)
+    if isinstance(limit, float) and limit.is_integer():
+        limit = int(limit)
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 0 <= limit <= most:
+        raise ValueError(
+            f"{REQUEST_KEY}: expected an integer from 0 (no speculation) to {most}, "
+            f"got {limit!r}"
+        )
+    return limit

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small Llama in plain PyTorch whose layers can all be read out.
+
+The network is `modeling.LLaDAModel` under a causal mask; only the tensor names of the
+exported folder differ. Reading a layer out means: the final norm and the head on what
+that layer hands on, as LayerSkip (arXiv 2404.16710) and DEL (arXiv 2504.05598) do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.export import write_folder
+from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
+
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_norm": "post_attention_layernorm",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+_OUTER_NAMES = {
+    "model.transformer.wte.weight": "model.embed_tokens.weight",
+    "model.transformer.ln_f.weight": "model.norm.weight",
+    "model.transformer.ff_out.weight": "lm_head.weight",
+}
+
+
+class LlamaModel(nn.Module):
+    """A causal language model; `forward` gives what every layer hands on."""
+
+    causal: Tensor
+
+    def __init__(self, shape: LLaDAShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.network = LLaDAModel(shape)
+        length = shape.max_sequence_length
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        self.register_buffer("causal", mask, persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Hidden states [layers, rows, length, d_model] of token ids [rows, length].
+
+        Rows are left-aligned; what follows a row's tokens does not change them.
+        """
+        length = input_ids.shape[1]
+        mask = self.causal[:length, :length]
+        return torch.stack(self.network.hidden_states(input_ids, mask))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of what a layer hands on [..., d_model]."""
+        return self.network.head(hidden)
+
+
+@torch.inference_mode()
+def decode_greedy(
+    model: LlamaModel, prompts: list[list[int]], *, max_tokens: int, exit_layer: int
+) -> list[list[int]]:
+    """`max_tokens` token ids for each prompt, read out after `exit_layer` layers.
+
+    Decoding stops early when every row has its <|endoftext|>.
+    """
+    ends = torch.tensor([len(prompt) for prompt in prompts])
+    rows = torch.arange(len(prompts))
+    ids = torch.zeros(len(prompts), int(ends.max()) + max_tokens, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    finished = torch.zeros(len(prompts), dtype=torch.bool)
+    for count in range(max_tokens):
+        hidden = model(ids[:, : int(ends.max()) + count])[exit_layer - 1]
+        tokens = model.head(hidden[rows, ends + count - 1]).argmax(-1)
+        ids[rows, ends + count] = tokens
+        finished |= tokens == tiny_tokenizer.EOS_ID
+        if finished.all():
+            break
+    columns = ends[:, None] + torch.arange(max_tokens)
+    return ids.gather(1, columns).tolist()
+
+
+def export_llama(model: LlamaModel, output_dir: str | Path) -> None:
+    """Write the model as a Hugging Face folder of a `LlamaForCausalLM`."""
+    tensors = {
+        _llama_name(name): tensor for name, tensor in model.network.state_dict().items()
+    }
+    write_folder(output_dir, tensors, make_llama_config(model.shape))
+
+
+def load_llama(model_dir: str | Path) -> LlamaModel:
+    """Load a folder that `export_llama` has written."""
+    from safetensors.torch import load_file
+
+    model_dir = Path(model_dir)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    shape = LLaDAShape(
+        vocab_size=config["vocab_size"],
+        d_model=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        mlp_hidden_size=config["intermediate_size"],
+        rope_theta=config["rope_theta"],
+        rms_norm_eps=config["rms_norm_eps"],
+        max_sequence_length=config["max_position_embeddings"],
+    )
+    model = LlamaModel(shape)
+    tensors = load_file(model_dir / "model.safetensors")
+    names = model.network.state_dict()
+    model.network.load_state_dict({name: tensors[_llama_name(name)] for name in names})
+    return model.eval()
+
+
+def make_llama_config(shape: LLaDAShape) -> dict[str, object]:
+    """config.json of a `LlamaForCausalLM`."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": tiny_tokenizer.BOS_ID,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "hidden_act": "silu",
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.mlp_hidden_size,
+        "max_position_embeddings": shape.max_sequence_length,
+        "mlp_bias": False,
+        "num_attention_heads": shape.n_heads,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_heads,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def _llama_name(name: str) -> str:
+    if name in _OUTER_NAMES:
+        return _OUTER_NAMES[name]
+    match = re.fullmatch(r"model\.transformer\.blocks\.(\d+)\.(\w+)\.weight", name)
+    if match is None:
+        raise ValueError(f"no Llama has a tensor for {name!r}")
+    layer, part = match.groups()
+    return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the built-in target llama-tiny: `vllm-dlm train llama-tiny`.
+
+An autoregressive Llama on the tasks of llada-tiny, for the methods in which a
+diffusion model, a smaller model or the model's own lower layers draft for it. Every
+layer learns to be read out, as in LayerSkip (arXiv 2404.16710): the loss of an exit
+counts the more the higher it is. Without LayerSkip's layer dropout and without its
+curriculum, which a model of eight layers does not need to learn these tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_dlm.training import tasks as tiny_tasks
+from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.loop import (
+    LoopOptions,
+    add_loop_arguments,
+    prepare,
+    run_steps,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_dlm.training.llama_modeling import LlamaModel
+    from vllm_dlm.training.modeling import LLaDAShape
+
+NAME = "llama-tiny"
+STEPS = 5000
+# Rows of a batch; a row is a prompt, its answer and <|endoftext|>, 20 to 45 tokens.
+BATCH_ROWS = 80
+# <|endoftext|> right after the answer counts like an answer token. What follows it
+# counts hardly: it is learnt at once, and asked for only by who ignores the end.
+PADDING_WEIGHT = 0.05
+# Loss of all exits below the last layer together; the last layer's is 1.
+EXIT_WEIGHT = 0.7
+MAX_ANSWER_TOKENS = 24
+NUM_PROGRESS_PROBLEMS = 120
+
+
+def make_shape() -> LLaDAShape:
+    """Sizes of llama-tiny."""
+    from vllm_dlm.training.modeling import LLaDAShape
+
+    return LLaDAShape(
+        vocab_size=tiny_tokenizer.VOCAB_SIZE, n_layers=8, mlp_hidden_size=256
+    )
+
+
+def make_batch(name: str, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows, length] and loss weights [rows, length - 1] of a step.
+
+    The weight at a column is that of predicting the token after it.
+    """
+    import torch
+
+    rng = random.Random(f"{name}-{seed}-{step}")
+    chat = rng.random() < 0.5
+    rows, starts = [], []
+    for _ in range(BATCH_ROWS):
+        problem = tiny_tasks.sample_problem(rng)
+        prompt = tiny_tokenizer.encode_prompt(problem.question, chat)
+        rows.append(prompt + tiny_tokenizer.encode(problem.answer))
+        starts.append(len(prompt))
+    # Two more than the longest: each row ends, and some stay ended.
+    length = max(len(row) for row in rows) + 2
+    eos = tiny_tokenizer.EOS_ID
+    ids = torch.tensor([row + [eos] * (length - len(row)) for row in rows])
+    column = torch.arange(1, length)
+    in_answer = column >= torch.tensor(starts)[:, None]
+    in_padding = column > torch.tensor([len(row) for row in rows])[:, None]
+    return ids, in_answer * torch.where(in_padding, PADDING_WEIGHT, 1.0)
+
+
+def exit_loss(
+    model: LlamaModel,
+    forward: Callable[..., Any],
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    exit_weight: float,
+) -> torch.Tensor:
+    """Next-token loss of the last layer plus `exit_weight` times that of the exits.
+
+    Args:
+        model: The model, for its head.
+        forward: The model or its compiled form.
+        ids: Token ids [rows, length].
+        weights: Loss weights [rows, length - 1].
+        exit_weight: Weight of all layers below the last together; layer l of L gets
+            a share proportional to l.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    counted = weights > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = forward(ids[:, :-1])
+        num_layers = hidden.shape[0]
+        if exit_weight == 0:
+            hidden = hidden[-1:]
+        logits = model.head(hidden[:, counted])
+    targets = ids[:, 1:][counted].expand(logits.shape[0], -1)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(targets.shape)
+    kept = weights[counted]
+    by_layer = (losses * kept).sum(1) / kept.sum()
+    if exit_weight == 0:
+        return by_layer[-1]
+    shares = torch.arange(1.0, num_layers)
+    exits = (by_layer[:-1] * shares).sum() / shares.sum()
+    return by_layer[-1] + exit_weight * exits
+
+
+def train(
+    output_dir: str | Path,
+    options: LoopOptions,
+    *,
+    name: str = NAME,
+    shape: LLaDAShape | None = None,
+    exit_weight: float = EXIT_WEIGHT,
+) -> bool:
+    """Train a causal model and export it to `output_dir`; False if stopped before.
+
+    Args:
+        output_dir: Folder of the model and of the checkpoint.
+        options: How to run.
+        name: Part of the seed of the batches.
+        shape: Sizes of the model; llama-tiny's by default.
+        exit_weight: Weight of the exits' loss, 0 for none.
+
+    Raises:
+        ValueError: `exit_weight` is negative.
+    """
+    if exit_weight < 0:
+        raise ValueError(f"exit_weight must be 0 or more, not {exit_weight}")
+    prepare(options)
+    from vllm_dlm.training.evaluation import exact_match
+    from vllm_dlm.training.llama_modeling import (
+        LlamaModel,
+        decode_greedy,
+        export_llama,
+    )
+
+    model = LlamaModel(shape or make_shape())
+
+    def step_loss(forward: Callable[..., Any], step: int) -> torch.Tensor:
+        ids, weights = make_batch(name, step, options.seed)
+        return exit_loss(model, forward, ids, weights, exit_weight)
+
+    def evaluate(step: int) -> dict[str, float]:
+        model.eval()
+
+        def decode(prompts: list[list[int]]) -> list[list[int]]:
+            return decode_greedy(
+                model,
+                prompts,
+                max_tokens=MAX_ANSWER_TOKENS,
+                exit_layer=model.shape.n_layers,
+            )
+
+        shares = exact_match(decode, NUM_PROGRESS_PROBLEMS, seed=step)
+        model.train()
+        return shares
+
+    done = run_steps(output_dir, options, model, step_loss, evaluate)
+    if done:
+        export_llama(model.eval(), output_dir)
+    return done
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vllm-dlm train llama-tiny`."""
+    parser.add_argument("--output-dir", default=NAME, help="folder of the model")
+    parser.add_argument(
+        "--exit-weight",
+        type=float,
+        default=EXIT_WEIGHT,
+        help="weight of the loss of the exits below the last layer; 0 for none",
+    )
+    add_loop_arguments(parser, steps=STEPS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and export."""
+    train(
+        args.output_dir, LoopOptions.from_args(args), exit_weight=args.exit_weight
+    )
