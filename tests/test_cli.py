@@ -172,6 +172,7 @@ def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
         hf_token=None,
         served_model_name=None,
         additional_config={"dlm": {"strategy": "static"}},
+        speculative_config=None,
     )
     create(args)
     assert (args.model, args.tokenizer) == (tiny_model, tiny_model)

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from rich.table import Table
+
     from vllm_dlm.strategies import Strategy
 
 DESCRIPTION = """\
@@ -33,6 +36,10 @@ TOOLS = {
     "count-tokens": (
         "vllm_dlm.training.token_counts",
         "count how often tokens occur in texts, for the strategy pc",
+    ),
+    "count-trigrams": (
+        "vllm_dlm.training.trigrams",
+        "count the tri-grams of texts, for speculative decoding by ADED",
     ),
     "traces": (
         "vllm_dlm.training.traces",
@@ -79,6 +86,17 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     strategies.add_argument("name", nargs="?", metavar="NAME", help="a strategy")
     strategies.set_defaults(run=lambda args: _show_strategies(args.name))
+
+    speculation = commands.add_parser(
+        "speculation",
+        help="list the speculative methods, or one's options",
+        description="List the methods that draft for autoregressive models. With "
+        "METHOD: its options, which go into vLLM's --speculative-config.",
+    )
+    speculation.add_argument(
+        "method", nargs="?", metavar="METHOD", help="a method of the list"
+    )
+    speculation.set_defaults(run=lambda args: _show_speculation(args.method))
 
     models = commands.add_parser(
         "models",
@@ -145,10 +163,7 @@ def _show_strategies(name: str | None) -> None:
 
 def _show_strategy(name: str, strategy: type[Strategy]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
-
-    from vllm_dlm.messages import values_of
 
     console = Console(highlight=False)
     console.print(Text(f"{name}: {strategy.summary}\nSource: {strategy.paper}\n"))
@@ -156,18 +171,60 @@ def _show_strategy(name: str, strategy: type[Strategy]) -> None:
     if not fields:
         console.print("It has no parameters.")
         return
-    table = Table("parameter", "values", "default", "meaning", box=None, pad_edge=False)
-    for parameter, field in fields.items():
-        default = "required" if field.is_required() else str(field.default)
-        cells = (parameter, values_of(field), default, field.description or "")
-        table.add_row(*map(Text, cells))
-    console.print(table)
+    console.print(_table_of(fields, "parameter"))
     console.print(
         Text(
             f"\nvllm serve MODEL --dlm-strategy {name} "
             f"--dlm-strategy-config.{next(iter(fields))} VALUE"
         )
     )
+
+
+def _show_speculation(method: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_dlm.messages import unknown
+    from vllm_dlm.spec_decode.options import METHODS
+
+    console = Console(highlight=False)
+    if method is None:
+        table = Table("method", "summary", "source", box=None, pad_edge=False)
+        for name, kind in METHODS.items():
+            table.add_row(name, kind.summary, kind.paper)
+        console.print(table)
+        console.print("\nOptions of one: vllm-dlm speculation METHOD")
+        return
+    if method not in METHODS:
+        raise ValueError(unknown(method, METHODS))
+    kind = METHODS[method]
+    fields = kind.model_fields
+    console.print(Text(f"{method}: {kind.summary}\nSource: {kind.paper}\n"))
+    console.print(_table_of(fields, "option"))
+    drafter = '"model": "DRAFTER", ' if "model" in fields else ""
+    console.print(
+        Text(
+            "\nvllm serve TARGET --speculative-config "
+            f'\'{{"method": "{method}", {drafter}'
+            f'"num_speculative_tokens": {fields["num_speculative_tokens"].default}}}\''
+        )
+    )
+
+
+def _table_of(fields: Mapping[str, FieldInfo], what: str) -> Table:
+    """A row for each field of a pydantic model."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_dlm.messages import values_of
+
+    table = Table(what, "values", "default", "meaning", box=None, pad_edge=False)
+    for name, field in fields.items():
+        default = "required" if field.is_required() else str(field.default)
+        cells = (name, values_of(field), default, field.description or "")
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def _show_models() -> None:

@@ -169,9 +169,10 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         options = additional.get("dlm") if isinstance(additional, Mapping) else None
         if options is not None:
             DlmConfig.from_mapping(options, where='additional_config["dlm"]')
-        speculation.translate(self)
+        speculates = speculation.translate(self)
         config = original(self, *args, **kwargs)
-        speculation.check(config)
+        if speculates:
+            speculation.check(config)
         ours = request.is_ours(config.model_config.hf_config)
         if options and not ours:
             raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -40,15 +41,23 @@ def explain(error: ValidationError) -> str:
     return "; ".join(findings)
 
 
+def _name_of(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        return _name_of(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return " | ".join(str(choice) for choice in get_args(kind))
+    if kind is type(None):
+        return "none"
+    inner = ", ".join(_name_of(part) for part in get_args(kind))
+    name = getattr(kind, "__name__", str(kind))
+    return f"{name}[{inner}]" if inner else name
+
+
 def values_of(field: FieldInfo) -> str:
     """What a field may hold, for people: `float, > 0, < 1` or `block | off`."""
     annotation: Any = field.annotation
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in get_args(annotation))
-    names = [
-        "none" if kind is type(None) else getattr(kind, "__name__", str(kind))
-        for kind in get_args(annotation) or (annotation,)
-    ]
+    union = get_origin(annotation) in (Union, UnionType)
+    names = map(_name_of, get_args(annotation) if union else (annotation,))
     limits = [
         f"{sign} {limit:g}"
         for item in field.metadata

@@ -22,18 +22,18 @@ logger = init_logger(__name__)
 WORKER = "vllm_dlm.spec_decode.worker.SpeculativeWorker"
 
 
-def translate(args: Any) -> None:
-    """Adapt `EngineArgs` in place, if they ask for a method of ours.
+def translate(args: Any) -> bool:
+    """Adapt `EngineArgs` in place; whether they ask for a method of ours.
 
     Raises:
         ValueError: an invalid option, or one of vLLM's that does not go with it.
     """
     asked = args.speculative_config
     if not spec.is_ours(asked):
-        return
+        return False
     method = asked["method"]
     options = spec.parse(asked)
-    if options.model is not None:
+    if isinstance(options, spec.WithDrafter):
         folder = aliases.resolve(options.model, options.revision, args.hf_token)
         options = options.model_copy(update={"model": folder})
     _refuse(args, method)
@@ -52,6 +52,7 @@ def translate(args: Any) -> None:
         args.speculative_config["method"],
         WORKER.rpartition(".")[2],
     )
+    return True
 
 
 def _refuse(args: Any, method: str) -> None:
@@ -88,10 +89,10 @@ def _vllm_config(args: Any, method: str, options: spec.Options) -> dict[str, Any
     if method == "aded":
         path = options.proposer.replace(":", ".")
         return {**config, "method": "custom_class", "model": path}
-    config |= {"method": "draft_model", "model": options.model or args.model}
-    for name in ("revision", "quantization", "draft_tensor_parallel_size"):
-        if (value := getattr(options, name)) is not None:
-            config[name] = value
+    config |= {"method": "draft_model", "model": args.model}
+    if isinstance(options, spec.WithDrafter):
+        shared = set(spec.WithDrafter.model_fields)
+        config |= options.model_dump(include=shared, exclude_none=True)
     config.setdefault("draft_tensor_parallel_size", args.tensor_parallel_size)
     # Each token's distribution is attached: more are accepted at temperature > 0.
     # DEL's stop rule looks at the token it may drop, which is lossless only without.
@@ -109,8 +110,6 @@ def check(config: Any) -> None:
     Raises:
         ValueError: names a token that differs.
     """
-    if spec.CONFIG_KEY not in (config.additional_config or {}):
-        return
     target, draft = config.model_config, config.speculative_config.draft_model_config
     if target.skip_tokenizer_init or draft.model == target.model:
         return

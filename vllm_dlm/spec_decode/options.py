@@ -42,19 +42,22 @@ class Options(BaseModel):
 
     summary: ClassVar[str]
     paper: ClassVar[str]
-    needs_model: ClassVar[bool] = True
-    """Whether "model" names a drafter."""
     proposer: ClassVar[str]
     """`module:class` of the vLLM glue."""
 
-    model: str | None = Field(
-        default=None, min_length=1, description="The drafter: folder, hub id or alias."
-    )
     num_speculative_tokens: Count = Field(
         default=8,
         ge=1,
         le=MAX_DRAFT,
         description="Most tokens that one draft may have.",
+    )
+
+
+class WithDrafter(Options):
+    """A method whose drafter is a model of its own."""
+
+    model: str = Field(
+        min_length=1, description="The drafter: folder, hub id or alias."
     )
     revision: str | None = Field(
         default=None, description="Branch, tag or commit of the drafter on the hub."
@@ -67,7 +70,7 @@ class Options(BaseModel):
     )
 
 
-class Deer(Options):
+class Deer(WithDrafter):
     """A diffusion model drafts a block in one denoising step."""
 
     summary = "a diffusion language model drafts a block in one denoising step"
@@ -88,7 +91,7 @@ class Deer(Options):
     )
 
 
-class SpecDecPlusPlus(Options):
+class SpecDecPlusPlus(WithDrafter):
     """A draft model drafts until a head expects a rejection."""
 
     summary = "a small model drafts until a trained head expects a rejection"
@@ -123,7 +126,6 @@ class Del(Options):
 
     summary = "the model's own lower layers draft; exit and length adapt to the text"
     paper = "DEL, arXiv 2504.05598"
-    needs_model = False
     proposer = "vllm_dlm.spec_decode.del_proposer:DelProposer"
 
     num_speculative_tokens: Count = Field(
@@ -153,7 +155,6 @@ class Aded(Options):
 
     summary = "tri-grams of a corpus and of the text itself draft; no model is needed"
     paper = "ADED, arXiv 2407.12021"
-    needs_model = False
     proposer = "vllm_dlm.spec_decode.aded_proposer:AdedProposer"
 
     corpus: str | None = Field(
@@ -196,7 +197,7 @@ METHODS: dict[str, type[Options]] = {
 
 def is_ours(speculative_config: Mapping[str, Any] | None) -> bool:
     """Whether a user's dict asks for one of our methods."""
-    return bool(speculative_config) and speculative_config.get("method") in METHODS
+    return (speculative_config or {}).get("method") in METHODS
 
 
 def parse(speculative_config: Mapping[str, Any]) -> Options:
@@ -213,20 +214,20 @@ def parse(speculative_config: Mapping[str, Any]) -> Options:
     method = speculative_config["method"]
     kind = METHODS[method]
     where = f"speculative config of {method!r}"
+    needs_drafter = issubclass(kind, WithDrafter)
+    if needs_drafter and not given.get("model"):
+        raise ValueError(f'{where}: it needs a drafter: set "model"')
+    if not needs_drafter and "model" in given:
+        raise ValueError(
+            f'{where}: it drafts without a second model; leave out "model"'
+        )
     for name in given:
         if name not in kind.model_fields:
             raise ValueError(f"{where}: {unknown(name, kind.model_fields)}")
     try:
-        options = kind(**given)
+        return kind(**given)
     except ValidationError as error:
         raise ValueError(f"{where}: {explain(error)}") from None
-    if kind.needs_model and options.model is None:
-        raise ValueError(f'{where}: it needs a drafter: set "model"')
-    if not kind.needs_model and options.model is not None:
-        raise ValueError(
-            f'{where}: it drafts without a second model; leave out "model"'
-        )
-    return options
 
 
 def to_plain(method: str, options: Options) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ TRAIN_COMMAND = "vllm-dlm train specdec-head"
 
 _ACCEPT = 1
 _OUTPUT = "output."
+_UNREADABLE = (OSError, SafetensorError, UnpicklingError)
 
 
 class AcceptanceHead(nn.Module):
@@ -69,9 +71,8 @@ class AcceptanceHead(nn.Module):
 
         The state at a token judges that token, not the one drawn from it.
         """
-        return (
-            self(hidden.to(self.output.weight.dtype)).float().softmax(-1)[..., _ACCEPT]
-        )
+        logits = self(hidden.to(self.output.weight.dtype)).float()
+        return logits.softmax(-1)[..., _ACCEPT]
 
     def save(self, folder: str | Path, about: Mapping[str, str] | None = None) -> Path:
         """Write `HEAD_FILE` below `folder` (a model's, or any other), in float32.
@@ -125,7 +126,7 @@ class AcceptanceHead(nn.Module):
                 sum(name.endswith(".weight") for name in weights) - 1,
             )
             head.load_state_dict(weights)
-        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        except (*_UNREADABLE, LookupError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is not an acceptance head: {error}") from error
         if hidden_size is not None and head.hidden_size != hidden_size:
             raise ValueError(
@@ -202,8 +203,11 @@ def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     if _OUTPUT + "weight" in weights:
         return weights
-    outputs = [re.fullmatch(r"model\.(\d+)\.weight", name) for name in weights]
-    (count,) = (int(match[1]) for match in outputs if match)
+    names = " ".join(sorted(weights))
+    output = re.search(r"\bmodel\.(\d+)\.weight", names)
+    if output is None:
+        raise ValueError(f"it has neither output.weight nor model.N.weight: {names}")
+    count = int(output[1])
     found: dict[str, torch.Tensor] = {}
     for kind in ("weight", "bias"):
         blocks = [weights.get(f"model.{i}.linear.{kind}") for i in range(count)]

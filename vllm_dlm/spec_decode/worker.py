@@ -25,7 +25,10 @@ def _platform_worker() -> Any:
     return Worker
 
 
-class SpeculativeWorker(_platform_worker()):
+_PlatformWorker: Any = _platform_worker()
+
+
+class SpeculativeWorker(_PlatformWorker):
     """The platform's worker, with our drafter."""
 
     def init_device(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,17 @@ def export(model: LLaDAModel, output_dir: str | Path) -> None:
     write_folder(output_dir, model.state_dict(), make_config(model))
 
 
+def export_like(model: LLaDAModel, source: str | Path, output_dir: str | Path) -> None:
+    """Write new weights of a model; all else as in the folder it was loaded from."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for file in Path(source).iterdir():
+        is_text = file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
+        if is_text and file.resolve() != (output_dir / file.name).resolve():
+            shutil.copyfile(file, output_dir / file.name)
+    _write_weights(output_dir, model.state_dict())
+
+
 def write_folder(
     output_dir: str | Path,
     tensors: Mapping[str, Tensor],
@@ -27,13 +39,7 @@ def write_folder(
     """Write float32 weights, config.json and the built-in models' tokenizer."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    weights = output_dir / "model.safetensors"
-    contiguous = {
-        name: tensor.detach().float().contiguous() for name, tensor in tensors.items()
-    }
-    save_file(contiguous, weights, metadata={"format": "pt"})
-    # safetensors leaves the file readable by its owner only.
-    weights.chmod(0o644)
+    _write_weights(output_dir, tensors)
     _write_json(output_dir / "config.json", config)
     generation = {
         "bos_token_id": tiny_tokenizer.BOS_ID,
@@ -87,6 +93,16 @@ def make_config(model: LLaDAModel) -> dict[str, object]:
         "vocab_size": shape.vocab_size,
         "weight_tying": False,
     }
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    weights = folder / "model.safetensors"
+    contiguous = {
+        name: tensor.detach().float().contiguous() for name, tensor in tensors.items()
+    }
+    save_file(contiguous, weights, metadata={"format": "pt"})
+    # safetensors leaves the file readable by its owner only.
+    weights.chmod(0o644)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

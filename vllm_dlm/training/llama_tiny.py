@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vllm_dlm.training.modeling import LLaDAShape
 
 NAME = "llama-tiny"
-STEPS = 5000
+STEPS = 3200
 # Rows of a batch; a row is a prompt, its answer and <|endoftext|>, 20 to 45 tokens.
 BATCH_ROWS = 80
 # <|endoftext|> right after the answer counts like an answer token. What follows it
@@ -122,9 +122,9 @@ def train(
     output_dir: str | Path,
     options: LoopOptions,
     *,
-    name: str = NAME,
-    shape: LLaDAShape | None = None,
-    exit_weight: float = EXIT_WEIGHT,
+    name: str,
+    shape: LLaDAShape,
+    exit_weight: float,
 ) -> bool:
     """Train a causal model and export it to `output_dir`; False if stopped before.
 
@@ -132,7 +132,7 @@ def train(
         output_dir: Folder of the model and of the checkpoint.
         options: How to run.
         name: Part of the seed of the batches.
-        shape: Sizes of the model; llama-tiny's by default.
+        shape: Sizes of the model.
         exit_weight: Weight of the exits' loss, 0 for none.
 
     Raises:
@@ -148,7 +148,7 @@ def train(
         export_llama,
     )
 
-    model = LlamaModel(shape or make_shape())
+    model = LlamaModel(shape)
 
     def step_loss(forward: Callable[..., Any], step: int) -> torch.Tensor:
         ids, weights = make_batch(name, step, options.seed)
@@ -175,9 +175,25 @@ def train(
     return done
 
 
+def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Add the options that the trainings of all built-in models share."""
+    parser.add_argument("--output-dir", default=output_dir, help="folder of the model")
+    parser.add_argument(
+        "--num-problems",
+        type=int,
+        default=500,
+        help="held-out problems for the numbers in the model card",
+    )
+    parser.add_argument(
+        "--skip-training",
+        action="store_true",
+        help="only evaluate the model in the folder and write its card",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vllm-dlm train llama-tiny`."""
-    parser.add_argument("--output-dir", default=NAME, help="folder of the model")
+    add_shared_arguments(parser, NAME)
     parser.add_argument(
         "--exit-weight",
         type=float,
@@ -187,8 +203,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loop_arguments(parser, steps=STEPS)
 
 
+def train_and_describe(
+    args: argparse.Namespace, *, name: str, shape: LLaDAShape, exit_weight: float
+) -> None:
+    """Train a causal model, export it, evaluate it and write its card."""
+    done = args.skip_training or train(
+        args.output_dir,
+        LoopOptions.from_args(args),
+        name=name,
+        shape=shape,
+        exit_weight=exit_weight,
+    )
+    if not done:
+        print(f"Stopped before the last step; run again to go on: {args.output_dir}")
+        return
+    from vllm_dlm.training.llama_card import write_card
+
+    print(write_card(args.output_dir, name, args.num_problems))
+
+
 def run(args: argparse.Namespace) -> None:
-    """Train and export."""
-    train(
-        args.output_dir, LoopOptions.from_args(args), exit_weight=args.exit_weight
+    """Train, export, evaluate and write the model card."""
+    train_and_describe(
+        args, name=NAME, shape=make_shape(), exit_weight=args.exit_weight
     )

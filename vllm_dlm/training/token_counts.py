@@ -27,6 +27,14 @@ BATCH_TEXTS = 256
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-dlm count-tokens`."""
+    add_text_arguments(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="table to write (safetensors)"
+    )
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say which texts are counted, and in which tokens."""
     parser.add_argument(
         "files",
         nargs="+",
@@ -38,9 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="MODEL",
         help="alias, folder or hub id of the model that will be served",
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="FILE", help="table to write (safetensors)"
     )
     parser.add_argument(
         "--field",
@@ -58,10 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count the tokens of the files and write their table."""
-    tokenizer = _tokenizer(args.tokenizer)
-    ends = _end_ids(tokenizer, args.ends)
+    tokenizer = load_tokenizer(args.tokenizer)
+    ends = end_ids_of(tokenizer, args.ends)
     paths = [Path(name) for name in args.files]
-    counts = count_tokens(tokenizer, _texts(paths, args.field), ends)
+    counts = count_tokens(tokenizer, read_texts(paths, args.field), ends)
     total = int(counts.sum())
     facts = {"tokenizer": args.tokenizer, "tokens": str(total)}
     save_frequencies(args.out, smoothed(counts), facts)
@@ -84,16 +89,21 @@ def count_tokens(
     """
     counts = torch.zeros(len(tokenizer), dtype=torch.int64)
     number = 0
-    remaining = iter(texts)
-    while batch := list(islice(remaining, BATCH_TEXTS)):
-        encoded = tokenizer(batch, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([i for row in encoded for i in row], dtype=torch.int64)
+    for rows in token_rows(tokenizer, texts):
+        ids = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
         counts += torch.bincount(ids, minlength=len(counts))
-        number += len(batch)
+        number += len(rows)
     if number == 0:
         raise ValueError("the files hold no text to count tokens in")
     counts[list(end_ids)] += number
     return counts
+
+
+def token_rows(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[list[int]]]:
+    """The token ids of the texts, many texts at a time."""
+    remaining = iter(texts)
+    while batch := list(islice(remaining, BATCH_TEXTS)):
+        yield tokenizer(batch, add_special_tokens=False)["input_ids"]
 
 
 def smoothed(counts: torch.Tensor) -> torch.Tensor:
@@ -101,7 +111,12 @@ def smoothed(counts: torch.Tensor) -> torch.Tensor:
     return ((counts + 1).double() / (counts.sum() + len(counts))).float()
 
 
-def _tokenizer(model: str) -> Any:
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of an alias, folder or hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
     from vllm.tokenizers import get_tokenizer
 
     from vllm_dlm.aliases import resolve
@@ -114,7 +129,12 @@ def _tokenizer(model: str) -> Any:
         raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
 
 
-def _end_ids(tokenizer: Any, tokens: list[str] | None) -> list[int]:
+def end_ids_of(tokenizer: Any, tokens: list[str] | None) -> list[int]:
+    """Ids of the tokens that end a text, by default the tokenizer's own.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
     if tokens is None:
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     vocabulary = tokenizer.get_vocab()
@@ -124,7 +144,7 @@ def _end_ids(tokenizer: Any, tokens: list[str] | None) -> list[int]:
     return [vocabulary[token] for token in tokens]
 
 
-def _texts(paths: list[Path], field: str) -> Iterator[str]:
+def read_texts(paths: list[Path], field: str) -> Iterator[str]:
     """The texts of all files, with a bar over their bytes.
 
     Raises:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ADED's drafts, with numbers worked out by hand and against the plain-Python form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import aded as reference
+
+from vllm_dlm.spec_decode import aded
+from vllm_dlm.spec_decode.aded import AdaptiveTrigrams
+from vllm_dlm.spec_decode.options import Aded
+from vllm_dlm.spec_decode.trigram_table import (
+    TrigramCounts,
+    TrigramTable,
+    empty_table,
+)
+
+VOCAB = 6
+sequences = st.lists(st.integers(0, VOCAB - 1), max_size=40)
+
+
+def table_of(*texts: list[int], vocab_size: int = VOCAB) -> TrigramTable:
+    counts = TrigramCounts(vocab_size)
+    for text in texts:
+        counts.add(text)
+    return counts.table()
+
+
+def array(text: list[int]) -> np.ndarray:
+    return np.array(text, np.int32)
+
+
+def test_the_score_of_a_child():
+    assert aded.score(2.0, 1, 0.6, 3) == pytest.approx(18.838, abs=1e-3)
+    assert aded.score(1.5, 1, 0.4, 3) == pytest.approx(12.726, abs=1e-3)
+
+
+def test_each_round_adds_to_what_is_in_the_window():
+    trigrams = AdaptiveTrigrams(table_of([1, 2, 3], [1, 2, 4]), Aded())
+    assert dict(trigrams.successors(1, 2)) == {3: 0.5, 4: 0.5}
+    text = [1, 2, 3]
+    for token in (0, 5, 5):
+        trigrams.observe(array(text))
+        text.append(token)
+    assert dict(trigrams.successors(1, 2)) == pytest.approx({3: 0.62, 4: 0.5})
+    assert dict(trigrams.successors(3, 0)) == pytest.approx({5: 0.04})
+
+
+def test_what_the_window_has_left_gains_no_more():
+    trigrams = AdaptiveTrigrams(empty_table(64), Aded(window=4))
+    for length in range(3, 10):
+        trigrams.observe(np.arange(length, dtype=np.int32))
+    # In the window of the round that brought it, and of the next.
+    assert trigrams.successors(2, 3) == [(4, pytest.approx(0.08))]
+
+
+@pytest.mark.parametrize("learn_prompt", [True, False])
+def test_the_prompt_counts_once(learn_prompt: bool):
+    options = Aded(window=4, learn_prompt=learn_prompt)
+    trigrams = AdaptiveTrigrams(empty_table(64), options)
+    text = np.arange(20, dtype=np.int32)
+    trigrams.observe(text)
+    trigrams.observe(text)
+    assert bool(trigrams.successors(0, 1)) == learn_prompt
+    assert trigrams.successors(17, 18) == [(19, pytest.approx(0.08))]
+
+
+def test_tokens_of_a_long_round_count_though_the_window_is_shorter():
+    trigrams = AdaptiveTrigrams(empty_table(64), Aded(window=3, learn_prompt=False))
+    for length in (5, 15):
+        trigrams.observe(np.arange(length, dtype=np.int32))
+    assert not trigrams.successors(1, 2)
+    for first in range(3, 13):
+        assert len(trigrams.successors(first - 1, first)) == 1
+
+
+def test_placeholders_outside_the_vocabulary_are_never_drafted():
+    trigrams = AdaptiveTrigrams(empty_table(8), Aded())
+    text = array([1, 2, 9, 1, 2, -1, 1, 2])
+    trigrams.observe(text)
+    assert trigrams.best_chain(text, 8) == []
+
+
+def test_the_text_repeats_itself():
+    trigrams = AdaptiveTrigrams(empty_table(64), Aded())
+    text = array([7, 8, 9, 10, 11, 12, 7, 8])
+    trigrams.observe(text)
+    assert trigrams.best_chain(text, 5) == [9, 10, 11, 12, 7]
+
+
+def test_the_corpus_is_followed_beyond_the_search():
+    trigrams = AdaptiveTrigrams(table_of(list(range(30)), vocab_size=32), Aded(depth=2))
+    assert trigrams.best_chain(array([3, 4]), 6) == [5, 6, 7, 8, 9, 10]
+    assert trigrams.best_chain(array([27, 28]), 6) == [29]
+    assert trigrams.best_chain(array([4, 3]), 6) == []
+
+
+def test_one_request_teaches_no_other():
+    table = table_of([1, 2, 3], [1, 2, 4])
+    taught, other = (AdaptiveTrigrams(table, Aded()) for _ in range(2))
+    taught.observe(array([1, 2, 4, 1, 2]))
+    assert taught.best_chain(array([1, 2]), 1) == [4]
+    assert other.best_chain(array([1, 2]), 1) == [3]
+
+
+@given(
+    corpus=st.lists(sequences, max_size=4),
+    text=st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=60),
+    steps=st.lists(st.integers(1, 9), max_size=6),
+    window=st.integers(3, 20),
+    increment=st.sampled_from([0.04, 0.5]),
+    depth=st.integers(1, 5),
+    top_k=st.integers(1, 6),
+    iterations=st.integers(1, 60),
+    seed=st.integers(0, 5),
+    length=st.integers(1, 10),
+)
+def test_rounds_of_a_text_against_plain_python(
+    corpus, text, steps, window, increment, depth, top_k, iterations, seed, length
+):
+    options = {
+        "window": window,
+        "increment": increment,
+        "cap": 1.5,
+        "depth": depth,
+        "top_k": top_k,
+        "iterations": iterations,
+        "seed": seed,
+    }
+    trigrams = AdaptiveTrigrams(table_of(*corpus), Aded(**options))
+    plain = reference.Drafting(reference.corpus_weights(corpus), **options)
+    ends = [end for end in len(text) - np.cumsum(steps[::-1])[::-1] if end >= 2]
+    for end in [*ends, len(text)]:
+        trigrams.observe(array(text[:end]))
+        plain.observe(text[:end])
+        chain = trigrams.best_chain(array(text[:end]), length)
+        assert chain == plain.best_chain(text[:end], length)
+        assert len(chain) <= length
+        line = [*text[end - 2 : end], *chain]
+        for first, second, third in zip(line, line[1:], line[2:], strict=False):
+            successors = dict(trigrams.successors(first, second))
+            assert 0 < successors[third] <= 1.5
+
+
+WITHOUT_NUMBA = """
+import sys
+
+sys.modules["numba"] = None
+import numpy as np
+from vllm_dlm.spec_decode import aded, trigram_table
+from vllm_dlm.spec_decode.options import Aded
+
+assert aded.numba is None
+text = np.random.default_rng(0).integers(0, 9, 200).astype(np.int32)
+trigrams = aded.AdaptiveTrigrams(trigram_table.empty_table(9), Aded())
+trigrams.observe(text)
+print(trigrams.best_chain(text, 12))
+"""
+
+
+def test_without_numba():
+    text = np.random.default_rng(0).integers(0, 9, 200).astype(np.int32)
+    trigrams = AdaptiveTrigrams(empty_table(9), Aded())
+    trigrams.observe(text)
+    output = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert output.strip() == str(trigrams.best_chain(text, 12))

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ADED in an engine: the text is plain decoding's, and requests stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spec_decode.harness import MAX_MODEL_LEN, Engine, params, ragged_prompts
+
+from vllm_dlm.spec_decode.trigram_table import TrigramCounts, save_table
+
+FEW = list(range(3, 9))
+"""Allowed tokens, so few that a text's tri-grams come again."""
+
+Drafts = dict[str, list[tuple[list[int], list[int]]]]
+"""Request -> its rounds: all its tokens, and the draft behind them."""
+
+
+@pytest.fixture(scope="module")
+def corpus(plain: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tri-grams of what the target writes."""
+    counts = TrigramCounts(64)
+    for text in plain.run(
+        [*ragged_prompts(1), *ragged_prompts(8)], params(MAX_MODEL_LEN)
+    ):
+        counts.add(text)
+    path = tmp_path_factory.mktemp("corpus") / "trigrams.safetensors"
+    save_table(path, counts.table())
+    return path
+
+
+@pytest.fixture(scope="module", params=["corpus", "own text"])
+def engine(
+    request: pytest.FixtureRequest, engines: Callable[..., Engine], corpus: Path
+) -> Engine:
+    speculative: dict[str, Any] = {"method": "aded", "num_speculative_tokens": 5}
+    if request.param == "corpus":
+        speculative["corpus"] = str(corpus)
+    return engines(speculative)
+
+
+@pytest.fixture
+def drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Drafts:
+    found: Drafts = {}
+    draft = engine.drafter.draft
+
+    def record(request: str, text: Any, most: int) -> list[int]:
+        tokens = draft(request, text, most)
+        found.setdefault(request, []).append((text.tolist(), tokens))
+        return tokens
+
+    monkeypatch.setattr(engine.drafter, "draft", record)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_greedy_text_to_the_end_of_the_context(
+    engine: Engine, plain: Engine, drafts: Drafts, count: int
+):
+    prompts = ragged_prompts(count)
+    has_corpus = engine.drafter.options.corpus is not None
+    whole_text = params(MAX_MODEL_LEN, allowed_token_ids=None if has_corpus else FEW)
+    wanted = plain.run(prompts, whole_text)
+    assert engine.run(prompts, whole_text) == wanted
+    assert not engine.drafter.failed
+    for prompt, text in zip(prompts, wanted, strict=True):
+        whole = [*prompt, *text]
+        [rounds] = [r for r in drafts.values() if r[0][0] == whole[: len(prompt) + 1]]
+        for (tokens, draft), (after, _) in zip(rounds, rounds[1:], strict=False):
+            # What was right of a draft was taken, and one token more.
+            right = 0
+            while right < len(draft) and whole[len(tokens) + right] == draft[right]:
+                right += 1
+            assert after == whole[: len(tokens) + right + 1]
+        assert len(rounds) < 0.7 * len(text)
+
+
+def test_requests_do_not_influence_each_other(engine: Engine, drafts: Drafts):
+    """Sampled: the noise of verification depends on how many tokens were drafted."""
+    prompts = ragged_prompts(8)
+    sampling = [
+        params(60, temperature=1.0, seed=n, allowed_token_ids=FEW) for n in range(8)
+    ]
+    together = engine.run(prompts, sampling)
+    in_batch = sorted(drafts.values())
+    drafts.clear()
+    alone = [
+        engine.run([prompt], one)[0]
+        for prompt, one in zip(prompts, sampling, strict=True)
+    ]
+    assert alone == together
+    assert sorted(drafts.values()) == in_batch
+    assert all(any(draft for _, draft in rounds) for rounds in in_batch)
+
+
+def test_what_a_request_has_taught_goes_with_it(engine: Engine, drafts: Drafts):
+    engine.run(ragged_prompts(5), params(12))
+    engine.run(ragged_prompts(2), params(12))
+    assert set(engine.drafter.requests) == set(list(drafts)[-2:])
+
+
+def test_a_request_may_do_without(engine: Engine, plain: Engine, drafts: Drafts):
+    prompts = ragged_prompts(2)
+    own = [
+        params(40, allowed_token_ids=FEW, extra_args={"dlm_draft_tokens": most})
+        for most in (0, 2)
+    ]
+    wanted = plain.run(prompts, params(40, allowed_token_ids=FEW))
+    assert engine.run(prompts, own) == wanted
+    [rounds] = drafts.values()
+    assert rounds[0][0][: len(prompts[1])] == prompts[1]
+    assert max(len(draft) for _, draft in rounds) == 2
+
+
+def test_a_failure_leaves_plain_decoding(
+    engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = ragged_prompts(4)
+    calls = []
+
+    def fail(*args: Any) -> list[int]:
+        calls.append(args)
+        raise RuntimeError("the drafter is out of order")
+
+    monkeypatch.setattr(engine.drafter, "draft", fail)
+    assert engine.run(prompts, params(20)) == plain.run(prompts, params(20))
+    assert len(calls) == 1
+    assert engine.drafter.failed
+    engine.drafter.failed = False
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "message"), [(96, "another vocabulary"), (0, "cannot read")]
+)
+def test_a_corpus_that_does_not_fit_is_refused(
+    target: Path, tmp_path: Path, vocab_size: int, message: str
+):
+    path = tmp_path / "trigrams"
+    if vocab_size:
+        counts = TrigramCounts(vocab_size)
+        counts.add([1, 2, 95])
+        save_table(path, counts.table())
+    with pytest.raises(ValueError, match=f"{message}.*count-trigrams"):
+        Engine(target, {"method": "aded", "corpus": str(path)})

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DEL on engines: exact texts, and the choices and drafts of an oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from spec_decode import joint
+from spec_decode.harness import (
+    MAX_MODEL_LEN,
+    Engine,
+    params,
+    ragged_prompts,
+    write_llama,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from vllm_dlm.spec_decode.del_exit import ExitStatistics
+from vllm_dlm.spec_decode.del_proposer import Round
+
+NUM_LAYERS = 6
+DEL: dict[str, Any] = {"method": "del"}
+
+
+def fade(model: Any, base: float = 0.5) -> Any:
+    """Let each layer write less than the one below, as early-exit training does."""
+    with torch.no_grad():
+        for depth, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight *= base**depth
+            layer.mlp.down_proj.weight *= base**depth
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 6 layers whose exits often say what the last one says."""
+    folder = write_llama(
+        tmp_path_factory.mktemp("shallow"), seed=0, num_layers=NUM_LAYERS
+    )
+    fade(LlamaForCausalLM.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(model: Path, engines: Callable[..., Engine]) -> tuple[Engine, Engine]:
+    """Without and with DEL."""
+    return engines(model=model), engines(DEL, model=model)
+
+
+def run(engine: Engine, *args: Any) -> tuple[list[list[int]], list[list[Round]]]:
+    """The texts, and each request's rounds, in the order of the requests."""
+    drafter = engine.drafter
+    drafter.rounds, drafter.requests = [], {}
+    drafter.counts.clear()
+    texts = engine.run(*args)
+    rounds, drafter.rounds = drafter.rounds, None
+    assert not drafter.failed
+    ids = sorted({entry.request_id for entry in rounds}, key=_number)
+    return texts, [[r for r in rounds if r.request_id == name] for name in ids]
+
+
+def _number(request_id: str) -> int:
+    """Of a request, in the order in which they were made: "12-abcdef" -> 12."""
+    return int(request_id.partition("-")[0])
+
+
+def shape(rounds: list[Round]) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """What a round decides, without its rates."""
+    return [(r.num_tokens, r.choice.exit, r.choice.length, r.tokens) for r in rounds]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_texts_are_those_of_plain_decoding(pair: tuple[Engine, Engine], count: int):
+    plain, engine = pair
+    prompts = ragged_prompts(count)
+    wanted = plain.run(prompts, params(MAX_MODEL_LEN))
+    texts, rounds = run(engine, prompts, params(MAX_MODEL_LEN))
+    assert texts == wanted
+    assert {len(p) + len(t) for p, t in zip(prompts, texts, strict=True)} == {
+        MAX_MODEL_LEN
+    }
+    # Far fewer verifications than tokens, and layers are counted exactly.
+    assert sum(map(len, rounds)) < 0.75 * sum(map(len, texts))
+    every = [entry for request in rounds for entry in request]
+    counts = engine.drafter.counts
+    assert counts["rows"] == sum(len(r.tokens) for r in every)
+    assert counts["layer_rows"] == sum(len(r.tokens) * r.choice.exit for r in every)
+    assert len({r.choice.exit for r in every}) > 1
+
+
+def test_the_cache_holds_the_layers_of_the_target_only(pair: tuple[Engine, Engine]):
+    groups = [engine.runner.kv_cache_config.kv_cache_groups for engine in pair]
+    assert groups[0] == groups[1]
+    assert sum(len(group.layer_names) for group in groups[1]) == NUM_LAYERS
+
+
+class Oracle:
+    """DEL for one greedy request: every prefix computed anew by transformers."""
+
+    def __init__(self, folder: Path, exits: list[int]) -> None:
+        self.network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.exits = exits
+
+    def logits(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[E, n, V] of the exits and [n, V] of the whole model."""
+        with torch.no_grad():
+            out = self.network(torch.tensor([tokens]), output_hidden_states=True)
+            early = [
+                self.network.lm_head(self.network.model.norm(out.hidden_states[exit]))
+                for exit in self.exits
+            ]
+        return torch.stack(early)[:, 0], out.logits[0]
+
+    def observe(self, tokens: list[int], first: int, **options: Any) -> None:
+        """Count the positions from `first` on: the target's prediction of the next."""
+        early, full = (logits[..., first:, :] for logits in self.logits(tokens))
+        hits = early.argmax(-1) == full.argmax(-1)
+        sure = early.softmax(-1).amax(-1)
+        self.statistics.update(hits.T.numpy(), sure.T.numpy(), **options)
+
+    def rounds(self, prompt: list[int], max_tokens: int, most: int = 18) -> list[Any]:
+        self.statistics = ExitStatistics(self.exits)
+        self.observe(prompt, max(0, len(prompt) - 32), new_round=False)
+        tokens = [*prompt, int(self.logits(prompt)[1][-1].argmax())]
+        rounds = []
+        while (left := len(prompt) + max_tokens - len(tokens)) > 0:
+            if left > 1:
+                choice = self.statistics.choose(NUM_LAYERS, min(most, left - 1))
+                draft = self.draft(tokens, choice)
+                rounds.append((len(tokens), choice.exit, choice.length, tuple(draft)))
+            else:
+                draft = []
+            right = self.logits(tokens + draft)[1].argmax(-1)[len(tokens) - 1 :]
+            accepted = 0
+            while accepted < len(draft) and draft[accepted] == right[accepted]:
+                accepted += 1
+            first = len(tokens) - 1
+            tokens += right[: accepted + 1].tolist()
+            self.observe(tokens[:-1], first)
+        return rounds
+
+    def draft(self, tokens: list[int], choice: Any) -> list[int]:
+        draft: list[int] = []
+        for _ in range(choice.length):
+            early, _ = self.logits(tokens + draft)
+            last = early[self.exits.index(choice.exit), -1].softmax(-1)
+            draft.append(int(last.argmax()))
+            if last.max() < choice.threshold:
+                break
+        return draft
+
+
+@pytest.mark.parametrize("prompt", [0, 2, 5])
+def test_choices_and_drafts_are_the_oracles(
+    model: Path, pair: tuple[Engine, Engine], prompt: int
+):
+    tokens = ragged_prompts(8)[prompt]
+    _, [rounds] = run(pair[1], [tokens], params(60))
+    assert shape(rounds) == Oracle(model, [1, 2, 3, 4, 5]).rounds(tokens, 60)
+
+
+def test_neighbours_change_nothing(pair: tuple[Engine, Engine]):
+    prompts = ragged_prompts(8)
+    _, together = run(pair[1], prompts, params(40))
+    alone = [run(pair[1], [prompt], params(40))[1][0] for prompt in prompts]
+    assert [shape(rounds) for rounds in together] == [shape(r) for r in alone]
+
+
+def test_prompts_in_chunks(
+    model: Path, pair: tuple[Engine, Engine], engines: Callable[..., Engine]
+):
+    prompts = ragged_prompts(8)
+    chunked = engines(
+        DEL,
+        model=model,
+        max_num_batched_tokens=24,
+        enable_prefix_caching=False,
+        num_gpu_blocks_override=64,
+    )
+    texts, _ = run(chunked, prompts, params(40))
+    assert texts == pair[0].run(prompts, params(40))
+    # The first round's statistics are of the same positions.
+    _, [rounds] = run(chunked, prompts[2:3], params(40))
+    _, [wanted] = run(pair[1], prompts[2:3], params(40))
+    assert shape(rounds) == shape(wanted)
+
+
+def test_cached_prompts(pair: tuple[Engine, Engine]):
+    plain, engine = pair
+    prompts = [[7] * 33 + prompt for prompt in ragged_prompts(4)]
+    wanted = plain.run(prompts, params(30))
+    engine.run(prompts, params(1))
+    results = engine.llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], params(30), use_tqdm=False
+    )
+    assert [list(result.outputs[0].token_ids) for result in results] == wanted
+    assert all(result.num_cached_tokens >= 32 for result in results)
+
+
+def test_requests_that_are_preempted(model: Path, pair: tuple[Engine, Engine], engines):
+    """Their text is computed anew in chunks, without drafts on missing keys."""
+    prompts = ragged_prompts(8)
+    wanted = pair[0].run(prompts, params(80))
+    tight = engines(
+        DEL,
+        model=model,
+        num_gpu_blocks_override=14,
+        max_num_batched_tokens=32,
+        enable_prefix_caching=False,
+    )
+    preempted = []
+    scheduler = tight.llm.llm_engine.engine_core.engine_core.scheduler
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda *a, **k: (preempted.append(a), preempt(*a, **k))
+    texts, _ = run(tight, prompts, params(80))
+    scheduler._preempt_request = preempt
+    assert texts == wanted
+    assert preempted
+
+
+def test_rounds_without_drafts_go_on_learning(plain: Engine, engines, target: Path):
+    """A random model whose exits say little: no draft pays, until one may."""
+    engine = engines(DEL, model=target)
+    prompts = ragged_prompts(8)
+    texts, rounds = run(engine, prompts, params(100))
+    assert texts == plain.run(prompts, params(100))
+    lengths = [r.choice.length for request in rounds for r in request]
+    assert lengths.count(0) > len(lengths) / 2
+    assert any(
+        before.choice.length == 0 and after.choice.length > 0
+        for request in rounds
+        for before, after in zip(request, request[1:], strict=False)
+    )
+    for request in rounds:
+        rates = [r.acceptance for r in request]
+        assert len(set(rates)) > 1
+
+
+def test_shared_statistics(model: Path, pair: tuple[Engine, Engine], engines):
+    engine = engines({**DEL, "statistics": "shared", "exits": [2, 4]}, model=model)
+    prompts = ragged_prompts(8)
+    texts, rounds = run(engine, prompts, params(60))
+    assert texts == pair[0].run(prompts, params(60))
+    assert {r.choice.exit for request in rounds for r in request} <= {2, 4}
+    # A new request starts with what the others taught.
+    before = engine.drafter.shared.counts.sum()
+    _, [alone] = run(engine, prompts[:1], params(3))
+    assert before > 20 and not math.isnan(alone[0].choice.threshold)
+
+
+def test_longer_drafts_than_asked_for_are_not_made(model: Path, engines):
+    engine = engines({**DEL, "num_speculative_tokens": 2}, model=model)
+    _, rounds = run(engine, ragged_prompts(4), params(30))
+    assert max(len(r.tokens) for request in rounds for r in request) == 2
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    "config", [MistralConfig, Qwen2Config, Qwen3Config], ids=lambda kind: kind.__name__
+)
+def test_other_families(config: Any, tmp_path: Path, engines: Callable[..., Engine]):
+    torch.manual_seed(0)
+    options = {"head_dim": 32} if config is not Qwen2Config else {}
+    network = AutoModelForCausalLM.from_config(config(**SMALL, **options))
+    fade(network).save_pretrained(tmp_path)
+    engine = engines(DEL, model=tmp_path)
+    prompts = ragged_prompts(3)
+    texts, rounds = run(engine, prompts, params(30))
+    assert texts == engines(model=tmp_path).run(prompts, params(30))
+    assert sum(map(len, rounds)) < 0.8 * sum(map(len, texts))
+
+
+def test_a_model_that_it_does_not_know(tmp_path: Path):
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        word_embed_proj_dim=64,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layers of OPTForCausalLM.*Qwen3ForCausalLM"):
+        Engine(tmp_path, DEL)
+
+
+def test_an_exit_that_the_model_does_not_have(model: Path):
+    with pytest.raises(ValueError, match="exits are 1 to 5"):
+        Engine(model, {**DEL, "exits": [2, 6]})
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose whole texts can be counted."""
+    folder = write_llama(
+        tmp_path_factory.mktemp("small"), 0, vocab_size=joint.VOCAB, num_layers=3
+    )
+    fade(LlamaForCausalLM.from_pretrained(folder), 0.3).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_sampled_texts_have_the_targets_distribution(small: Path, engines):
+    engine = engines(
+        {**DEL, "num_speculative_tokens": 2}, model=small, max_num_seqs=256
+    )
+    engine.drafter.rounds = []
+    observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)
+    lengths = np.bincount([len(r.tokens) for r in engine.drafter.rounds], minlength=3)
+    engine.drafter.rounds = None
+    # Drafts of several lengths: stopped at a token that is improbable, or not.
+    assert not engine.drafter.failed and (lengths > 100).sum() >= 2
+    exact = joint.probabilities(small, joint.PROMPT, 1.0)
+    assert joint.p_value(observed, exact) > joint.PASSES

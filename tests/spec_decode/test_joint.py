@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts at temperature 1 have the target's distribution; and this test can fail.
+
+It fails for vLLM's own speculative decoding on a CPU, whose verification reads
+uninitialised memory (`kernels/expand_cpu.py`), and for the tempting stop rule that
+drops a token because the drafter itself found it improbable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spec_decode import joint
+from spec_decode.harness import Engine, write_llama
+from spec_decode.test_drafter import PROPOSER
+
+from vllm_dlm.spec_decode import options as spec
+from vllm_dlm.spec_decode.drafter import Batch, Drafts
+from vllm_dlm.spec_decode.sampling import draw_drafts
+
+SIZES = {"vocab_size": joint.VOCAB, "num_layers": 1, "hidden_size": 64, "spread": 0.3}
+MANY = {"max_num_seqs": 64, "num_gpu_blocks_override": 80}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("small"), seed=3, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def probability(small: Path) -> Any:
+    return joint.probabilities(small, joint.PROMPT, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def scripted(small: Path, engines: Callable[..., Engine]) -> Iterator[Engine]:
+    own = spec.Deer.proposer
+    spec.Deer.proposer = PROPOSER
+    config = {"method": "deer", "model": str(small), "num_speculative_tokens": 2}
+    yield engines(config, model=small, **MANY)
+    spec.Deer.proposer = own
+
+
+def drawing(keep: Callable[[list[float]], int], attach: bool = True) -> Any:
+    """Drafts from a fixed distribution; `keep` says how many of a row's tokens.
+
+    It is told the probabilities with which they were drawn.
+    """
+    logits = torch.tensor([[2.0, 0.0, 1.0, 0.5, -1.0, 1.5]])
+
+    def script(batch: Batch) -> Drafts:
+        rows, most = len(batch.limits), 2
+        position = batch.num_tokens[:, None] + torch.arange(most).numpy()
+        tokens, probs = draw_drafts(
+            logits.repeat(rows * most, 1),
+            torch.ones(rows * most),
+            torch.zeros(rows * most, dtype=torch.int64),
+            torch.ones(rows * most),
+            torch.tensor(batch.seeds).repeat_interleave(most),
+            torch.tensor(position.ravel()),
+        )
+        tokens, probs = tokens.view(rows, most), probs.view(rows, most, -1)
+        own = probs.gather(2, tokens[..., None])[..., 0].tolist()
+        drafts = [row[: keep(p)] for row, p in zip(tokens.tolist(), own, strict=True)]
+        return Drafts(drafts, probs if attach else None)
+
+    return script
+
+
+def lagged(own: list[float]) -> int:
+    """Stop behind an improbable token."""
+    return next((i + 1 for i, p in enumerate(own) if p < 0.2), len(own))
+
+
+def trimmed(own: list[float]) -> int:
+    """Stop before it: the token's own draw decides, which biases what is left."""
+    return next((i for i, p in enumerate(own) if p < 0.2), len(own))
+
+
+@pytest.mark.parametrize(
+    ("keep", "attach", "lossless"),
+    [
+        pytest.param(len, True, True, id="all"),
+        pytest.param(lagged, True, True, id="lagged"),
+        pytest.param(trimmed, False, True, id="trimmed, point masses"),
+        pytest.param(trimmed, True, False, id="trimmed"),
+    ],
+)
+def test_stop_rules(
+    scripted: Engine, probability: Any, keep: Any, attach: bool, lossless: bool
+):
+    scripted.drafter.script = drawing(keep, attach)
+    observed = joint.counts(scripted, joint.PROMPT, joint.SAMPLES)
+    assert not scripted.drafter.failed
+    p = joint.p_value(observed, probability)
+    assert p > joint.PASSES if lossless else p < joint.FAILS, p
+
+
+def draft_model(model: Path) -> dict[str, Any]:
+    return {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
+
+
+def test_vllms_draft_model_beside_this_package(
+    small: Path, engines: Callable[..., Engine], probability: Any
+):
+    engine = engines(draft_model(small), model=small, **MANY)
+    observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)
+    p = joint.p_value(observed, probability)
+    assert p > joint.PASSES, p
+
+
+STOCK = """
+import json, sys
+from pathlib import Path
+from spec_decode import joint
+from spec_decode.harness import Engine
+model, config, options = map(json.loads, sys.argv[1:])
+engine = Engine(Path(model), config, **options)
+print(json.dumps(joint.counts(engine, joint.PROMPT, joint.SAMPLES).tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_vllms_draft_model_without_it(small: Path, probability: Any):
+    """Where this one fails, vLLM has mended its kernel, and ours can go."""
+    arguments = map(json.dumps, (str(small), draft_model(small), MANY))
+    tests = str(Path(__file__).parents[1])
+    reply = subprocess.run(
+        [sys.executable, "-c", STOCK, *arguments],
+        env=os.environ | {"VLLM_DLM_DISABLE": "1", "PYTHONPATH": tests},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert reply.returncode == 0, reply.stderr[-2000:]
+    observed = torch.tensor(json.loads(reply.stdout.splitlines()[-1]))
+    p = joint.p_value(observed, probability)
+    assert p < joint.FAILS, p

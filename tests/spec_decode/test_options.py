@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's speculative config: what is taken, and what the errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from spec_decode.harness import Engine, params, write_llama
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from vllm_dlm.spec_decode import options as spec
+
+
+@pytest.mark.parametrize("method", spec.METHODS)
+def test_options_travel_to_the_worker(method: str):
+    kind = spec.METHODS[method]
+    given = {"method": method, "num-speculative-tokens": 5}
+    if issubclass(kind, spec.WithDrafter):
+        given["model"] = "folder"
+    options = spec.parse(given)
+    assert options.num_speculative_tokens == 5
+    assert spec.from_plain(spec.to_plain(method, options)) == options
+    assert kind.summary and kind.paper
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"method": "deer"}, 'set "model"'),
+        ({"method": "del", "model": "x"}, 'leave out "model"'),
+        ({"method": "aded", "windw": 3}, "Did you mean 'window'"),
+        ({"method": "deer", "model": "x", "context": "kv"}, "'recompute'"),
+        ({"method": "del", "num_speculative_tokens": 129}, "less than or equal to 128"),
+        ({"method": "del", "num_speculative_tokens": True}, "not a boolean"),
+        ({"method": "specdec++", "model": "x", "stop_threshold": 1.0}, "less than 1"),
+        ({"method": "del", "statistics": "both"}, "'request' or 'shared'"),
+    ],
+)
+def test_invalid_options(config: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match="speculative config of") as error:
+        spec.parse(config)
+    assert message in str(error.value)
+
+
+def test_a_requests_own_limit():
+    assert spec.request_limit(None, 8) == 8
+    assert spec.request_limit({spec.REQUEST_KEY: 0}, 8) == 0
+    assert spec.request_limit({spec.REQUEST_KEY: 3.0}, 8) == 3
+    for wrong in (9, -1, 2.5, "3", True, None):
+        with pytest.raises(ValueError, match="from 0 .no speculation. to 8"):
+            spec.request_limit({spec.REQUEST_KEY: wrong}, 8)
+
+
+def with_limit(limit: Any) -> SamplingParams:
+    return params(4, extra_args={spec.REQUEST_KEY: limit})
+
+
+def test_a_limit_without_speculation_is_refused(plain: Engine):
+    with pytest.raises(VLLMValidationError, match="no speculative decoding"):
+        plain.run([[3, 4]], with_limit(2))
+
+
+def start(model: Path, speculative: dict[str, Any], **options: Any) -> Engine:
+    # Refused before anything is built: no fixture, which would share the engine.
+    return Engine(model, speculative, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"worker_cls": "my.Worker"}, "brings its own worker class"),
+        ({"async_scheduling": True}, "leave out --async-scheduling"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+    ],
+)
+def test_options_of_vllm_that_do_not_go_with_it(
+    target: Path, options: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        start(target, {"method": "aded"}, **options)
+
+
+def test_another_model_runner_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch):
+    # Its environment is read once a process.
+    monkeypatch.setattr("vllm.envs.VLLM_USE_V2_MODEL_RUNNER", True, raising=False)
+    with pytest.raises(ValueError, match="runs on model runner V1"):
+        start(target, {"method": "aded"})
+
+
+def test_a_vocabulary_of_another_size_is_refused(target: Path, tmp_path: Path):
+    other = write_llama(tmp_path, seed=5, num_layers=1, vocab_size=96)
+    with pytest.raises(ValueError, match="vocab"):
+        start(target, {"method": "deer", "model": str(other)})
+
+
+def test_a_diffusion_model_is_no_target():
+    with pytest.raises(ValueError, match="writes many tokens per forward by itself"):
+        start(Path("llada-tiny"), {"method": "aded"}, skip_tokenizer_init=False)
