@@ -16,6 +16,7 @@ from typing import Any
 from vllm_dlm import aliases, request, step_maps
 from vllm_dlm.model_executor.cache import POLICIES
 from vllm_dlm.spec_decode import front_end as speculation
+from vllm_dlm.spec_decode import options as spec
 
 FLAG_PREFIX = "dlm_"
 
@@ -114,6 +115,9 @@ def _prepare(args: argparse.Namespace) -> argparse.Namespace:
     prepared.additional_config = fold_options(
         getattr(args, "additional_config", None) or {}, options
     )
+    drafting = getattr(args, "speculative_config", None)
+    if spec.is_ours(drafting):
+        spec.parse(drafting)
     typed = getattr(args, "model_tag", None) or getattr(args, "model", None)
     if typed in aliases.ALIASES:
         prepared.model = aliases.resolve(

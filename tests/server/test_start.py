@@ -30,6 +30,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--dlm-strategy", "factor", "--dlm-strategy-config.threshold", "0.5"],
         ["'factor'", "'threshold'", "Valid: factor"],
     ),
+    "speculative method": (
+        ["--speculative-config", '{"method": "aded", "windw": 3}'],
+        ["'aded'", "unknown option 'windw'", "Did you mean 'window'?"],
+    ),
 }
 HELP = ["--help=DlmConfig"]
 

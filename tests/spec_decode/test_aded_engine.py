@@ -75,7 +75,9 @@ def test_greedy_text_to_the_end_of_the_context(
             while right < len(draft) and whole[len(tokens) + right] == draft[right]:
                 right += 1
             assert after == whole[: len(tokens) + right + 1]
-        assert len(rounds) < 0.7 * len(text)
+    # The first token of a text comes without a draft.
+    saved = sum(len(text) - 1 for text in wanted) - sum(map(len, drafts.values()))
+    assert saved > 0.2 * sum(map(len, wanted))
 
 
 def test_requests_do_not_influence_each_other(engine: Engine, drafts: Drafts):

@@ -3,8 +3,8 @@
 
 A turn is what one model writes before the other goes on. Each of its tokens has an
 entropy H, of the distribution that the model gives it before temperature. The mean of
-the last `window` entropies decides: the small model hands over at mean >= tau, the large
-one at mean <= tau, and neither before it has written `min_tokens` tokens.
+the last `window` entropies decides: the small model hands over at mean >= tau, the
+large one at mean <= tau, and neither before it has written `min_tokens` tokens.
 
 The paper does not say who writes the token whose entropy decided; here it is the next
 model, which sees it first. It gives no tau: it depends on the two models.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One text that two models write: what to ask next, and what the answers add to it.
 
-`Text` knows no engine: offline and over HTTP, whoever drives it sends `next_turn` to the
-engine it names, and gives every output of that engine to `add`. Text, stop strings and
-lengths are those of the whole text, made with vLLM's own detokenizer.
+`Text` knows no engine: offline and over HTTP, whoever drives it sends `next_turn` to
+the engine it names, and gives every output of that engine to `add`. Text, stop strings
+and lengths are those of the whole text, made with vLLM's own detokenizer.
 """
 
 from __future__ import annotations

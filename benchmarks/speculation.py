@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare ways to draft for an autoregressive model: forwards saved, work done, time.
+
+The built-in llama-tiny answers held-out questions, greedily unless told otherwise:
+plain, with vLLM's own methods at fixed lengths, and with ours. Counts do not depend on
+the machine but for rounding; seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.strategies import hardware
+from vllm_dlm.aliases import resolve
+from vllm_dlm.training.tasks import Problem, sample_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET, DRAFT, DEER = "llama-tiny", "llama-tiny-draft", "deer-tiny"
+MAX_TOKENS = 64
+CORPUS_ANSWERS = 2000
+"""Answers of the target to training questions, for ADED's table of tri-grams."""
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draft."""
+
+    method: str
+    label: str
+    config: Config | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} ({self.label})" if self.label else self.method
+
+
+@dataclass(frozen=True)
+class Row:
+    """What it took to answer all problems; forwards are counted per request."""
+
+    method: str
+    label: str
+    problems: int
+    right: int
+    same: int
+    """Answers that equal those of plain decoding, token by token."""
+    tokens: int
+    target_forwards: int
+    target_rows: int
+    drafted: int
+    drafter_forwards: int
+    """Of the drafter, however many requests each was for."""
+    drafter_rows: int
+    seconds: float
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.target_forwards
+
+    @property
+    def accepted_share(self) -> float:
+        """Of the drafted tokens."""
+        accepted = self.tokens - self.target_forwards
+        return accepted / self.drafted if self.drafted else 0.0
+
+
+def settings(fixed: Sequence[int], corpus: Path) -> list[Setting]:
+    """All that is compared; `fixed` are lengths of vLLM's own methods."""
+    draft = resolve(DRAFT)
+    return [
+        Setting("plain", "", None),
+        *(
+            Setting(
+                "ngram",
+                f"K={k}",
+                {
+                    "method": "ngram",
+                    "num_speculative_tokens": k,
+                    "prompt_lookup_max": 3,
+                    "prompt_lookup_min": 1,
+                },
+            )
+            for k in fixed
+        ),
+        *(
+            Setting(
+                "draft_model",
+                f"K={k}",
+                {"method": "draft_model", "model": draft, "num_speculative_tokens": k},
+            )
+            for k in fixed
+        ),
+        *(
+            Setting(
+                "specdec++",
+                f"stop {threshold}",
+                {"method": "specdec++", "model": DRAFT, "stop_threshold": threshold},
+            )
+            for threshold in (0.3, 0.5, 0.7)
+        ),
+        *(
+            Setting(
+                "deer",
+                f"K={k}",
+                {"method": "deer", "model": DEER, "num_speculative_tokens": k},
+            )
+            for k in (8, 32)
+        ),
+        Setting("del", "", {"method": "del"}),
+        Setting("aded", "own text", {"method": "aded"}),
+        Setting("aded", "corpus", {"method": "aded", "corpus": str(corpus)}),
+    ]
+
+
+@contextmanager
+def engine(config: Config | None, requests: int, **options: Any) -> Iterator[Any]:
+    """An engine in this process, where its parts can be counted."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    destroy_model_parallel()
+    llm = LLM(
+        options.pop("model", None) or resolve(TARGET),
+        speculative_config=config,
+        max_num_seqs=requests,
+        enforce_eager=True,
+        kv_cache_memory_bytes=256 << 20,
+        # Found again, a prompt would cost later settings less than earlier ones.
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    )
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+
+
+@contextmanager
+def counting(llm: Any) -> Iterator[Counter[str]]:
+    """Counts what the target and the drafter compute while the context is open."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    counts: Counter[str] = Counter()
+    execute = runner.execute_model
+
+    def execute_and_count(output: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = output.scheduled_spec_decode_tokens.values()
+        counts["target_forwards"] += len(output.num_scheduled_tokens)
+        counts["target_rows"] += output.total_num_scheduled_tokens
+        counts["drafted"] += sum(map(len, drafts))
+        return execute(output, *args, **kwargs)
+
+    def count_forward(module: Any, args: Any, kwargs: Any) -> None:
+        counts["drafter_forwards"] += 1
+        counts["drafter_rows"] += len(kwargs["positions"])
+
+    runner.execute_model = execute_and_count
+    drafter = getattr(runner, "drafter", None)
+    own: Counter[str] = getattr(drafter, "counts", Counter())
+    before = own.copy()
+    hook = None
+    if drafter is not None and not hasattr(drafter, "counts"):
+        model = getattr(drafter, "model", None)
+        if model is not None and hasattr(model, "register_forward_pre_hook"):
+            hook = model.register_forward_pre_hook(count_forward, with_kwargs=True)
+    yield counts
+    runner.execute_model = execute
+    if hook is not None:
+        hook.remove()
+    counts["drafter_forwards"] += own["forwards"] - before["forwards"]
+    counts["drafter_rows"] += own["rows"] - before["rows"]
+
+
+def answer(
+    llm: Any, problems: Sequence[Problem], temperature: float
+) -> tuple[list[list[int]], list[str]]:
+    """Tokens and texts of the answers."""
+    from vllm import SamplingParams
+
+    sampling = [
+        SamplingParams(temperature=temperature, seed=seed, max_tokens=MAX_TOKENS)
+        for seed in range(len(problems))
+    ]
+    questions = [problem.question for problem in problems]
+    results = llm.generate(questions, sampling, use_tqdm=False)
+    outputs = [result.outputs[0] for result in results]
+    return [list(o.token_ids) for o in outputs], [o.text for o in outputs]
+
+
+def measure(
+    setting: Setting,
+    problems: Sequence[Problem],
+    plain: list[list[int]] | None,
+    requests: int,
+    temperature: float,
+) -> tuple[Row, list[list[int]]]:
+    """One row of the table, and the answers."""
+    with engine(setting.config, requests) as llm:
+        # Kernels are compiled at their first use: not in the row's time.
+        answer(llm, problems[:2], temperature)
+        with counting(llm) as counts:
+            started = time.monotonic()
+            tokens, texts = answer(llm, problems, temperature)
+            seconds = time.monotonic() - started
+    right = sum(p.check(text) for p, text in zip(problems, texts, strict=True))
+    pairs = zip(tokens, tokens if plain is None else plain, strict=True)
+    row = Row(
+        method=setting.method,
+        label=setting.label,
+        problems=len(problems),
+        right=right,
+        same=sum(mine == his for mine, his in pairs),
+        tokens=sum(map(len, tokens)),
+        target_forwards=counts["target_forwards"],
+        target_rows=counts["target_rows"],
+        drafted=counts["drafted"],
+        drafter_forwards=counts["drafter_forwards"],
+        drafter_rows=counts["drafter_rows"],
+        seconds=seconds,
+    )
+    return row, tokens
+
+
+def count_corpus(folder: Path) -> Path:
+    """Write the tri-grams of the target's answers to training questions."""
+    from vllm_dlm.cli import main as command
+
+    texts = folder / "answers.jsonl"
+    problems = sample_problems(CORPUS_ANSWERS, seed=0)
+    with engine(None, 64) as llm:
+        _, answers = answer(llm, problems, 0.0)
+    with texts.open("w", encoding="utf-8") as file:
+        for problem, text in zip(problems, answers, strict=True):
+            file.write(json.dumps({"text": f"{problem.question}{text}"}) + "\n")
+    path = folder / "trigrams.npz"
+    status = command(
+        ["count-trigrams", str(texts), "--model", TARGET, "--output", str(path)]
+    )
+    if status:
+        raise SystemExit(status)
+    return path
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    heads = [
+        "method",
+        "setting",
+        "accuracy",
+        "as plain",
+        "tokens per forward",
+        "target forwards",
+        "target rows",
+        "accepted",
+        "drafter forwards",
+        "drafter rows",
+        "seconds",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "--:|" * (len(heads) - 2)]
+    for row in rows:
+        cells = [
+            row.method,
+            row.label,
+            f"{row.right / row.problems:.1%}",
+            f"{row.same} of {row.problems}",
+            f"{row.tokens_per_forward:.2f}",
+            f"{row.target_forwards / row.problems:.2f}",
+            f"{row.target_rows / row.problems:.1f}",
+            f"{row.accepted_share:.0%}" if row.drafted else "",
+            f"{row.drafter_forwards / row.problems:.2f}"
+            if row.drafter_forwards
+            else "",
+            f"{row.drafter_rows / row.problems:.1f}" if row.drafter_rows else "",
+            f"{row.seconds:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, and print the table."""
+    args = _arguments()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    problems = sample_problems(args.num_problems, 0, "heldout")
+    rows: list[Row] = []
+    plain = None
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = count_corpus(Path(folder))
+        chosen = [
+            setting
+            for setting in settings(args.fixed, corpus)
+            if setting.method in ("plain", *(args.methods or [setting.method]))
+        ]
+        with tqdm(chosen, unit="setting") as progress:
+            for setting in progress:
+                progress.set_postfix_str(setting.name)
+                row, tokens = measure(
+                    setting, problems, plain, args.requests, args.temperature
+                )
+                plain = tokens if plain is None else plain
+                rows.append(row)
+                if args.json:
+                    facts = [asdict(row) for row in rows]
+                    args.json.write_text(json.dumps(facts, indent=1) + "\n")
+    print(
+        f"{TARGET}, {args.num_problems} held-out problems, {args.requests} at a time, "
+        f"temperature {args.temperature:g}; {hardware()}\n"
+    )
+    print(table(rows))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speculation", description=__doc__
+    )
+    parser.add_argument(
+        "--num-problems",
+        type=int,
+        default=200,
+        help="held-out problems per row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=1,
+        help="requests at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fixed",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8, 16],
+        metavar="K",
+        help="draft lengths of vLLM's own methods (default: 2 4 8 16)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=["ngram", "draft_model", "specdec++", "deer", "del", "aded"],
+        metavar="NAME",
+        help="only these, beside plain decoding",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="default: %(default)s"
+    )
+    parser.add_argument("--json", type=Path, help="all numbers go to this file as well")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the acceptance head of a draft model: `vllm-dlm train specdec-head`.
+
+SpecDec++ (arXiv 2405.19715). The target answers prompts; at each position of an answer
+the frozen draft model draws one token y from its distribution q after the target's own
+prefix, and min(1, p(y) / q(y)) is how probably the target accepts it. The head learns
+that from the draft model's last hidden state AT the drafted token: the state at input
+token i judges token i, not the one drawn from it. The inputs mix the draft's tokens
+with some of the target's; only the draft's are judged. A head fits one pair of models
+and the temperature of its data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_dlm.training.loop import LoopOptions, prepare
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+    from vllm_dlm.training.teacher import Answered
+
+NUM_PROMPTS = 20_000
+EPOCHS = 3
+BATCH_ROWS = 32
+LEARNING_RATE = 1e-3
+WARMUP_SHARE = 0.03
+MIXING_RATIO = 0.15
+REJECT_WEIGHT = 6.0
+# Of the sequences, those kept for the numbers at the end.
+KEPT_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt with a mixed answer, and what is known of its tokens."""
+
+    tokens: list[int]
+    """Prompt and mixed answer."""
+    labels: list[float]
+    """Of each token: how probably the target accepts it; -1 where it is not judged."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A head's verdicts on sequences that it was not trained on."""
+
+    loss: float
+    constant_loss: float
+    """Of the best head that says the same of every token."""
+    mean_label: float
+    mean_verdict: float
+    """Above the labels' mean or below: `reject_weight` pulls it down."""
+    accuracy: float
+    """Share of tokens whose verdict and label lie on the same side of 1/2."""
+    always_accept: float
+    """The accuracy of accepting every token."""
+
+
+def distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """What tokens are drawn from, [..., V]; a one-hot of the best at temperature 0."""
+    import torch.nn.functional as F
+
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return (logits.float() / temperature).softmax(-1)
+
+
+def label_tokens(
+    target: torch.Tensor, draft: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one draft token per position, and its soft label min(1, p / q).
+
+    Args:
+        target: [N, V] the target's distributions p.
+        draft: [N, V] the draft model's distributions q.
+        generator: Source of randomness.
+
+    Returns:
+        Token ids [N] and labels [N] in 0..1.
+    """
+    import torch
+
+    tokens = torch.multinomial(draft, 1, generator=generator)
+    ratio = target.gather(1, tokens) / draft.gather(1, tokens)
+    return tokens[:, 0], ratio[:, 0].clamp(max=1.0)
+
+
+def make_sequences(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    answered: Answered,
+    *,
+    temperature: float,
+    mixing_ratio: float,
+    seed: int,
+    batch_rows: int = BATCH_ROWS,
+) -> list[Sequence]:
+    """Let the draft model draw, label what it drew, and mix it with the answers.
+
+    Args:
+        target: The target.
+        draft: The draft model.
+        answered: Prompts and the target's answers.
+        temperature: Of both models.
+        mixing_ratio: Share of positions that keep the target's token, unjudged.
+        seed: Seed of the draws.
+        batch_rows: Sequences per forward.
+    """
+    import torch
+    from tqdm import tqdm
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = range(0, len(answered.prompts), batch_rows)
+    sequences = []
+    for first in tqdm(rows, desc="draft's tokens", unit="batch"):
+        prompts = answered.prompts[first : first + batch_rows]
+        answers = answered.answers[first : first + batch_rows]
+        ids, valid = pad_right([p + a for p, a in zip(prompts, answers, strict=True)])
+        starts = torch.tensor([len(prompt) for prompt in prompts])
+        column = torch.arange(1, ids.shape[1])
+        predicts = (column >= starts[:, None]) & valid[:, 1:]
+        with torch.inference_mode():
+            p, q = (
+                distribution(
+                    model(input_ids=ids, attention_mask=valid.long()).logits[:, :-1][
+                        predicts
+                    ],
+                    temperature,
+                )
+                for model in (target, draft)
+            )
+        drawn, accepted = label_tokens(p, q, generator)
+        keeps = torch.rand(len(drawn), generator=generator) < mixing_ratio
+        own = ids[:, 1:][predicts]
+        tokens = torch.where(keeps, own, drawn).split([len(a) for a in answers])
+        labels = torch.where(keeps, -1.0, accepted).split([len(a) for a in answers])
+        sequences += [
+            Sequence(prompt + mixed.tolist(), [-1.0] * len(prompt) + label.tolist())
+            for prompt, mixed, label in zip(prompts, tokens, labels, strict=True)
+        ]
+    return sequences
+
+
+def head_loss(
+    logits: torch.Tensor, labels: torch.Tensor, reject_weight: float
+) -> torch.Tensor:
+    """Mean cross-entropy with soft labels, the reject class weighted.
+
+    Args:
+        logits: [N, 2]: reject, accept.
+        labels: [N] probability that the token is accepted.
+        reject_weight: Weight of the reject class; the accept class has 1.
+    """
+    scores = logits.float().log_softmax(-1)
+    losses = reject_weight * (1 - labels) * scores[:, 0] + labels * scores[:, 1]
+    return -losses.mean()
+
+
+def hidden_states(
+    draft: PreTrainedModel, sequences: list[Sequence]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states [N, H] at all judged tokens, and their labels [N]."""
+    import torch
+
+    ids, valid = pad_right([sequence.tokens for sequence in sequences])
+    labels = torch.full(ids.shape, -1.0)
+    for row, sequence in enumerate(sequences):
+        labels[row, : len(sequence.labels)] = torch.tensor(sequence.labels)
+    with torch.no_grad():
+        output = draft.base_model(input_ids=ids, attention_mask=valid.long())
+    judged = labels >= 0
+    return output.last_hidden_state[judged].float(), labels[judged]
+
+
+def train_head(
+    draft: PreTrainedModel,
+    sequences: list[Sequence],
+    *,
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+    reject_weight: float = REJECT_WEIGHT,
+    seed: int = 1,
+    batch_rows: int = BATCH_ROWS,
+) -> AcceptanceHead:
+    """A head trained on sequences; cosine schedule, the draft model frozen."""
+    import torch
+    from tqdm import tqdm
+
+    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+
+    torch.manual_seed(seed)
+    head = AcceptanceHead(draft.config.hidden_size)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
+    num_steps = epochs * math.ceil(len(sequences) / batch_rows)
+    warmup = max(1, round(WARMUP_SHARE * num_steps))
+    progress = tqdm(total=num_steps, desc="head", unit="step", mininterval=5)
+    for step, batch in enumerate(_batches(sequences, epochs, batch_rows, seed)):
+        hidden, labels = hidden_states(draft, batch)
+        progress.update()
+        if not len(labels):
+            continue
+        loss = head_loss(head(hidden), labels, reject_weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        factor = min((step + 1) / warmup, 1.0) * 0.5
+        factor *= 1 + math.cos(math.pi * step / num_steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * factor
+        optimizer.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    progress.close()
+    return head
+
+
+def _batches(
+    sequences: list[Sequence], epochs: int, rows: int, seed: int
+) -> Iterator[list[Sequence]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(len(sequences), generator=generator).tolist()
+        for first in range(0, len(order), rows):
+            yield [sequences[index] for index in order[first : first + rows]]
+
+
+def measure_head(
+    head: AcceptanceHead,
+    draft: PreTrainedModel,
+    sequences: list[Sequence],
+    reject_weight: float = REJECT_WEIGHT,
+    batch_rows: int = BATCH_ROWS,
+) -> Quality:
+    """A head's verdicts on sequences, compared with the labels."""
+    import torch
+
+    logits, labels = [], []
+    for first in range(0, len(sequences), batch_rows):
+        hidden, label = hidden_states(draft, sequences[first : first + batch_rows])
+        with torch.inference_mode():
+            logits.append(head(hidden))
+        labels.append(label)
+    logit, label = torch.cat(logits), torch.cat(labels)
+    verdict = logit.softmax(-1)[:, 1]
+    mean = label.mean()
+    # The minimum over a of w (1 - y) log(1 - a) + y log a.
+    constant = mean / (mean + reject_weight * (1 - mean))
+    flat = torch.stack([1 - constant, constant]).log().expand_as(logit)
+    return Quality(
+        loss=head_loss(logit, label, reject_weight).item(),
+        constant_loss=head_loss(flat, label, reject_weight).item(),
+        mean_label=mean.item(),
+        mean_verdict=verdict.mean().item(),
+        accuracy=((verdict > 0.5) == (label > 0.5)).float().mean().item(),
+        always_accept=(label > 0.5).float().mean().item(),
+    )
+
+
+def train(
+    *,
+    target: str,
+    draft: str,
+    output: str | Path,
+    prompts: str | Path | None = None,
+    num_prompts: int = NUM_PROMPTS,
+    max_tokens: int = 64,
+    temperature: float = 1.0,
+    mixing_ratio: float = MIXING_RATIO,
+    reject_weight: float = REJECT_WEIGHT,
+    epochs: int = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 1,
+    threads: int | None = None,
+) -> Quality:
+    """Collect data, train a head, and save it to `output`.
+
+    Args:
+        target: Folder, hub id or alias of the target.
+        draft: The same of the draft model.
+        output: Folder of the head: the draft model's, or any other.
+        prompts: File of prompts; None asks the built-in tasks.
+        num_prompts: Most prompts.
+        max_tokens: Most tokens of an answer.
+        temperature: Of the target's answers and of both distributions.
+        mixing_ratio: Share of the target's tokens in the inputs.
+        reject_weight: Weight of the reject class.
+        epochs: Passes over the data.
+        learning_rate: Highest learning rate.
+        seed: Seed of the prompts, the draws and the head.
+        threads: CPU threads; PyTorch's choice by default.
+
+    Raises:
+        ValueError: models or prompts that do not fit, or a value out of its range.
+    """
+    if not 0 <= mixing_ratio < 1:
+        raise ValueError(f"mixing_ratio must be from 0 to below 1, not {mixing_ratio}")
+    for name, value in (
+        ("reject_weight", reject_weight),
+        ("epochs", epochs),
+        ("learning_rate", learning_rate),
+    ):
+        if value <= 0:
+            raise ValueError(f"{name} must be above 0, not {value}")
+    if num_prompts < 2:
+        raise ValueError(f"num_prompts must be at least 2, not {num_prompts}")
+    prepare(LoopOptions(steps=1, seed=seed, threads=threads))
+    from vllm_dlm.training.teacher import (
+        check_same_vocabulary,
+        load_causal_lm,
+        recorded_answers,
+    )
+
+    check_same_vocabulary(target, draft)
+    target_model, draft_model = load_causal_lm(target), load_causal_lm(draft)
+    started = time.monotonic()
+    answered = recorded_answers(
+        None,
+        target_model,
+        target,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=temperature,
+    )
+    sequences = make_sequences(
+        target_model,
+        draft_model,
+        answered,
+        temperature=temperature,
+        mixing_ratio=mixing_ratio,
+        seed=seed,
+    )
+    kept = max(1, round(KEPT_SHARE * len(sequences)))
+    head = train_head(
+        draft_model,
+        sequences[kept:],
+        epochs=epochs,
+        learning_rate=learning_rate,
+        reject_weight=reject_weight,
+        seed=seed,
+    )
+    quality = measure_head(head, draft_model, sequences[:kept], reject_weight)
+    about = {
+        "format": "pt",
+        "target": target,
+        "draft": draft,
+        "prompts": "built-in tasks" if prompts is None else Path(prompts).name,
+        "num_prompts": str(len(sequences)),
+        "temperature": str(temperature),
+        "mixing_ratio": str(mixing_ratio),
+        "reject_weight": str(reject_weight),
+        "epochs": str(epochs),
+        "learning_rate": str(learning_rate),
+        "seed": str(seed),
+        "minutes": f"{(time.monotonic() - started) / 60:.1f}",
+        "loss": f"{quality.loss:.4f}",
+        "constant_loss": f"{quality.constant_loss:.4f}",
+    }
+    print(f"Saved {head.save(output, about)}")
+    return quality
