@@ -168,6 +168,7 @@ def config(is_diffusion):
     config = object.__new__(VllmConfig)
     config.model_config = SimpleNamespace(is_diffusion=is_diffusion)
     config.attention_config = SimpleNamespace(hisparse_config=None)
+    config.additional_config = {}
     config._get_v2_model_runner_unsupported_features = lambda: []
     return config
 config(True)._validate_v2_model_runner()
@@ -178,6 +179,25 @@ except ValueError as error:
 print([config(True).use_v2_model_runner, config(False).use_v2_model_runner])
 """
     assert run_python(code) == "[True, False]"
+
+
+def test_our_speculative_methods_get_runner_v1_where_v2_is_usual():
+    code = """
+import vllm.config.vllm as vllm_config
+from types import SimpleNamespace
+vllm_config.HAS_TRITON = True
+from vllm_dlm import patches
+patches.apply_runner_choice()
+def config(additional):
+    config = object.__new__(vllm_config.VllmConfig)
+    config.model_config = SimpleNamespace(is_diffusion=False)
+    config.attention_config = SimpleNamespace(hisparse_config=None)
+    config.additional_config = additional
+    config._get_v2_model_runner_unsupported_features = lambda: []
+    return config.use_v2_model_runner
+print([config({}), config({"dlm_speculation": {}}), config({"dlm_switching": {}})])
+"""
+    assert run_python(code) == "[True, False, False]"
 
 
 def test_engine_core_applies_the_patches_before_its_scheduler():

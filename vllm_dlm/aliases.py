@@ -18,6 +18,9 @@ class Family:
     """HF `model_type`, a key of `plugin.HF_CONFIGS`."""
     architecture: str
     """HF architecture, a key of `plugin.ARCHITECTURES`."""
+    is_diffusion: bool = True
+    """False for autoregressive models, which vLLM serves without us: they are in
+    neither table of `plugin`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Alias:
     """Hub id, or a folder below `vllm_dlm/assets` when `built_in`."""
     summary: str
     built_in: bool = False
+    trained_by: str = ""
+    """What `vllm-dlm train` calls a built-in model, if not by its alias."""
 
     @property
     def path(self) -> str:
@@ -50,6 +55,7 @@ A2D_QWEN2 = Family("A2D-Qwen2", "a2d-qwen2", "A2DQwen2LMHeadModel")
 NEMOTRON = Family(
     "Nemotron-Labs-Diffusion", "nemotron_labs_diffusion", "NemotronLabsDiffusionModel"
 )
+LLAMA = Family("Llama", "llama", "LlamaForCausalLM", is_diffusion=False)
 
 _QWEN3_A2D = "dllm-hub/Qwen3-0.6B-diffusion"
 _QWEN2_A2D = "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion"
@@ -60,6 +66,13 @@ ALIASES: dict[str, Alias] = {
     "llada-1.5": Alias(LLADA, "GSAI-ML/LLaDA-1.5", "8B, preference-optimised"),
     "llada-tiny": Alias(
         LLADA, "llada-tiny", "built in: small tasks, no network", built_in=True
+    ),
+    "deer-tiny": Alias(
+        LLADA,
+        "deer-tiny",
+        "built in: drafts for llama-tiny (method deer)",
+        built_in=True,
+        trained_by="deer",
     ),
     "llada-moe": Alias(
         LLADA_MOE, "inclusionAI/LLaDA-MoE-7B-A1B-Instruct", "7B, 1B active, chat"
@@ -120,6 +133,12 @@ ALIASES: dict[str, Alias] = {
         )
         for size in ("3B", "8B", "14B")
     },
+    "llama-tiny": Alias(
+        LLAMA, "llama-tiny", "built in: small tasks, exits", built_in=True
+    ),
+    "llama-tiny-draft": Alias(
+        LLAMA, "llama-tiny-draft", "built in: drafts for llama-tiny", built_in=True
+    ),
 }
 
 
@@ -148,7 +167,8 @@ def resolve(
             raise ValueError(
                 f"the built-in model {model!r} is missing from this installation; "
                 "reinstall vllm-dlm, or train it with "
-                f"`vllm-dlm train {model} --output-dir FOLDER` and pass the folder"
+                f"`vllm-dlm train {alias.trained_by or model} --output-dir FOLDER` "
+                "and pass the folder"
             )
         return alias.path
     if (

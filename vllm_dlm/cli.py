@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vllm_dlm.aliases import Alias
     from pydantic.fields import FieldInfo
     from rich.table import Table
 
@@ -25,7 +26,13 @@ Serve diffusion language models on stock vLLM. Serving itself is vLLM's own comm
 The commands below show what there is, check the installation, and train.
 """
 
-TRAINABLE = {"llada-tiny": "vllm_dlm.training.llada_tiny"}
+TRAINABLE = {
+    "llada-tiny": "vllm_dlm.training.llada_tiny",
+    "llama-tiny": "vllm_dlm.training.llama_tiny",
+    "llama-tiny-draft": "vllm_dlm.training.llama_tiny_draft",
+    "deer": "vllm_dlm.training.deer",
+    "specdec-head": "vllm_dlm.training.specdec_head",
+}
 """What `vllm-dlm train` trains -> module with `add_arguments` and `run`."""
 
 TOOLS = {
@@ -116,8 +123,9 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="train a built-in model",
-        description="Train a built-in model from scratch; an interrupted run resumes.",
+        help="train a built-in model, or a drafter for a model of your own",
+        description="Train a built-in model from scratch, or what drafts for an "
+        "autoregressive model; an interrupted run resumes.",
     )
     trainable = train.add_subparsers(metavar="MODEL", required=True)
     for name, module in TRAINABLE.items():
@@ -235,7 +243,6 @@ def _show_models() -> None:
     from rich.text import Text
 
     from vllm_dlm import aliases, plugin
-    from vllm_dlm.model_defaults import ModelDefaults
 
     # Names are for copying: rather let the terminal break a line than cut one.
     console = Console(highlight=False, width=160)
@@ -244,20 +251,12 @@ def _show_models() -> None:
     for family, members in by_family:
         table = Table(box=None, pad_edge=False, show_header=False)
         for name, alias in members:
-            config_class = plugin.load(plugin.HF_CONFIGS[family.model_type])
-            if folder := aliases.local_folder(name):
+            folder = aliases.local_folder(name)
+            if folder is not None:
                 present.append(f"{name} in {folder}")
-                config = config_class.from_pretrained(folder, name_or_path=folder)
-            else:
-                known = {"architectures": [family.architecture]}
-                config = config_class.from_dict(known, name_or_path=alias.target)
-            defaults = ModelDefaults.from_hf_config(config)
-            shift = ", shifted" if defaults.shift else ""
             cells = (
                 f"  {name}",
-                f"class {defaults.model_class}{shift}",
-                f"block {defaults.block_length}",
-                defaults.strategy,
+                *_describe_model(alias, folder),
                 "built in" if alias.built_in else alias.target,
                 alias.summary,
             )
@@ -272,6 +271,29 @@ def _show_models() -> None:
             f"{', '.join(plugin.ARCHITECTURES)}.\n"
             f"On this machine: {'; '.join(present) or 'none of them'}."
         )
+    )
+
+
+def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
+    """Class, block and strategy of a model, as the table shows them."""
+    from vllm_dlm import plugin
+    from vllm_dlm.model_defaults import ModelDefaults
+
+    family = alias.family
+    if not family.is_diffusion:
+        return "autoregressive", "", ""
+    config_class = plugin.load(plugin.HF_CONFIGS[family.model_type])
+    if folder is not None:
+        config = config_class.from_pretrained(folder, name_or_path=folder)
+    else:
+        known = {"architectures": [family.architecture]}
+        config = config_class.from_dict(known, name_or_path=alias.target)
+    defaults = ModelDefaults.from_hf_config(config)
+    shift = ", shifted" if defaults.shift else ""
+    return (
+        f"class {defaults.model_class}{shift}",
+        f"block {defaults.block_length}",
+        defaults.strategy,
     )
 
 

@@ -254,14 +254,14 @@ def test_rounds_without_drafts_go_on_learning(
 def test_shared_statistics(
     model: Path, pair: tuple[Engine, Engine], engines: Callable[..., Engine]
 ):
-    own = {"statistics": "shared", "exits": [2, 4], "num_speculative_tokens": 3}
+    own = {"statistics": "shared", "exits": [2, 4], "num_speculative_tokens": 1}
     engine = engines({**DEL, **own}, model=model)
     prompts = ragged_prompts(8)
     texts, rounds = run(engine, prompts, params(60))
     assert texts == pair[0].run(prompts, params(60))
     every = [r for request in rounds for r in request]
     assert {r.choice.exit for r in every} <= {2, 4}
-    assert max(len(r.tokens) for r in every) == 3
+    assert max(len(r.tokens) for r in every) == 1
     # A new request starts with what the others taught.
     taught = engine.drafter.shared.counts.sum()
     _, [alone] = run(engine, prompts[:1], params(3))
@@ -326,8 +326,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sampled_texts_have_the_targets_distribution(
-    small: Path, engines: Callable[..., Engine]
+    small: Path, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ):
+    """Although a draft ends where its own token is improbable."""
+    monkeypatch.setattr(joint, "LENGTH", 4)
     engine = engines(
         {**DEL, "num_speculative_tokens": 2}, model=small, max_num_seqs=256
     )
@@ -335,7 +337,6 @@ def test_sampled_texts_have_the_targets_distribution(
     observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)
     lengths = np.bincount([len(r.tokens) for r in engine.drafter.rounds], minlength=3)
     engine.drafter.rounds = None
-    # Drafts of several lengths: stopped at a token that is improbable, or not.
     assert not engine.drafter.failed and (lengths > 100).sum() >= 2
     exact = joint.probabilities(small, joint.PROMPT, 1.0)
     assert joint.p_value(observed, exact) > joint.PASSES

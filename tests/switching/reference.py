@@ -22,7 +22,7 @@ EOS = 0
 
 
 def write_llama(
-    folder: Path, seed: int, layers: int, sharpness: float = 12.0, vocab: int = VOCAB
+    folder: Path, seed: int, layers: int, sharpness: float = 3.0, vocab: int = VOCAB
 ) -> Path:
     """Save a random Llama, with llada-tiny's tokenizer.
 
@@ -50,7 +50,7 @@ def write_llama(
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        model.lm_head.weight *= sharpness / 12
+        model.lm_head.weight *= sharpness
     model.save_pretrained(folder)
     tokenizer = files("vllm_dlm") / "assets/llada-tiny"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

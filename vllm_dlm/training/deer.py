@@ -195,6 +195,11 @@ def draft_greedy(
     return logits.argmax(-1).gather(1, columns).tolist()
 
 
+def kept_prompts(count: int) -> int:
+    """How many of the first prompts are kept out of the training, to measure on."""
+    return min(NUM_PROGRESS_PROMPTS, max(1, count // 10))
+
+
 def make_shape() -> LLaDAShape:
     """Sizes of deer-tiny: as many parameters as llama-tiny-draft, but one more layer.
 
@@ -279,8 +284,7 @@ def train(
         seed=options.seed,
         reuse=options.resume,
     )
-    # A few prompts are kept for the evaluations on the way.
-    kept = min(NUM_PROGRESS_PROMPTS, max(1, len(answered.prompts) // 10))
+    kept = kept_prompts(len(answered.prompts))
     shown = Answered(answered.prompts[:kept], answered.answers[:kept])
     taught = Answered(answered.prompts[kept:], answered.answers[kept:])
     if not taught.prompts:

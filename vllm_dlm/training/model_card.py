@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,7 +107,7 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
         mask_id=tiny_tokenizer.MASK_ID,
         examples=_example_rows(),
         free_tasks=", ".join(f"`{task}`" for task in tiny_tasks.FREE_TASKS),
-        hardware=f"{os.cpu_count()} shared {platform.machine()} CPU cores",
+        hardware=hardware(),
         heads=shape.n_heads,
         layers=shape.n_layers,
         megabytes=(model_dir / "model.safetensors").stat().st_size / 1e6,
@@ -131,29 +133,57 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
 
 
 def _accuracy_table(model: LLaDAModel, per_task: int) -> str:
+    def measure(task: str, canvas: int, tokens_per_step: int) -> float:
+        return evaluate_model(
+            model,
+            per_task,
+            canvas=canvas,
+            block_length=BLOCK_LENGTH,
+            tokens_per_step=tokens_per_step,
+            seed=EVALUATION_SEED,
+            tasks=[task],
+        )["all"]
+
+    return accuracy_table(
+        {
+            f"{canvas} / {count}": partial(
+                measure, canvas=canvas, tokens_per_step=count
+            )
+            for canvas, count in SETTINGS
+        }
+    )
+
+
+def accuracy_table(measures: Mapping[str, Callable[[str], float]]) -> str:
+    """Markdown table of exact match: a row per task, and "all" weighted as trained.
+
+    Args:
+        measures: Title of a column -> exact match of the task of a name.
+    """
+    weights = {name: task.weight for name, task in tiny_tasks.TASKS.items()}
     columns = []
-    for canvas, tokens_per_step in tqdm(SETTINGS, desc="evaluating"):
-        column = {}
-        for task in tiny_tasks.TASKS:
-            column[task] = evaluate_model(
-                model,
-                per_task,
-                canvas=canvas,
-                block_length=BLOCK_LENGTH,
-                tokens_per_step=tokens_per_step,
-                seed=EVALUATION_SEED,
-                tasks=[task],
-            )["all"]
-        weights = {name: task.weight for name, task in tiny_tasks.TASKS.items()}
+    for measure in tqdm(measures.values(), desc="evaluating"):
+        column = {task: measure(task) for task in tiny_tasks.TASKS}
         total = sum(weights[name] * column[name] for name in weights)
         column["**all**"] = total / sum(weights.values())
         columns.append(column)
-    head = " | ".join(f"{canvas} / {count}" for canvas, count in SETTINGS)
-    lines = [f"| task | {head} |", "|---" * (len(SETTINGS) + 1) + "|"]
+    lines = [
+        f"| task | {' | '.join(measures)} |",
+        "|---" * (len(measures) + 1) + "|",
+    ]
     for name in columns[0]:
         cells = " | ".join(f"{100 * column[name]:.1f} %" for column in columns)
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
+
+
+def hardware() -> str:
+    """The machine and the threads, as the cards name them."""
+    threads = torch.get_num_threads()
+    return (
+        f"{os.cpu_count()} shared {platform.machine()} CPU cores, {threads} "
+        f"thread{'s' if threads > 1 else ''}"
+    )
 
 
 def _example_rows() -> str:

@@ -119,6 +119,8 @@ def make_sequences(
     import torch
     from tqdm import tqdm
 
+    from vllm_dlm.training.teacher import pad_right
+
     generator = torch.Generator().manual_seed(seed)
     rows = range(0, len(answered.prompts), batch_rows)
     sequences = []
@@ -171,6 +173,8 @@ def hidden_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Last hidden states [N, H] at all judged tokens, and their labels [N]."""
     import torch
+
+    from vllm_dlm.training.teacher import pad_right
 
     ids, valid = pad_right([sequence.tokens for sequence in sequences])
     labels = torch.full(ids.shape, -1.0)
@@ -369,3 +373,88 @@ def train(
     }
     print(f"Saved {head.save(output, about)}")
     return quality
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vllm-dlm train specdec-head`."""
+    from vllm_dlm.spec_decode.specdec_pp import HEAD_FILE
+
+    parser.add_argument(
+        "--target",
+        default="llama-tiny",
+        help="the model that verifies: folder, hub id or alias",
+    )
+    parser.add_argument(
+        "--draft",
+        default="llama-tiny-draft",
+        help="the draft model, with the target's tokenizer: folder, hub id or alias",
+    )
+    parser.add_argument(
+        "--output",
+        help=f"folder below which {HEAD_FILE} is written; by default the draft "
+        "model's, where serving looks for it",
+    )
+    parser.add_argument(
+        "--prompts",
+        help="text file, one prompt per line, or .jsonl with the key "
+        '"prompt"; by default the tasks of the built-in models',
+    )
+    for name, kind, default, text in (
+        ("num-prompts", int, NUM_PROMPTS, "most prompts answered"),
+        ("max-tokens", int, 64, "most tokens of an answer"),
+        (
+            "temperature",
+            float,
+            1.0,
+            "of the target's answers, of the drafts and of the labels; 0 is greedy",
+        ),
+        (
+            "mixing-ratio",
+            float,
+            MIXING_RATIO,
+            "share of the target's tokens in the head's inputs",
+        ),
+        ("reject-weight", float, REJECT_WEIGHT, "weight of the reject class"),
+        ("epochs", int, EPOCHS, "passes over the data"),
+        ("learning-rate", float, LEARNING_RATE, "highest learning rate"),
+        ("seed", int, 1, "seed of the run"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{text} ({default})"
+        )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train the head and print its quality on held-out sequences."""
+    from vllm_dlm.aliases import resolve
+
+    output = args.output
+    if output is None:
+        output = resolve(args.draft)
+        if not Path(output).is_dir():
+            raise ValueError(
+                f"{args.draft} is no folder on this machine; name one with --output"
+            )
+    quality = train(
+        target=args.target,
+        draft=args.draft,
+        output=output,
+        prompts=args.prompts,
+        num_prompts=args.num_prompts,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        mixing_ratio=args.mixing_ratio,
+        reject_weight=args.reject_weight,
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        threads=args.threads,
+    )
+    print(
+        "On sequences kept out of the training: "
+        f"loss {quality.loss:.3f} (constant verdict: {quality.constant_loss:.3f}), "
+        f"tokens judged right {100 * quality.accuracy:.1f} % "
+        f"(accepting all: {100 * quality.always_accept:.1f} %), "
+        f"mean verdict {quality.mean_verdict:.3f}, mean label {quality.mean_label:.3f}"
+    )

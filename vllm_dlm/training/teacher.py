@@ -196,7 +196,7 @@ def generate_answers(
 
 
 def recorded_answers(
-    file: Path,
+    file: Path | None,
     model: PreTrainedModel,
     name: str,
     *,
@@ -210,7 +210,7 @@ def recorded_answers(
     """A target's answers to the prompts of `load_prompts`; made once, kept in a file.
 
     Args:
-        file: Where the answers are kept.
+        file: Where the answers are kept; None keeps them nowhere.
         model: The target.
         name: Its folder, hub id or alias.
         prompts: As in `load_prompts`, as are `num_prompts` and `seed`.
@@ -233,7 +233,7 @@ def recorded_answers(
         "seed": seed,
         "temperature": temperature,
     }
-    if reuse and file.is_file():
+    if file is not None and reuse and file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["made_with"] == made_with:
             return Answered(kept["prompts"], kept["answers"])
@@ -241,9 +241,10 @@ def recorded_answers(
     answered = generate_answers(
         model, rows, max_tokens=max_tokens, temperature=temperature, seed=seed
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"made_with": made_with, **asdict(answered)}
-    file.write_text(json.dumps(kept), encoding="utf-8")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"made_with": made_with, **asdict(answered)}
+        file.write_text(json.dumps(kept), encoding="utf-8")
     return answered
 
 
@@ -255,3 +256,12 @@ def pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+def pad_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows, length], 0 right of short rows, and bool where there are any."""
+    import torch
+
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    return ids, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
