@@ -109,17 +109,18 @@ def _convert(gguf: Path, out: Path) -> None:
 
     print(f"converting {NAME}", file=sys.stderr)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     weights = model.state_dict()
     weights.pop("lm_head.weight")  # the embedding
     out.mkdir()
     save_file(
-        {name: weight.contiguous() for name, weight in weights.items()},
+        {name: weight.bfloat16().contiguous() for name, weight in weights.items()},
         out / "model.safetensors",
         metadata={"format": "pt"},
     )
     config = model.config
     del config.quantization_config
+    config.dtype = torch.bfloat16
     config.tie_word_embeddings = True
     config.architectures = [type(model).__name__]
     config.save_pretrained(out)

@@ -2,6 +2,7 @@
 """Settings and marks for all tests. Nothing heavy is imported until a test needs it."""
 
 import os
+from pathlib import Path
 
 # vLLM reads these when it is imported: an engine in this process, a small KV cache,
 # no network, no usage report. What the caller has set already stays.
@@ -19,10 +20,17 @@ from hypothesis import settings
 settings.register_profile("vllm-dlm", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("vllm-dlm")
 
+TESTS = Path(__file__).parent
 GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # Where tests run in several processes (`make test`), those of a folder stay
+        # together: they share engines and servers.
+        group = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(pytest.mark.xdist_group(group))
     marked = [item for item in items if any(map(item.get_closest_marker, GPUS_NEEDED))]
     if not marked:
         return

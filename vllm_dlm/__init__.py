@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_dlm.llm import LLM
     from vllm_dlm.step_maps import StepMap, step_map
+    from vllm_dlm.switching.router import EntropyRouter
 
 try:
     __version__ = version("vllm-dlm")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0+unknown"
 
-__all__ = ["LLM", "StepMap", "__version__", "step_map"]
+__all__ = ["LLM", "EntropyRouter", "StepMap", "__version__", "step_map"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from vllm_dlm.llm import LLM
 
         return LLM
+    if name == "EntropyRouter":
+        from vllm_dlm.switching.router import EntropyRouter
+
+        return EntropyRouter
     if name in ("StepMap", "step_map"):
         from vllm_dlm import step_maps
 

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_dlm.aliases import Alias
     from pydantic.fields import FieldInfo
     from rich.table import Table
 
+    from vllm_dlm.aliases import Alias
     from vllm_dlm.strategies import Strategy
 
 DESCRIPTION = """\
@@ -47,6 +47,10 @@ TOOLS = {
     "count-trigrams": (
         "vllm_dlm.training.trigrams",
         "count the tri-grams of texts, for speculative decoding by ADED",
+    ),
+    "serve-pair": (
+        "vllm_dlm.switching.serve_pair",
+        "serve two models that write one text together",
     ),
     "traces": (
         "vllm_dlm.training.traces",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,4 +53,5 @@ def router(folders: tuple[Path, Path]) -> Iterator[Any]:
         small, large, tau=2, small_options=ENGINE, large_options=ENGINE
     )
     yield router
-    router.shutdown()
+    del router
+    gc.collect()

@@ -103,7 +103,7 @@ class EntropyRouter:
             say who wrote what, and what the changes cost.
 
         Raises:
-            ValueError: parameters that are not valid, or not supported here.
+            VLLMValidationError: parameters that are not valid, or not supported here.
         """
         if isinstance(prompts, str | dict):
             prompts = [prompts]

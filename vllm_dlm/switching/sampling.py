@@ -28,7 +28,6 @@ SAME_IN_EVERY_TURN = (
     "allowed_token_ids",
     "ignore_eos",
     "logprobs",
-    "logprob_token_ids",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "stream_interval",
@@ -66,6 +65,7 @@ REFUSED = {
     "flat_logprobs": "take logprobs as they are",
     "prompt_logprob_token_ids": "ask one model by itself",
     "prompt_logprob_start": "ask one model by itself",
+    "logprob_token_ids": "ask one model by itself",
     "routed_experts_prompt_start": "expert choices are not returned",
 }
 """Fields that are refused when set, and why."""
@@ -139,7 +139,6 @@ def turn_params(
     # The prompt's logprobs come with the first turn.
     prompt_logprobs = params.prompt_logprobs if written == 0 else None
     wants_prompt = params.prompt_logprobs is not None
-    names_tokens = (params.logprobs, params.logprob_token_ids, prompt_logprobs)
     others = {
         key: value
         for key, value in (params.extra_args or {}).items()
@@ -156,7 +155,8 @@ def turn_params(
             None if wants_prompt else params.skip_reading_prefix_cache
         ),
         # The text is put together elsewhere; logprobs get their tokens' names here.
-        detokenize=params.detokenize and any(x is not None for x in names_tokens),
+        detokenize=params.detokenize
+        and (params.logprobs is not None or prompt_logprobs is not None),
         output_kind=RequestOutputKind.DELTA,
         extra_args={**others, **stop_options(rule, model, stop_token_id)},
     )

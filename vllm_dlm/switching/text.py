@@ -145,6 +145,16 @@ class Text:
         """Whether nothing more is to be written."""
         return self.finish_reason is not None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `output` would say more than the last time."""
+        return self.finished or len(self._token_ids) > self._sent
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Who wrote what so far."""
+        return self._segments_from(0)
+
     def next_turn(self) -> tuple[Any, SamplingParams]:
         """What to ask the engine of `model` now: rendered prompt and parameters."""
         request = self.request
@@ -203,8 +213,7 @@ class Text:
         is_delta = kind == RequestOutputKind.DELTA
         start = self._sent if is_delta else 0
         self._sent = len(self._token_ids)
-        params = self.request.params
-        wants = params.logprobs is not None or params.logprob_token_ids is not None
+        wants = self.request.params.logprobs is not None
         chosen = zip(self._token_ids, self._logprobs, strict=False)
         return PairOutput(
             index=self.index,

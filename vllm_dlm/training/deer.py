@@ -2,26 +2,19 @@
 """Train a diffusion drafter for an autoregressive target: `vllm-dlm train deer`.
 
 DEER (arXiv 2512.15176), reconstructed from the paper: no code is public. The drafter
-learns from the target's own answers, in two stages.
-Stage I, continuation: an answer is cut at a random place, and tokens behind the cut are
-masked. The loss of a row counts 1 / t, t being its share of masks, as in LLaDA.
-Stage II, refinement: only the last R tokens of an answer are masked, all of them; the
-mask i = 1..R counts alpha**(R - i), so that those next to the text count most.
-The paper marks the cut with a separator token. There is none here: while drafting
-everything behind the text is masked and nothing before it, so the first mask is the
-marker, and the served prefix is the text and nothing else.
+learns from the target's own answers, in two stages (`deer_data`), to write what the
+target writes behind any text, in one denoising step.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.deer_data import ALPHA, Recipe, make_batch
 from vllm_dlm.training.loop import (
     LoopOptions,
     add_loop_arguments,
@@ -33,147 +26,15 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
-    from vllm_dlm.training.teacher import Answered
 
 NAME = "deer-tiny"
-STEPS = 4000
+STEPS = 2500
 STAGE_ONE_SHARE = 0.7
 """Of the steps."""
-MAX_REFINED = 96
-"""R is drawn from 1 to this, or to the answer's length."""
-ALPHA = 1.01
-BATCH_ROWS = 64
-NUM_PROMPTS = 60_000
+NUM_PROMPTS = 30_000
 NUM_PROGRESS_PROMPTS = 120
-# Of the rows, those with fewer masks than a block: the room that is left near a
-# request's last token.
-SHORT_SHARE = 0.25
-# Of stage I's rows, those with all masks, which is what a drafter meets. The others
-# have a share of masks from MIN_RATIO to 1; below it 1 / t would be all there is.
-FULL_SHARE = 0.5
-MIN_RATIO = 0.1
-# The end token right behind the answer counts like an answer's, the rest hardly.
-PADDING_WEIGHT = 0.05
 # Of the learning rates, where a drafter goes on from weights that it already has.
 FINE_TUNING_SCALE = 0.3
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a drafter is trained to do.
-
-    Args:
-        mask_id: The drafter's mask token.
-        end_id: The token behind an answer's end.
-        block_length: Masks behind a text, as served.
-        alpha: Base of stage II's weights.
-        stage_one_steps: Steps of stage I; all later ones are of stage II.
-
-    Raises:
-        ValueError: a value out of its range.
-    """
-
-    mask_id: int
-    end_id: int
-    stage_one_steps: int
-    block_length: int = 32
-    alpha: float = ALPHA
-
-    def __post_init__(self) -> None:
-        if self.block_length < 1:
-            raise ValueError(f"block_length must be above 0, not {self.block_length}")
-        if self.alpha < 1:
-            raise ValueError(f"alpha must be at least 1, not {self.alpha}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A text, what follows it, and what of that is masked with which weight."""
-
-    text: list[int]
-    rest: list[int]
-    weights: list[float]
-    """Of each token of `rest`; 0 where it is not masked."""
-
-
-def stage_one_row(
-    rng: random.Random, prompt: list[int], answer: list[int], recipe: Recipe
-) -> Row:
-    """Cut an answer at a random place and mask some of what follows."""
-    cut = rng.randrange(len(answer))
-    width = _width(rng, recipe)
-    rest, padding = _fill(answer[cut:], width, recipe.end_id)
-    ratio = 1.0
-    if rng.random() >= FULL_SHARE:
-        ratio = rng.uniform(MIN_RATIO, 1.0)
-    weights = [
-        (PADDING_WEIGHT if place >= padding else 1.0) / ratio
-        if rng.random() < ratio
-        else 0.0
-        for place in range(len(rest))
-    ]
-    return Row(prompt + answer[:cut], rest, weights)
-
-
-def stage_two_row(
-    rng: random.Random, prompt: list[int], answer: list[int], recipe: Recipe
-) -> Row:
-    """Mask the last R tokens of an answer, R drawn at random, and what follows."""
-    from vllm_dlm.spec_decode.deer import suffix_weights
-
-    refined = rng.randint(1, min(MAX_REFINED, len(answer)))
-    cut = len(answer) - refined
-    width = max(refined, _width(rng, recipe))
-    rest, padding = _fill(answer[cut:], width, recipe.end_id)
-    weights = suffix_weights(refined, recipe.alpha).tolist()
-    weights += [PADDING_WEIGHT] * (len(rest) - padding)
-    return Row(prompt + answer[:cut], rest, weights)
-
-
-def _width(rng: random.Random, recipe: Recipe) -> int:
-    if rng.random() < SHORT_SHARE:
-        return rng.randint(1, recipe.block_length)
-    return recipe.block_length
-
-
-def _fill(rest: list[int], width: int, end_id: int) -> tuple[list[int], int]:
-    """`width` tokens, and where the padding in them begins.
-
-    An answer that was cut before its end is not padded: nothing is known of it there.
-    """
-    if rest[-1] == end_id:
-        rest, padding = rest + [end_id] * (width - len(rest)), len(rest)
-        return rest[:width], min(width, padding)
-    return rest[:width], min(width, len(rest))
-
-
-def make_batch(
-    answered: Answered, step: int, seed: int, recipe: Recipe, rows: int = BATCH_ROWS
-) -> tuple[torch.Tensor, ...]:
-    """Token ids, masked token ids, valid and loss weights of a step.
-
-    All [rows, length]; the rows are left-aligned, `valid` where they have tokens.
-    """
-    import torch
-
-    rng = random.Random(f"{NAME}-{seed}-{step}")
-    make_row = stage_one_row if step < recipe.stage_one_steps else stage_two_row
-    drawn = []
-    for _ in range(rows):
-        index = rng.randrange(len(answered.answers))
-        drawn.append(
-            make_row(rng, answered.prompts[index], answered.answers[index], recipe)
-        )
-    length = max(len(row.text) + len(row.rest) for row in drawn)
-    ids = torch.full((rows, length), recipe.end_id)
-    weights = torch.zeros(rows, length)
-    valid = torch.zeros(rows, length, dtype=torch.bool)
-    for index, row in enumerate(drawn):
-        end = len(row.text) + len(row.rest)
-        ids[index, :end] = torch.tensor(row.text + row.rest)
-        weights[index, len(row.text) : end] = torch.tensor(row.weights)
-        valid[index, :end] = True
-    return ids, ids.masked_fill(weights > 0, recipe.mask_id), valid, weights
 
 
 def draft_greedy(
@@ -188,8 +49,9 @@ def draft_greedy(
     for row, prefix in enumerate(prefixes):
         ids[row, : len(prefix)] = torch.tensor(prefix)
     valid = torch.arange(length) < ends[:, None] + width
+    device = next(model.parameters()).device
     with torch.inference_mode():
-        logits = model(ids, valid)
+        logits = model(ids.to(device), valid.to(device)).cpu()
     logits[:, :, mask_id] = float("-inf")
     columns = ends[:, None] + torch.arange(width)
     return logits.argmax(-1).gather(1, columns).tolist()
@@ -228,6 +90,7 @@ def train(
     block_length: int = 32,
     alpha: float = ALPHA,
     scale: float | None = None,
+    device: str = "cpu",
 ) -> bool:
     """Train a drafter and export it to `output_dir`; False if stopped before.
 
@@ -243,6 +106,7 @@ def train(
         block_length: Masks behind a text, as it will be served.
         alpha: Base of stage II's weights.
         scale: Factor of the learning rates; 1 for a fresh drafter, else 0.3.
+        device: Of both models, as PyTorch names it.
 
     Raises:
         ValueError: models or prompts that do not fit, or a value out of its range.
@@ -266,7 +130,8 @@ def train(
     else:
         scale = FINE_TUNING_SCALE if scale is None else scale
         model, mask_id = _existing_drafter(target, drafter)
-    teacher = load_causal_lm(target)
+    teacher = load_causal_lm(target, device)
+    model.to(device)
     recipe = Recipe(
         mask_id=mask_id,
         end_id=end_token_ids(teacher)[0],
@@ -291,8 +156,11 @@ def train(
         raise ValueError("a drafter needs at least 2 prompts to learn from")
 
     def step_loss(forward: Callable[..., Any], step: int) -> torch.Tensor:
-        ids, inputs, valid, weights = make_batch(taught, step, options.seed, recipe)
-        with torch.autocast("cpu", torch.bfloat16):
+        ids, inputs, valid, weights = (
+            tensor.to(device)
+            for tensor in make_batch(taught, step, options.seed, recipe)
+        )
+        with torch.autocast(teacher.device.type, torch.bfloat16):
             logits = forward(inputs, valid)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), ids.flatten(), reduction="none"
@@ -313,7 +181,7 @@ def train(
     done = run_steps(output_dir, options, model, step_loss, evaluate, scale=scale)
     if done and drafter is None:
         export(model, output_dir)
-    elif done:
+    elif done and drafter is not None:
         export_like(model, drafter, output_dir)
     return done
 
@@ -398,6 +266,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor of the learning rates; by default 1 for a fresh drafter and "
         f"{FINE_TUNING_SCALE} with --drafter",
     )
+    parser.add_argument(
+        "--device", default="cpu", help="of both models, as PyTorch names it (cpu)"
+    )
     add_loop_arguments(parser, steps=STEPS)
 
 
@@ -416,6 +287,7 @@ def run(args: argparse.Namespace) -> None:
         block_length=args.block_length,
         alpha=args.alpha,
         scale=args.learning_rate_scale,
+        device=args.device,
     )
     if not done:
         print(f"Stopped before the last step; run again to go on: {args.output_dir}")

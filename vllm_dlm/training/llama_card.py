@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vllm_dlm.training import deer, llama_tiny
+from vllm_dlm.training import deer, deer_data, llama_tiny
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.acceptance import Acceptance, measure_acceptance
@@ -250,7 +250,7 @@ def write_drafter_card(args: argparse.Namespace) -> str:
     model = load_model(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     state = torch.load(folder / "training.pt", weights_only=True)
-    target = load_causal_lm(args.target)
+    target = load_causal_lm(args.target, args.device)
     if args.prompts is None:
         prompts = _held_out_prompts(args.num_problems)
     else:
@@ -291,7 +291,7 @@ def write_drafter_card(args: argparse.Namespace) -> str:
         heads=shape.n_heads,
         layers=shape.n_layers,
         mask_id=config["mask_token_id"],
-        max_refined=deer.MAX_REFINED,
+        max_refined=deer_data.MAX_REFINED,
         mean_length=sum(map(len, answered.answers)) / len(answered.answers),
         measured_on="held-out problems" if args.prompts is None else "kept prompts",
         megabytes=_megabytes(folder),
@@ -301,7 +301,7 @@ def write_drafter_card(args: argparse.Namespace) -> str:
         num_problems=len(prompts),
         num_prompts=args.num_prompts,
         refining=steps - round(deer.STAGE_ONE_SHARE * steps),
-        rows=deer.BATCH_ROWS,
+        rows=deer_data.BATCH_ROWS,
         rows_of_table="\n".join(lines),
         seed=state["seed"],
         source="llada-tiny's tasks, no held-out question"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vllm_dlm.training.modeling import LLaDAShape
 
 NAME = "llama-tiny"
-STEPS = 3200
+STEPS = 2500
 # Rows of a batch; a row is a prompt, its answer and <|endoftext|>, 20 to 45 tokens.
 BATCH_ROWS = 80
 # <|endoftext|> right after the answer counts like an answer token. What follows it

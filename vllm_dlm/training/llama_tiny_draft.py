@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_dlm.training.modeling import LLaDAShape
 
 NAME = "llama-tiny-draft"
-STEPS = 3000
+STEPS = 1500
 
 
 def make_shape() -> LLaDAShape:

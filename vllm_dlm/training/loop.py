@@ -96,8 +96,9 @@ def add_loop_arguments(parser: argparse.ArgumentParser, *, steps: int) -> None:
 
 def learning_rate_factor(step: int, total_steps: int) -> float:
     """Share of the full learning rate: warm-up, constant, then linear to zero."""
+    warmup_steps = min(WARMUP_STEPS, 0.1 * total_steps)
     decay_steps = DECAY_SHARE * total_steps
-    return min(1.0, (step + 1) / WARMUP_STEPS, (total_steps - step) / decay_steps)
+    return min(1.0, (step + 1) / warmup_steps, (total_steps - step) / decay_steps)
 
 
 def make_optimizers(

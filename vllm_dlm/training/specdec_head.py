@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the acceptance head of a draft model: `vllm-dlm train specdec-head`.
 
-SpecDec++ (arXiv 2405.19715). The target answers prompts; at each position of an answer
-the frozen draft model draws one token y from its distribution q after the target's own
-prefix, and min(1, p(y) / q(y)) is how probably the target accepts it. The head learns
-that from the draft model's last hidden state AT the drafted token: the state at input
-token i judges token i, not the one drawn from it. The inputs mix the draft's tokens
-with some of the target's; only the draft's are judged. A head fits one pair of models
-and the temperature of its data.
+SpecDec++ (arXiv 2405.19715). The head learns how probably the target accepts a token
+that the draft model has drawn, from the draft model's last hidden state at that token
+(`specdec_data`). Soft-label cross-entropy in which the reject class weighs more; the
+draft model is frozen. A head fits one pair of models and the temperature of its data.
 """
 
 from __future__ import annotations
@@ -21,33 +18,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_dlm.training.loop import LoopOptions, prepare
+from vllm_dlm.training.specdec_data import (
+    BATCH_ROWS,
+    MIXING_RATIO,
+    Sequence,
+    hidden_states,
+    make_sequences,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
-    from vllm_dlm.training.teacher import Answered
 
 NUM_PROMPTS = 20_000
 EPOCHS = 3
-BATCH_ROWS = 32
 LEARNING_RATE = 1e-3
 WARMUP_SHARE = 0.03
-MIXING_RATIO = 0.15
 REJECT_WEIGHT = 6.0
 # Of the sequences, those kept for the numbers at the end.
 KEPT_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A prompt with a mixed answer, and what is known of its tokens."""
-
-    tokens: list[int]
-    """Prompt and mixed answer."""
-    labels: list[float]
-    """Of each token: how probably the target accepts it; -1 where it is not judged."""
 
 
 @dataclass(frozen=True)
@@ -66,93 +57,6 @@ class Quality:
     """The accuracy of accepting every token."""
 
 
-def distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """What tokens are drawn from, [..., V]; a one-hot of the best at temperature 0."""
-    import torch.nn.functional as F
-
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    return (logits.float() / temperature).softmax(-1)
-
-
-def label_tokens(
-    target: torch.Tensor, draft: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one draft token per position, and its soft label min(1, p / q).
-
-    Args:
-        target: [N, V] the target's distributions p.
-        draft: [N, V] the draft model's distributions q.
-        generator: Source of randomness.
-
-    Returns:
-        Token ids [N] and labels [N] in 0..1.
-    """
-    import torch
-
-    tokens = torch.multinomial(draft, 1, generator=generator)
-    ratio = target.gather(1, tokens) / draft.gather(1, tokens)
-    return tokens[:, 0], ratio[:, 0].clamp(max=1.0)
-
-
-def make_sequences(
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
-    answered: Answered,
-    *,
-    temperature: float,
-    mixing_ratio: float,
-    seed: int,
-    batch_rows: int = BATCH_ROWS,
-) -> list[Sequence]:
-    """Let the draft model draw, label what it drew, and mix it with the answers.
-
-    Args:
-        target: The target.
-        draft: The draft model.
-        answered: Prompts and the target's answers.
-        temperature: Of both models.
-        mixing_ratio: Share of positions that keep the target's token, unjudged.
-        seed: Seed of the draws.
-        batch_rows: Sequences per forward.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from vllm_dlm.training.teacher import pad_right
-
-    generator = torch.Generator().manual_seed(seed)
-    rows = range(0, len(answered.prompts), batch_rows)
-    sequences = []
-    for first in tqdm(rows, desc="draft's tokens", unit="batch"):
-        prompts = answered.prompts[first : first + batch_rows]
-        answers = answered.answers[first : first + batch_rows]
-        ids, valid = pad_right([p + a for p, a in zip(prompts, answers, strict=True)])
-        starts = torch.tensor([len(prompt) for prompt in prompts])
-        column = torch.arange(1, ids.shape[1])
-        predicts = (column >= starts[:, None]) & valid[:, 1:]
-        with torch.inference_mode():
-            p, q = (
-                distribution(
-                    model(input_ids=ids, attention_mask=valid.long()).logits[:, :-1][
-                        predicts
-                    ],
-                    temperature,
-                )
-                for model in (target, draft)
-            )
-        drawn, accepted = label_tokens(p, q, generator)
-        keeps = torch.rand(len(drawn), generator=generator) < mixing_ratio
-        own = ids[:, 1:][predicts]
-        tokens = torch.where(keeps, own, drawn).split([len(a) for a in answers])
-        labels = torch.where(keeps, -1.0, accepted).split([len(a) for a in answers])
-        sequences += [
-            Sequence(prompt + mixed.tolist(), [-1.0] * len(prompt) + label.tolist())
-            for prompt, mixed, label in zip(prompts, tokens, labels, strict=True)
-        ]
-    return sequences
-
-
 def head_loss(
     logits: torch.Tensor, labels: torch.Tensor, reject_weight: float
 ) -> torch.Tensor:
@@ -166,24 +70,6 @@ def head_loss(
     scores = logits.float().log_softmax(-1)
     losses = reject_weight * (1 - labels) * scores[:, 0] + labels * scores[:, 1]
     return -losses.mean()
-
-
-def hidden_states(
-    draft: PreTrainedModel, sequences: list[Sequence]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states [N, H] at all judged tokens, and their labels [N]."""
-    import torch
-
-    from vllm_dlm.training.teacher import pad_right
-
-    ids, valid = pad_right([sequence.tokens for sequence in sequences])
-    labels = torch.full(ids.shape, -1.0)
-    for row, sequence in enumerate(sequences):
-        labels[row, : len(sequence.labels)] = torch.tensor(sequence.labels)
-    with torch.no_grad():
-        output = draft.base_model(input_ids=ids, attention_mask=valid.long())
-    judged = labels >= 0
-    return output.last_hidden_state[judged].float(), labels[judged]
 
 
 def train_head(
@@ -203,7 +89,7 @@ def train_head(
     from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
 
     torch.manual_seed(seed)
-    head = AcceptanceHead(draft.config.hidden_size)
+    head = AcceptanceHead(draft.config.hidden_size).to(draft.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
     num_steps = epochs * math.ceil(len(sequences) / batch_rows)
     warmup = max(1, round(WARMUP_SHARE * num_steps))
@@ -284,6 +170,7 @@ def train(
     epochs: int = EPOCHS,
     learning_rate: float = LEARNING_RATE,
     seed: int = 1,
+    device: str = "cpu",
     threads: int | None = None,
 ) -> Quality:
     """Collect data, train a head, and save it to `output`.
@@ -301,6 +188,7 @@ def train(
         epochs: Passes over the data.
         learning_rate: Highest learning rate.
         seed: Seed of the prompts, the draws and the head.
+        device: Of both models, as PyTorch names it.
         threads: CPU threads; PyTorch's choice by default.
 
     Raises:
@@ -325,7 +213,8 @@ def train(
     )
 
     check_same_vocabulary(target, draft)
-    target_model, draft_model = load_causal_lm(target), load_causal_lm(draft)
+    target_model = load_causal_lm(target, device)
+    draft_model = load_causal_lm(draft, device)
     started = time.monotonic()
     answered = recorded_answers(
         None,
@@ -422,6 +311,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=kind, default=default, help=f"{text} ({default})"
         )
+    parser.add_argument(
+        "--device", default="cpu", help="of both models, as PyTorch names it (cpu)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads")
 
 
@@ -449,6 +341,7 @@ def run(args: argparse.Namespace) -> None:
         epochs=args.epochs,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        device=args.device,
         threads=args.threads,
     )
     print(

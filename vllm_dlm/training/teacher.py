@@ -45,11 +45,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
 
 
-def load_causal_lm(model: str) -> PreTrainedModel:
+def load_causal_lm(model: str, device: str = "cpu") -> PreTrainedModel:
     """An autoregressive model in float32, frozen; a folder, hub id or alias.
 
+    Args:
+        model: Folder, hub id or alias.
+        device: As PyTorch names it.
+
     Raises:
-        ValueError: transformers knows no causal language model there.
+        ValueError: transformers knows no causal language model there, or PyTorch has
+            no such device.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -65,7 +70,12 @@ def load_causal_lm(model: str) -> PreTrainedModel:
             f"{model} is not an autoregressive model that transformers can load: "
             f"{error}"
         ) from error
-    return loaded.requires_grad_(False).eval()
+    loaded = loaded.requires_grad_(False).eval()
+    try:
+        return loaded.to(device)
+    except (RuntimeError, AssertionError) as error:
+        # PyTorch asserts that it was built for a device.
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
 
 def check_same_vocabulary(target: str, drafter: str) -> None:
@@ -180,8 +190,8 @@ def generate_answers(
             chosen = order[first : first + batch_size]
             ids, mask = pad_left([prompts[index] for index in chosen])
             output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 max_new_tokens=max_tokens,
                 pad_token_id=min(ends, default=0),
                 **sampling,

@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DEER on real engines: right texts, and drafts as a plain network makes them.
+
+The plain network (`tests/reference/`) computes the whole text and the masks in every
+round, one request at a time: it has no pages that could hold a stale key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from reference.checkpoints import write_checkpoint
+from reference.llada import TinyLLaDA, write_random_checkpoint
+from reference.network import TinyModel, block_causal, causal_context
+from spec_decode import joint
+from spec_decode.harness import (
+    MAX_MODEL_LEN,
+    Engine,
+    Rounds,
+    params,
+    ragged_prompts,
+    write_llama,
+)
+from vllm.v1.sample.rejection_sampler import rejection_sample
+
+from vllm_dlm.spec_decode.sampling import draw_drafts
+
+MASKS = 6
+BLOCK = 8
+"""Of drafters of class B: blocks end inside drafts, and inside pages."""
+TIE = 1e-3
+"""Logits nearer than that may change places between two programs."""
+
+IDS = {"vocab_size": 64, "mask_token_id": 60, "eos_token_id": 61}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llada": {},
+    "dream": {"pad_token_id": 61, "bos_token_id": 61},
+    "sdar": {"pad_token_id": 61, "bos_token_id": 61, "block_size": BLOCK},
+    "fast_dllm_v2": {"pad_token_id": 61, "bos_token_id": 61, "bd_size": BLOCK},
+    "llada2": {"pad_token_id": 61},
+    "nemotron": {},
+}
+PROMPTS = ragged_prompts(8)
+TO_THE_END = [params(MAX_MODEL_LEN - len(prompt)) for prompt in PROMPTS]
+SHORT = [prompt[-length:] for length, prompt in enumerate(ragged_prompts(8)[2:], 4)]
+"""All computed in one step: on a CPU, vLLM takes no seed beside a chunked prompt."""
+
+
+class Reference:
+    """A random drafter's checkpoint, and what it drafts."""
+
+    def __init__(self, family: str, folder: Path, **ids: int) -> None:
+        self.folder = folder
+        ids = IDS | ids
+        if family == "llada":
+            write_random_checkpoint(folder, seed=2, **ids)
+            self.network: Any = TinyLLaDA.from_folder(folder)
+        else:
+            write_checkpoint(family, folder, seed=2, **ids, **FAMILIES[family])
+            self.network = TinyModel.from_folder(folder)
+        self.family = family
+
+    def logits(self, text: list[int], width: int) -> torch.Tensor:
+        """[width, V] of one denoising step, the mask forbidden."""
+        length = len(text) + width
+        tokens = text + [self.network.mask_id] * width
+        if self.family in ("llada", "dream"):
+            whole = self.network.forward(tokens)
+        else:
+            block = 32 if self.family == "llada2" else BLOCK
+            visible = (
+                causal_context(length, len(text))
+                if self.family == "nemotron"
+                else block_causal(length, block)
+            )
+            whole = self.network.forward(tokens, visible=visible)
+        shift = self.family in ("dream", "fast_dllm_v2")
+        rows = whole[len(text) - shift : length - shift]
+        rows[:, self.network.mask_id] = -torch.inf
+        return rows
+
+    def check(self, rounds: Rounds, every: int = 1) -> int:
+        """Compare one round in `every`; how many drafts had the most masks."""
+        longest = 0
+        for of_request in rounds.of.values():
+            for number, (text, draft) in enumerate(of_request):
+                longest += len(draft) == MASKS
+                if draft and (number % every == 0 or len(draft) < MASKS):
+                    logits = self.logits(text, len(draft))
+                    chosen = logits.gather(1, torch.tensor(draft)[:, None])[:, 0]
+                    assert (chosen >= logits.max(dim=1).values - TIE).all()
+        return longest
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
+    made: dict[str, Reference] = {}
+
+    def reference(family: str) -> Reference:
+        if family not in made:
+            made[family] = Reference(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return reference
+
+
+@pytest.fixture(scope="module")
+def deer(
+    references: Callable[..., Reference], engines: Callable[..., Engine]
+) -> Callable[..., Engine]:
+    def engine(family: str, context: str = "auto", **options: Any) -> Engine:
+        return engines(speculative(references(family).folder, context), **options)
+
+    return engine
+
+
+def speculative(drafter: Path, context: str = "auto", masks: int = MASKS) -> Any:
+    return {
+        "method": "deer",
+        "model": str(drafter),
+        "num_speculative_tokens": masks,
+        "context": context,
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(plain: Engine) -> list[list[int]]:
+    """What the target writes alone, to the end of its context."""
+    return plain.run(PROMPTS, TO_THE_END)
+
+
+CASES = [
+    ("llada", "auto", "recompute"),
+    ("sdar", "auto", "cached"),
+    ("nemotron", "auto", "cached"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("sdar", "recompute", "recompute"),
+            ("nemotron", "recompute", "recompute"),
+            ("dream", "auto", "recompute"),
+            ("fast_dllm_v2", "auto", "cached"),
+            ("llada2", "auto", "cached"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "asked", "context"), CASES)
+def test_texts_and_drafts(
+    family: str,
+    asked: str,
+    context: str,
+    wanted: list[list[int]],
+    deer: Callable[..., Engine],
+    references: Callable[..., Reference],
+):
+    engine = deer(family, asked)
+    assert engine.drafter.context == context
+    # Nothing is found in the prefix cache but what the same request left there.
+    assert engine.run(PROMPTS[:1], TO_THE_END[:1]) == wanted[:1]
+    rounds = Rounds(engine.drafter)
+    assert engine.run(PROMPTS, TO_THE_END) == wanted
+    rounds.close()
+    assert not engine.drafter.failed
+    assert references(family).check(rounds, every=8) > 100
+    ends = [len(text) + len(draft) for r in rounds.of.values() for text, draft in r]
+    assert max(ends) == MAX_MODEL_LEN - 1
+
+
+class Steps:
+    """Records the steps of one request: its tokens, and its draft; see `Rounds`."""
+
+    def __init__(self, drafter: Any) -> None:
+        self._drafter, self._draft = drafter, drafter.draft
+        self.of: list[tuple[int, int]] = []
+        """Tokens known, and masks behind them."""
+        drafter.counts.clear()
+        drafter.draft = self._record
+
+    def _record(self, batch: Any) -> Any:
+        drafts = self._draft(batch)
+        self.of.append((int(batch.num_tokens[0]), len(drafts.tokens[0])))
+        return drafts
+
+    def close(self) -> None:
+        self._drafter.draft = self._draft
+
+
+@pytest.mark.parametrize(
+    ("family", "context"),
+    [("llada", "recompute"), ("sdar", "cached"), ("nemotron", "cached")],
+)
+def test_rows_are_those_that_are_new(
+    family: str, context: str, deer: Callable[..., Engine]
+):
+    engine = deer(family)
+    # Unlike all other prompts: nothing of it is in the prefix cache.
+    prompt = [7, *PROMPTS[2][::-1]]
+    steps = Steps(engine.drafter)
+    engine.run([prompt], params(40))
+    steps.close()
+
+    rows = forwards = 0
+    done = 0
+    for known, masks in steps.of:
+        if context == "recompute":
+            rows += known + masks if masks else 0
+            forwards += masks > 0
+        else:
+            # Without masks the token just sampled waits for the next step.
+            end = known if masks else known - 1
+            rows += end + masks - (done - done % BLOCK if family == "sdar" else done)
+            forwards += 1
+        done = known - 1
+    head_rows = sum(masks for _, masks in steps.of)
+    assert engine.drafter.counts == {
+        "rows": rows,
+        "forwards": forwards,
+        "head_rows": head_rows,
+    }
+    assert head_rows > 30 * MASKS
+
+
+CROWDED = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 13}
+"""Prompts come in chunks, and there are pages for half of the requests."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdar", "nemotron", "llada"])
+def test_chunks_preemption_and_shared_pages(
+    family: str,
+    plain: Engine,
+    deer: Callable[..., Engine],
+    references: Callable[..., Reference],
+):
+    prefix = [3 + n % 50 for n in range(70)]
+    prompts = [[*prefix, *prompt[:12]] for prompt in PROMPTS]
+    ends = [params(MAX_MODEL_LEN - len(prompt)) for prompt in prompts]
+    wanted = plain.run(prompts, ends)
+    engine = deer(family, **CROWDED)
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    preempted = []
+    preempt = scheduler._preempt_request
+
+    def note(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = note
+    rounds = Rounds(engine.drafter)
+    assert engine.run(prompts, ends) == wanted
+    assert preempted
+    # Again: what is left in the prefix cache is found.
+    assert engine.run(prompts[:2], ends[:2]) == wanted[:2]
+    rounds.close()
+    assert not engine.drafter.failed
+    assert references(family).check(rounds, every=2) > 100
+
+
+@pytest.mark.slow
+def test_more_rows_than_a_forward_holds(
+    deer: Callable[..., Engine], references: Callable[..., Reference], wanted: Any
+):
+    """Whole texts are computed, 8 of them: more than vLLM computes in a step."""
+    engine = deer("llada", max_num_batched_tokens=48)
+    assert engine.drafter.most_rows == MAX_MODEL_LEN
+    rounds = Rounds(engine.drafter)
+    engine.drafter.counts.clear()
+    assert engine.run(PROMPTS, TO_THE_END) == wanted
+    rounds.close()
+    counts = engine.drafter.counts
+    assert counts["rows"] / counts["forwards"] > MAX_MODEL_LEN / 2
+    assert counts["forwards"] > max(map(len, rounds.of.values()))
+    references("llada").check(rounds, every=8)
+
+
+def test_seeded_texts_do_not_depend_on_the_batch(deer: Callable[..., Engine]):
+    engine = deer("llada")
+    own = [
+        params(16, temperature=0.9, top_k=20, top_p=0.9, seed=number)
+        for number in range(len(SHORT))
+    ]
+    own[2] = params(16)
+    together = engine.run(SHORT, own)
+    assert not engine.drafter.failed
+    for prompt, request, text in zip(SHORT, own, together, strict=True):
+        assert engine.run([prompt], request) == [text]
+
+
+def test_drawn_drafts_are_those_of_their_distributions(
+    deer: Callable[..., Engine], references: Callable[..., Reference]
+):
+    """Tokens and attached probabilities, in a batch with a greedy request."""
+    engine, found = deer("sdar"), []
+    draft = engine.drafter.draft
+
+    def record(batch: Any) -> Any:
+        drafts = draft(batch)
+        found.append((batch, batch.token_ids.copy(), drafts))
+        return drafts
+
+    engine.drafter.draft = record
+    options = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "seed": 5}
+    engine.run(SHORT[:2], [params(12, **options), params(12)])
+    engine.drafter.draft = draft
+    assert not engine.drafter.failed
+    drawn = 0
+    for batch, texts, drafts in found:
+        for row, tokens in enumerate(drafts.tokens):
+            if not tokens:
+                continue
+            sampling, count = batch.parameters[row], len(tokens)
+            text = texts[row, : batch.num_tokens[row]].tolist()
+            wanted, probs = draw_drafts(
+                references("sdar").logits(text, count),
+                torch.full((count,), sampling.temperature),
+                torch.full((count,), sampling.top_k),
+                torch.full((count,), sampling.top_p),
+                torch.full((count,), 5),
+                torch.arange(len(text), len(text) + count),
+            )
+            assert tokens == wanted.tolist()
+            torch.testing.assert_close(
+                drafts.probs[row, :count], probs, atol=1e-4, rtol=1e-3
+            )
+            drawn += sampling.temperature > 0
+    assert drawn > 5
+
+
+def test_verification_is_the_papers(plain: Engine):
+    """p = [.5, .3, .2], q = [.2, .6, .2]; `plain`: vLLM's kernels are in place."""
+    torch.manual_seed(0)
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.6, 0.2])
+    rows = 20_000
+    drafts, probs = draw_drafts(
+        q.log().repeat(rows, 1),
+        torch.ones(rows),
+        torch.zeros(rows, dtype=torch.int64),
+        torch.ones(rows),
+        torch.arange(rows),
+        torch.zeros(rows, dtype=torch.int64),
+    )
+    tokens = rejection_sample(
+        drafts.int(),
+        [1] * rows,
+        1,
+        torch.arange(1, rows + 1, dtype=torch.int32),
+        probs,
+        p.log().repeat(rows, 1),
+        torch.full((rows, 1), 2, dtype=torch.int32),
+        SimpleNamespace(
+            all_greedy=False,
+            all_random=True,
+            temperature=torch.ones(rows),
+            generators={},
+        ),
+    )
+    accepted = tokens[:, 1] == 2  # the bonus token follows
+    assert (tokens[accepted, 0] == drafts[accepted]).all()
+    assert (tokens[~accepted, 0] == 0).all()  # norm(max(0, p - q)) = [1, 0, 0]
+    assert abs(accepted.float().mean() - 0.7) < 0.015
+    assert abs(accepted[drafts == 1].float().mean() - 0.5) < 0.015
+    assert accepted[drafts != 1].all()
+    frequency = torch.bincount(tokens[:, 0], minlength=3) / rows
+    assert (frequency - p).abs().max() < 0.015
+
+
+@pytest.mark.slow
+def test_sampled_texts_have_the_targets_distribution(
+    tmp_path_factory: pytest.TempPathFactory, engines: Callable[..., Engine]
+):
+    small = write_llama(
+        tmp_path_factory.mktemp("small"),
+        seed=3,
+        vocab_size=joint.VOCAB,
+        num_layers=1,
+        hidden_size=64,
+        spread=0.3,
+    )
+    drafter = Reference(
+        "llada",
+        tmp_path_factory.mktemp("drafter"),
+        vocab_size=joint.VOCAB,
+        mask_token_id=5,
+        eos_token_id=4,
+    )
+    engine = engines(
+        speculative(drafter.folder, masks=3),
+        model=small,
+        max_num_seqs=64,
+        num_gpu_blocks_override=80,
+    )
+    # Longer than what is counted, so that drafts may have all their tokens.
+    texts = engine.run([joint.PROMPT] * 3000, params(joint.LENGTH + 2, temperature=1.0))
+    assert not engine.drafter.failed
+    powers = torch.tensor([joint.VOCAB**n for n in reversed(range(joint.LENGTH))])
+    observed = torch.bincount(
+        (torch.tensor(texts)[:, : joint.LENGTH] * powers).sum(1),
+        minlength=joint.VOCAB**joint.LENGTH,
+    )
+    exact = joint.probabilities(small, joint.PROMPT, 1.0)
+    assert joint.p_value(observed, exact) > joint.PASSES
+
+
+def test_a_drafter_that_fails_leaves_plain_decoding(
+    deer: Callable[..., Engine], wanted: list[list[int]]
+):
+    engine = deer("sdar")
+    drafter, calls = engine.drafter, []
+    draw = drafter._draw
+
+    def fail(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory, say")
+        return draw(*args)
+
+    drafter._draw = fail
+    try:
+        assert engine.run(PROMPTS[:2], TO_THE_END[:2]) == wanted[:2]
+        assert drafter.failed and len(calls) == 4
+    finally:
+        drafter._draw, drafter.failed = draw, False
+
+
+@pytest.fixture
+def no_engine_left() -> Iterator[None]:
+    """A start that fails must not keep the next engine from starting."""
+    yield
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    destroy_model_parallel()
+
+
+@pytest.mark.parametrize(
+    ("drafter", "context", "message"),
+    [
+        ("draft", "auto", r"drafter is a 'llama'.*`vllm-dlm models`"),
+        ("llada", "cached", "'cached' does not fit.*both directions"),
+    ],
+)
+@pytest.mark.usefixtures("no_engine_left")
+def test_wrong_drafters_are_refused(
+    drafter: str,
+    context: str,
+    message: str,
+    target: Path,
+    draft: Path,
+    references: Callable[..., Reference],
+):
+    folder = draft if drafter == "draft" else references(drafter).folder
+    with pytest.raises(ValueError, match=message):
+        Engine(target, speculative(folder, context))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_engine_left")
+def test_wrong_pairs_are_refused(
+    tmp_path: Path, target: Path, references: Callable[..., Reference]
+):
+    llada = references("llada").folder
+    with pytest.raises(ValueError, match="does not apply to a diffusion"):
+        Engine(llada, speculative(llada))
+    Reference("llada", tmp_path / "wide", vocab_size=128)
+    with pytest.raises(ValueError, match="vocab"):
+        Engine(target, speculative(tmp_path / "wide"))
+    experts = write_checkpoint(
+        "sdar_moe", tmp_path / "experts", seed=0, **IDS, pad_token_id=61
+    )
+    with pytest.raises(ValueError, match="drafts only for a mixture of experts"):
+        Engine(target, speculative(experts))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data, loss and training of acceptance heads."""
+
+import math
+
+import pytest
+
+from vllm_dlm.training import specdec_data, specdec_head
+from vllm_dlm.training.teacher import Answered
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+
+def test_labels():
+    target = torch.tensor([[0.5, 0.3, 0.2]]).expand(6000, -1)
+    draft = torch.tensor([[0.2, 0.6, 0.2]]).expand(6000, -1)
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = specdec_data.label_tokens(target, draft, generator)
+    expected = torch.tensor([1.0, 0.5, 1.0])
+    torch.testing.assert_close(labels, expected[tokens])
+    # The sum of min(p, q) is .7.
+    assert labels.mean().item() == pytest.approx(0.7, abs=0.02)
+    shares = tokens.bincount() / len(tokens)
+    torch.testing.assert_close(shares, draft[0], atol=0.02, rtol=0)
+
+
+def test_distributions():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert specdec_data.distribution(logits, 0).tolist() == [0, 1, 0]
+    torch.testing.assert_close(
+        specdec_data.distribution(logits, 2.0), (logits / 2).softmax(0)
+    )
+
+
+def test_loss():
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
+    labels = torch.tensor([0.8, 0.0])
+    # Accept probabilities 3/4 and 1/2; a rejection weighs 6.
+    first = -(6 * 0.2 * math.log(0.25) + 0.8 * math.log(0.75))
+    second = -6 * math.log(0.5)
+    loss = specdec_head.head_loss(logits, labels, 6.0).item()
+    assert loss == pytest.approx((first + second) / 2, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def models():
+    from vllm_dlm.training.teacher import load_causal_lm
+
+    return load_causal_lm("llama-tiny"), load_causal_lm("llama-tiny-draft")
+
+
+@pytest.fixture(scope="module")
+def answered(models):
+    from vllm_dlm.training.teacher import (
+        generate_answers,
+        load_prompts,
+        load_tokenizer,
+    )
+
+    prompts = load_prompts(None, load_tokenizer("llama-tiny"), 96, 5)
+    return generate_answers(models[0], prompts, max_tokens=24, temperature=1.0, seed=5)
+
+
+def collect(models, answered, **changes):
+    settings = {"temperature": 1.0, "mixing_ratio": 0.15, "seed": 3, **changes}
+    return specdec_data.make_sequences(*models, answered, **settings)
+
+
+def test_each_label_is_of_the_targets_own_prefix(models, answered):
+    few = Answered(answered.prompts[:6], answered.answers[:6])
+    sequences = collect(models, few, mixing_ratio=0.0)
+    for sequence, prompt, answer in zip(
+        sequences, few.prompts, few.answers, strict=True
+    ):
+        assert len(sequence.tokens) == len(sequence.labels) == len(prompt + answer)
+        assert sequence.tokens[: len(prompt)] == prompt
+        assert set(sequence.labels[: len(prompt)]) == {-1.0}
+        for place in range(len(answer)):
+            prefix = torch.tensor([prompt + answer[:place]])
+            with torch.no_grad():
+                p, q = (model(prefix).logits[0, -1].softmax(-1) for model in models)
+            token = sequence.tokens[len(prompt) + place]
+            expected = min(1.0, (p[token] / q[token]).item())
+            label = sequence.labels[len(prompt) + place]
+            assert label == pytest.approx(expected, abs=2e-3)
+
+
+def test_mixing_keeps_some_of_the_targets_tokens(models, answered):
+    sequences = collect(models, answered, mixing_ratio=0.4)
+    again = collect(models, answered, mixing_ratio=0.4)
+    assert sequences == again
+    kept = total = 0
+    for sequence, prompt, answer in zip(
+        sequences, answered.prompts, answered.answers, strict=True
+    ):
+        labels = sequence.labels[len(prompt) :]
+        for token, label, own in zip(
+            sequence.tokens[len(prompt) :], labels, answer, strict=True
+        ):
+            total += 1
+            kept += label < 0
+            assert label >= 0 or token == own
+    assert kept / total == pytest.approx(0.4, abs=0.06)
+
+
+def test_the_state_at_a_token_judges_that_token(models):
+    draft = models[1]
+    sequence = specdec_data.Sequence([1, 20, 30, 40], [-1.0, -1.0, 0.25, 0.75])
+    longer = specdec_data.Sequence([1, 20, 30, 40, 50, 60], [-1.0] * 5 + [1.0])
+    hidden, labels = specdec_data.hidden_states(draft, [sequence, longer])
+    assert labels.tolist() == [0.25, 0.75, 1.0]
+    with torch.no_grad():
+        states = draft.base_model(torch.tensor([longer.tokens])).last_hidden_state[0]
+    torch.testing.assert_close(hidden, states[[2, 3, 5]], atol=1e-4, rtol=1e-4)
+
+
+def test_training_beats_a_constant_verdict(models, answered):
+    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+
+    sequences = collect(models, answered)
+    head = specdec_head.train_head(models[1], sequences, epochs=12)
+    quality = specdec_head.measure_head(head, models[1], sequences)
+    assert quality.loss < 0.9 * quality.constant_loss
+    torch.manual_seed(1)
+    fresh = AcceptanceHead(models[1].config.hidden_size)
+    untrained = specdec_head.measure_head(fresh, models[1], sequences)
+    assert untrained.loss > quality.loss
+    assert 0 < quality.mean_label < 1
+
+
+def test_the_command_writes_a_head(tmp_path):
+    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Copy [Ada, Ben, Carl]\nSort [Dan, Ada]\nAdd 12+34\n" * 4)
+    specdec_head.train(
+        target="llama-tiny",
+        draft="llama-tiny-draft",
+        output=tmp_path,
+        prompts=prompts,
+        max_tokens=24,
+        epochs=1,
+    )
+    head = AcceptanceHead.load(tmp_path, hidden_size=96)
+    assert head.about["target"] == "llama-tiny"
+    assert head.about["temperature"] == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixing_ratio": 1.0}, "mixing_ratio must be from 0 to below 1"),
+        ({"reject_weight": 0}, "reject_weight must be above 0"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"num_prompts": 1}, "num_prompts must be at least 2"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"draft": "llada-tiny"}, "is not an autoregressive model"),
+    ],
+)
+def test_refusals(tmp_path, changes, message):
+    settings = {"target": "llama-tiny", "draft": "llama-tiny-draft"}
+    with pytest.raises(ValueError, match=message):
+        specdec_head.train(output=tmp_path, **{**settings, **changes})
+
+
+def test_the_shipped_head_knows_its_draft_model(models, answered):
+    from vllm_dlm.aliases import resolve
+    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+
+    head = AcceptanceHead.load(resolve("llama-tiny-draft"), hidden_size=96)
+    sequences = collect(models, answered)
+    quality = specdec_head.measure_head(head, models[1], sequences)
+    assert quality.loss < 0.8 * quality.constant_loss
+    assert quality.accuracy > quality.always_accept
