@@ -17,6 +17,7 @@ import pytest
 import torch
 from spec_decode.harness import MAX_MODEL_LEN, Engine, Rounds, params, ragged_prompts
 from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
 
 from vllm_dlm.spec_decode.sampling import draw_drafts
 from vllm_dlm.spec_decode.specdec_pp import HEAD_FILE, AcceptanceHead
@@ -51,9 +52,9 @@ class Oracle:
 
     @torch.no_grad()
     def draft(
-        self, tokens: list[int], limit: int, seed: int | None = None
+        self, tokens: list[int], limit: int, drawn: SamplingParams | None = None
     ) -> tuple[list[int], list[torch.Tensor]]:
-        """Tokens and their logits; drawn at temperature 1 if there is a seed."""
+        """Tokens and their logits; greedy, or drawn as a request's are."""
         cumulated, drafted, logits = 1.0, [], []
         while True:
             text = torch.tensor([tokens + drafted])
@@ -61,7 +62,7 @@ class Oracle:
             if drafted:
                 cumulated *= self.head(state).softmax(-1)[1].item()
             logits.append(self.network.lm_head(state))
-            drafted.append(self._next(logits[-1], len(tokens) + len(drafted), seed))
+            drafted.append(next_token(logits[-1], len(tokens) + len(drafted), drawn))
             enough = len(drafted) >= MIN_TOKENS
             if (
                 len(drafted) == min(limit, MAX_TOKENS)
@@ -70,13 +71,36 @@ class Oracle:
             ):
                 return drafted, logits
 
-    @staticmethod
-    def _next(logits: torch.Tensor, position: int, seed: int | None) -> int:
-        if seed is None:
-            return int(logits.argmax())
-        one, off = torch.ones(1), torch.zeros(1, dtype=torch.int64)
-        tokens, _ = draw_drafts(logits[None], one, off, one, off + seed, off + position)
-        return int(tokens)
+
+def next_token(
+    logits: torch.Tensor, position: int, drawn: SamplingParams | None
+) -> int:
+    if drawn is None:
+        return int(logits.argmax())
+    tokens, _ = draw_drafts(
+        logits[None],
+        torch.tensor([drawn.temperature]),
+        torch.tensor([drawn.top_k]),
+        torch.tensor([drawn.top_p]),
+        torch.tensor([drawn.seed]),
+        torch.tensor([position]),
+    )
+    return int(tokens)
+
+
+def distribution(logits: torch.Tensor, drawn: SamplingParams) -> torch.Tensor:
+    """[V], token by token: the most probable, at most top_k, until top_p is reached."""
+    probs = (logits / drawn.temperature).softmax(-1)
+    ranked = probs.sort(descending=True).indices.tolist()
+    ranked = ranked[: drawn.top_k] if drawn.top_k > 0 else ranked
+    whole, sum_so_far, kept = float(probs[ranked].sum()), 0.0, []
+    for token in ranked:
+        if sum_so_far < drawn.top_p * whole:
+            kept.append(token)
+            sum_so_far += float(probs[token])
+    result = torch.zeros_like(probs)
+    result[kept] = probs[kept] / sum_so_far
+    return result
 
 
 @dataclass
@@ -203,20 +227,24 @@ def test_a_draft_ends_with_a_stop_token(
 def test_drawn_drafts_come_with_what_they_were_drawn_from(
     engine: Engine, oracle: Oracle, calls: Calls
 ) -> None:
-    drawn = [params(50, temperature=1.0, seed=11 + row) for row in range(len(SHORT))]
+    cut = [{}, {"top_k": 7, "top_p": 0.99}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.8}]
+    drawn = [
+        params(50, temperature=0.8, seed=11 + row, **cut[row % len(cut)])
+        for row in range(len(SHORT))
+    ]
     together = engine.run(SHORT, drawn)
     batched = list(calls.of.values())
-    for row in range(len(SHORT)):
+    for row, asked in enumerate(drawn):
         calls.of.clear()
         calls.costs.clear()
-        assert engine.run([SHORT[row]], drawn[row]) == [together[row]]
+        assert engine.run([SHORT[row]], asked) == [together[row]]
         (rounds,) = calls.of.values()
         assert rounds == batched[row]
-        asked = [call for call in calls.costs if call.drafts[0]]
-        for (tokens, draft), call in list(zip(rounds, asked, strict=True))[::3]:
-            expected, logits = oracle.draft(tokens, len(draft), seed=11 + row)
+        costs = [call for call in calls.costs if call.drafts[0]]
+        for (tokens, draft), call in list(zip(rounds, costs, strict=True))[::3]:
+            expected, logits = oracle.draft(tokens, len(draft), asked)
             assert draft == expected
-            probs = torch.stack(logits).softmax(-1)
+            probs = torch.stack([distribution(one, asked) for one in logits])
             torch.testing.assert_close(call.probs[0], probs, rtol=1e-4, atol=1e-6)
 
 

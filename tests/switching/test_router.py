@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from switching.conftest import ENGINE
 from switching.reference import EOS, VOCAB, write
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -315,3 +316,36 @@ def test_an_error_in_the_middle_leaves_nothing_behind(router, monkeypatch):
 def test_prompts_and_parameters_of_different_number(router):
     with pytest.raises(ValueError, match="2 prompts and 1 sampling parameters"):
         generate(router, PROMPTS[:2], [greedy()])
+
+
+@pytest.mark.slow
+def test_small_memory_and_prompts_in_parts(folders, networks):
+    """Requests that wait, lose their memory and come back write the same texts."""
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    from vllm_dlm.switching.router import EntropyRouter
+
+    destroy_model_parallel()
+    # Pages for about three of eight texts, and forwards of at most 32 tokens.
+    tight = ENGINE | {
+        "num_gpu_blocks_override": 13,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 32,
+        "disable_log_stats": False,
+    }
+    router = EntropyRouter(
+        *map(str, folders), tau=2, small_options=tight, large_options=tight
+    )
+    outputs = generate(router, PROMPTS, greedy(max_tokens=80))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        expected = write(networks, prompt, 80, 2)
+        if expected.closest > TIE:
+            assert output.token_ids == expected.token_ids
+            assert output.switches == expected.switches
+    preempted = [
+        metric.value
+        for metric in router.llms[SMALL].get_metrics()
+        if metric.name == "vllm:num_preemptions"
+    ]
+    assert sum(preempted) > 0
+    router.shutdown()

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from server.launch import Server, running_server, tail, until
+from server.launch import Server, running_server, until
 from switching.conftest import ENGINE
 from switching.reference import write
 
@@ -122,9 +122,8 @@ def test_a_request_sets_its_own_rule(pair, networks):
         assert letters(choice) == expected.models
 
 
-def test_stop_strings_and_logprobs(pair):
-    whole = ask(pair, logprobs=1).choices[0]
-    assert len(whole.logprobs.tokens) == 40
+def test_stop_strings(pair):
+    whole = ask(pair).choices[0]
     stop = whole.text[20:24]
     cut = ask(pair, stop=stop).choices[0]
     assert cut.text == whole.text[: whole.text.index(stop)]
@@ -184,12 +183,10 @@ def test_leaving_ends_both_engines_work(pair):
 
 def test_a_dead_engine_ends_requests_and_health(pair):
     """The last test: it leaves no server to ask."""
-    [engine, *_] = dict.fromkeys(
-        re.findall(r"EngineCore pid=(\d+)", tail(pair.log, 10**6))
-    )
+    started = re.findall(r"EngineCore pid=(\d+)", pair.log.read_text())
     stream = ask(pair, max_tokens=240, stream=True)
     next(iter(stream))
-    os.kill(int(engine), signal.SIGKILL)
+    os.kill(int(started[0]), signal.SIGKILL)
     with pytest.raises(openai.APIError):
         list(stream)
     until(
