@@ -7,7 +7,8 @@ entries, each at most once per process, and import vLLM only when called.
 Not wrapped, but given a subclass of ours by `DiffusionStepScheduler`, because vLLM
 builds them and offers no hook: each `vllm.v1.request:Request` (how a waiting request
 counts its tokens) and its `vllm.v1.core.kv_cache_manager:KVCacheManager` (which pages
-may be shared).
+may be shared). And `spec_decode/worker.py` sets, on its own model runner, `drafter`,
+`effective_drafter_max_model_len` and `_get_spec_decode_draft_probs`.
 """
 
 import functools
@@ -34,6 +35,10 @@ class Patch:
     """The upstream issue or seam that would make this unnecessary."""
     drop_when: str
 
+
+_WHEN_VERIFICATION_IS_RIGHT = (
+    "tests/spec_decode/test_verification_cpu.py passes without it"
+)
 
 PATCHES: dict[str, Patch] = {
     patch.symbol: patch
@@ -94,9 +99,47 @@ PATCHES: dict[str, Patch] = {
                 "their temperature, top-k and top-p: speculative decoding at "
                 "temperature > 0 draws from wrong distributions on a CPU."
             ),
-            how="Replaced by `kernels/expand_cpu.py`, for every model.",
+            how="Replaced by `kernels/verification_cpu.py`, for every model.",
             upstream="no issue yet: `_ensure_int64(output)` is never copied back",
-            drop_when="tests/spec_decode/test_expand.py passes on vLLM's own",
+            drop_when=_WHEN_VERIFICATION_IS_RIGHT,
+        ),
+        Patch(
+            symbol="vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
+            why=(
+                "It reads the probability of token -1, which stands for no draft, and "
+                "may accept it."
+            ),
+            how="Such a draft is never accepted.",
+            upstream="no issue yet: the Triton kernel rejects negative drafts",
+            drop_when=_WHEN_VERIFICATION_IS_RIGHT,
+        ),
+        Patch(
+            symbol="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
+            why=(
+                "With top-k, and without top-p, a step without drafts ends a CPU's "
+                "engine: the maximum of an empty tensor."
+            ),
+            how="Does nothing where there is no draft.",
+            upstream="no issue yet: apply_top_k_only of no rows",
+            drop_when=_WHEN_VERIFICATION_IS_RIGHT,
+        ),
+        Patch(
+            symbol="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+            why=(
+                "A seeded request whose prompt is computed in chunks ends a CPU's "
+                "engine: what its thrown-away sample drew is taken back by an offset, "
+                "which a CPU's generator does not have."
+            ),
+            how="Keeps the states of such requests' generators.",
+            upstream="no issue yet: CPU generators have no offset",
+            drop_when=_WHEN_VERIFICATION_IS_RIGHT,
+        ),
+        Patch(
+            symbol="vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
+            why="The same, where the draw is taken back.",
+            how="Puts these states back instead.",
+            upstream="no issue yet: CPU generators have no offset",
+            drop_when=_WHEN_VERIFICATION_IS_RIGHT,
         ),
         Patch(
             symbol="vllm.engine.arg_utils:EngineArgs.add_cli_args",
@@ -322,8 +365,6 @@ def apply_cpu_runner_patches() -> None:
     from vllm.triton_utils import dispatcher
     from vllm.utils.math_utils import next_power_of_2
 
-    from vllm_dlm.kernels.expand_cpu import expand_kernel
-
     def validate(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def check(self: Any) -> None:
             if not _is_diffusion(self):
@@ -355,8 +396,18 @@ def apply_cpu_runner_patches() -> None:
 
     wrap("vllm.config.vllm:VllmConfig._validate_v2_model_runner", validate)
     wrap("vllm.triton_utils.dispatcher:_rebind_kernels", rebind_kernels)
-    wrap("vllm.utils.cpu_triton_utils:_expand_kernel_impl", lambda _: expand_kernel)
     add("vllm.triton_utils:triton.next_power_of_2", next_power_of_2)
+
+
+def apply_cpu_verification_patches() -> None:
+    """Right verification of drafts on a CPU; call it in a worker, before its model."""
+    from vllm.triton_utils import HAS_TRITON
+
+    from vllm_dlm.kernels.verification_cpu import WRAPPERS
+
+    if not HAS_TRITON:
+        for symbol, make in WRAPPERS.items():
+            wrap(symbol, make)
 
 
 def apply_front_end_patches() -> None:

@@ -77,11 +77,13 @@ def _make_platform_class() -> "type[CpuPlatform]":
         @classmethod
         def register_triton_kernel_overrides(cls) -> None:
             """Runs in each worker before its class is resolved."""
-            _apply_patches()  # first: one of them repairs the registration
-            super().register_triton_kernel_overrides()
-
             from vllm_dlm.kernels.runner_cpu import register
+            from vllm_dlm.patches import apply_cpu_verification_patches
 
+            # First: they repair the registration, and what is registered.
+            _apply_patches()
+            apply_cpu_verification_patches()
+            super().register_triton_kernel_overrides()
             register()
 
     # Pickles of the platform refer to it by name.

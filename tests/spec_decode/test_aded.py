@@ -148,6 +148,20 @@ def test_rounds_of_a_text_against_plain_python(
             assert 0 < successors[third] <= 1.5
 
 
+@pytest.mark.parametrize("top_k", [3, 12])
+def test_a_text_of_few_tokens_against_plain_python(top_k: int):
+    """Small weights: what the roll-outs find decides as well."""
+    text = np.random.default_rng(top_k).integers(0, 12, 400).tolist()
+    options = {"increment": 0.003, "top_k": top_k, "iterations": 40, "depth": 3}
+    trigrams = AdaptiveTrigrams(empty_table(12), Aded(**options))
+    plain = reference.Drafting({}, **options)
+    for end in range(100, 400, 3):
+        trigrams.observe(array(text[:end]))
+        plain.observe(text[:end])
+        chain = trigrams.best_chain(array(text[:end]), 6)
+        assert chain == plain.best_chain(text[:end], 6)
+
+
 WITHOUT_NUMBA = """
 import sys
 

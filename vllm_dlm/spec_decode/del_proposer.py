@@ -194,6 +194,10 @@ class DelProposer(Drafter):
         for request_id in self.requests.keys() - self.runner.requests.keys():
             del self.requests[request_id]
         starts = batch.attention.query_start_loc_cpu.numpy()
+        # What others taught is not drowned in prompts: of each, only the position
+        # that writes.
+        taught = self.shared is not None and self.shared.counts.any()
+        window = 1 if taught else PROMPT_WINDOW
         indices, expected, updates = [], [], []
         for row, request_id in enumerate(batch.request_ids):
             request = self.requests.setdefault(
@@ -202,7 +206,7 @@ class DelProposer(Drafter):
             prompt = self.runner.requests[request_id].num_prompt_tokens
             end = int(computed[row])
             first = end - int(starts[row + 1] - starts[row])
-            begin = max(first, request.counted, prompt - PROMPT_WINDOW)
+            begin = max(first, request.counted, prompt - window)
             if begin >= end:
                 continue
             request.counted = end

@@ -142,17 +142,19 @@ def options_of(vllm_config: VllmConfig) -> Options:
 def limits(runner: Any, most: int) -> np.ndarray:
     """[R] int64: most tokens that each request's draft may have.
 
-    Nothing while a prompt is being computed; no token behind the last one that the
-    request may still get (verification adds one of its own); what the request says.
+    Nothing while a prompt is being computed, or a preempted text anew; no token behind
+    the last one that the request may still get (verification adds one of its own); what
+    the request says.
     """
     batch = runner.input_batch
+    going_on = runner.discard_request_mask.np
     found = np.zeros(len(batch.req_ids), np.int64)
     for row, request_id in enumerate(batch.req_ids):
         request = runner.requests[request_id]
         params = request.sampling_params
-        output = len(request.output_token_ids)
-        if params is None or not output:
+        if params is None or going_on[row]:
             continue
+        output = len(request.output_token_ids)
         room = runner.max_model_len - request.num_prompt_tokens
         if params.max_tokens is not None:
             room = min(room, params.max_tokens)

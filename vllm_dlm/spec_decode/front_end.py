@@ -85,7 +85,13 @@ def _refuse(args: Any, method: str) -> None:
 
 def _vllm_config(args: Any, method: str, options: spec.Options) -> dict[str, Any]:
     """The dict that vLLM's `SpeculativeConfig` takes."""
-    config: dict[str, Any] = {"num_speculative_tokens": options.num_speculative_tokens}
+    most = options.num_speculative_tokens
+    config: dict[str, Any] = {
+        "num_speculative_tokens": most,
+        # "Verification is not of one length": no padding by tokens that nobody
+        # drafted, and no CUDA graph of one length.
+        "num_speculative_tokens_per_batch_size": [(1, 1, most)],
+    }
     if method == "aded":
         path = options.proposer.replace(":", ".")
         return {**config, "method": "custom_class", "model": path}

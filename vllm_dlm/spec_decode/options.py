@@ -9,9 +9,16 @@ No vLLM import: the front end turns options into vLLM's terms (`front_end.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_dlm.messages import explain, unknown
 
@@ -107,8 +114,9 @@ class SpecDecPlusPlus(WithDrafter):
     head: str | None = Field(
         default=None,
         min_length=1,
-        description="File or folder of the acceptance head. Default: specdec_head."
-        "safetensors in the drafter's folder; `vllm-dlm train specdec-head` makes it.",
+        description="File or folder of the acceptance head. Default: specdec/"
+        "specdec_head.safetensors in the drafter's folder; `vllm-dlm train "
+        "specdec-head` makes it.",
     )
     stop_threshold: Number = Field(
         default=0.7,
@@ -119,6 +127,15 @@ class SpecDecPlusPlus(WithDrafter):
     min_tokens: Count = Field(
         default=2, ge=1, le=MAX_DRAFT, description="Tokens drafted before it may stop."
     )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min_tokens > self.num_speculative_tokens:
+            raise ValueError(
+                f"min_tokens {self.min_tokens} is more than num_speculative_tokens "
+                f"{self.num_speculative_tokens}"
+            )
+        return self
 
 
 class Del(Options):

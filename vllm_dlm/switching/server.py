@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import signal
-from argparse import Namespace
+from argparse import ArgumentError, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from vllm import envs
@@ -15,6 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import (
+    FrontendArgs,
     make_arg_parser,
     validate_parsed_serve_args,
 )
@@ -23,6 +25,7 @@ from vllm.logger import init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from vllm_dlm.messages import unknown
 from vllm_dlm.switching.client import PairClient
 from vllm_dlm.switching.entropy import LARGE, Model, SwitchRule
 from vllm_dlm.switching.metrics import PairStatLogger
@@ -91,8 +94,12 @@ def serve_arguments(model: str, http: Mapping[str, Any]) -> Namespace:
     Raises:
         ValueError: an option that `vllm serve` does not know, or a wrong value.
     """
+    # The name is the model's option; all others are the HTTP side's.
+    known = ["served_model_name", *(field.name for field in fields(FrontendArgs))]
     words = ["--model", model]
     for name, value in http.items():
+        if name.replace("-", "_") not in known:
+            raise ValueError(f"the HTTP side's options: {unknown(name, known)}")
         flag = "--" + name.replace("_", "-")
         if value is False:
             flag = flag.replace("--", "--no-", 1)
@@ -103,10 +110,10 @@ def serve_arguments(model: str, http: Mapping[str, Any]) -> Namespace:
     try:
         args = parser.parse_args(words)
         validate_parsed_serve_args(args)
-    except (SystemExit, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the HTTP side's options ({', '.join(http)}): {error}; "
-            "`vllm serve --help=Frontend` lists what is valid"
+            f"the HTTP side's options: {error}; `vllm serve --help=Frontend` explains "
+            "them"
         ) from None
     return args
 
