@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +68,11 @@ def measure(llm: Any, tasks: Sequence[str], num_problems: int) -> list[Phase]:
                     [result] = llm.generate(
                         [problem.question], sampling, use_tqdm=False
                     )
-                    written = len(result.outputs[0].token_ids)
-                    tokens += written
-                    end = len(result.prompt_token_ids) + written
-                    rounds += accepted(drafter.rounds, end)
+                    written = list(result.outputs[0].token_ids)
+                    tokens += len(written)
+                    rounds += accepted(
+                        drafter.rounds, result.prompt_token_ids + written
+                    )
                     progress.update()
             phases.append(
                 Phase(
@@ -87,19 +88,19 @@ def measure(llm: Any, tasks: Sequence[str], num_problems: int) -> list[Phase]:
     return phases
 
 
-def accepted(rounds: Sequence[Round], end: int) -> list[tuple[Round, int]]:
-    """The rounds of one request, each with the drafted tokens that it got.
+def accepted(rounds: Sequence[Round], text: Sequence[int]) -> list[tuple[Round, int]]:
+    """The rounds of one request, each with how many of its drafted tokens it got.
 
     Args:
-        rounds: in their order.
-        end: tokens of the prompt and the whole answer.
+        rounds: of a greedy request: what is accepted is what the text goes on with.
+        text: tokens of the prompt and the whole answer.
     """
-    known = [entry.num_tokens for entry in rounds] + [end]
-    # Verification adds a token of its own, unless an accepted one ended the answer.
-    return [
-        (entry, min(len(entry.tokens), after - before - 1))
-        for entry, (before, after) in zip(rounds, pairwise(known), strict=True)
-    ]
+    found = []
+    for entry in rounds:
+        pairs = zip(entry.tokens, text[entry.num_tokens :], strict=False)
+        same = takewhile(lambda pair: pair[0] == pair[1], pairs)
+        found.append((entry, sum(1 for _ in same)))
+    return found
 
 
 def table(phases: Sequence[Phase], num_layers: int) -> str:
@@ -237,10 +238,10 @@ def _arguments() -> argparse.Namespace:
         "--tasks",
         nargs="+",
         choices=list(TASKS),
-        default=["copy", "add", "copy", "add"],
+        default=["add", "spell", "add", "spell"],
         metavar="TASK",
         help=f"in this order, one may come again: {', '.join(TASKS)} "
-        "(default: copy add copy add)",
+        "(default: add spell add spell)",
     )
     parser.add_argument(
         "--num-problems",

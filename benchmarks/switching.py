@@ -92,8 +92,6 @@ class Row:
 def main() -> int:
     """Measure, print the table, and write what was asked for."""
     args = _arguments()
-    if args.plot is not None:
-        check_plotting()
     # The schedulers must be here, to be asked for their work.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -138,7 +136,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--table", type=Path, help="file for the table, in markdown")
     parser.add_argument("--plot", type=Path, help="file for a picture of the table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.plot is not None:
+        try:
+            check_plotting()
+        except ValueError as error:
+            parser.error(str(error))
+    return args
 
 
 # -- what is measured -----------------------------------------------------

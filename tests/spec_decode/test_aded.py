@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import aded as reference
 
-from vllm_dlm.spec_decode import aded
+from vllm_dlm.spec_decode import trigram_search
 from vllm_dlm.spec_decode.aded import AdaptiveTrigrams
 from vllm_dlm.spec_decode.options import Aded
 from vllm_dlm.spec_decode.trigram_table import (
@@ -37,8 +37,8 @@ def array(text: list[int]) -> np.ndarray:
 
 
 def test_the_score_of_a_child():
-    assert aded.score(2.0, 1, 0.6, 3) == pytest.approx(18.838, abs=1e-3)
-    assert aded.score(1.5, 1, 0.4, 3) == pytest.approx(12.726, abs=1e-3)
+    assert trigram_search.score(2.0, 1, 0.6, 3) == pytest.approx(18.838, abs=1e-3)
+    assert trigram_search.score(1.5, 1, 0.4, 3) == pytest.approx(12.726, abs=1e-3)
 
 
 def test_each_round_adds_to_what_is_in_the_window():
@@ -167,10 +167,10 @@ import sys
 
 sys.modules["numba"] = None
 import numpy as np
-from vllm_dlm.spec_decode import aded, trigram_table
+from vllm_dlm.spec_decode import aded, trigram_search, trigram_table
 from vllm_dlm.spec_decode.options import Aded
 
-assert aded.numba is None
+assert trigram_search.numba is None
 text = np.random.default_rng(0).integers(0, 9, 200).astype(np.int32)
 trigrams = aded.AdaptiveTrigrams(trigram_table.empty_table(9), Aded())
 trigrams.observe(text)

@@ -86,14 +86,14 @@ def test_context(
     automatic: str,
     reason: str | None,
 ):
-    where = (drafter, page_size, shares_pages)
-    assert deer.context_of("auto", *where) == automatic
-    assert deer.context_of("recompute", *where) == "recompute"
+    found = deer.why_not_cached(drafter, page_size, shares_pages)
+    assert deer.context_of("auto", found) == automatic
+    assert deer.context_of("recompute", found) == "recompute"
     if reason is None:
-        assert deer.context_of("cached", *where) == "cached"
+        assert not found and deer.context_of("cached", found) == "cached"
         return
     with pytest.raises(ValueError, match=rf"{reason}.*Use 'recompute'"):
-        deer.context_of("cached", *where)
+        deer.context_of("cached", found)
 
 
 # -- the rows of a forward ----------------------------------------------------

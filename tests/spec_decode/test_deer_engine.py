@@ -58,14 +58,14 @@ SHORT = [prompt[-length:] for length, prompt in enumerate(ragged_prompts(8)[2:],
 class Reference:
     """A random drafter's checkpoint, and what it drafts."""
 
-    def __init__(self, family: str, folder: Path, **ids: int) -> None:
+    def __init__(self, family: str, folder: Path, **changes: int) -> None:
         self.folder = folder
-        ids = IDS | ids
+        changes = IDS | changes
         if family == "llada":
-            write_random_checkpoint(folder, seed=2, **ids)
+            write_random_checkpoint(folder, seed=2, **changes)
             self.network: Any = TinyLLaDA.from_folder(folder)
         else:
-            write_checkpoint(family, folder, seed=2, **ids, **FAMILIES[family])
+            write_checkpoint(family, folder, seed=2, **changes, **FAMILIES[family])
             self.network = TinyModel.from_folder(folder)
         self.family = family
 
@@ -309,6 +309,30 @@ def test_more_rows_than_a_forward_holds(
     references("llada").check(rounds, every=8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "length"),
+    [("llada", "max_sequence_length"), ("sdar", "max_position_embeddings")],
+)
+def test_a_drafter_of_a_shorter_context_drafts_as_far_as_it_goes(
+    family: str,
+    length: str,
+    tmp_path: Path,
+    engines: Callable[..., Engine],
+    wanted: list[list[int]],
+):
+    reference = Reference(family, tmp_path / family, **{length: 60})
+    engine = engines(speculative(reference.folder))
+    rounds = Rounds(engine.drafter)
+    assert engine.run(PROMPTS, TO_THE_END) == wanted
+    rounds.close()
+    assert not engine.drafter.failed
+    reference.check(rounds, every=4)
+    every = [(len(text), len(draft)) for r in rounds.of.values() for text, draft in r]
+    assert max(text + width for text, width in every if width) == 60
+    assert not any(width for text, width in every if text >= 60)
+
+
 def test_seeded_texts_do_not_depend_on_the_batch(deer: Callable[..., Engine]):
     engine = deer("llada")
     own = [
@@ -471,7 +495,7 @@ def no_engine_left() -> Iterator[None]:
     ("drafter", "context", "message"),
     [
         ("draft", "auto", r"drafter is a 'llama'.*`vllm-dlm models`"),
-        ("llada", "cached", "'cached' does not fit.*both directions"),
+        ("llada", "cached", "context 'cached': .*both directions"),
     ],
 )
 @pytest.mark.usefixtures("no_engine_left")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import (
 
 from vllm_dlm.spec_decode.del_exit import ExitStatistics
 from vllm_dlm.spec_decode.del_proposer import EarlyExit, Round
+from vllm_dlm.spec_decode.options import REQUEST_KEY
 
 NUM_LAYERS = 6
 DEL: dict[str, Any] = {"method": "del"}
@@ -251,21 +251,55 @@ def test_rounds_without_drafts_go_on_learning(
         assert len(set(rates)) > 1
 
 
-def test_shared_statistics(
-    model: Path, pair: tuple[Engine, Engine], engines: Callable[..., Engine]
-):
-    own = {"statistics": "shared", "exits": [2, 4], "num_speculative_tokens": 1}
-    engine = engines({**DEL, **own}, model=model)
+def test_a_request_without_drafts_is_left_alone(pair: tuple[Engine, Engine]):
+    plain, engine = pair
+    prompts = ragged_prompts(3)
+    off = params(20, extra_args={REQUEST_KEY: 0})
+    texts, rounds = run(engine, prompts, [off, params(20), off])
+    assert texts == plain.run(prompts, params(20))
+    _, alone = run(engine, prompts[1:2], params(20))
+    assert [shape(r) for r in rounds] == [shape(r) for r in alone]
+    run(engine, prompts, off)
+    assert not engine.drafter.counts
+
+
+@pytest.fixture
+def shared(model: Path, engines: Callable[..., Engine]) -> Engine:
+    own = {"exits": [2, 4], "decay": 1, "num_speculative_tokens": 2}
+    engine = engines({**DEL, **own, "statistics": "shared"}, model=model)
+    engine.drafter.shared.counts[:] = 0
+    return engine
+
+
+def test_shared_statistics(pair: tuple[Engine, Engine], shared: Engine):
     prompts = ragged_prompts(8)
-    texts, rounds = run(engine, prompts, params(60))
+    texts, rounds = run(shared, prompts, params(60))
     assert texts == pair[0].run(prompts, params(60))
     every = [r for request in rounds for r in request]
     assert {r.choice.exit for r in every} <= {2, 4}
-    assert max(len(r.tokens) for r in every) == 1
+    assert max(len(r.tokens) for r in every) == 2
     # A new request starts with what the others taught.
-    taught = engine.drafter.shared.counts.sum()
-    _, [alone] = run(engine, prompts[:1], params(3))
-    assert taught > 20 and not math.isnan(alone[0].choice.threshold)
+    _, [alone] = run(shared, prompts[:1], params(3))
+    assert alone[0].acceptance[0] == pytest.approx(every[-1].acceptance[0], abs=0.02)
+
+
+def test_each_token_is_counted_once(pair: tuple[Engine, Engine], shared: Engine):
+    """To the end of the text: what was accepted behind it is not of the text."""
+    counted, last = 0, []
+    for prompt in ragged_prompts(8):
+        [whole] = pair[0].run([prompt], params(60))
+        stop = whole[20]
+        options = params(60, stop_token_ids=[stop])
+        [text], [rounds] = run(shared, [prompt], options)
+        assert text == whole[: whole.index(stop) + 1]
+        counted += len(text)
+        if not last:
+            counted += min(32, len(prompt)) - 1
+        assert shared.drafter.shared.counts.sum(axis=0).tolist() == [counted] * 2
+        assert not any(stop in r.tokens[:-1] for r in rounds)
+        last.append(rounds[-1].tokens[-1:] == (stop,))
+    # Some ended with a draft that was accepted whole, and a token more behind it.
+    assert any(last)
 
 
 SMALL = {

@@ -319,7 +319,7 @@ def test_prompts_and_parameters_of_different_number(router):
 
 
 @pytest.mark.slow
-def test_small_memory_and_prompts_in_parts(folders, networks):
+def test_small_memory_and_prompts_in_parts(router, folders, networks):
     """Requests that wait, lose their memory and come back write the same texts."""
     from vllm.distributed.parallel_state import destroy_model_parallel
 
@@ -333,10 +333,10 @@ def test_small_memory_and_prompts_in_parts(folders, networks):
         "max_num_batched_tokens": 32,
         "disable_log_stats": False,
     }
-    router = EntropyRouter(
+    small = EntropyRouter(
         *map(str, folders), tau=2, small_options=tight, large_options=tight
     )
-    outputs = generate(router, PROMPTS, greedy(max_tokens=80))
+    outputs = generate(small, PROMPTS, greedy(max_tokens=80))
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         expected = write(networks, prompt, 80, 2)
         if expected.closest > TIE:
@@ -344,8 +344,15 @@ def test_small_memory_and_prompts_in_parts(folders, networks):
             assert output.switches == expected.switches
     preempted = [
         metric.value
-        for metric in router.llms[SMALL].get_metrics()
+        for metric in small.llms[SMALL].get_metrics()
         if metric.name == "vllm:num_preemptions"
     ]
     assert sum(preempted) > 0
-    router.shutdown()
+    sampled = [greedy(temperature=1.0, seed=seed, max_tokens=80) for seed in range(8)]
+    for one, two in zip(
+        generate(small, PROMPTS, sampled),
+        generate(router, PROMPTS, sampled),
+        strict=True,
+    ):
+        assert (one.token_ids, one.models) == (two.token_ids, two.models)
+    small.shutdown()

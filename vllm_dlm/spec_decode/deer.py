@@ -8,7 +8,7 @@ the paper (arXiv 2512.15176), whose code is not public.
 
 The paper computes the whole text in every round. Where a drafter's text does not see
 the masks behind it, its keys and values are final, and only what is new is computed:
-`context_of` says where. Pure: the vLLM side is `deer_proposer.py`.
+`why_not_cached` says where. Pure: the vLLM side is `deer_proposer.py`.
 """
 
 from __future__ import annotations
@@ -72,40 +72,45 @@ def check_drafter(hf_config: Any, num_masks: int) -> ModelDefaults:
     return defaults
 
 
-def context_of(
-    asked: Literal["auto", "recompute", "cached"],
-    defaults: ModelDefaults,
-    page_size: int,
-    shares_pages: bool,
-) -> Context:
+def why_not_cached(defaults: ModelDefaults, page_size: int, shares_pages: bool) -> str:
+    """Why a text's keys cannot be kept between rounds; "" where they can.
+
+    Args:
+        page_size: tokens in a KV page.
+        shares_pages: whether prefix caching is on.
+    """
+    block = defaults.block_length
+    if defaults.model_class == "A":
+        return (
+            "the drafter attends in both directions, so that all keys change with "
+            "every token and mask"
+        )
+    if defaults.model_class == "C":
+        return ""
+    if defaults.block_origin == "prompt":
+        return "the drafter's blocks are counted from the end of the text, which moves"
+    if shares_pages and page_size % block:
+        return (
+            f"the drafter's blocks of {block} tokens do not fill pages of {page_size}, "
+            "and prefix caching would share keys that depend on other tokens (set "
+            f"--block-size {np.lcm(page_size, block)} or --no-enable-prefix-caching)"
+        )
+    return ""
+
+
+def context_of(asked: Literal["auto", "recompute", "cached"], reason: str) -> Context:
     """How the drafter gets its keys and values of a text.
 
     Args:
         asked: the option; "auto" is "cached" wherever that gives the same drafts.
-        page_size: tokens in a KV page.
-        shares_pages: whether prefix caching is on.
+        reason: of `why_not_cached`.
 
     Raises:
         ValueError: "cached" would give other drafts; the message says why.
     """
-    block = defaults.block_length
-    reason = ""
-    if defaults.model_class == "A":
-        reason = (
-            "it attends in both directions, so all keys change with every token and "
-            "mask"
-        )
-    elif defaults.model_class == "B" and defaults.block_origin == "prompt":
-        reason = "its blocks are counted from the end of the text, which moves"
-    elif defaults.model_class == "B" and shares_pages and page_size % block:
-        reason = (
-            f"its blocks of {block} tokens do not fill pages of {page_size}, and "
-            "prefix caching would share keys that depend on other tokens (set "
-            f"--block-size {np.lcm(page_size, block)} or --no-enable-prefix-caching)"
-        )
     if asked == "cached" and reason:
         raise ValueError(
-            f"context 'cached' does not fit this drafter: {reason}. Use 'recompute', "
+            f"speculative method 'deer', context 'cached': {reason}. Use 'recompute', "
             "or leave it at 'auto'"
         )
     return "recompute" if reason or asked == "recompute" else "cached"

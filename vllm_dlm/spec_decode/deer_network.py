@@ -19,6 +19,7 @@ import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.utils import replace
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.platforms import current_platform
@@ -41,12 +42,14 @@ from vllm.v1.worker.utils import (
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.model_executor.segments import upload
 from vllm_dlm.plugin import ARCHITECTURES, load
-from vllm_dlm.spec_decode.deer import Plan, check_drafter, context_of
+from vllm_dlm.spec_decode.deer import Plan, check_drafter, context_of, why_not_cached
 from vllm_dlm.spec_decode.drafter import Drafter
 from vllm_dlm.spec_decode.options import Deer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 
 class DiffusionDrafter(Drafter):
@@ -67,12 +70,16 @@ class DiffusionDrafter(Drafter):
         check_declarations(draft.hf_config)
         _refuse_parallelism(vllm_config, draft)
         super().__init__(vllm_config, device, runner)
-        self.context = context_of(
-            self.options.context,
-            self.defaults,
-            vllm_config.cache_config.block_size,
-            bool(vllm_config.cache_config.enable_prefix_caching),
+        reason = self._why_not_cached(vllm_config.cache_config.block_size)
+        self.context = context_of(self.options.context, reason)
+        logger.info(
+            "DEER: %s drafts up to %d tokens at once; context %r%s",
+            draft.model,
+            self.num_speculative_tokens,
+            self.context,
+            f": {reason}." if reason else ".",
         )
+        self.vocab_size = draft.get_vocab_size()
         self.longest = min(self.max_model_len, draft.max_model_len)
         """Positions that the drafter knows."""
         self.most_rows = max(
@@ -141,16 +148,15 @@ class DiffusionDrafter(Drafter):
         if isinstance(spec, UniformTypeKVCacheSpecs):
             spec = spec.kv_cache_specs[min(self.layers)]
         # vLLM may have changed its mind about the size of pages since the start.
-        context_of(
-            "cached",
-            self.defaults,
-            spec.block_size,
-            bool(self.vllm_config.cache_config.enable_prefix_caching),
-        )
+        context_of("cached", self._why_not_cached(spec.block_size))
         kernel_block_size = (kernel_block_sizes or {self.kv_cache_gid: None})[
             self.kv_cache_gid
         ]
         self.draft_attn_groups = [self._attention_group(spec, kernel_block_size)]
+
+    def _why_not_cached(self, page_size: int) -> str:
+        shares_pages = bool(self.vllm_config.cache_config.enable_prefix_caching)
+        return why_not_cached(self.defaults, page_size, shares_pages)
 
     def _attention_group(
         self, spec: Any, kernel_block_size: int | None

@@ -6,11 +6,8 @@ What is computed is planned in `deer.py`; `deer_network.py` computes it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 import torch
-from vllm.logger import init_logger
 
 from vllm_dlm.model_executor.logits import tile_rows
 from vllm_dlm.model_executor.segments import ragged, upload
@@ -19,27 +16,9 @@ from vllm_dlm.spec_decode.deer_network import DiffusionDrafter
 from vllm_dlm.spec_decode.drafter import Batch, Drafts
 from vllm_dlm.spec_decode.sampling import draw_drafts
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-logger = init_logger(__name__)
-
 
 class DeerProposer(DiffusionDrafter):
     """Drafts k tokens in one denoising step of a diffusion model."""
-
-    def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, runner: Any
-    ) -> None:
-        super().__init__(vllm_config, device, runner)
-        self._vocab_size = self.draft_model_config.get_vocab_size()
-        logger.info(
-            "DEER: %s drafts up to %d tokens at once (class %s, context %s).",
-            self.draft_model_config.model,
-            self.num_speculative_tokens,
-            self.defaults.model_class,
-            self.context,
-        )
 
     def draft(self, batch: Batch) -> Drafts:
         """One denoising step for all requests, in as few forwards as rows allow."""
@@ -48,7 +27,7 @@ class DeerProposer(DiffusionDrafter):
         tokens: list[list[int]] = [[] for _ in batch.request_ids]
         probs = None
         if not batch.sampling.all_greedy and widths.any():
-            shape = (len(widths), int(widths.max()), self._vocab_size)
+            shape = (len(widths), int(widths.max()), self.vocab_size)
             probs = torch.zeros(shape, dtype=torch.float32, device=self.device)
         drawn = []
         for part in split((ends + widths - starts)[rows], self.most_rows):
@@ -100,7 +79,7 @@ class DeerProposer(DiffusionDrafter):
             rows: [R] rows of the batch, whose `widths` [R] add up to M.
         """
         mask_id = self.defaults.mask_token_id
-        step = tile_rows(self._vocab_size, hidden.dtype, hidden.device)
+        step = tile_rows(self.vocab_size, hidden.dtype, hidden.device)
         tiles = [slice(i, i + step) for i in range(0, len(hidden), step)]
         if probs is None:
             return torch.cat(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +30,10 @@ from vllm_dlm.spec_decode.del_exit import (
     top_token,
 )
 from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
-from vllm_dlm.spec_decode.options import Del
+from vllm_dlm.spec_decode.options import Del, request_limit
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 SUPPORTED = (
     "LlamaForCausalLM",
@@ -200,6 +203,9 @@ class DelProposer(Drafter):
         window = 1 if taught else PROMPT_WINDOW
         indices, expected, updates = [], [], []
         for row, request_id in enumerate(batch.request_ids):
+            parameters = batch.parameters[row]
+            if not request_limit(parameters.extra_args, self.num_speculative_tokens):
+                continue
             request = self.requests.setdefault(
                 request_id, Request(self.shared or self._new_statistics())
             )
@@ -211,9 +217,15 @@ class DelProposer(Drafter):
                 continue
             request.counted = end
             positions = np.arange(begin, end)
+            following = batch.token_ids[row, positions + 1]
+            # What was accepted behind the end of the text is no part of it.
+            ends = np.isin(following, _stop_ids(parameters))
+            ends &= positions >= prompt - 1
+            if ends.any():
+                positions = positions[: ends.argmax() + 1]
+                following = following[: len(positions)]
             indices.append(starts[row] + positions - first)
             # In a prompt the target's own prediction counts, not what was written.
-            following = batch.token_ids[row, positions + 1]
             expected.append(np.where(positions < prompt - 1, UNKNOWN, following))
             updates.append((request.statistics, len(positions), begin >= prompt))
         if not indices:
@@ -264,6 +276,7 @@ class DelProposer(Drafter):
             (row for row, choice in plan.items() if choice.length),
             key=lambda row: plan[row].exit,
         )
+        stops = {row: _stop_ids(batch.parameters[row]) for row in alive}
         newest = batch.next_token_ids[alive]
         step = 0
         while alive:
@@ -283,7 +296,11 @@ class DelProposer(Drafter):
             ):
                 drafts[row].append(token)
                 choice = plan[row]
-                if step < choice.length and not confidence < choice.threshold:
+                if (
+                    step < choice.length
+                    and not confidence < choice.threshold
+                    and token not in stops[row]
+                ):
                     going.append(place)
             alive = [alive[place] for place in going]
             newest = tokens[going]
@@ -359,3 +376,9 @@ class DelProposer(Drafter):
 
     def _new_statistics(self) -> ExitStatistics:
         return ExitStatistics(self.exits, self.options.decay)
+
+
+def _stop_ids(parameters: SamplingParams) -> list[int]:
+    """Tokens that end the request's text."""
+    end = parameters.eos_token_id  # None where the request ignores it
+    return [*(parameters.stop_token_ids or ()), *([] if end is None else [end])]

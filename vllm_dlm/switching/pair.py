@@ -109,10 +109,6 @@ def _engine_args(
     additional = {**(options.pop("additional_config", None) or {}), CONFIG_KEY: model}
     processors = [*(options.pop("logits_processors", None) or ()), CLASS_NAME]
     defaults: dict[str, Any] = {"served_model_name": [name]}
-    if current_platform.is_cpu():
-        # A seeded request whose prompt comes in parts ends a CPU engine of vLLM 0.32:
-        # it rewinds the random generator, which PyTorch's for the CPU cannot.
-        defaults["enable_chunked_prefill"] = False
     sized = ("gpu_memory_utilization", "kv_cache_memory_bytes")
     legacy_size = current_platform.is_cpu() and os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if not legacy_size and all(options.get(key) is None for key in sized):
