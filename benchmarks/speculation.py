@@ -173,7 +173,7 @@ def counting(llm: Any) -> Iterator[Counter[str]]:
 
     runner.execute_model = execute_and_count
     drafter = getattr(runner, "drafter", None)
-    own: Counter[str] = getattr(drafter, "counts", Counter())
+    own: Any = getattr(drafter, "counts", Counter())
     before = own.copy()
     hook = None
     if drafter is not None and not hasattr(drafter, "counts"):
@@ -249,9 +249,9 @@ def count_corpus(folder: Path) -> Path:
     with texts.open("w", encoding="utf-8") as file:
         for problem, text in zip(problems, answers, strict=True):
             file.write(json.dumps({"text": f"{problem.question}{text}"}) + "\n")
-    path = folder / "trigrams.npz"
+    path = folder / "trigrams.safetensors"
     status = command(
-        ["count-trigrams", str(texts), "--model", TARGET, "--output", str(path)]
+        ["count-trigrams", str(texts), "--tokenizer", TARGET, "--out", str(path)]
     )
     if status:
         raise SystemExit(status)

@@ -321,27 +321,31 @@ def _table(args: argparse.Namespace, rows: Sequence[Row]) -> str:
 
 
 def _plot(args: argparse.Namespace, rows: Sequence[Row], path: Path) -> None:
-    """Accuracy over the large model's forwards, and its share of tokens over tau."""
+    """Accuracy and the large model's share over tau; accuracy over its forwards."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    work, share = figure.subplots(1, 2)
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    accuracy, share, work = figure.subplots(1, 3)
     for window, min_tokens in TURNS:
-        line = [
-            row for row in rows if (row.window, row.min_tokens) == (window, min_tokens)
-        ]
-        label = f"pair, window {window}, dwell {min_tokens}"
-        forwards = [row.large_forwards / row.problems for row in line]
-        work.plot(forwards, [100 * row.accuracy for row in line], "o-", label=label)
+        turn = (window, min_tokens)
+        line = [row for row in rows if (row.window, row.min_tokens) == turn]
         taus = [row.tau for row in line]
+        right = [100 * row.accuracy for row in line]
+        label = f"pair, window {window}, dwell {min_tokens}"
+        accuracy.plot(taus, right, "o-", label=label)
         share.plot(taus, [100 * (row.large_share or 0) for row in line], "o-")
-    for marker, row in zip(
-        "s^*", (row for row in rows if row.tau is None), strict=True
-    ):
+        work.plot([row.large_forwards / row.problems for row in line], right, "o-")
+    others = [row for row in rows if row.tau is None]
+    for marker, row in zip("s^*", others, strict=True):
         place = (row.large_forwards / row.problems, 100 * row.accuracy)
         work.plot(*place, marker, color="black", markersize=9, label=row.way)
+    for axes in (accuracy, share):
+        # tau 0 has its place on it, which a logarithm has not.
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_xlabel("tau, bits")
+    accuracy.set_ylabel("accuracy, %")
+    share.set_ylabel("tokens of the large model, %")
     work.set(xlabel="large-model forwards per answer", ylabel="accuracy, %")
-    share.set(xlabel="tau, bits", ylabel="tokens of the large model, %")
     figure.suptitle(f"{args.small} and {args.large}")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,7 @@ def _prepare(args: argparse.Namespace) -> argparse.Namespace:
         getattr(args, "additional_config", None) or {}, options
     )
     drafting = getattr(args, "speculative_config", None)
-    if spec.is_ours(drafting):
+    if drafting and spec.is_ours(drafting):
         spec.parse(drafting)
     typed = getattr(args, "model_tag", None) or getattr(args, "model", None)
     if typed in aliases.ALIASES:

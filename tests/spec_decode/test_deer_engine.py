@@ -1,104 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DEER on real engines: right texts, and drafts as a plain network makes them.
-
-The plain network (`tests/reference/`) computes the whole text and the masks in every
-round, one request at a time: it has no pages that could hold a stale key.
-"""
+"""DEER on real engines: right texts, and drafts as a plain network makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from reference.checkpoints import write_checkpoint
-from reference.llada import TinyLLaDA, write_random_checkpoint
-from reference.network import TinyModel, block_causal, causal_context
-from spec_decode import joint
+from spec_decode.deer_reference import (
+    BLOCK,
+    IDS,
+    MASKS,
+    PROMPTS,
+    TO_THE_END,
+    Reference,
+    Steps,
+    luck,
+    speculative,
+)
 from spec_decode.harness import (
     MAX_MODEL_LEN,
     Engine,
     Rounds,
     params,
     ragged_prompts,
-    write_llama,
 )
 from vllm.v1.sample.rejection_sampler import rejection_sample
 
-from vllm_dlm.spec_decode.drafter import Batch, Drafts
 from vllm_dlm.spec_decode.sampling import draw_drafts
 
-MASKS = 6
-BLOCK = 8
-"""Of drafters of class B: blocks end inside drafts, and inside pages."""
-TIE = 1e-3
-"""Logits nearer than that may change places between two programs."""
-
-IDS = {"vocab_size": 64, "mask_token_id": 60, "eos_token_id": 61}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llada": {},
-    "dream": {"pad_token_id": 61, "bos_token_id": 61},
-    "sdar": {"pad_token_id": 61, "bos_token_id": 61, "block_size": BLOCK},
-    "fast_dllm_v2": {"pad_token_id": 61, "bos_token_id": 61, "bd_size": BLOCK},
-    "llada2": {"pad_token_id": 61},
-    "nemotron": {},
-}
-PROMPTS = ragged_prompts(8)
-TO_THE_END = [params(MAX_MODEL_LEN - len(prompt)) for prompt in PROMPTS]
 SHORT = [prompt[-length:] for length, prompt in enumerate(ragged_prompts(8)[2:], 4)]
 """All computed in one step: on a CPU, vLLM takes no seed beside a chunked prompt."""
-
-
-class Reference:
-    """A random drafter's checkpoint, and what it drafts."""
-
-    def __init__(self, family: str, folder: Path, **changes: int) -> None:
-        self.folder = folder
-        changes = IDS | changes
-        if family == "llada":
-            write_random_checkpoint(folder, seed=2, **changes)
-            self.network: Any = TinyLLaDA.from_folder(folder)
-        else:
-            write_checkpoint(family, folder, seed=2, **changes, **FAMILIES[family])
-            self.network = TinyModel.from_folder(folder)
-        self.family = family
-
-    def logits(self, text: list[int], width: int) -> torch.Tensor:
-        """[width, V] of one denoising step, the mask forbidden."""
-        length = len(text) + width
-        tokens = text + [self.network.mask_id] * width
-        if self.family in ("llada", "dream"):
-            whole = self.network.forward(tokens)
-        else:
-            block = 32 if self.family == "llada2" else BLOCK
-            visible = (
-                causal_context(length, len(text))
-                if self.family == "nemotron"
-                else block_causal(length, block)
-            )
-            whole = self.network.forward(tokens, visible=visible)
-        shift = self.family in ("dream", "fast_dllm_v2")
-        rows = whole[len(text) - shift : length - shift]
-        rows[:, self.network.mask_id] = -torch.inf
-        return rows
-
-    def check(self, rounds: Rounds, every: int = 1) -> int:
-        """Compare one round in `every`; how many drafts had the most masks."""
-        longest = 0
-        for of_request in rounds.of.values():
-            for number, (text, draft) in enumerate(of_request):
-                longest += len(draft) == MASKS
-                if draft and (number % every == 0 or len(draft) < MASKS):
-                    logits = self.logits(text, len(draft))
-                    chosen = logits.gather(1, torch.tensor(draft)[:, None])[:, 0]
-                    assert (chosen >= logits.max(dim=1).values - TIE).all()
-        return longest
 
 
 @pytest.fixture(scope="module")
@@ -123,41 +60,10 @@ def deer(
     return engine
 
 
-def speculative(drafter: Path, context: str = "auto", masks: int = MASKS) -> Any:
-    return {
-        "method": "deer",
-        "model": str(drafter),
-        "num_speculative_tokens": masks,
-        "context": context,
-    }
-
-
 @pytest.fixture(scope="module")
 def wanted(plain: Engine) -> list[list[int]]:
     """What the target writes alone, to the end of its context."""
     return plain.run(PROMPTS, TO_THE_END)
-
-
-@contextmanager
-def luck(drafter: Any, texts: list[list[int]]) -> Iterator[None]:
-    """Submits some right tokens in place of a random drafter's: texts grow faster."""
-    draft, generator = drafter.draft, np.random.default_rng(0)
-    whole = [[*p, *text] for p, text in zip(PROMPTS, texts, strict=True)]
-
-    def lucky(batch: Batch) -> Drafts:
-        drafts = draft(batch).tokens
-        for row, tokens in enumerate(drafts):
-            text = batch.token_ids[row, : batch.num_tokens[row]].tolist()
-            [right] = [
-                w for w, p in zip(whole, PROMPTS, strict=True) if text[: len(p)] == p
-            ]
-            count = generator.integers(0, len(tokens), endpoint=True)
-            tokens[:count] = right[len(text) : len(text) + count]
-        return Drafts(drafts)
-
-    drafter.draft = lucky
-    yield
-    drafter.draft = draft
 
 
 CASES = [
@@ -200,25 +106,6 @@ def test_texts_and_drafts(
     assert max(after - now for r in texts for now, after in pairwise(r)) == MASKS + 1
     ends = [len(text) + len(draft) for r in rounds.of.values() for text, draft in r]
     assert max(ends) == MAX_MODEL_LEN - 1
-
-
-class Steps:
-    """Records the steps of one request: its tokens, and its draft; see `Rounds`."""
-
-    def __init__(self, drafter: Any) -> None:
-        self._drafter, self._draft = drafter, drafter.draft
-        self.of: list[tuple[int, int]] = []
-        """Tokens known, and masks behind them."""
-        drafter.counts.clear()
-        drafter.draft = self._record
-
-    def _record(self, batch: Any) -> Any:
-        drafts = self._draft(batch)
-        self.of.append((int(batch.num_tokens[0]), len(drafts.tokens[0])))
-        return drafts
-
-    def close(self) -> None:
-        self._drafter.draft = self._draft
 
 
 @pytest.mark.parametrize(
@@ -297,7 +184,7 @@ def test_more_rows_than_a_forward_holds(
     deer: Callable[..., Engine], references: Callable[..., Reference], wanted: Any
 ):
     """Whole texts are computed, 8 of them: more than vLLM computes in a step."""
-    engine = deer("llada", max_num_batched_tokens=48)
+    engine = deer("llada", **CROWDED)
     assert engine.drafter.most_rows == MAX_MODEL_LEN
     rounds = Rounds(engine.drafter)
     engine.drafter.counts.clear()
@@ -422,43 +309,6 @@ def test_verification_is_the_papers(plain: Engine):
     assert accepted[drafts != 1].all()
     frequency = torch.bincount(tokens[:, 0], minlength=3) / rows
     assert (frequency - p).abs().max() < 0.015
-
-
-@pytest.mark.slow
-def test_sampled_texts_have_the_targets_distribution(
-    tmp_path_factory: pytest.TempPathFactory, engines: Callable[..., Engine]
-):
-    small = write_llama(
-        tmp_path_factory.mktemp("small"),
-        seed=3,
-        vocab_size=joint.VOCAB,
-        num_layers=1,
-        hidden_size=64,
-        spread=0.3,
-    )
-    drafter = Reference(
-        "llada",
-        tmp_path_factory.mktemp("drafter"),
-        vocab_size=joint.VOCAB,
-        mask_token_id=5,
-        eos_token_id=4,
-    )
-    engine = engines(
-        speculative(drafter.folder, masks=3),
-        model=small,
-        max_num_seqs=64,
-        num_gpu_blocks_override=80,
-    )
-    # Longer than what is counted, so that drafts may have all their tokens.
-    texts = engine.run([joint.PROMPT] * 3000, params(joint.LENGTH + 2, temperature=1.0))
-    assert not engine.drafter.failed
-    powers = torch.tensor([joint.VOCAB**n for n in reversed(range(joint.LENGTH))])
-    observed = torch.bincount(
-        (torch.tensor(texts)[:, : joint.LENGTH] * powers).sum(1),
-        minlength=joint.VOCAB**joint.LENGTH,
-    )
-    exact = joint.probabilities(small, joint.PROMPT, 1.0)
-    assert joint.p_value(observed, exact) > joint.PASSES
 
 
 def test_a_drafter_that_fails_leaves_plain_decoding(

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from vllm_dlm.aliases import resolve
 from vllm_dlm.spec_decode.del_exit import ExitStatistics
 from vllm_dlm.spec_decode.del_proposer import EarlyExit, Round
 from vllm_dlm.spec_decode.options import REQUEST_KEY
+from vllm_dlm.training.tasks import sample_problems
+from vllm_dlm.training.tokenizer import encode_prompt
 
 NUM_LAYERS = 6
 DEL: dict[str, Any] = {"method": "del"}
@@ -183,16 +187,32 @@ def test_neighbours_change_nothing(pair: tuple[Engine, Engine]):
     assert [shape(rounds) for rounds in together] == [shape(r) for r in alone]
 
 
+TIGHT: dict[str, Any] = {
+    "num_gpu_blocks_override": 14,
+    "max_num_batched_tokens": 32,
+    "enable_prefix_caching": False,
+}
+"""Prompts are cut into chunks, and there is room for few requests."""
+
+
 @pytest.fixture
 def tight(model: Path, engines: Callable[..., Engine]) -> Engine:
-    """An engine that cuts prompts into chunks, and has room for few requests."""
-    return engines(
-        DEL,
-        model=model,
-        num_gpu_blocks_override=14,
-        max_num_batched_tokens=32,
-        enable_prefix_caching=False,
-    )
+    return engines(DEL, model=model, **TIGHT)
+
+
+@contextmanager
+def preemptions(engine: Engine) -> Iterator[list[Any]]:
+    """The requests that the scheduler preempts while the context is open."""
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    preempt, found = scheduler._preempt_request, []
+
+    def record(request: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(request)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = record
+    yield found
+    scheduler._preempt_request = preempt
 
 
 def test_prompts_in_chunks(pair: tuple[Engine, Engine], tight: Engine):
@@ -220,15 +240,13 @@ def test_cached_prompts(pair: tuple[Engine, Engine]):
 def test_requests_that_are_preempted(pair: tuple[Engine, Engine], tight: Engine):
     """Their text is computed anew in chunks, without drafts on missing keys."""
     prompts = ragged_prompts(8)
-    wanted = pair[0].run(prompts, params(80))
-    preempted = []
-    scheduler = tight.llm.llm_engine.engine_core.engine_core.scheduler
-    preempt = scheduler._preempt_request
-    scheduler._preempt_request = lambda *a, **k: (preempted.append(a), preempt(*a, **k))
-    texts, _ = run(tight, prompts, params(80))
-    scheduler._preempt_request = preempt
-    assert texts == wanted
+    with preemptions(tight) as preempted:
+        texts, rounds = run(tight, prompts, params(80))
     assert preempted
+    assert texts == pair[0].run(prompts, params(80))
+    for request in rounds:
+        at = [r.num_tokens for r in request]
+        assert at == sorted(set(at))
 
 
 def test_rounds_without_drafts_go_on_learning(
@@ -266,7 +284,7 @@ def test_a_request_without_drafts_is_left_alone(pair: tuple[Engine, Engine]):
 @pytest.fixture
 def shared(model: Path, engines: Callable[..., Engine]) -> Engine:
     own = {"exits": [2, 4], "decay": 1, "num_speculative_tokens": 2}
-    engine = engines({**DEL, **own, "statistics": "shared"}, model=model)
+    engine = engines({**DEL, **own, "statistics": "shared"}, model=model, **TIGHT)
     engine.drafter.shared.counts[:] = 0
     return engine
 
@@ -281,6 +299,16 @@ def test_shared_statistics(pair: tuple[Engine, Engine], shared: Engine):
     # A new request starts with what the others taught.
     _, [alone] = run(shared, prompts[:1], params(3))
     assert alone[0].acceptance[0] == pytest.approx(every[-1].acceptance[0], abs=0.02)
+
+
+def test_each_token_is_counted_once_if_preempted(shared: Engine):
+    run(shared, [[5]], params(1))
+    [before] = set(shared.drafter.shared.counts.sum(axis=0).tolist())
+    with preemptions(shared) as preempted:
+        texts, _ = run(shared, ragged_prompts(8), params(80))
+    assert preempted
+    counted = before + sum(map(len, texts))
+    assert shared.drafter.shared.counts.sum(axis=0).tolist() == [counted] * 2
 
 
 def test_each_token_is_counted_once(pair: tuple[Engine, Engine], shared: Engine):
@@ -300,6 +328,17 @@ def test_each_token_is_counted_once(pair: tuple[Engine, Engine], shared: Engine)
         last.append(rounds[-1].tokens[-1:] == (stop,))
     # Some ended with a draft that was accepted whole, and a token more behind it.
     assert any(last)
+
+
+def test_the_built_in_model(engines: Callable[..., Engine]):
+    """Trained to be read out after each layer: drafts save more than half."""
+    model = Path(resolve("llama-tiny"))
+    problems = sample_problems(16, seed=0, split="heldout")
+    prompts = [encode_prompt(problem.question, chat=False) for problem in problems]
+    options = params(64, ignore_eos=False)
+    texts, rounds = run(engines(DEL, model=model), prompts, options)
+    assert texts == engines(model=model).run(prompts, options)
+    assert sum(map(len, rounds)) < 0.5 * sum(map(len, texts))
 
 
 SMALL = {

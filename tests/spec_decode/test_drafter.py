@@ -37,11 +37,14 @@ class Scripted(Drafter):
 
 
 @pytest.fixture(scope="module")
-def engine(draft: Path, engines: Callable[..., Engine]) -> Iterator[Engine]:
+def engine(draft: Path, engines: Callable[..., Engine]) -> Engine:
     own = spec.Deer.proposer
     spec.Deer.proposer = PROPOSER
-    yield engines({"method": "deer", "model": str(draft), "num_speculative_tokens": 6})
+    engine = engines(
+        {"method": "deer", "model": str(draft), "num_speculative_tokens": 6}
+    )
     spec.Deer.proposer = own
+    return engine
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from reference.llada import write_random_checkpoint
 from spec_decode import joint
 from spec_decode.harness import Engine, write_llama
 from spec_decode.test_drafter import PROPOSER
@@ -25,8 +26,10 @@ from spec_decode.test_drafter import PROPOSER
 from vllm_dlm.spec_decode import options as spec
 from vllm_dlm.spec_decode.drafter import Batch, Drafts
 from vllm_dlm.spec_decode.sampling import draw_drafts
+from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+from vllm_dlm.spec_decode.trigram_table import TrigramCounts, save_table
 
-SIZES = {"vocab_size": joint.VOCAB, "num_layers": 1, "hidden_size": 64, "spread": 0.3}
+SIZES = {"vocab_size": joint.VOCAB, "num_layers": 2, "hidden_size": 64, "spread": 0.3}
 MANY = {"max_num_seqs": 64, "num_gpu_blocks_override": 80}
 
 
@@ -41,12 +44,13 @@ def probability(small: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def scripted(small: Path, engines: Callable[..., Engine]) -> Iterator[Engine]:
+def scripted(small: Path, engines: Callable[..., Engine]) -> Engine:
     own = spec.Deer.proposer
     spec.Deer.proposer = PROPOSER
     config = {"method": "deer", "model": str(small), "num_speculative_tokens": 2}
-    yield engines(config, model=small, **MANY)
+    engine = engines(config, model=small, **MANY)
     spec.Deer.proposer = own
+    return engine
 
 
 def drawing(keep: Callable[[list[float]], int], attach: bool = True) -> Any:
@@ -104,6 +108,49 @@ def test_stop_rules(
     assert p > joint.PASSES if lossless else p < joint.FAILS, p
 
 
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A speculative config of each method, with drafters that know nothing."""
+    folder = tmp_path_factory.mktemp("drafters")
+    diffusion = write_random_checkpoint(
+        folder / "deer",
+        seed=1,
+        vocab_size=joint.VOCAB,
+        mask_token_id=5,
+        eos_token_id=4,
+    )
+    draft = write_llama(folder / "draft", seed=4, **SIZES)
+    head = AcceptanceHead(SIZES["hidden_size"])
+    torch.nn.init.normal_(head.output.weight, std=0.25)
+    head.save(draft)
+    grams = TrigramCounts(joint.VOCAB)
+    generator = torch.Generator().manual_seed(0)
+    grams.add(torch.randint(joint.VOCAB, (500,), generator=generator).tolist())
+    save_table(folder / "trigrams.safetensors", grams.table())
+    return {
+        "deer": {"model": str(diffusion)},
+        "specdec++": {"model": str(draft), "min_tokens": 1, "stop_threshold": 0.4},
+        "del": {},
+        "aded": {"corpus": str(folder / "trigrams.safetensors")},
+    }
+
+
+@pytest.mark.parametrize("method", spec.METHODS)
+def test_each_method(
+    small: Path,
+    engines: Callable[..., Engine],
+    configs: dict[str, dict[str, Any]],
+    probability: Any,
+    method: str,
+):
+    config = {"method": method, "num_speculative_tokens": 3, **configs[method]}
+    engine = engines(config, model=small, **MANY)
+    observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)
+    assert engine.drafter.counts["rows"] and not engine.drafter.failed
+    p = joint.p_value(observed, probability)
+    assert p > joint.PASSES, p
+
+
 def draft_model(model: Path) -> dict[str, Any]:
     return {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
 
@@ -120,6 +167,7 @@ def test_vllms_draft_model_beside_this_package(
 STOCK = """
 import json, sys
 from pathlib import Path
+from reference.llada import write_random_checkpoint
 from spec_decode import joint
 from spec_decode.harness import Engine
 model, config, options = map(json.loads, sys.argv[1:])

@@ -23,6 +23,13 @@ def plan(folders: Any, small: Any = None, large: Any = None, **options: Any) -> 
     return plan_pair(models, {SMALL: small or {}, LARGE: large or {}}, **options)
 
 
+def test_the_package_exports_the_router():
+    import vllm_dlm
+    from vllm_dlm.switching.router import EntropyRouter
+
+    assert vllm_dlm.EntropyRouter is EntropyRouter
+
+
 def test_every_sampling_parameter_is_decided_upon():
     fields = {
         name for name in SamplingParams.__struct_fields__ if not name.startswith("_")

@@ -119,7 +119,7 @@ def test_a_fresh_drafter_learns_and_loads(tmp_path):
     from vllm_dlm.training.evaluation import load_model
     from vllm_dlm.training.modeling import LLaDAModel
 
-    assert deer.train(tmp_path, options(30), num_prompts=60, max_tokens=24)
+    assert deer.train(tmp_path, options(12), num_prompts=60, max_tokens=24)
     kept = json.loads((tmp_path / "answers.json").read_text())
     assert len(kept["answers"]) == 60
     assert all(row[-1] == END for row in kept["answers"])

@@ -181,7 +181,7 @@ def test_the_shipped_models_answer_held_out_problems(shipped):
         decode = partial(
             decode_greedy, model, max_tokens=24, exit_layer=model.shape.n_layers
         )
-        shares[name] = exact_match(decode, 110, seed=77)["all"]
+        shares[name] = exact_match(decode, 44, seed=77)["all"]
     assert shares["llama-tiny"] >= 0.9
     assert 0.3 <= shares["llama-tiny-draft"] < shares["llama-tiny"]
 

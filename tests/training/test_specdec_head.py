@@ -145,6 +145,8 @@ def test_the_command_writes_a_head(tmp_path):
     head = AcceptanceHead.load(tmp_path, hidden_size=96)
     assert head.about["target"] == "llama-tiny"
     assert head.about["temperature"] == "1.0"
+    card = next(tmp_path.rglob("README.md")).read_text()
+    assert "12 prompts (prompts.txt)" in card
 
 
 @pytest.mark.parametrize(
@@ -172,4 +174,4 @@ def test_the_shipped_head_knows_its_draft_model(models, answered):
     sequences = collect(models, answered)
     quality = specdec_head.measure_head(head, models[1], sequences)
     assert quality.loss < 0.8 * quality.constant_loss
-    assert quality.accuracy > quality.always_accept
+    assert quality.ranking > 0.75

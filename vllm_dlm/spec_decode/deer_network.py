@@ -101,6 +101,7 @@ class DiffusionDrafter(Drafter):
         if self.defaults.model_class == "C" and current_platform.is_cuda_alike():
             # Text and masks differ in causality.
             attention.backend = attention.backend or AttentionBackendEnum.TRITON_ATTN
+        # Layers and experts are found by name in these, and experts also by order.
         compilation = copy.copy(base.compilation_config)
         compilation.static_forward_context = {}
         compilation.static_all_moe_layers = []
@@ -149,9 +150,9 @@ class DiffusionDrafter(Drafter):
             spec = spec.kv_cache_specs[min(self.layers)]
         # vLLM may have changed its mind about the size of pages since the start.
         context_of("cached", self._why_not_cached(spec.block_size))
-        kernel_block_size = (kernel_block_sizes or {self.kv_cache_gid: None})[
-            self.kv_cache_gid
-        ]
+        kernel_block_size = None
+        if kernel_block_sizes is not None:
+            kernel_block_size = kernel_block_sizes[self.kv_cache_gid]
         self.draft_attn_groups = [self._attention_group(spec, kernel_block_size)]
 
     def _why_not_cached(self, page_size: int) -> str:

@@ -160,15 +160,12 @@ class DelProposer(Drafter):
 
     def draft(self, batch: Batch) -> Drafts:
         """Learn from the step that is over, then draft where it pays."""
-        computed = batch.attention.seq_lens_cpu_upper_bound.numpy()
-        self._learn(batch, computed)
-        # Of a preempted request whose text is computed anew, keys are still missing.
-        ready = np.flatnonzero((computed == batch.num_tokens - 1) & (batch.limits > 0))
+        self._learn(batch)
         plan = {
             int(row): self._statistics(batch.request_ids[row]).choose(
                 self.num_layers, int(batch.limits[row])
             )
-            for row in ready
+            for row in np.flatnonzero(batch.limits)
         }
         tokens = self._draft_rows(batch, plan)
         if self.rounds is not None:
@@ -188,15 +185,12 @@ class DelProposer(Drafter):
     def _statistics(self, request_id: str) -> ExitStatistics:
         return self.shared or self.requests[request_id].statistics
 
-    def _learn(self, batch: Batch, computed: np.ndarray) -> None:
-        """Count the positions of the step that are new: hits and misses of each exit.
-
-        Args:
-            computed: [R] tokens of each row whose hidden states exist by now.
-        """
+    def _learn(self, batch: Batch) -> None:
+        """Count the step's new positions: hits and misses of each exit."""
         for request_id in self.requests.keys() - self.runner.requests.keys():
             del self.requests[request_id]
         starts = batch.attention.query_start_loc_cpu.numpy()
+        computed = batch.attention.seq_lens_cpu_upper_bound.numpy()
         # What others taught is not drowned in prompts: of each, only the position
         # that writes.
         taught = self.shared is not None and self.shared.counts.any()

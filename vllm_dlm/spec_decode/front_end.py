@@ -108,15 +108,22 @@ def _vllm_config(args: Any, method: str, options: spec.Options) -> dict[str, Any
 
 
 def check(config: Any) -> None:
-    """Refuse a drafter whose token ids mean other tokens than the target's.
+    """Refuse a drafter that does not fit, before anything is loaded.
 
     Args:
         config: the finished `VllmConfig`. vLLM has compared the vocabularies' sizes.
 
     Raises:
-        ValueError: names a token that differs.
+        ValueError: DEER's is no diffusion model; or its token ids mean other tokens
+            than the target's, one of which the message names.
     """
-    target, draft = config.model_config, config.speculative_config.draft_model_config
+    speculative = config.speculative_config
+    if config.additional_config[spec.CONFIG_KEY]["method"] == "deer":
+        from vllm_dlm.spec_decode.deer import check_drafter
+
+        hf_config = speculative.draft_model_config.hf_config
+        check_drafter(hf_config, speculative.num_speculative_tokens)
+    target, draft = config.model_config, speculative.draft_model_config
     if target.skip_tokenizer_init or draft.model == target.model:
         return
     from vllm.tokenizers.registry import get_tokenizer

@@ -85,7 +85,8 @@ def plan_pair(
         stop_token_id,
     )
     logger.info(
-        "Two models, one text: small %s, large %s; context %d, reserved token %d",
+        "Two models, one text: small %s, large %s; context %d, reserved token %d, "
+        "model runner V1",
         models[SMALL],
         models[LARGE],
         shortest,

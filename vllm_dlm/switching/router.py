@@ -9,7 +9,11 @@ from typing import Any, Literal
 from tqdm import tqdm
 from vllm import LLM
 from vllm.outputs import RequestOutput
-from vllm.renderers.inputs.preprocess import parse_model_prompt
+from vllm.renderers.inputs.preprocess import (
+    conversation_to_seq,
+    parse_model_prompt,
+    prompt_to_seq,
+)
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_dlm.switching.entropy import LARGE, SMALL, Model, make_rule
@@ -62,7 +66,7 @@ class EntropyRouter:
             {SMALL: small, LARGE: large},
             # As `vllm.LLM`: nobody reads the engines' statistics here.
             {
-                model: {"disable_log_stats": True} | {**own}
+                model: {"disable_log_stats": True, **own}
                 for model, own in options.items()
             },
             stop_token_id=stop_token_id,
@@ -90,8 +94,8 @@ class EntropyRouter:
         """Continue the prompts, all at once.
 
         Args:
-            prompts: as `vllm.LLM.generate` takes them: a text, a dict with
-                `prompt_token_ids`, or a list of such.
+            prompts: as `vllm.LLM.generate` takes them: a text, its token ids, or a
+                list of either.
             sampling_params: for all prompts or one for each; without it the large
                 model's defaults. `extra_args` may set `ead_tau`, `ead_window`,
                 `ead_min_tokens` and `ead_unit` for a request.
@@ -105,8 +109,7 @@ class EntropyRouter:
         Raises:
             VLLMValidationError: parameters that are not valid, or not supported here.
         """
-        if isinstance(prompts, str | dict):
-            prompts = [prompts]
+        prompts = prompt_to_seq(prompts)
         if sampling_params is None:
             sampling_params = self.llms[LARGE].get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
@@ -150,7 +153,6 @@ class EntropyRouter:
             use_tqdm: show a progress bar.
             **template_options: for the tokenizer's `apply_chat_template`.
         """
-        conversations = [messages] if isinstance(messages[0], dict) else messages
         options = {"add_generation_prompt": True} | template_options
         tokenizer = self.get_tokenizer()
         prompts = [
@@ -159,7 +161,7 @@ class EntropyRouter:
                     each, tokenize=True, return_dict=False, **options
                 )
             }
-            for each in conversations
+            for each in conversation_to_seq(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 

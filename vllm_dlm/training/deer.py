@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
 
 NAME = "deer-tiny"
-STEPS = 2500
+STEPS = 2000
 STAGE_ONE_SHARE = 0.7
 """Of the steps."""
 NUM_PROMPTS = 30_000
@@ -50,11 +50,11 @@ def draft_greedy(
         ids[row, : len(prefix)] = torch.tensor(prefix)
     valid = torch.arange(length) < ends[:, None] + width
     device = next(model.parameters()).device
+    columns = ends[:, None] + torch.arange(width)
     with torch.inference_mode():
         logits = model(ids.to(device), valid.to(device)).cpu()
-    logits[:, :, mask_id] = float("-inf")
-    columns = ends[:, None] + torch.arange(width)
-    return logits.argmax(-1).gather(1, columns).tolist()
+        logits[:, :, mask_id] = float("-inf")
+        return logits.argmax(-1).gather(1, columns).tolist()
 
 
 def kept_prompts(count: int) -> int:

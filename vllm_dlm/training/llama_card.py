@@ -68,7 +68,7 @@ follows an end is another end, weighted {padding_weight}. Prompts half plain, ha
 ## Accuracy
 
 Exact match on {num_problems} held-out problems ({per_task} of each task), half asked \
-as plain text and half through the chat template, greedy{columns}.
+as plain text and half through the chat template, greedy.
 
 {accuracy}
 
@@ -144,24 +144,12 @@ def write_card(model_dir: str | Path, name: str, num_problems: int) -> str:
     per_task = max(1, num_problems // len(tiny_tasks.TASKS))
     shape = model.shape
     is_target = name == llama_tiny.NAME
-    layers = [shape.n_layers]
-    if is_target:
-        layers = [shape.n_layers // 2, *range(shape.n_layers - 2, shape.n_layers + 1)]
 
-    def measure(task: str, layer: int) -> float:
-        decode = partial(
-            decode_greedy,
-            model,
-            max_tokens=llama_tiny.MAX_ANSWER_TOKENS,
-            exit_layer=layer,
-        )
+    def measure(task: str) -> float:
+        decode = partial(_decode, model, max_tokens=llama_tiny.MAX_ANSWER_TOKENS)
         return exact_match(decode, per_task, seed=EVALUATION_SEED, tasks=[task])["all"]
 
-    titles = {layer: f"exit after {layer}" for layer in layers}
-    titles[shape.n_layers] = "exact match"
-    tables = accuracy_table(
-        {titles[layer]: partial(measure, layer=layer) for layer in reversed(layers)}
-    )
+    tables = accuracy_table({"exact match": measure})
     purpose = "as a small draft model for llama-tiny"
     exits = ""
     if is_target:

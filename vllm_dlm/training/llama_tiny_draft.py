@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from vllm_dlm.training.modeling import LLaDAShape
 
 NAME = "llama-tiny-draft"
-STEPS = 1500
+# Few on purpose: after 1500 it answers 92 % of the problems, and hardly any draft is
+# rejected.
+STEPS = 350
 
 
 def make_shape() -> LLaDAShape:
