@@ -38,12 +38,12 @@ class Scripted(Drafter):
 
 @pytest.fixture(scope="module")
 def engine(draft: Path, engines: Callable[..., Engine]) -> Engine:
-    own = spec.Deer.proposer
-    spec.Deer.proposer = PROPOSER
+    own = spec.SpecDecPlusPlus.proposer
+    spec.SpecDecPlusPlus.proposer = PROPOSER
     engine = engines(
-        {"method": "deer", "model": str(draft), "num_speculative_tokens": 6}
+        {"method": "specdec++", "model": str(draft), "num_speculative_tokens": 6}
     )
-    spec.Deer.proposer = own
+    spec.SpecDecPlusPlus.proposer = own
     return engine
 
 

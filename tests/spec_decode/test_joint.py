@@ -45,11 +45,11 @@ def probability(small: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def scripted(small: Path, engines: Callable[..., Engine]) -> Engine:
-    own = spec.Deer.proposer
-    spec.Deer.proposer = PROPOSER
-    config = {"method": "deer", "model": str(small), "num_speculative_tokens": 2}
+    own = spec.SpecDecPlusPlus.proposer
+    spec.SpecDecPlusPlus.proposer = PROPOSER
+    config = {"method": "specdec++", "model": str(small), "num_speculative_tokens": 2}
     engine = engines(config, model=small, **MANY)
-    spec.Deer.proposer = own
+    spec.SpecDecPlusPlus.proposer = own
     return engine
 
 

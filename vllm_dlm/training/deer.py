@@ -115,6 +115,7 @@ def train(
     import torch
     import torch.nn.functional as F
 
+    from vllm_dlm.aliases import resolve
     from vllm_dlm.training.acceptance import measure_acceptance
     from vllm_dlm.training.export import export, export_like
     from vllm_dlm.training.teacher import (
@@ -182,7 +183,7 @@ def train(
     if done and drafter is None:
         export(model, output_dir)
     elif done and drafter is not None:
-        export_like(model, drafter, output_dir)
+        export_like(model, resolve(drafter), output_dir)
     return done
 
 
