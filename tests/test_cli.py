@@ -256,7 +256,7 @@ def test_tools_are_imported_only_when_chosen(monkeypatch, capsys):
         add_arguments=add_arguments, run=lambda args: ran.append(args.steps)
     )
     monkeypatch.setitem(sys.modules, "fake_tool", module)
-    monkeypatch.setattr(cli, "TRAINABLE", {"llada-tiny": "fake_tool"})
+    monkeypatch.setattr(cli, "TRAINABLE", {"llada-tiny": ("fake_tool", "it")})
     monkeypatch.setattr(cli, "TOOLS", {"traces": ("no_such_tool", "none")})
     assert cli.main(["train", "llada-tiny", "--steps", "5"]) == 0
     assert ran == [5]

@@ -27,13 +27,26 @@ The commands below show what there is, check the installation, and train.
 """
 
 TRAINABLE = {
-    "llada-tiny": "vllm_dlm.training.llada_tiny",
-    "llama-tiny": "vllm_dlm.training.llama_tiny",
-    "llama-tiny-draft": "vllm_dlm.training.llama_tiny_draft",
-    "deer": "vllm_dlm.training.deer",
-    "specdec-head": "vllm_dlm.training.specdec_head",
+    "llada-tiny": ("vllm_dlm.training.llada_tiny", "the built-in diffusion model"),
+    "llama-tiny": (
+        "vllm_dlm.training.llama_tiny",
+        "the built-in autoregressive model, for speculative decoding",
+    ),
+    "llama-tiny-draft": (
+        "vllm_dlm.training.llama_tiny_draft",
+        "the built-in draft model of llama-tiny",
+    ),
+    "deer": (
+        "vllm_dlm.training.deer",
+        "a diffusion drafter for an autoregressive model (method deer)",
+    ),
+    "specdec-head": (
+        "vllm_dlm.training.specdec_head",
+        "the acceptance head of a draft model (method specdec++)",
+    ),
 }
-"""What `vllm-dlm train` trains -> module with `add_arguments` and `run`."""
+"""What `vllm-dlm train` trains -> module with `add_arguments` and `run`, and a
+summary."""
 
 TOOLS = {
     "bench": (
@@ -132,8 +145,9 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         "autoregressive model; an interrupted run resumes.",
     )
     trainable = train.add_subparsers(metavar="MODEL", required=True)
-    for name, module in TRAINABLE.items():
-        _add_tool(trainable, name, module, f"train {name}", argv[:2] == ["train", name])
+    for name, (module, summary) in TRAINABLE.items():
+        is_chosen = argv[:2] == ["train", name]
+        _add_tool(trainable, name, module, f"train {summary}", is_chosen)
     for name, (module, summary) in TOOLS.items():
         if find_spec(module) is not None:
             _add_tool(commands, name, module, summary, argv[:1] == [name])

@@ -223,6 +223,7 @@ def test_prompts_in_chunks(pair: tuple[Engine, Engine], tight: Engine):
     wanted, [whole] = run(pair[1], [prompt], params(40))
     assert texts == wanted == pair[0].run([prompt], params(40))
     assert shape(rounds) == shape(whole)
+    assert rounds[0].acceptance == pytest.approx(whole[0].acceptance, rel=1e-9)
 
 
 def test_cached_prompts(pair: tuple[Engine, Engine]):

@@ -181,6 +181,28 @@ def test_refusals(tmp_path, arguments, message):
         deer.train(tmp_path, options(1), num_prompts=4, **arguments)
 
 
+@pytest.mark.parametrize("name", ["deer", "llama-tiny-draft"])
+def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
+    from vllm_dlm import cli
+
+    command = ["train", name, "--output-dir", str(tmp_path)]
+    assert cli.main([*command, "--num-problems", "0"]) == 2
+    assert "--num-problems must be above 0" in capsys.readouterr().err
+    assert cli.main([*command, "--skip-training"]) == 2
+    assert "has no training.pt" in capsys.readouterr().err
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    from vllm_dlm.training.teacher import check_same_vocabulary
+
+    tiny_tokenizer.save_tokenizer(tmp_path)
+    check_same_vocabulary("llama-tiny", str(tmp_path))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"Ada"', '"Adele"'))
+    with pytest.raises(ValueError, match="have different vocabularies"):
+        check_same_vocabulary("llama-tiny", str(tmp_path))
+
+
 def test_prompts_of_a_file(tmp_path):
     from vllm_dlm.training.teacher import load_prompts, load_tokenizer
 

@@ -24,10 +24,11 @@ class Acceptance:
     accepted: int
     tokens: int
     """Of all answers, their ends included."""
+    answers: int
 
     @property
     def accepted_per_round(self) -> float:
-        return self.accepted / self.rounds
+        return self.accepted / self.rounds if self.rounds else 0.0
 
     @property
     def share_accepted(self) -> float:
@@ -38,8 +39,6 @@ class Acceptance:
     def tokens_per_forward(self) -> float:
         """Tokens per forward of the target, those that read the prompts included."""
         return self.tokens / (self.rounds + self.answers)
-
-    answers: int
 
 
 def measure_acceptance(

@@ -276,7 +276,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, export, measure the acceptance and write the model card."""
     from vllm_dlm.training.llama_card import write_drafter_card
+    from vllm_dlm.training.llama_tiny import check_shared_arguments
 
+    check_shared_arguments(args)
     done = args.skip_training or train(
         args.output_dir,
         LoopOptions.from_args(args),

@@ -150,7 +150,10 @@ def write_card(model_dir: str | Path, name: str, num_problems: int) -> str:
         return exact_match(decode, per_task, seed=EVALUATION_SEED, tasks=[task])["all"]
 
     tables = accuracy_table({"exact match": measure})
-    purpose = "as a small draft model for llama-tiny"
+    purpose = (
+        "as a small draft model for llama-tiny, undertrained on purpose: otherwise "
+        "hardly any of its drafts would be rejected"
+    )
     exits = ""
     if is_target:
         purpose = "as the target of its tests and examples of speculative decoding"
@@ -238,6 +241,7 @@ def write_drafter_card(args: argparse.Namespace) -> str:
     model = load_model(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     state = torch.load(folder / "training.pt", weights_only=True)
+    kept = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     target = load_causal_lm(args.target, args.device)
     if args.prompts is None:
         prompts = _held_out_prompts(args.num_problems)
@@ -264,6 +268,8 @@ def write_drafter_card(args: argparse.Namespace) -> str:
         command += f" --target {args.target}"
     if args.drafter is not None:
         command += f" --drafter {args.drafter}"
+    if args.prompts is not None:
+        command += f" --prompts {Path(args.prompts).name}"
     shape = model.shape
     steps = state["step"]
     card = _HEAD.format(
@@ -287,7 +293,7 @@ def write_drafter_card(args: argparse.Namespace) -> str:
         minutes=state["seconds"] / 60,
         mlp=shape.mlp_hidden_size,
         num_problems=len(prompts),
-        num_prompts=args.num_prompts,
+        num_prompts=len(kept["prompts"]),
         refining=steps - round(deer.STAGE_ONE_SHARE * steps),
         rows=deer_data.BATCH_ROWS,
         rows_of_table="\n".join(lines),

@@ -191,6 +191,23 @@ def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: str) -> No
     )
 
 
+def check_shared_arguments(args: argparse.Namespace) -> None:
+    """Refuse shared arguments that would fail after the training only.
+
+    Raises:
+        ValueError: no problems, or no trained model where there has to be one.
+    """
+    if args.num_problems < 1:
+        raise ValueError(f"--num-problems must be above 0, not {args.num_problems}")
+    folder = Path(args.output_dir)
+    files = ("training.pt", "model.safetensors")
+    if args.skip_training and not all((folder / name).is_file() for name in files):
+        raise ValueError(
+            f"--skip-training: {folder} has no {' and '.join(files)}; leave the option "
+            "out to train the model"
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vllm-dlm train llama-tiny`."""
     add_shared_arguments(parser, NAME)
@@ -207,6 +224,7 @@ def train_and_describe(
     args: argparse.Namespace, *, name: str, shape: LLaDAShape, exit_weight: float
 ) -> None:
     """Train a causal model, export it, evaluate it and write its card."""
+    check_shared_arguments(args)
     done = args.skip_training or train(
         args.output_dir,
         LoopOptions.from_args(args),

@@ -68,7 +68,7 @@ def load_causal_lm(model: str, device: str = "cpu") -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{model} is not an autoregressive model that transformers can load: "
-            f"{error}"
+            f"{str(error).splitlines()[0]}"
         ) from error
     loaded = loaded.requires_grad_(False).eval()
     try:
