@@ -122,7 +122,8 @@ def settings(fixed: Sequence[int], corpus: Path) -> list[Setting]:
             )
             for k in (8, 32)
         ),
-        Setting("del", "", {"method": "del"}),
+        Setting("del", "request", {"method": "del"}),
+        Setting("del", "shared", {"method": "del", "statistics": "shared"}),
         Setting("aded", "own text", {"method": "aded"}),
         Setting("aded", "corpus", {"method": "aded", "corpus": str(corpus)}),
     ]

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from spec_decode import joint
 from spec_decode.harness import (
     MAX_MODEL_LEN,
     Engine,
     params,
     ragged_prompts,
-    write_llama,
 )
 
 from vllm_dlm.spec_decode.trigram_table import TrigramCounts, save_table
@@ -155,35 +152,3 @@ def test_a_corpus_that_does_not_fit_is_refused(
         save_table(path, counts.table())
     with pytest.raises(ValueError, match=f"{message}.*count-trigrams"):
         Engine(target, {"method": "aded", "corpus": str(path)})
-
-
-@pytest.mark.slow
-def test_sampled_texts_have_the_targets_distribution(
-    engines: Callable[..., Engine], tmp_path: Path
-):
-    sizes = {"vocab_size": joint.VOCAB, "num_layers": 1, "hidden_size": 64}
-    model = write_llama(tmp_path / "model", seed=3, spread=0.3, **sizes)
-    counts = TrigramCounts(joint.VOCAB)
-    counts.add(torch.randint(joint.VOCAB, (500,)).tolist())
-    save_table(tmp_path / "trigrams", counts.table())
-    engine = engines(
-        {
-            "method": "aded",
-            "num_speculative_tokens": 2,
-            "corpus": str(tmp_path / "trigrams"),
-        },
-        model=model,
-        max_num_seqs=64,
-        num_gpu_blocks_override=80,
-    )
-    # Two tokens more than are looked at: drafts of two reach to the last of them.
-    sampling = params(joint.LENGTH + 2, temperature=1.0)
-    texts = torch.tensor(engine.run([joint.PROMPT] * joint.SAMPLES, sampling))
-    assert engine.drafter.counts["tokens"] > joint.SAMPLES
-    powers = torch.tensor([joint.VOCAB**n for n in reversed(range(joint.LENGTH))])
-    observed = torch.bincount(
-        (texts[:, : joint.LENGTH] * powers).sum(1),
-        minlength=joint.VOCAB**joint.LENGTH,
-    )
-    exact = joint.probabilities(model, joint.PROMPT, temperature=1.0)
-    assert joint.p_value(observed, exact) > joint.PASSES

@@ -29,11 +29,11 @@ from vllm_dlm.spec_decode.del_exit import (
     resolve_exits,
     top_token,
 )
-from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
+from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts, stop_ids
 from vllm_dlm.spec_decode.options import Del, request_limit
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    pass
 
 SUPPORTED = (
     "LlamaForCausalLM",
@@ -213,7 +213,7 @@ class DelProposer(Drafter):
             positions = np.arange(begin, end)
             following = batch.token_ids[row, positions + 1]
             # What was accepted behind the end of the text is no part of it.
-            ends = np.isin(following, _stop_ids(parameters))
+            ends = np.isin(following, list(stop_ids(parameters)))
             ends &= positions >= prompt - 1
             if ends.any():
                 positions = positions[: ends.argmax() + 1]
@@ -270,7 +270,7 @@ class DelProposer(Drafter):
             (row for row, choice in plan.items() if choice.length),
             key=lambda row: plan[row].exit,
         )
-        stops = {row: _stop_ids(batch.parameters[row]) for row in alive}
+        stops = {row: stop_ids(batch.parameters[row]) for row in alive}
         newest = batch.next_token_ids[alive]
         step = 0
         while alive:
@@ -370,9 +370,3 @@ class DelProposer(Drafter):
 
     def _new_statistics(self) -> ExitStatistics:
         return ExitStatistics(self.exits, self.options.decay)
-
-
-def _stop_ids(parameters: SamplingParams) -> list[int]:
-    """Tokens that end the request's text."""
-    end = parameters.eos_token_id  # None where the request ignores it
-    return [*(parameters.stop_token_ids or ()), *([] if end is None else [end])]

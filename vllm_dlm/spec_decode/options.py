@@ -163,7 +163,9 @@ class Del(Options):
     )
     statistics: Literal["request", "shared"] = Field(
         default="request",
-        description="Whether each request learns its own exit, or all learn one.",
+        description="Whether each request learns its own exit, or all learn one, "
+        "which is better where texts are short. Then drafts depend on neighbours, and "
+        "with them what a seed draws at temperature > 0.",
     )
 
 
@@ -192,13 +194,13 @@ class Aded(Options):
     increment: Number = Field(
         default=0.04, ge=0, le=3, description="Weight that they gain per round."
     )
-    cap: Number = Field(default=3.0, gt=0, le=1e6, description="Most that one weighs.")
+    cap: Number = Field(default=3.0, ge=1, le=1e6, description="Most that one weighs.")
     iterations: Count = Field(
-        default=150, ge=1, le=100_000, description="Of the tree search, per round."
+        default=150, ge=1, le=10_000, description="Of the tree search, per round."
     )
     depth: Count = Field(default=4, ge=1, le=64, description="Of the search tree.")
     top_k: Count = Field(
-        default=24, ge=1, le=1024, description="Successors of a node that are searched."
+        default=24, ge=1, le=128, description="Successors of a node that are searched."
     )
     seed: Count = Field(default=0, ge=0, description="Of the search's roll-outs.")
 

@@ -19,13 +19,12 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
+from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts, stop_ids
 from vllm_dlm.spec_decode.options import SpecDecPlusPlus
 from vllm_dlm.spec_decode.sampling import draw_drafts
 from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead, StopRule
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
@@ -76,7 +75,7 @@ class SpecDecPlusPlusProposer(Drafter):
         tokens: list[list[int]] = [[] for _ in batch.limits]
         if not batch.limits.any():
             return Drafts(tokens)
-        stop_ids = [_stop_ids(parameters) for parameters in batch.parameters]
+        ends = [stop_ids(parameters) for parameters in batch.parameters]
         draws = _Draws(batch, self.device)
         limits = torch.from_numpy(batch.limits).to(self.device)
         rows = np.flatnonzero(batch.limits)
@@ -90,7 +89,7 @@ class SpecDecPlusPlusProposer(Drafter):
             going = self.rule.goes_on(accepted, drafted, limits).cpu().numpy()
             for at, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
                 tokens[row].append(token)
-                going[at] &= token not in stop_ids[row]
+                going[at] &= token not in ends[row]
             if not going.any():
                 break
             if not going.all():
@@ -235,11 +234,3 @@ class _Draws:
         for step, (index, drawn_from) in enumerate(self._steps):
             probs[index, step] = drawn_from
         return probs
-
-
-def _stop_ids(parameters: SamplingParams) -> set[int]:
-    """Tokens that end a request: a draft beyond one of them would be wasted."""
-    stop_ids = set(parameters.stop_token_ids or ())
-    if parameters.eos_token_id is not None:  # None where it is to be ignored
-        stop_ids.add(parameters.eos_token_id)
-    return stop_ids
