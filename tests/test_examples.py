@@ -3,6 +3,7 @@
 
 import ast
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -52,6 +53,16 @@ def test_offline():
     for prompt in ("Sort [Eva, Dan, Ada]", "Add 27+15"):
         assert f"{prompt} -> " in printed
     assert printed.count(" forwards)") == 3
+
+
+@pytest.mark.slow
+def test_speculative():
+    printed = run(sys.executable, ROOT / "examples/speculative.py")
+    assert "Sort [Noah, Finn, Jack, Ben] -> [Ben, Finn, Jack, Noah]" in printed
+    drafted, plain = re.findall(r"^Add 57\+22 -> (.*)$", printed, flags=re.M)
+    assert drafted == plain and drafted.endswith("79")
+    [(drafts, accepted)] = re.findall(r"(\d+) drafts, (\d+) tokens", printed)
+    assert int(accepted) > 2 * int(drafts) > 0
 
 
 # -- Ray ------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from spec_decode.harness import Engine, params, write_llama
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from vllm_dlm.aliases import resolve
 from vllm_dlm.spec_decode import options as spec
 
 
@@ -94,6 +97,24 @@ def test_a_vocabulary_of_another_size_is_refused(target: Path, tmp_path: Path):
     other = write_llama(tmp_path, seed=5, num_layers=1, vocab_size=96)
     with pytest.raises(ValueError, match="vocab"):
         start(target, {"method": "deer", "model": str(other)})
+
+
+def test_a_tokenizer_of_the_same_size_with_other_ids_is_refused(tmp_path: Path):
+    drafter = tmp_path / "drafter"
+    shutil.copytree(resolve("llama-tiny-draft"), drafter)
+    file = drafter / "tokenizer.json"
+    text = file.read_text(encoding="utf-8")
+    swapped = {"Ada": "Amir", "Amir": "Ada"}
+    file.write_text(
+        re.sub(r'"(Ada|Amir)":', lambda found: f'"{swapped[found[1]]}":', text),
+        encoding="utf-8",
+    )
+    with pytest.raises(ValueError, match="token 'A.*' is .* for the target and"):
+        start(
+            Path(resolve("llama-tiny")),
+            {"method": "specdec++", "model": str(drafter)},
+            skip_tokenizer_init=False,
+        )
 
 
 def test_a_diffusion_model_is_no_target():
