@@ -13,8 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
-# At a time; with --dist loadgroup those of a folder stay in one process, and share
-# engines. A GPU's memory is for one.
+# At a time; the tests of a folder stay in one, and share engines (tests/conftest.py).
+# A GPU's memory is for one.
 TEST_PROCESSES ?= $(if $(filter cuda,$(DEVICE)),1,2)
 
 # cuda where a GPU answers, cpu elsewhere; `make DEVICE=cpu ...` overrides.
@@ -138,7 +138,7 @@ demo: env
 	@$(BIN)/python -m vllm_dlm.demo
 
 test: dev
-	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 test-slow: dev
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -2,7 +2,7 @@
 """Settings and marks for all tests. Nothing heavy is imported until a test needs it."""
 
 import os
-from pathlib import Path
+from typing import Any
 
 # vLLM reads these when it is imported: an engine in this process, a small KV cache,
 # no network, no usage report. What the caller has set already stays.
@@ -12,6 +12,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One of several processes: idle threads that spin would take the others' cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 
@@ -20,17 +24,25 @@ from hypothesis import settings
 settings.register_profile("vllm-dlm", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("vllm-dlm")
 
-TESTS = Path(__file__).parent
 GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes (`make test`), a folder's stay together.
+
+    They share engines and servers.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path.removeprefix("tests/").partition("/")[0]
+
+    return ByFolder(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        # Where tests run in several processes (`make test`), those of a folder stay
-        # together: they share engines and servers.
-        group = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group(group))
     marked = [item for item in items if any(map(item.get_closest_marker, GPUS_NEEDED))]
     if not marked:
         return
