@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from benchmarks.speculation import TARGET, counting, engine
+from benchmarks.answers import TARGET, engine
+from benchmarks.speculation import counting
 from benchmarks.strategies import hardware
 from vllm_dlm.aliases import resolve
 from vllm_dlm.bench.report import check_plotting

@@ -2,14 +2,14 @@
 """Compare ways to draft for an autoregressive model: forwards saved, work done, time.
 
 The built-in llama-tiny answers held-out questions, greedily unless told otherwise:
-plain, with vLLM's own methods at fixed lengths, and with ours. Counts do not depend on
-the machine but for rounding; seconds do.
+plain, with vLLM's own methods at fixed lengths, and with ours. With --model, a model of
+yours answers the questions of a file, as chats, with the methods that need no drafter.
+Counts do not depend on the machine but for rounding; seconds do.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -24,17 +24,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.answers import (
+    Config,
+    Workload,
+    answer,
+    built_in,
+    count_corpus,
+    engine,
+    from_file,
+)
 from benchmarks.strategies import hardware
 from vllm_dlm.aliases import resolve
-from vllm_dlm.training.tasks import Problem, sample_problems
 
-ROOT = Path(__file__).resolve().parents[1]
-TARGET, DRAFT, DEER = "llama-tiny", "llama-tiny-draft", "deer-tiny"
-MAX_TOKENS = 64
-CORPUS_ANSWERS = 2000
-"""Answers of the target to training questions, for ADED's table of tri-grams."""
-
-Config = dict[str, Any]
+DRAFT, DEER = "llama-tiny-draft", "deer-tiny"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Row:
     method: str
     label: str
     problems: int
-    right: int
+    right: int | None
     same: int
     """Answers that equal those of plain decoding, token by token."""
     tokens: int
@@ -80,9 +82,8 @@ class Row:
         return accepted / self.drafted if self.drafted else 0.0
 
 
-def settings(fixed: Sequence[int], corpus: Path) -> list[Setting]:
+def settings(fixed: Sequence[int], corpus: Path, has_drafters: bool) -> list[Setting]:
     """All that is compared; `fixed` are lengths of vLLM's own methods."""
-    draft = resolve(DRAFT)
     return [
         Setting("plain", "", None),
         *(
@@ -98,6 +99,16 @@ def settings(fixed: Sequence[int], corpus: Path) -> list[Setting]:
             )
             for k in fixed
         ),
+        *(with_drafters(fixed) if has_drafters else ()),
+        Setting("aded", "own text", {"method": "aded"}),
+        Setting("aded", "corpus", {"method": "aded", "corpus": str(corpus)}),
+    ]
+
+
+def with_drafters(fixed: Sequence[int]) -> list[Setting]:
+    """What needs a drafter, or exits, that llama-tiny has."""
+    draft = resolve(DRAFT)
+    return [
         *(
             Setting(
                 "draft_model",
@@ -112,7 +123,7 @@ def settings(fixed: Sequence[int], corpus: Path) -> list[Setting]:
                 f"stop {threshold}",
                 {"method": "specdec++", "model": DRAFT, "stop_threshold": threshold},
             )
-            for threshold in (0.3, 0.5, 0.7)
+            for threshold in (0.5, 0.7, 0.9)
         ),
         *(
             Setting(
@@ -124,33 +135,7 @@ def settings(fixed: Sequence[int], corpus: Path) -> list[Setting]:
         ),
         Setting("del", "request", {"method": "del"}),
         Setting("del", "shared", {"method": "del", "statistics": "shared"}),
-        Setting("aded", "own text", {"method": "aded"}),
-        Setting("aded", "corpus", {"method": "aded", "corpus": str(corpus)}),
     ]
-
-
-@contextmanager
-def engine(config: Config | None, requests: int, **options: Any) -> Iterator[Any]:
-    """An engine in this process, where its parts can be counted."""
-    from vllm import LLM
-    from vllm.distributed.parallel_state import destroy_model_parallel
-
-    destroy_model_parallel()
-    llm = LLM(
-        options.pop("model", None) or resolve(TARGET),
-        speculative_config=config,
-        max_num_seqs=requests,
-        enforce_eager=True,
-        kv_cache_memory_bytes=256 << 20,
-        # Found again, a prompt would cost later settings less than earlier ones.
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        **options,
-    )
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
 
 
 @contextmanager
@@ -189,43 +174,33 @@ def counting(llm: Any) -> Iterator[Counter[str]]:
     counts["drafter_rows"] += own["rows"] - before["rows"]
 
 
-def answer(
-    llm: Any, problems: Sequence[Problem], temperature: float
-) -> tuple[list[list[int]], list[str]]:
-    """Tokens and texts of the answers."""
-    from vllm import SamplingParams
-
-    sampling = [
-        SamplingParams(temperature=temperature, seed=seed, max_tokens=MAX_TOKENS)
-        for seed in range(len(problems))
-    ]
-    questions = [problem.question for problem in problems]
-    results = llm.generate(questions, sampling, use_tqdm=False)
-    outputs = [result.outputs[0] for result in results]
-    return [list(o.token_ids) for o in outputs], [o.text for o in outputs]
-
-
 def measure(
     setting: Setting,
-    problems: Sequence[Problem],
+    workload: Workload,
     plain: list[list[int]] | None,
     requests: int,
     temperature: float,
 ) -> tuple[Row, list[list[int]]]:
     """One row of the table, and the answers."""
-    with engine(setting.config, requests) as llm:
+    questions = workload.questions
+    with engine(
+        setting.config, requests, model=workload.model, dtype=workload.dtype
+    ) as llm:
         # Kernels are compiled at their first use: not in the row's time.
-        answer(llm, problems[:2], temperature)
+        answer(llm, workload, questions[:2], temperature)
         with counting(llm) as counts:
             started = time.monotonic()
-            tokens, texts = answer(llm, problems, temperature)
+            tokens, texts = answer(llm, workload, questions, temperature)
             seconds = time.monotonic() - started
-    right = sum(p.check(text) for p, text in zip(problems, texts, strict=True))
+    right = None
+    if workload.checks is not None:
+        answered = zip(workload.checks, texts, strict=True)
+        right = sum(check(text) for check, text in answered)
     pairs = zip(tokens, tokens if plain is None else plain, strict=True)
     row = Row(
         method=setting.method,
         label=setting.label,
-        problems=len(problems),
+        problems=len(questions),
         right=right,
         same=sum(mine == his for mine, his in pairs),
         tokens=sum(map(len, tokens)),
@@ -237,26 +212,6 @@ def measure(
         seconds=seconds,
     )
     return row, tokens
-
-
-def count_corpus(folder: Path) -> Path:
-    """Write the tri-grams of the target's answers to training questions."""
-    from vllm_dlm.cli import main as command
-
-    texts = folder / "answers.jsonl"
-    problems = sample_problems(CORPUS_ANSWERS, seed=0)
-    with engine(None, 64) as llm:
-        _, answers = answer(llm, problems, 0.0)
-    with texts.open("w", encoding="utf-8") as file:
-        for problem, text in zip(problems, answers, strict=True):
-            file.write(json.dumps({"text": f"{problem.question}{text}"}) + "\n")
-    path = folder / "trigrams.safetensors"
-    status = command(
-        ["count-trigrams", str(texts), "--tokenizer", TARGET, "--out", str(path)]
-    )
-    if status:
-        raise SystemExit(status)
-    return path
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -279,7 +234,7 @@ def table(rows: Sequence[Row]) -> str:
         cells = [
             row.method,
             row.label,
-            f"{row.right / row.problems:.1%}",
+            "" if row.right is None else f"{row.right / row.problems:.1%}",
             f"{row.same} of {row.problems}",
             f"{row.tokens_per_forward:.2f}",
             f"{row.target_forwards / row.problems:.2f}",
@@ -300,21 +255,29 @@ def main() -> int:
     args = _arguments()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    problems = sample_problems(args.num_problems, 0, "heldout")
+    workload = (
+        from_file(
+            args.model, args.questions, args.num_problems, args.max_tokens, args.dtype
+        )
+        if args.model
+        else built_in(args.num_problems, args.dtype)
+    )
     rows: list[Row] = []
     plain = None
     with tempfile.TemporaryDirectory() as folder:
-        corpus = count_corpus(Path(folder))
+        corpus = Path(folder)
+        if "aded" in (args.methods or ["aded"]):
+            corpus = count_corpus(workload, Path(folder))
         chosen = [
             setting
-            for setting in settings(args.fixed, corpus)
+            for setting in settings(args.fixed, corpus, workload.has_drafters)
             if setting.method in ("plain", *(args.methods or [setting.method]))
         ]
         with tqdm(chosen, unit="setting") as progress:
             for setting in progress:
                 progress.set_postfix_str(setting.name)
                 row, tokens = measure(
-                    setting, problems, plain, args.requests, args.temperature
+                    setting, workload, plain, args.requests, args.temperature
                 )
                 plain = tokens if plain is None else plain
                 rows.append(row)
@@ -322,8 +285,8 @@ def main() -> int:
                     facts = [asdict(row) for row in rows]
                     args.json.write_text(json.dumps(facts, indent=1) + "\n")
     print(
-        f"{TARGET}, {args.num_problems} held-out problems, {args.requests} at a time, "
-        f"temperature {args.temperature:g}; {hardware()}\n"
+        f"{workload.model}, {len(workload.questions)} questions, {args.requests} at a "
+        f"time, {args.dtype}, temperature {args.temperature:g}; {hardware()}\n"
     )
     print(table(rows))
     return 0
@@ -337,7 +300,7 @@ def _arguments() -> argparse.Namespace:
         "--num-problems",
         type=int,
         default=200,
-        help="held-out problems per row (default: %(default)s)",
+        help="questions per row (default: %(default)s)",
     )
     parser.add_argument(
         "--requests",
@@ -363,8 +326,30 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="default: %(default)s"
     )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="in bfloat16 one row and several round differently, and texts may differ "
+        "(default: %(default)s)",
+    )
+    own = parser.add_argument_group("a model of yours")
+    own.add_argument("--model", help="folder or hub id of a chat model")
+    own.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with a field `question`; those behind the measured ones make "
+        "ADED's corpus",
+    )
+    own.add_argument(
+        "--max-tokens", type=int, default=96, help="of an answer (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="all numbers go to this file as well")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if (args.model is None) != (args.questions is None):
+        parser.error("--model and --questions go together")
+    return args
 
 
 if __name__ == "__main__":
