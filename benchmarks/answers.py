@@ -38,6 +38,14 @@ class Workload:
     dtype: str
 
     @property
+    def engine_options(self) -> dict[str, Any]:
+        options = {"model": self.model, "dtype": self.dtype}
+        if self.has_drafters:
+            return options
+        # Room for some of a real model's requests at a time.
+        return {**options, "max_model_len": 2048, "kv_cache_memory_bytes": 1 << 30}
+
+    @property
     def has_drafters(self) -> bool:
         return self.checks is not None
 
@@ -49,12 +57,12 @@ def engine(config: Config | None, requests: int, **options: Any) -> Iterator[Any
     from vllm.distributed.parallel_state import destroy_model_parallel
 
     destroy_model_parallel()
+    options = {"kv_cache_memory_bytes": 256 << 20} | options
     llm = LLM(
         options.pop("model", None) or resolve(TARGET),
         speculative_config=config,
         max_num_seqs=requests,
         enforce_eager=True,
-        kv_cache_memory_bytes=256 << 20,
         # Found again, a prompt would cost later settings less than earlier ones.
         enable_prefix_caching=False,
         disable_log_stats=True,
@@ -93,7 +101,7 @@ def count_corpus(workload: Workload, folder: Path) -> Path:
 
     texts = folder / "answers.jsonl"
     questions = workload.corpus_questions
-    with engine(None, 32, model=workload.model, dtype=workload.dtype) as llm:
+    with engine(None, 32, **workload.engine_options) as llm:
         _, answers = answer(llm, workload, questions, 0.0)
     with texts.open("w", encoding="utf-8") as file:
         for question, text in zip(questions, answers, strict=True):

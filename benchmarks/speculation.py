@@ -183,9 +183,7 @@ def measure(
 ) -> tuple[Row, list[list[int]]]:
     """One row of the table, and the answers."""
     questions = workload.questions
-    with engine(
-        setting.config, requests, model=workload.model, dtype=workload.dtype
-    ) as llm:
+    with engine(setting.config, requests, **workload.engine_options) as llm:
         # Kernels are compiled at their first use: not in the row's time.
         answer(llm, workload, questions[:2], temperature)
         with counting(llm) as counts:
