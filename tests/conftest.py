@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings and marks for all tests. Nothing heavy is imported until a test needs it."""
 
+import logging
 import os
 from typing import Any
 
@@ -25,6 +26,12 @@ settings.register_profile("vllm-dlm", deadline=None, derandomize="CI" in os.envi
 settings.load_profile("vllm-dlm")
 
 GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_caplog() -> None:
+    """Also where an engine has configured vLLM's logger, whose child ours is."""
+    logging.getLogger("vllm").propagate = True
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

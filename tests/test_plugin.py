@@ -45,6 +45,19 @@ def test_register_twice_is_harmless(monkeypatch):
         assert MODELS_CONFIG_MAP[architecture].__name__ == "DlmModelConfig"
 
 
+def test_what_we_log_is_shown_as_vllms_log():
+    """Its handler and its level, once, and set after the plugin was loaded."""
+    code = (
+        "from vllm_dlm import plugin\nplugin.register()\n"
+        "from vllm.logger import _configure_vllm_root_logger, init_logger\n"
+        "_configure_vllm_root_logger()\n"
+        "init_logger('vllm_dlm.somewhere').info('heard')"
+    )
+    assert run_python(code).count("heard") == 1
+    assert "heard" not in run_python(code, VLLM_LOGGING_LEVEL="WARNING")
+    assert "heard" not in run_python(code, VLLM_CONFIGURE_LOGGING="0")
+
+
 def test_reading_a_config_imports_no_vllm():
     heavy = run_python(
         "import sys\nfrom vllm_dlm import plugin\n"

@@ -8,6 +8,7 @@ logged and the rest goes on, so that an unfit vLLM keeps serving its own models;
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -77,6 +78,7 @@ def register() -> None:
 
     from vllm.logger import init_logger
 
+    share_logging()
     logger = init_logger(__name__)
     if message := version_problem():
         logger.warning("%s", message)
@@ -93,6 +95,17 @@ def register() -> None:
         except (ImportError, AttributeError, RuntimeError) as error:
             problems.append(f"{step.__name__.lstrip('_')}: {error}")
             logger.exception("vllm-dlm: %s", problems[-1])
+
+
+def share_logging() -> None:
+    """Log as vLLM does: its handlers and its level are for loggers below "vllm" only.
+
+    They are set when an engine is configured, which may be later. Whoever has given
+    "vllm_dlm" handlers of its own keeps them.
+    """
+    ours = logging.getLogger("vllm_dlm")
+    if not ours.handlers:
+        ours.parent = logging.getLogger("vllm")
 
 
 def version_problem() -> str | None:

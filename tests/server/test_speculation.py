@@ -52,6 +52,13 @@ def test_the_same_texts_in_fewer_steps(server: Server):
     assert drafts > 0 and accepted > 2 * drafts
 
 
+def test_the_log_says_what_was_set(server: Server):
+    assert server.log is not None
+    log = server.log.read_text(errors="replace")
+    assert "Speculative decoding by deer (DEER, arXiv 2512.15176" in log
+    assert "worker class SpeculativeWorker, model runner V1, synchronous" in log
+
+
 def test_streaming(server: Server):
     wanted = without(QUESTIONS[0], server, max_tokens=40)
     stream = server.complete(QUESTIONS[0], max_tokens=40, stream=True)

@@ -22,7 +22,7 @@ from vllm_dlm import aliases
 from vllm_dlm.switching.entropy import LARGE, SMALL, Model
 from vllm_dlm.switching.entropy_stop import CLASS_NAME
 
-logger = init_logger(f"vllm.{__name__}")
+logger = init_logger(__name__)
 
 CONFIG_KEY = "dlm_switching"
 """In `additional_config` of both engines."""

@@ -32,7 +32,7 @@ from vllm_dlm.switching.metrics import PairStatLogger
 from vllm_dlm.switching.pair import Pair, plan_pair
 from vllm_dlm.switching.responses import report_writers
 
-logger = init_logger(f"vllm.{__name__}")
+logger = init_logger(__name__)
 
 
 async def serve(
