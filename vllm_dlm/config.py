@@ -27,6 +27,7 @@ from vllm_dlm import trajectories
 from vllm_dlm.messages import explain, unknown
 from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS
 from vllm_dlm.model_executor.cache import POLICIES, Cache, CachePolicy
+from vllm_dlm.option_types import Count, Number
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
@@ -61,12 +62,6 @@ PREFIX = "dlm_"
 """Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
 
 
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not a boolean")
-    return value
-
-
 def _parse_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -90,9 +85,7 @@ def _check_block_length(value: Any) -> Any:
     )
 
 
-Count = Annotated[int, BeforeValidator(_refuse_bool)]
 Text = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
-Number = Annotated[float, BeforeValidator(_refuse_bool)]
 BlockLength = Annotated[int | Literal["canvas"], BeforeValidator(_check_block_length)]
 
 

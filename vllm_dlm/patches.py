@@ -7,8 +7,11 @@ entries, each at most once per process, and import vLLM only when called.
 Not wrapped, but given a subclass of ours by `DiffusionStepScheduler`, because vLLM
 builds them and offers no hook: each `vllm.v1.request:Request` (how a waiting request
 counts its tokens) and its `vllm.v1.core.kv_cache_manager:KVCacheManager` (which pages
-may be shared). And `spec_decode/worker.py` sets, on its own model runner, `drafter`,
-`effective_drafter_max_model_len` and `_get_spec_decode_draft_probs`.
+may be shared). And set on objects of an engine's or a server's own:
+`spec_decode/worker.py` sets the model runner's `drafter`,
+`effective_drafter_max_model_len` and `_get_spec_decode_draft_probs`, `del_proposer.py`
+its `use_aux_hidden_state_outputs`; `switching/responses.py` wraps two handlers of a
+pair's server.
 """
 
 import functools

@@ -167,10 +167,11 @@ import sys
 
 sys.modules["numba"] = None
 import numpy as np
-from vllm_dlm.spec_decode import aded, trigram_search, trigram_table
+from vllm_dlm.kernels import numba_jit
+from vllm_dlm.spec_decode import aded, trigram_table
 from vllm_dlm.spec_decode.options import Aded
 
-assert trigram_search.numba is None
+assert numba_jit.numba is None
 text = np.random.default_rng(0).integers(0, 9, 200).astype(np.int32)
 trigrams = aded.AdaptiveTrigrams(trigram_table.empty_table(9), Aded())
 trigrams.observe(text)

@@ -25,19 +25,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-try:
-    import numba
-except ImportError:  # the extra "cpu" is not installed
-    numba = None
+from vllm_dlm.kernels import numba_jit
+from vllm_dlm.kernels.numba_jit import jit
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-AVAILABLE = numba is not None
+AVAILABLE = numba_jit.AVAILABLE
 """Whether the functions of this file can be called."""
 
 _WORTH_A_THREAD = 1 << 20
@@ -196,24 +192,10 @@ def _cpus() -> frozenset[int]:
 # --- Compiled ----------------------------------------------------------------------
 
 
-def _jit(fastmath: set[str]) -> Callable[[F], F]:
-    # Division by zero is infinite, as in torch: a check for it would stop LLVM.
-    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
-
-    def decorate(function: F) -> F:
-        if numba is None:
-            return function
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # neither the package nor the user's cache is writable
-            return numba.njit(**options)(function)
-
-    return decorate
-
-
-_EXACT = _jit(fastmath={"contract"})
+# Division by zero is infinite, as in torch: a check for it would stop LLVM.
+_EXACT = jit(error_model="numpy", fastmath={"contract"})
 # Sums may be reordered, into vector lanes; NaN and infinity keep their meaning.
-_REORDERED = _jit(fastmath={"contract", "reassoc"})
+_REORDERED = jit(error_model="numpy", fastmath={"contract", "reassoc"})
 
 _MINUS_INFINITY = -0x7F800000
 """-inf as `_ordered` maps it."""

@@ -9,7 +9,7 @@ the few kernels over the vocabulary are torch. Source: vLLM 0.32.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,16 +17,11 @@ import torch
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-F = TypeVar("F", bound=Callable[..., Any])
+from vllm_dlm.kernels.numba_jit import jit
+
+_jit = jit()
 
 _NO_ROWS = np.empty((0, 0), dtype=np.int32)
-
-
-def _jit(function: F) -> F:
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither the package nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
 
 
 @intrinsic

@@ -13,6 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 logger = init_logger(__name__)
 
@@ -45,8 +47,6 @@ class Batch:
     """[R] int64: most tokens that a draft may have; 0 for no draft."""
     token_ids: np.ndarray
     """[R, max_model_len] int32; row i holds `num_tokens[i]` tokens."""
-    seeds: np.ndarray
-    """[R] int64: the request's seed, or one of its own."""
     next_token_ids: torch.Tensor
     """[R] int32: the token just sampled, behind a chunk of a prompt the next of it."""
     target_token_ids: torch.Tensor
@@ -58,8 +58,21 @@ class Batch:
     attention: CommonAttentionMetadata
     """Of the T tokens."""
     sampling: SamplingMetadata
-    parameters: list[SamplingParams]
-    """[R], each request's own."""
+    requests: list[CachedRequestState]
+    """[R], as vLLM's runner keeps them."""
+
+    @cached_property
+    def parameters(self) -> list[SamplingParams]:
+        """[R], each request's own."""
+        return [request.sampling_params for request in self.requests]
+
+    @cached_property
+    def seeds(self) -> np.ndarray:
+        """[R] int64: the request's seed, where it has none a hash of its id.
+
+        For those who draw: greedy rounds need none.
+        """
+        return np.array([_seed(request) for request in self.requests], np.int64)
 
 
 @dataclass(frozen=True)
@@ -115,14 +128,13 @@ class Drafter(DraftModelProposer):
             ),
             limits=limits(self.runner, num_speculative_tokens),
             token_ids=self.runner.input_batch.token_ids_cpu[: len(rows)],
-            seeds=seeds(self.runner),
             next_token_ids=next_token_ids,
             target_token_ids=target_token_ids,
             target_positions=target_positions,
             target_hidden_states=target_hidden_states,
             attention=common_attn_metadata,
             sampling=sampling_metadata,
-            parameters=[self.runner.requests[row].sampling_params for row in rows],
+            requests=[self.runner.requests[row] for row in rows],
         )
         try:
             drafts = self.draft(batch)
@@ -161,13 +173,6 @@ def limits(runner: Any, most: int) -> np.ndarray:
         own = request_limit(params.extra_args, most)
         found[row] = max(0, min(own, room - output - 1))
     return found
-
-
-def seeds(runner: Any) -> np.ndarray:
-    """[R] int64: each request's seed, where it has none a hash of its id."""
-    return np.array(
-        [_seed(runner.requests[row]) for row in runner.input_batch.req_ids], np.int64
-    )
 
 
 def _seed(request: Any) -> int:

@@ -9,11 +9,10 @@ No vLLM import: the front end turns options into vLLM's terms (`front_end.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -21,6 +20,7 @@ from pydantic import (
 )
 
 from vllm_dlm.messages import explain, unknown
+from vllm_dlm.option_types import Count, Number
 
 MAX_DRAFT = 128
 """Tokens; vLLM's rejection sampler takes no longer drafts (`MAX_SPEC_LEN`)."""
@@ -30,16 +30,6 @@ CONFIG_KEY = "dlm_speculation"
 
 REQUEST_KEY = "dlm_draft_tokens"
 """Of a request's `extra_args` (HTTP `vllm_xargs`): its own limit; 0 drafts nothing."""
-
-
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not a boolean")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_refuse_bool)]
-Number = Annotated[float, BeforeValidator(_refuse_bool)]
 
 
 class Options(BaseModel):

@@ -201,6 +201,8 @@ class _Draws:
         sampling = batch.sampling
         self._greedy = sampling.all_greedy
         self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if self._greedy:
+            return
         self._seeds = torch.from_numpy(batch.seeds).to(device)
         self._positions = torch.from_numpy(batch.num_tokens).to(device)
         ones = torch.ones_like(self._seeds)

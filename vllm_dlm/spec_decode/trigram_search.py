@@ -9,28 +9,12 @@ learned weights come as tuples of arrays: `trigram_table.TrigramTable`, `aded.Le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import numpy as np
 
-try:
-    import numba
-except ImportError:  # the extra "cpu" is not installed
-    numba = None
+from vllm_dlm.kernels.numba_jit import jit
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _compiled(function: F) -> F:
-    if numba is None:
-        return function
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package nor the user's cache is writable
-        return numba.njit(**options)(function)
-
+_compiled = jit(error_model="numpy")
 
 _EXPLORATION = 32.0
 """c1: how much the weights count against what was found below a node."""

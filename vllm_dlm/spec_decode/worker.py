@@ -84,4 +84,4 @@ def draft_probs(runner: Any, metadata: Any) -> torch.Tensor | None:
         parts.append(
             known.new_zeros(count, known.shape[2]) if unknown else known[row, :count]
         )
-    return torch.cat(parts).contiguous() if any(map(len, parts)) else None
+    return torch.cat(parts) if any(map(len, parts)) else None
