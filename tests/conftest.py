@@ -34,6 +34,7 @@ def log_reaches_caplog() -> None:
     logging.getLogger("vllm").propagate = True
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's: unknown with `-p no:xdist`
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests run in several processes (`make test`), a folder's stay together.
 

@@ -287,6 +287,7 @@ def shared(model: Path, engines: Callable[..., Engine]) -> Engine:
     own = {"exits": [2, 4], "decay": 1, "num_speculative_tokens": 2}
     engine = engines({**DEL, **own, "statistics": "shared"}, model=model, **TIGHT)
     engine.drafter.shared.counts[:] = 0
+    engine.drafter.shared.confidences[:] = 0
     return engine
 
 
