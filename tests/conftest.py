@@ -18,11 +18,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# No deadline: on shared cores the time of one example says nothing. CI repeats the same
-# examples every time, so that it fails only for what a change did.
-settings.register_profile("vllm-dlm", deadline=None, derandomize="CI" in os.environ)
+# No limits of time: on shared cores they say nothing. CI repeats the same examples
+# every time, so that it fails only for what a change did.
+settings.register_profile(
+    "vllm-dlm",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
 settings.load_profile("vllm-dlm")
 
 GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
