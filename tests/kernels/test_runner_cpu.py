@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model runner V2's kernels for a CPU.
+
+The references below are the Triton programs of vLLM 0.32 read one program at a time,
+in plain Python on flat lists: no shared code with `vllm_dlm.kernels.runner_cpu`.
+"""
+
+import inspect
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.platforms import vllm_version_matches_substr
+
+if not vllm_version_matches_substr("cpu"):
+    pytest.skip("needs a CPU build of vLLM", allow_module_level=True)
+
+import torch
+
+from vllm_dlm.kernels.numba_jit import jit
+from vllm_dlm.kernels.runner_cpu import KERNELS, block_table, input_batch, vocabulary
+
+SEEDS = range(4)
+MAX_REQS = 7
+MAX_TOKENS = 96
+MODEL_LEN = 64
+DRAFTS = 8
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_parameters_are_those_of_the_triton_kernel(name):
+    from vllm.triton_utils.dispatcher import _kernel_arg_names, _resolve_kernel
+
+    host, attribute = _resolve_kernel(name)
+    expected = _kernel_arg_names(getattr(host, attribute))
+    given = tuple(inspect.signature(KERNELS[name]).parameters)
+    assert given[: len(expected)] == expected
+    assert given[len(expected) :] in ((), ("num_warps",))
+
+
+def test_jit_works_where_no_cache_can_be_written():
+    namespace: dict = {}
+    # numba finds no file to cache beside, as with a read-only installation.
+    exec(compile("def double(x): return 2 * x", "<nowhere>", "exec"), namespace)
+    assert jit()(namespace["double"])(21) == 42
+
+
+class Batch:
+    """A random batch: tensors as the runner holds them, and the same as lists."""
+
+    def __init__(self, seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+
+        def ints(low, high, *shape, dtype=torch.int32):
+            return torch.randint(low, high, shape, generator=random, dtype=dtype)
+
+        self.ints = ints
+        self.random = random
+        self.num_reqs = int(ints(1, MAX_REQS, 1))
+        self.idx_mapping = torch.randperm(MAX_REQS, generator=random)[: self.num_reqs]
+        self.query_lens = ints(1, MAX_TOKENS // MAX_REQS, self.num_reqs)
+        self.query_start_loc = cumulative(self.query_lens)
+        self.num_tokens = int(self.query_start_loc[-1])
+        self.num_logits = torch.minimum(self.query_lens, ints(0, DRAFTS, self.num_reqs))
+        self.cu_num_logits = cumulative(self.num_logits)
+        self.computed = ints(0, MODEL_LEN - MAX_TOKENS // MAX_REQS, MAX_REQS)
+        self.prefill_lens = ints(1, MODEL_LEN, MAX_REQS)
+        self.token_ids = ints(0, 1000, MAX_REQS, MODEL_LEN)
+        self.seq_lens = self.computed[self.idx_mapping] + self.query_lens
+        # Two rows on the edges: the prompt ends where the logits start, or the query.
+        for row, back in enumerate((int(self.num_logits[0]), 0)):
+            if row < self.num_reqs:
+                slot = self.idx_mapping[row]
+                self.prefill_lens[slot] = self.seq_lens[row] - back
+
+
+def cumulative(lengths: torch.Tensor) -> torch.Tensor:
+    zero = torch.zeros(1, dtype=torch.int32)
+    return torch.cat((zero, lengths.cumsum(0))).to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("shape", [(MAX_REQS,), (MAX_REQS, MODEL_LEN)])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_apply_write(seed, shape, dtype):
+    batch = Batch(seed)
+    writes = 5
+    width = shape[1] if len(shape) > 1 else 1
+    indices = batch.ints(0, MAX_REQS, writes)
+    lengths = batch.ints(1, max(2, width // 2), writes)
+    starts = batch.ints(0, max(1, width // 2), writes)
+    ends = cumulative(lengths)[1:]
+    contents = batch.ints(0, 1000, int(ends[-1])).to(dtype)
+    output = torch.zeros(shape, dtype=dtype)
+    flat, stride = output.flatten().tolist(), output.stride(0)
+    for pid in range(writes):
+        begin = int(ends[pid - 1]) if pid > 0 else 0
+        row = int(indices[pid]) * stride + int(starts[pid])
+        for i in range(int(ends[pid]) - begin):
+            flat[row + i] = contents[begin + i].item()
+    block_table._apply_write_kernel(
+        output,
+        stride,
+        indices,
+        starts,
+        contents,
+        ends,
+        None,
+        BLOCK_SIZE=1024,
+        MULTI_GROUP=False,
+    )
+    assert output.flatten().tolist() == flat
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_apply_write_to_groups(seed):
+    batch = Batch(seed)
+    tables = [torch.zeros(MAX_REQS, width, dtype=torch.int32) for width in (5, 9)]
+    expected = [table.tolist() for table in tables]
+    groups, indices = batch.ints(0, 2, 6), batch.ints(0, MAX_REQS, 6)
+    starts, lengths = batch.ints(0, 3, 6), batch.ints(1, 3, 6)
+    ends = cumulative(lengths)[1:]
+    contents = batch.ints(1, 1000, int(ends[-1]))
+    for pid in range(6):
+        begin = int(ends[pid - 1]) if pid > 0 else 0
+        for i in range(begin, int(ends[pid])):
+            row = expected[groups[pid]][indices[pid]]
+            row[starts[pid] + i - begin] = int(contents[i])
+    block_table._apply_write_kernel(
+        addresses(tables),
+        torch.tensor([table.stride(0) for table in tables]),
+        indices,
+        starts,
+        contents,
+        ends,
+        groups,
+        BLOCK_SIZE=1024,
+        MULTI_GROUP=True,
+    )
+    assert [table.tolist() for table in tables] == expected
+
+
+def addresses(tensors) -> torch.Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gather_block_tables(seed):
+    batch = Batch(seed)
+    widths = (4, 7)
+    sources = [batch.ints(1, 99, MAX_REQS, width) for width in widths]
+    targets = [torch.full((MAX_REQS, width), -1).int() for width in widths]
+    num_blocks = torch.stack([batch.ints(0, width + 1, MAX_REQS) for width in widths])
+    expected = [target.tolist() for target in targets]
+    for group in range(2):
+        for row, slot in enumerate(batch.idx_mapping.tolist()):
+            for i in range(int(num_blocks[group, slot])):
+                expected[group][row][i] = int(sources[group][slot, i])
+    block_table._gather_block_tables_kernel(
+        batch.idx_mapping,
+        addresses(sources),
+        addresses(targets),
+        torch.tensor(widths),
+        num_blocks,
+        num_blocks.stride(0),
+        batch.num_reqs,
+        BLOCK_SIZE=1024,
+    )
+    assert [target.tolist() for target in targets] == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_compute_slot_mappings(seed):
+    batch = Batch(seed)
+    block_sizes = torch.tensor([16, 8, 16], dtype=torch.int32)
+    enabled = torch.tensor([True, True, False])
+    tables = [batch.ints(1, 10**6, MAX_REQS, MODEL_LEN // int(b)) for b in block_sizes]
+    batch.idx_mapping[0] = -1  # a row that owns no blocks
+    positions = batch.ints(0, MODEL_LEN, MAX_TOKENS, dtype=torch.int64)
+    mappings = torch.full((3, MAX_TOKENS), -7)
+    expected = mappings.tolist()
+    for group in range(3):
+        for row in range(batch.num_reqs + 1):
+            begin = int(batch.query_start_loc[row])
+            if row == batch.num_reqs:
+                expected[group][begin:] = [-1] * (MAX_TOKENS - begin)
+                continue
+            slot = int(batch.idx_mapping[row])
+            for token in range(begin, int(batch.query_start_loc[row + 1])):
+                block, offset = divmod(int(positions[token]), int(block_sizes[group]))
+                if slot < 0 or not enabled[group]:
+                    expected[group][token] = -1
+                else:
+                    block_id = int(tables[group][slot, block])
+                    expected[group][token] = block_id * int(block_sizes[group]) + offset
+    block_table._compute_slot_mappings_kernel(
+        MAX_TOKENS,
+        batch.idx_mapping,
+        batch.query_start_loc,
+        positions,
+        addresses(tables),
+        torch.tensor([table.stride(0) for table in tables]),
+        block_sizes,
+        enabled,
+        torch.tensor([True] * 3),
+        mappings,
+        mappings.stride(0),
+        0,
+        CP_SIZE=1,
+        CP_INTERLEAVE=1,
+        PAD_ID=-1,
+        TRITON_BLOCK_SIZE=1024,
+    )
+    assert mappings.tolist() == expected
+
+
+@pytest.mark.parametrize("num_lookahead", [1, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prepare_prefill_inputs(seed, num_lookahead):
+    batch = Batch(seed)
+    input_ids = torch.full((MAX_TOKENS,), -7).int()
+    lookahead = torch.full((num_lookahead, MAX_REQS), -7).int()
+    expected, expected_ahead = input_ids.tolist(), lookahead.tolist()
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        computed, prefill = int(batch.computed[slot]), int(batch.prefill_lens[slot])
+        if computed >= prefill:
+            continue
+        begin, query_len = int(batch.query_start_loc[row]), int(batch.query_lens[row])
+        for i in range(query_len):
+            expected[begin + i] = int(batch.token_ids[slot, computed + i])
+        for i in range(num_lookahead):
+            at = computed + query_len + i
+            known = at < prefill
+            expected_ahead[i][slot] = int(batch.token_ids[slot, at]) if known else 0
+    input_batch._prepare_prefill_inputs_kernel(
+        input_ids,
+        lookahead,
+        lookahead.stride(0),
+        num_lookahead,
+        batch.idx_mapping,
+        batch.query_start_loc,
+        batch.token_ids,
+        batch.token_ids.stride(0),
+        batch.prefill_lens,
+        batch.computed,
+        BLOCK_SIZE=1024,
+        LOOKAHEAD_BLOCK=4,
+    )
+    assert input_ids.tolist() == expected
+    assert lookahead.tolist() == expected_ahead
+
+
+def test_prepare_prefill_inputs_stays_inside_the_row():
+    """A canvas after the prompt's tail may reach past the model's length."""
+    input_ids = torch.full((6,), -7).int()
+    token_ids = torch.arange(8).int().view(2, 4)
+    input_batch._prepare_prefill_inputs_kernel(
+        input_ids,
+        torch.zeros(1, 2).int(),
+        2,
+        1,
+        torch.tensor([0]),
+        torch.tensor([0, 5]).int(),
+        token_ids,
+        4,
+        torch.tensor([3, 3]).int(),
+        torch.tensor([1, 0]).int(),
+        BLOCK_SIZE=1024,
+        LOOKAHEAD_BLOCK=1,
+    )
+    assert input_ids.tolist() == [1, 2, 3, -7, -7, -7]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prepare_pos_seq_lens(seed):
+    batch = Batch(seed)
+    positions = torch.full((MAX_TOKENS,), -7)
+    seq_lens = torch.full((MAX_REQS,), -7).int()
+    expected, expected_lens = positions.tolist(), [0] * MAX_REQS
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        computed, begin = int(batch.computed[slot]), int(batch.query_start_loc[row])
+        query_len = int(batch.query_lens[row])
+        expected_lens[row] = computed + query_len
+        expected[begin : begin + query_len] = range(computed, computed + query_len)
+    input_batch._prepare_pos_seq_lens_kernel(
+        positions,
+        seq_lens,
+        batch.idx_mapping,
+        batch.query_start_loc,
+        batch.computed,
+        MAX_REQS,
+        BLOCK_SIZE=1024,
+    )
+    assert positions.tolist() == expected
+    assert seq_lens.tolist() == expected_lens
+
+
+@pytest.mark.parametrize("num_new", [0, 1])
+@pytest.mark.parametrize("seed", range(12))
+def test_combine_sampled_and_draft_tokens(seed, num_new):
+    batch = Batch(seed)
+    num_logits = torch.clamp(batch.num_logits, min=num_new)
+    cu_num_logits = cumulative(num_logits)
+    input_ids = torch.full((MAX_TOKENS,), -7).int()
+    last_sampled = batch.ints(1000, 2000, MAX_REQS, 1, dtype=torch.int64)
+    drafts = batch.ints(2000, 3000, MAX_REQS, DRAFTS, dtype=torch.int64)
+    logits_indices = torch.full((int(cu_num_logits[-1]),), -7)
+    expected, expected_indices = input_ids.tolist(), logits_indices.tolist()
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        n, end = int(num_logits[row]), int(batch.query_start_loc[row + 1])
+        first = int(cu_num_logits[row])
+        expected_indices[first : first + n] = range(end - n, end)
+        seq_len, prefill = int(batch.seq_lens[row]), int(batch.prefill_lens[slot])
+        if seq_len <= prefill:
+            continue
+        if num_new > 0 and seq_len - n >= prefill:
+            expected[end - n] = int(last_sampled[slot, 0])
+        for i in range(n - num_new):
+            expected[end - (n - num_new) + i] = int(drafts[slot, i])
+    input_batch._combine_sampled_and_draft_tokens_kernel(
+        input_ids,
+        batch.idx_mapping,
+        last_sampled,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.prefill_lens,
+        drafts,
+        drafts.stride(0),
+        cu_num_logits,
+        logits_indices,
+        NUM_NEW_SAMPLED_TOKENS=num_new,
+        BLOCK_SIZE=16,
+    )
+    assert input_ids.tolist() == expected
+    assert logits_indices.tolist() == expected_indices
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_expand_idx_mapping(seed):
+    batch = Batch(seed)
+    expected = [
+        (slot, i)
+        for slot, n in zip(
+            batch.idx_mapping.tolist(), batch.num_logits.tolist(), strict=True
+        )
+        for i in range(n)
+    ]
+    expanded = torch.empty(len(expected), dtype=torch.int64)
+    local_positions = torch.empty(len(expected), dtype=torch.int32)
+    input_batch._expand_idx_mapping_kernel(
+        batch.idx_mapping,
+        expanded,
+        local_positions,
+        batch.cu_num_logits,
+        BLOCK_SIZE=DRAFTS,
+    )
+    pairs = zip(expanded.tolist(), local_positions.tolist(), strict=True)
+    assert list(pairs) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_get_num_sampled_and_rejected(seed, dtype):
+    batch = Batch(seed)
+    sampled = torch.minimum(batch.num_logits, batch.ints(0, 4, batch.num_reqs))
+    sampled = sampled.to(dtype)
+    rejected = torch.full_like(sampled, -7)
+    expected = []
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        chunk = int(batch.seq_lens[row]) < int(batch.prefill_lens[slot])
+        count = 0 if chunk else int(sampled[row])
+        expected.append((count, 0 if chunk else int(batch.num_logits[row]) - count))
+    input_batch._get_num_sampled_and_rejected_kernel(
+        sampled,
+        rejected,
+        batch.seq_lens,
+        batch.cu_num_logits,
+        batch.idx_mapping,
+        batch.prefill_lens,
+    )
+    assert list(zip(sampled.tolist(), rejected.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("with_counts", [False, True])
+@pytest.mark.parametrize("with_queries", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_post_update(seed, dtype, with_queries, with_counts):
+    batch = Batch(seed)
+    batch.idx_mapping[-1] = -1  # filtered
+    total_lens = batch.ints(1, MODEL_LEN - DRAFTS, MAX_REQS)
+    # Every other column of a wider tensor: the kernel is given a row stride.
+    wide = batch.ints(0, 50, batch.num_reqs, 2 * DRAFTS).to(dtype)
+    sampled = wide[:, :DRAFTS]
+    num_sampled = batch.ints(0, DRAFTS + 1, batch.num_reqs)
+    num_rejected = torch.minimum(batch.query_lens, batch.ints(0, 9, batch.num_reqs))
+    last_sampled = torch.full((MAX_REQS, 1), -7)
+    counts = torch.zeros(MAX_REQS, 50, dtype=torch.int32) if with_counts else None
+    tensors = [batch.computed, last_sampled, batch.token_ids, total_lens]
+    tensors += [counts] if with_counts else []
+    computed, last, tokens, totals, *tallies = [t.tolist() for t in tensors]
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        if slot < 0:
+            continue
+        n, total = int(num_sampled[row]), totals[slot]
+        if n > 0:
+            last[slot][0] = int(sampled[row, n - 1])
+            totals[slot] = total + n
+        for i in range(n):
+            tokens[slot][total + i] = int(sampled[row, i])
+            if with_counts:
+                tallies[0][slot][int(sampled[row, i])] += 1
+        query_len = int(batch.query_lens[row]) if with_queries else 0
+        computed[slot] += query_len - int(num_rejected[row])
+    input_batch._post_update_kernel(
+        batch.idx_mapping,
+        batch.computed,
+        last_sampled,
+        counts,
+        counts.stride(0) if with_counts else 0,
+        sampled,
+        sampled.stride(0),
+        num_sampled,
+        num_rejected,
+        batch.query_start_loc if with_queries else None,
+        batch.token_ids,
+        batch.token_ids.stride(0),
+        total_lens,
+        num_warps=1,
+    )
+    assert [t.tolist() for t in tensors] == [computed, last, tokens, totals, *tallies]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_post_update_num_computed_tokens(seed):
+    batch = Batch(seed)
+    expected = batch.computed.tolist()
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        expected[slot] += int(batch.query_lens[row])
+    input_batch._post_update_num_computed_tokens_kernel(
+        batch.idx_mapping, batch.computed, batch.query_start_loc
+    )
+    assert batch.computed.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_zero_kv_blocks(seed):
+    batch = Batch(seed)
+    caches = [batch.ints(1, 99, 6, stride) for stride in (8, 12)]
+    page_sizes = torch.tensor([8, 5])
+    blocks = torch.tensor([1, 4])
+    expected = [cache.clone() for cache in caches]
+    for cache, page in zip(expected, page_sizes.tolist(), strict=True):
+        cache[blocks, :page] = 0
+    block_table._zero_kv_blocks_kernel(
+        addresses(caches), torch.tensor([8, 12]), page_sizes, blocks, BLOCK_SIZE=8
+    )
+    assert all(map(torch.equal, caches, expected))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prompt_logprobs_token_ids(seed):
+    batch = Batch(seed)
+    output = torch.full((batch.num_tokens,), -7)
+    expected = output.tolist()
+    for row, slot in enumerate(batch.idx_mapping.tolist()):
+        begin = int(batch.query_start_loc[row])
+        for i in range(int(batch.query_lens[row])):
+            at = int(batch.computed[slot]) + 1 + i
+            expected[begin + i] = int(batch.token_ids[slot, at])
+    vocabulary._prompt_logprobs_token_ids_kernel(
+        output,
+        batch.query_start_loc,
+        batch.idx_mapping,
+        batch.computed,
+        batch.token_ids,
+        batch.token_ids.stride(0),
+        BLOCK_SIZE=1024,
+    )
+    assert output.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logprobs_and_ranks(seed, dtype):
+    batch = Batch(seed)
+    logits = torch.randn(5, 33, generator=batch.random).to(dtype)
+    logits[0, 3:9] = logits[0, 3]  # ties
+    tokens = batch.ints(0, 33, 5, 4, dtype=torch.int64)
+    tokens[0, 0] = 5
+    output = torch.empty(5, 4)
+    vocabulary._topk_log_softmax_kernel(
+        output, logits, 33, tokens, 4, 4, 33, BLOCK_SIZE=1024, TOPK_BLOCK_SIZE=4
+    )
+    torch.testing.assert_close(
+        output, logits.double().log_softmax(-1).gather(-1, tokens).float()
+    )
+    ranks = torch.empty(5, dtype=torch.int64)
+    vocabulary._ranks_kernel(ranks, logits, 33, tokens[:, 0], 33, BLOCK_SIZE=8192)
+    rows = zip(logits.tolist(), tokens[:, 0].tolist(), strict=True)
+    assert ranks.tolist() == [sum(x >= row[t] for x in row) for row, t in rows]
+
+
+@pytest.mark.parametrize("num_topk", [0, 3])
+def test_fill_logprob_token_ids(num_topk):
+    chosen = torch.arange(100, 100 + 4 * 5).int().view(4, 5)
+    num_chosen = torch.tensor([2, 0, 4, 0]).int()
+    slots = torch.tensor([2, 3, 0])
+    sampled = torch.tensor([7, 8, 9])
+    topk = torch.arange(9).int().view(3, 3) if num_topk else chosen
+    columns = max(num_topk, 4)
+    output = torch.zeros(3, 1 + columns, dtype=torch.int64)
+    valid = torch.zeros(3, 1 + columns, dtype=torch.bool)
+    expected, expected_valid = output.tolist(), valid.tolist()
+    for row, slot in enumerate(slots.tolist()):
+        n = int(num_chosen[slot])
+        source = chosen[slot, :n] if n > 0 else topk[row, :num_topk]
+        values = [int(sampled[row]), *source.tolist()]
+        expected[row][: len(values)] = values
+        expected_valid[row][: len(values)] = [True] * len(values)
+    vocabulary._fill_logprob_token_ids_kernel(
+        output,
+        output.stride(0),
+        valid,
+        valid.stride(0),
+        sampled,
+        topk,
+        topk.stride(0),
+        slots,
+        num_chosen,
+        chosen,
+        chosen.stride(0),
+        NUM_TOPK=num_topk,
+        PADDED_COLS=4,
+    )
+    assert output.tolist() == expected and valid.tolist() == expected_valid
+
+
+def test_num_nans():
+    logits = torch.zeros(3, 9)
+    logits[1, 2:5] = torch.nan
+    counts = torch.empty(3, dtype=torch.int32)
+    vocabulary._num_nans_kernel(logits, 9, counts, 9, BLOCK_SIZE=8192)
+    assert counts.tolist() == [0, 3, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_apply_grammar_bitmask(seed, dtype):
+    batch = Batch(seed)
+    vocab, stride = 70, DRAFTS
+    logits = torch.randn(
+        int(batch.cu_num_logits[-1]), vocab, generator=batch.random
+    ).to(dtype)
+    # Masks of places beyond a request's rows are to be ignored.
+    mapping = [row * stride + i for row in range(batch.num_reqs) for i in (0, 3)]
+    indices = torch.tensor(mapping, dtype=torch.int32)
+    masks = batch.ints(-(2**31), 2**31 - 1, len(mapping), 3)
+    expected = logits.clone()
+    for mask, place in enumerate(mapping):
+        row, i = divmod(place, stride)
+        if i >= int(batch.num_logits[row]):
+            continue
+        for token in range(vocab):
+            word = int(masks[mask, token // 32])
+            if not (word >> (token % 32)) & 1:
+                expected[int(batch.cu_num_logits[row]) + i, token] = -torch.inf
+    vocabulary._apply_grammar_bitmask_kernel(
+        logits,
+        logits.stride(0),
+        indices,
+        batch.cu_num_logits,
+        masks,
+        masks.stride(0),
+        vocab,
+        MASK_STRIDE=stride,
+        BLOCK_SIZE=8192,
+    )
+    assert torch.equal(logits, expected)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model runner V2's Triton kernels for a CPU without Triton.
+
+Each function stands in for the kernel of the same name in `vllm.v1.worker`: same
+parameters in the same order, called once per launch instead of once per program.
+vLLM's dispatcher drops the grid, so it is read off the shapes. Loops run in numba;
+the few kernels over the vocabulary are torch. Source: vLLM 0.32.
+"""
+
+import functools
+from collections.abc import Callable
+
+from vllm_dlm.kernels.runner_cpu.block_table import (
+    _apply_write_kernel,
+    _compute_slot_mappings_kernel,
+    _gather_block_tables_kernel,
+    _zero_kv_blocks_kernel,
+)
+from vllm_dlm.kernels.runner_cpu.input_batch import (
+    _combine_sampled_and_draft_tokens_kernel,
+    _expand_idx_mapping_kernel,
+    _get_num_sampled_and_rejected_kernel,
+    _post_update_kernel,
+    _post_update_num_computed_tokens_kernel,
+    _prepare_pos_seq_lens_kernel,
+    _prepare_prefill_inputs_kernel,
+)
+from vllm_dlm.kernels.runner_cpu.vocabulary import (
+    _apply_grammar_bitmask_kernel,
+    _fill_logprob_token_ids_kernel,
+    _num_nans_kernel,
+    _prompt_logprobs_token_ids_kernel,
+    _ranks_kernel,
+    _topk_log_softmax_kernel,
+)
+
+_BY_MODULE: dict[str, tuple[Callable[..., None], ...]] = {
+    "utils": (_zero_kv_blocks_kernel,),
+    "gpu.buffer_utils": (_apply_write_kernel,),
+    "gpu.block_table": (
+        _gather_block_tables_kernel,
+        _compute_slot_mappings_kernel,
+    ),
+    "gpu.input_batch": (
+        _prepare_prefill_inputs_kernel,
+        _prepare_pos_seq_lens_kernel,
+        _combine_sampled_and_draft_tokens_kernel,
+        _expand_idx_mapping_kernel,
+        _get_num_sampled_and_rejected_kernel,
+        _post_update_kernel,
+        _post_update_num_computed_tokens_kernel,
+    ),
+    "gpu.metrics.logits": (_num_nans_kernel,),
+    "gpu.sample.logprob": (
+        _topk_log_softmax_kernel,
+        _ranks_kernel,
+        _fill_logprob_token_ids_kernel,
+    ),
+    "gpu.sample.prompt_logprob": (_prompt_logprobs_token_ids_kernel,),
+    "gpu.structured_outputs": (_apply_grammar_bitmask_kernel,),
+}
+
+KERNELS: dict[str, Callable[..., None]] = {
+    f"vllm.v1.worker.{module}.{kernel.__name__}": kernel
+    for module, kernels in _BY_MODULE.items()
+    for kernel in kernels
+}
+"""Full name of each replaced kernel and its replacement."""
+
+
+@functools.cache
+def register() -> None:
+    """Route vLLM's launches to `KERNELS`, once per process; not where Triton works."""
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    if not HAS_TRITON:
+        register_kernels(KERNELS)
