@@ -17,7 +17,7 @@ from benchmarks import caches  # noqa: E402
 
 sys.path.pop()
 
-LLADA = ModelDefaults("threshold", 32, mask_token_id=5, eos_token_id=6)
+LLADA = ModelDefaults("threshold", 32, mask_token_id=5)
 
 
 @pytest.mark.parametrize("workload", caches.WORKLOADS, ids=lambda one: one.title)

@@ -17,7 +17,7 @@ from benchmarks import decodes, settings, strategies  # noqa: E402
 
 sys.path.pop()
 
-LLADA = ModelDefaults("threshold", 32, mask_token_id=5, eos_token_id=6)
+LLADA = ModelDefaults("threshold", 32, mask_token_id=5)
 OURS = [name for name in STRATEGIES if STRATEGIES[name].__module__.startswith("vllm_")]
 
 

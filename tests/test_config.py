@@ -20,7 +20,7 @@ from vllm_dlm.request_config import resolve, server_config
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy
 
-DEFAULTS = ModelDefaults("threshold", 32, mask_token_id=9, eos_token_id=8)
+DEFAULTS = ModelDefaults("threshold", 32, mask_token_id=9)
 
 
 def server(**options):
@@ -71,7 +71,7 @@ def test_end_of_text_prediction_is_the_strategys_unless_set():
 
 
 def test_tccf_is_for_block_causal_models():
-    block_causal = ModelDefaults("threshold", 8, 9, 8, model_class="B")
+    block_causal = ModelDefaults("threshold", 8, 9, model_class="B")
     text = '{"trigger": "</think>", "check": [1, 2]}'
     for option in (text, {"trigger": "</think>", "check": [1, 2]}):
         config = resolve(server(), {"dlm_tccf": option}, block_causal)
@@ -251,7 +251,7 @@ def test_server_config_reads_additional_config():
     assert server_config(vllm_config({"dlm": {"steps": "4"}})).steps == 4
     assert ModelDefaults.from_hf_config(
         vllm_config({}).model_config.hf_config
-    ) == ModelDefaults("threshold", 32, 9, 8)
+    ) == ModelDefaults("threshold", 32, 9, stop_ids=(7, 8))
 
 
 def test_server_config_knows_the_models_default_strategy():

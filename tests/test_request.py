@@ -15,15 +15,13 @@ from vllm.sampling_params import (
 
 from vllm_dlm import front_end, request
 from vllm_dlm.config import DlmConfig
-from vllm_dlm.patches import apply_front_end_patches
+from vllm_dlm.front_end import apply_front_end_patches
 
 MASK = 9
 
 
 @pytest.fixture(autouse=True)
 def patched():
-    from vllm_dlm.patches import apply_front_end_patches
-
     apply_front_end_patches()
 
 
@@ -112,6 +110,15 @@ def test_logprobs_of_the_whole_vocabulary_are_refused_whatever_the_server_allows
         verify(SamplingParams(logprobs=-1), config)
 
 
+def test_long_lists_of_stop_tokens_are_refused():
+    """They would cost every later step of every request."""
+    config = model_config()
+    config.get_vocab_size = lambda: 1000
+    verify(SamplingParams(stop_token_ids=list(range(128))), config)
+    with pytest.raises(VLLMValidationError, match="has 129 ids; at most 128"):
+        verify(SamplingParams(stop_token_ids=list(range(129))), config)
+
+
 def test_the_servers_options_apply():
     config = model_config({"strategy": "factor", "max_canvas": 16})
     extra = {"dlm_block_length": 8, "dlm_factor": 2.0}
@@ -130,6 +137,20 @@ def test_a_strategy_may_refuse_at_admission(monkeypatch):
     monkeypatch.setattr(Threshold, "validate", classmethod(validate))
     with pytest.raises(VLLMValidationError, match=r"blocks of 8, got 32 \(none\)"):
         verify(SamplingParams())
+
+
+def test_both_stages_of_tccf_are_checked(tmp_path):
+    """The second has blocks of one, which a trained filter does not fit."""
+    from vllm_dlm.strategies.learn2pd_filter import Filter
+
+    file = tmp_path / "filter.safetensors"
+    Filter.identity(16, 0.5).save(file)
+    server = {"strategy": "learn2pd", "strategy_config": {"filter": str(file)}}
+    config = model_config(server, dlm_class="B", dlm_block_length=16)
+    verify(SamplingParams(), config)
+    stages = {"dlm": {"tccf": {"trigger": [1], "check": [2]}}}
+    with pytest.raises(VLLMValidationError, match="block length 16, not 1"):
+        verify(SamplingParams(extra_args=stages), config)
 
 
 def test_every_sampling_parameter_is_decided():
@@ -199,6 +220,7 @@ def server_options(**changed: object) -> SimpleNamespace:
         model_config=SimpleNamespace(logprobs_mode="raw_logprobs"),
         parallel_config=SimpleNamespace(),
         aux_output_config=SimpleNamespace(),
+        cache_config=SimpleNamespace(),
     )
     for path in (*request.SERVER_OPTIONS.values(), "model_config.logprobs_mode"):
         *parents, name = path.split(".")

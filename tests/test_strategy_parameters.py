@@ -16,8 +16,8 @@ from vllm_dlm.request_config import resolve
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Strategy, numeric_fields
 
-FULL_ATTENTION = ModelDefaults("threshold", 32, mask_token_id=5, eos_token_id=6)
-BLOCK_CAUSAL = ModelDefaults("threshold", 8, 5, 6, model_class="B")
+FULL_ATTENTION = ModelDefaults("threshold", 32, mask_token_id=5)
+BLOCK_CAUSAL = ModelDefaults("threshold", 8, 5, model_class="B")
 OURS = [name for name in STRATEGIES if STRATEGIES[name].__module__.startswith("vllm_")]
 
 

@@ -36,12 +36,11 @@ class ModelDefaults:
     strategy: str
     block_length: int
     mask_token_id: int
-    eos_token_id: int | None
     model_class: ModelClass = "A"
     max_canvas: int = DEFAULT_MAX_CANVAS
     """Widest canvas by default: the widest it was trained on, where that is known."""
     stop_ids: tuple[int, ...] = ()
-    """Ids that end a text besides `eos_token_id`, known to the tokenizer only."""
+    """Ids that end a text besides the tokenizer's end of text."""
     shift: int = 0
     """The logits for position i are those of row i - shift."""
     seeds: bool = False
@@ -85,14 +84,17 @@ class ModelDefaults:
     def from_hf_config(cls, hf_config: Any) -> ModelDefaults:
         """Read the `dlm_*` attributes of one of our HF config classes."""
         eos = getattr(hf_config, "eos_token_id", None)
+        ends = eos if isinstance(eos, list) else [eos]
         return cls(
             strategy=getattr(hf_config, "dlm_strategy", "threshold"),
             block_length=getattr(hf_config, "dlm_block_length", 32),
             mask_token_id=hf_config.mask_token_id,
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
             model_class=hf_config.dlm_class,
             max_canvas=getattr(hf_config, "dlm_max_canvas", None) or DEFAULT_MAX_CANVAS,
-            stop_ids=tuple(getattr(hf_config, "dlm_stop_ids", ())),
+            # vLLM takes a config's end of text from its generation_config.json only.
+            stop_ids=tuple(
+                sorted({*getattr(hf_config, "dlm_stop_ids", ()), *ends} - {None})
+            ),
             shift=getattr(hf_config, "dlm_shift", 0),
             seeds=getattr(hf_config, "dlm_seeds", False),
             sub_block_length=getattr(hf_config, "dlm_sub_block_length", None),

@@ -74,6 +74,9 @@ REFUSED: dict[str, str] = {
 }
 """Fields that are refused when set, and why."""
 
+MOST_STOP_IDS = 128
+"""Per request: each position of a step's blocks is compared with all of them."""
+
 DIFFUSION_GEMMA = "diffusion_"
 """Prefix of the `extra_args` keys of vLLM's own diffusion model."""
 
@@ -136,6 +139,11 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
             "logprobs=-1 (the whole vocabulary) is not supported for diffusion "
             "language models; ask for a number, up to the server's --max-logprobs"
         )
+    num_stop_ids = len(params.stop_token_ids or ())
+    if num_stop_ids > MOST_STOP_IDS:
+        raise ValueError(
+            f"stop_token_ids has {num_stop_ids} ids; at most {MOST_STOP_IDS} are taken"
+        )
     mask = model_config.hf_config.mask_token_id
     if params.allowed_token_ids and set(params.allowed_token_ids) == {mask}:
         raise ValueError(
@@ -190,7 +198,10 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
         cache=config.cache,
         options=server.strategy_options(),
     )
-    STRATEGIES[config.strategy].validate(config.params, config.block_length, context)
+    # The second stage of `tccf` is decoded in blocks of one.
+    lengths = {config.block_length, 1} if stages else {config.block_length}
+    for length in sorted(lengths, reverse=True):
+        STRATEGIES[config.strategy].validate(config.params, length, context)
     return config
 
 
@@ -252,6 +263,7 @@ SERVER_OPTIONS: dict[str, str] = {
     # vLLM applies an adapter to one row of logits per request.
     "--enable-lora": "lora_config",
     "--kv-transfer-config": "kv_transfer_config",
+    "--kv-offloading-size": "cache_config.kv_offloading_size",
     # Step maps travel where these would.
     "--enable-return-routed-experts": "aux_output_config.enable_return_routed_experts",
     "--enable-dbo": "parallel_config.enable_dbo",

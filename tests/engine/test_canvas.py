@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,25 @@ from engine.cases import (
     make_prompt,
     run_cases,
 )
-from engine.harness import Engine
+from engine.harness import Engine, params
 from reference import procedures
 from reference.llada import TinyLLaDA
 from reference.procedures import CACHES, Rule, View, generate
+
+
+def test_the_end_of_text_may_stand_in_the_config(
+    engines: Callable[..., Engine], engine: Engine, checkpoint: Path
+):
+    """vLLM itself asks the tokenizer and generation_config.json only."""
+    whole = engine.run([make_prompt(4)], params(24, ignore_eos=True))[0].tokens
+    end = whole[6]
+    own = engines(model=str(checkpoint), hf_overrides={"eos_token_id": end})
+    (result,) = own.run([make_prompt(4)], params(24))
+    assert result.tokens[-1] == end
+    assert result.tokens == whole[: whole.index(end) + 1]
+    assert result.output.finish_reason == "stop"
+    (result,) = own.run([make_prompt(4)], params(24, ignore_eos=True))
+    assert result.tokens == whole
 
 
 @pytest.mark.parametrize("cache", CACHES)

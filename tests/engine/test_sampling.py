@@ -77,6 +77,12 @@ def test_top_k_of_one_is_greedy_at_any_temperature(engine: Engine):
     assert engine.run(PROMPTS, drawn(1, temperature=2.0, top_k=1)) == greedy
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_all_of_it(engine: Engine):
+    every = [drawn(seed, top_k=128) for seed in range(8)]
+    huge = [drawn(seed, top_k=2**63) for seed in range(8)]
+    assert engine.run(PROMPTS, huge) == engine.run(PROMPTS, every)
+
+
 def draw_many(engine: Engine, prompt, count: int, width: int = 1, **options):
     """`count` draws of `width` tokens, all in one forward."""
     dlm = {"block_length": width, "steps": 1, "strategy": "static"}

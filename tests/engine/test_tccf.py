@@ -99,6 +99,14 @@ def test_an_output_may_end_with_the_check_text(model: BlockEngines, max_tokens: 
     assert result.output.finish_reason == "length"
 
 
+@pytest.mark.parametrize("beyond", [-3, 128])
+def test_ids_that_are_no_tokens_are_refused(model: BlockEngines, beyond: int):
+    asked = request([1], 20)
+    asked.extra_args["dlm"]["tccf"]["check"] = [7, beyond]
+    with pytest.raises(VLLMValidationError, match=rf"\[{beyond}\]; valid are 0 to 127"):
+        model().run([make_prompt(3)], [asked])
+
+
 def test_log_probabilities_are_refused(model: BlockEngines):
     with pytest.raises(VLLMValidationError, match="tccf cannot be combined"):
         model().run([make_prompt(3)], [request([1], 20, logprobs=1)])

@@ -30,9 +30,7 @@ def make_request(
 ) -> CanvasRequest:
     """A waiting request, as the scheduler makes it; class B unless `model` says."""
     declared = {"model_class": "B", "block_length": 4, "block_origin": "start"} | model
-    defaults = ModelDefaults(
-        strategy="static", mask_token_id=120, eos_token_id=121, **declared
-    )
+    defaults = ModelDefaults(strategy="static", mask_token_id=120, **declared)
     request = Request(
         request_id="one",
         prompt_token_ids=list(range(prompt_len)),

@@ -39,7 +39,8 @@ def test_whether_it_has_ended():
 
 def test_texts_become_tokens(monkeypatch):
     tokenizer = SimpleNamespace(
-        encode=lambda text, add_special_tokens: [ord(sign) for sign in text.strip()]
+        encode=lambda text, add_special_tokens: [ord(sign) for sign in text.strip()],
+        get_vocab_size=lambda: 128,
     )
     monkeypatch.setattr(
         "vllm.tokenizers.cached_tokenizer_from_config", lambda config: config
@@ -49,5 +50,8 @@ def test_texts_become_tokens(monkeypatch):
     assert Stages.of(None, tokenizer) is None
     with pytest.raises(ValueError, match="has no tokens"):
         Stages.of(ThinkCoarse(trigger=" ", check=[3]), tokenizer)
+    monkeypatch.setattr(
+        "vllm.tokenizers.cached_tokenizer_from_config", lambda config: None
+    )
     with pytest.raises(ValueError, match="give token ids"):
-        Stages.of(option, None)
+        Stages.of(option, tokenizer)

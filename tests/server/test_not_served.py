@@ -61,6 +61,20 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["use_regular_causal", "use a checkpoint without it"],
     ),
+    "two ranks share a prompt": (
+        "sdar",
+        "SDAR-4B-Chat",
+        {},
+        {"prefill_context_parallel_size": 2},
+        ["prefill context parallelism", "--tensor-parallel-size"],
+    ),
+    "pages that leave": (
+        "dream",
+        "Dream-v0-Instruct-7B",
+        {},
+        {"kv_offloading_size": 1},
+        ["--kv-offloading-size", "remove it"],
+    ),
     "DreamReasoner": (
         "dream",
         "DreamReasoner-7B",

@@ -111,7 +111,7 @@ def draw(
             shard,
         )
         tokens.index_copy_(0, rows, torch.where(usable, drawn, argmax[rows]))
-    size = _rows_per_slice(logits)
+    size = rows_per_slice(logits)
     for part in truncated_rows.split(size) if len(truncated_rows) else ():
         part_banned = None if banned is None else banned[part]
         scores = forbid(logits[part].float(), part_banned, ban_id)
@@ -187,7 +187,7 @@ def _plain_draws(
     ):
         scores, columns = numba_rows.draw_rows(logits, rows, *settings, first)
     else:
-        size = _rows_per_slice(logits)
+        size = rows_per_slice(logits)
         parts = [
             _plain_draw_reference(
                 logits[rows[part]],
@@ -228,7 +228,8 @@ def _plain_draw_reference(
     return best.values, best.indices
 
 
-def _rows_per_slice(logits: torch.Tensor) -> int:
+def rows_per_slice(logits: torch.Tensor) -> int:
+    """How many rows of [N, V] logits to sort, or to make noise for, at a time."""
     size = _SLICE_CPU if logits.device.type == "cpu" else _SLICE
     return max(1, size // max(1, logits.shape[1]))
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.kernels.draw import draw, tempered
+from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered
 from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
-from vllm_dlm.model_executor.bad_words import banned_tokens, vetoed
+from vllm_dlm.model_executor.bad_words import MASKED
 from vllm_dlm.model_executor.restrictions import Restriction
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ class Candidates:
         self._temperature[slot] = params.temperature
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
-        self._top_k[slot] = max(params.top_k, 0)
+        # Larger numbers than a vocabulary has tokens are valid: they keep all.
+        vocab_size = self.state.model_config.get_vocab_size()
+        self._top_k[slot] = min(max(params.top_k, 0), vocab_size)
         self._seed[slot] = request.seed
         self._min_tokens[slot] = params.min_tokens
         missing = len(request.stop_ids) - self._stop_ids.shape[1]
@@ -223,10 +225,10 @@ class Candidates:
             return torch.from_numpy(array).to(logits.device, non_blocking=True)
 
         at = on_device(some)
-        raw, best = tile.values[at], choice.candidate[at]
+        raw, argmax = tile.values[at], choice.candidate[at]
         if gather:
             raw = logits.whole(raw, at + tile.rows.start)
-        processed, argmax = raw, best
+        processed = raw
         if self._restricts[slots].any():
             # A copy, also of float32: what is restricted must not move the confidence.
             processed = raw.to(torch.float32, copy=True)
@@ -254,7 +256,7 @@ class Candidates:
         drawn = torch.where(masked[at], drawn, argmax)
         is_first = blocks.row_offset[tile.own][some] == 0
         greedy = on_device(self._seeds_greedily[slots] & is_first)
-        drawn = torch.where(greedy, best, drawn)
+        drawn = torch.where(greedy, argmax, drawn)
         sure = prob_of(raw, drawn, choice.logsumexp[at], shard)
         choice = choice._replace(
             candidate=choice.candidate.index_copy(0, at, drawn),
@@ -290,17 +292,19 @@ class Candidates:
             at: [n] int64: which rows of `choice` they are.
             measured: [m] int64: which of the n ask for it.
         """
-        shaped = tempered(processed[measured], *sampling.at(measured))
-        stats = token_stats(
-            shaped, choice.entropy is not None, choice.margin is not None
-        )
-        at = at[measured]
-        tokens = choice.candidate[at]
-        choice.confidence[at] = prob_of(shaped, tokens, stats.logsumexp)
-        if choice.entropy is not None and stats.entropy is not None:
-            choice.entropy[at] = stats.entropy
-        if choice.margin is not None and stats.margin is not None:
-            choice.margin[at] = stats.margin
+        # Sorting a row takes several times its memory: some rows at a time.
+        for part in measured.split(rows_per_slice(processed)):
+            shaped = tempered(processed[part], *sampling.at(part))
+            stats = token_stats(
+                shaped, choice.entropy is not None, choice.margin is not None
+            )
+            places = at[part]
+            tokens = choice.candidate[places]
+            choice.confidence[places] = prob_of(shaped, tokens, stats.logsumexp)
+            if choice.entropy is not None and stats.entropy is not None:
+                choice.entropy[places] = stats.entropy
+            if choice.margin is not None and stats.margin is not None:
+                choice.margin[places] = stats.margin
 
     def noise_keys(
         self, step: torch.Tensor, plan: BlockRows
@@ -328,7 +332,7 @@ class Candidates:
             (mine,) = (requests == request).nonzero()
             offsets = blocks.row_offset[rows[mine]]
             restriction = self._restrictions[int(blocks.slots_np[request])]
-            banned = self._banned(int(request), blocks) if restriction.bad_words else []
+            banned = self._banned(int(request), blocks)
             places = torch.from_numpy(offsets).to(logits.device)
             # A request's rows follow each other.
             part = logits[mine[0] : mine[-1] + 1]
@@ -350,10 +354,12 @@ class Candidates:
 
     def _banned(self, row: int, plan: BlockRows) -> list[tuple[int, int]]:
         """(block offset, token) pairs that would complete a bad word."""
-        slot = int(plan.slots_np[row])
-        words = self._restrictions[slot].bad_words
-        tokens, first = self._output(slot, row, plan)
-        return [(i - first, token) for i, token in banned_tokens(tokens, words, first)]
+        words = self._restrictions[int(plan.slots_np[row])].bad_words
+        if words is None:
+            return []
+        tokens, first = self._output(row, words.reach, plan)
+        banned = words.banned(tokens, begin=max(-first, 0))
+        return [(first + index, token) for index, token in banned]
 
     def veto_bad_words(
         self,
@@ -361,34 +367,37 @@ class Candidates:
         edit: torch.Tensor,
         new_tokens: torch.Tensor,
         plan: BlockRows,
-    ) -> None:
-        """Withdraw, in place, commits and edits that would write a bad word."""
-        for row in self._restricts[plan.slots_np].nonzero()[0].tolist():
-            slot = int(plan.slots_np[row])
-            words = self._restrictions[slot].bad_words
-            if not words:
-                continue
-            tokens, first = self._output(slot, row, plan)
-            write = commit[row] | edit[row]
-            writes = {
-                first + offset: int(new_tokens[row, offset])
-                for offset in write.nonzero()[:, 0].tolist()
-            }
-            for index in vetoed(tokens, writes, words):
-                commit[row, index - first] = False
-                edit[row, index - first] = False
+    ) -> list[int]:
+        """Withdraw, in place, commits and edits that would write a bad word.
 
-    def _output(
-        self, slot: int, row: int, plan: BlockRows
-    ) -> tuple[list[int | None], int]:
-        """Output tokens up to the block's end (None: masked); the block's index."""
-        begin = int(self.state.prompt_len[slot])
+        Returns:
+            The rows, 0 to R - 1, that lost commits.
+        """
+        rows = []
+        for row in self._restricts[plan.slots_np].nonzero()[0].tolist():
+            words = self._restrictions[int(plan.slots_np[row])].bad_words
+            if words is None:
+                continue
+            tokens, first = self._output(row, words.reach, plan)
+            (offsets,) = (commit[row] | edit[row]).nonzero(as_tuple=True)
+            indices = (offsets - first).tolist()
+            written = new_tokens[row, offsets].tolist()
+            vetoed = words.vetoed(tokens, dict(zip(indices, written, strict=True)))
+            places = torch.tensor(vetoed, dtype=torch.int64) + first
+            if commit[row, places].any():
+                rows.append(row)
+            commit[row, places] = edit[row, places] = False
+        return rows
+
+    def _output(self, row: int, reach: int, plan: BlockRows) -> tuple[list[int], int]:
+        """A block's output tokens and up to `reach` left of it, `MASKED` where open.
+
+        And the block offset of the first of them.
+        """
+        state, slot = self.state, int(plan.slots_np[row])
         block_start = int(plan.positions[row, 0])
+        begin = max(block_start - reach, int(state.prompt_len[slot]))
         end = block_start + int(plan.valid[row].sum())
-        tokens = self.state.tokens[slot, begin:end].tolist()
-        masked = self.state.masked[slot, begin:end].tolist()
-        known = [
-            None if hidden else token
-            for token, hidden in zip(tokens, masked, strict=True)
-        ]
-        return known, block_start - begin
+        tokens = state.tokens[slot, begin:end]
+        hidden = state.masked[slot, begin:end]
+        return tokens.masked_fill(hidden, MASKED).tolist(), begin - block_start

@@ -62,11 +62,12 @@ class DlmModelConfig(VerifyAndUpdateConfig):
                 "pipeline parallelism is not supported for diffusion language models "
                 "yet; use --tensor-parallel-size"
             )
-        if parallel.decode_context_parallel_size > 1:
-            raise ValueError(
-                "decode context parallelism is not supported for diffusion language "
-                "models; use --tensor-parallel-size"
-            )
+        for kind in ("decode", "prefill"):
+            if getattr(parallel, f"{kind}_context_parallel_size") > 1:
+                raise ValueError(
+                    f"{kind} context parallelism is not supported for diffusion "
+                    "language models; use --tensor-parallel-size"
+                )
 
         refuse_server_options(vllm_config)
 

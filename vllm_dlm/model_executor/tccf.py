@@ -31,7 +31,8 @@ class Stages:
         """The stages that a request asks for, if it does.
 
         Raises:
-            ValueError: a text has no tokens, or there is no tokenizer to tell.
+            ValueError: a text has no tokens, or there is no tokenizer to tell; ids
+                that the model has no token for.
         """
         if option is None:
             return None
@@ -68,6 +69,13 @@ def one_at_a_time(config: RequestConfig) -> RequestConfig:
 
 def _token_ids(name: str, text: str | list[int], model_config: Any) -> tuple[int, ...]:
     if not isinstance(text, str):
+        size = model_config.get_vocab_size()
+        beyond = [token for token in text if not 0 <= token < size]
+        if beyond:
+            raise ValueError(
+                f"tccf: {name} has ids that are no tokens of this model: {beyond}; "
+                f"valid are 0 to {size - 1}"
+            )
         return tuple(text)
     from vllm.tokenizers import cached_tokenizer_from_config
 
