@@ -8,7 +8,7 @@ from engine.cases import RULES, Case, make_prompt
 from engine.harness import Engine, params
 from vllm import SamplingParams
 
-from vllm_dlm.model_executor.groups import MOST_IDLE_GROUPS
+from vllm_dlm.model_executor.groups import MOST_IDLE_GROUPS, Group
 
 Request = tuple[tuple[int, ...], SamplingParams]
 
@@ -78,3 +78,33 @@ def test_strategies_that_nobody_uses_are_dropped(wide_engine: Engine):
     wide_engine.flush()
     groups = wide_engine.runner.sampler.groups
     assert MOST_IDLE_GROUPS <= len(groups._groups) <= MOST_IDLE_GROUPS + 1
+
+
+def test_strategies_remember_the_requests_that_run_only(wide_engine: Engine):
+    """Not a slot for each request there might be, in a group per block length."""
+    groups = wide_engine.runner.sampler.groups
+
+    def remembered() -> int:
+        return sum(group.num_bytes for group in groups._groups.values())
+
+    wide_engine.flush()
+    assert remembered() == 0
+    sampling = [
+        params(64, dlm={"strategy": "klass", "block_length": length}, ignore_eos=True)
+        for length in range(8, 13)
+    ]
+    ids = [
+        wide_engine.add(make_prompt(3, length), sampling[length % 5])
+        for length in range(10)
+    ]
+    wide_engine.step()
+    # Two requests a group.
+    seats = [Group(group.strategy, 1, 0) for group in set(groups._group_of.values())]
+    for seat in seats:
+        seat.admit(0)
+    assert len(seats) == 5
+    assert remembered() == 2 * sum(seat.num_bytes for seat in seats) > 0
+    for request_id in ids:
+        wide_engine.abort(request_id)
+    wide_engine.flush()
+    assert remembered() == 0

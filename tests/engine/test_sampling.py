@@ -83,6 +83,22 @@ def test_a_top_k_beyond_the_vocabulary_keeps_all_of_it(engine: Engine):
     assert engine.run(PROMPTS, huge) == engine.run(PROMPTS, every)
 
 
+def test_min_tokens_costs_nothing_behind_them(engine: Engine, monkeypatch):
+    """Only blocks that hold them have their candidates chosen under a restriction."""
+    candidates = engine.runner.sampler.candidates
+    redo, calls = candidates._redo, []
+
+    def counting(*args):
+        calls.append(1)
+        return redo(*args)
+
+    monkeypatch.setattr(candidates, "_redo", counting)
+    dlm = {"strategy": "static", "block_length": 16}
+    asked = params(64, dlm=dlm, min_tokens=20, ignore_eos=True)
+    (result,) = engine.run([PROMPTS[0]], asked)
+    assert (result.forwards, len(calls)) == (64, 32)
+
+
 def draw_many(engine: Engine, prompt, count: int, width: int = 1, **options):
     """`count` draws of `width` tokens, all in one forward."""
     dlm = {"block_length": width, "steps": 1, "strategy": "static"}

@@ -177,7 +177,8 @@ class BranchPlan:
         """
 
         def column(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(block_table.device)[:, None]
+            there = torch.from_numpy(array).to(block_table.device, non_blocking=True)
+            return there[:, None]
 
         segments = column(self.segments)[:, 0]
         table = block_table[segments]

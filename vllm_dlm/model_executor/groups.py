@@ -38,26 +38,55 @@ MOST_IDLE_GROUPS = 64
 
 
 class Group:
-    """A strategy, and what it remembers of the requests that it decides."""
+    """A strategy, and what it remembers of the requests that it decides.
+
+    Each of them has a seat in tensors that grow with the requests of the group at a
+    time, and are given back with the last: there may be a group per block length.
+    """
 
     def __init__(self, strategy: Strategy, num_slots: int, number: int) -> None:
         self.strategy = strategy
         self.number = number
-        self._memory = {
+        self._seats: dict[int, int] = {}
+        """slot -> seat; never by row of a batch: rows change from step to step."""
+        device = strategy.context.device
+        self._seat_of = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._memory = self._empty(0)
+
+    def _empty(self, num_seats: int) -> dict[str, torch.Tensor]:
+        return {
             name: torch.full(
-                (num_slots, *field.shape),
+                (num_seats, *field.shape),
                 field.fill,
                 dtype=field.dtype,
-                device=strategy.context.device,
+                device=self.strategy.context.device,
             )
-            for name, field in strategy.state.items()
+            for name, field in self.strategy.state.items()
         }
-        """By slot, never by row of a batch: rows change from step to step."""
 
-    def forget(self, slot: int) -> None:
-        """Make room for a new request."""
-        for name, field in self.strategy.state.items():
-            self._memory[name][slot] = field.fill
+    @property
+    def num_bytes(self) -> int:
+        """What the group's memory takes."""
+        return sum(memory.nbytes for memory in self._memory.values())
+
+    def admit(self, slot: int) -> None:
+        """Give a new request a seat, of which nothing is remembered."""
+        taken = set(self._seats.values())
+        seat = next(seat for seat in count() if seat not in taken)
+        self._seats[slot] = seat
+        if not self._memory:
+            return
+        self._seat_of[slot] = seat
+        for name, more in self._empty(max(seat, 1)).items():
+            if seat == len(self._memory[name]):
+                self._memory[name] = torch.cat([self._memory[name], more])
+            self._memory[name][seat] = self.strategy.state[name].fill
+
+    def dismiss(self, slot: int) -> None:
+        """Take back the seat of a request that has left."""
+        del self._seats[slot]
+        if not self._seats:
+            self._memory = self._empty(0)
 
     def recall(self, slots: torch.Tensor, step: torch.Tensor) -> dict[str, Any]:
         """name -> [R, ...]: what is remembered of each request's block.
@@ -66,7 +95,9 @@ class Group:
             slots, step: [R] int64; nothing is remembered in step 0.
         """
         return {
-            name: _where(step == 0, field.fill, self._memory[name][slots])
+            name: _where(
+                step == 0, field.fill, self._memory[name][self._seat_of[slots]]
+            )
             for name, field in self.strategy.state.items()
         }
 
@@ -83,7 +114,9 @@ class Group:
         """
         for name, field in self.strategy.state.items():
             memory = self._memory[name]
-            memory[slots] = _where(seeds, field.fill, state[name]).to(memory.dtype)
+            memory[self._seat_of[slots]] = _where(seeds, field.fill, state[name]).to(
+                memory.dtype
+            )
 
 
 class StrategyGroups:
@@ -123,7 +156,7 @@ class StrategyGroups:
             )
         group = self._group_of[slot] = self._groups[key]
         self._group_number[slot] = group.number
-        group.forget(slot)
+        group.admit(slot)
         self.may_rewrite[slot] = group.strategy.may_rewrite
         self.step_limit[slot] = group.strategy.step_limit(config.params)
         self.drafts[slot] = "branches" in group.strategy.needs
@@ -133,7 +166,9 @@ class StrategyGroups:
 
     def remove(self, slot: int) -> None:
         """A request has left."""
-        self._group_of.pop(slot, None)
+        group = self._group_of.pop(slot, None)
+        if group is not None:
+            group.dismiss(slot)
         # Clients may send ever new parameters: what nobody uses is not kept for ever.
         busy = {id(group) for group in self._group_of.values()}
         idle = [key for key, group in self._groups.items() if id(group) not in busy]
@@ -184,10 +219,11 @@ class StrategyGroups:
             strategy = group.strategy
             if len(rows) == len(plan.slots_np):
                 index: slice | torch.Tensor = slice(None)
+                part = view.take(slice(None), strategy.block_length)
             else:
                 index = torch.from_numpy(rows).to(self.state.device, non_blocking=True)
+                part = view.take(rows, strategy.block_length)
             slots = plan.slots[index]
-            part = view.take(index, strategy.block_length)
             part = replace(part, state=group.recall(slots, part.step))
             numbers = {
                 name: self._tensor(type(strategy), name)[slots]

@@ -9,7 +9,6 @@ it here waits for nothing more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ class HostSlots:
         def per_slot(dtype: Any = np.int64) -> np.ndarray:
             return np.zeros(slots, dtype=dtype)
 
+        self.prompt_len = per_slot()
         self.block_length = per_slot()
         self.sub_block_length = per_slot()
         self.origin = per_slot()
@@ -52,7 +52,7 @@ class HostSlots:
         self.canvas_end = per_slot()
         self.masked = np.zeros((slots, length), dtype=bool)
         """Masks of the active block, by place in the block."""
-        self._arriving: _Arriving | None = None
+        self._arriving: tuple[np.ndarray, ToHost, ToHost] | None = None
 
     def send(
         self,
@@ -70,33 +70,33 @@ class HostSlots:
         """
         self.settle()
         where = torch.stack([block_start, canvas_end])
-        self._arriving = _Arriving(slots, _to_host(where), _to_host(masked))
-        if masked.device.type == "cuda":
-            self._arriving.sent = torch.cuda.Event()
-            self._arriving.sent.record()
+        self._arriving = slots, ToHost(where), ToHost(masked)
 
     def settle(self) -> None:
         """Note what has been sent; before what steps change is read or set here."""
         if self._arriving is None:
             return
-        arrived, self._arriving = self._arriving, None
-        if arrived.sent is not None:
-            arrived.sent.synchronize()
-        slots, width = arrived.slots, arrived.masked.shape[1]
-        self.block_start[slots], self.canvas_end[slots] = arrived.where.numpy()
-        self.masked[slots, :width] = arrived.masked.numpy()
+        (slots, where, arrived), self._arriving = self._arriving, None
+        masked = arrived.numpy()
+        self.block_start[slots], self.canvas_end[slots] = where.numpy()
+        self.masked[slots, : masked.shape[1]] = masked
 
 
-@dataclass
-class _Arriving:
-    slots: np.ndarray
-    where: torch.Tensor
-    masked: torch.Tensor
-    sent: Any = None
+class ToHost:
+    """A tensor on its way to host memory; nothing may write to it meanwhile."""
 
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._sent: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor = host.copy_(tensor, non_blocking=True)
+            self._sent = torch.cuda.Event()
+            self._sent.record()
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+    def numpy(self) -> np.ndarray:
+        """The tensor, once it is there."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        array: np.ndarray = self._tensor.numpy()
+        return array

@@ -63,6 +63,7 @@ class DenoisingSampler:
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """Called by the runner after `DlmModelState.add_request`."""
+        self.learning.take_over()
         self.groups.add(req_index)
         self.candidates.add(req_index)
         self.logprobs.add(req_index)
@@ -90,11 +91,14 @@ class DenoisingSampler:
             return _nothing_sampled(input_batch.num_reqs, hidden.device)
         logits = self.views.logits(hidden, plan)
         view = self.views.view(logits, plan)
-        self.learning.observe(view, plan)
         decided = self.groups.select(view, plan)
         decision = self.safety.hold_to_rules(view, decided, plan)
         self.logprobs.record(logits, view.step, decision, plan)
         output = self._advance(view, decision, plan)
+        if self._counts_rows:
+            # vLLM wants numbers by request; what is read of them is their sum.
+            output.num_nans = torch.zeros_like(plan.slots)
+            output.num_nans[0] = logits.computed
         if self.trajectories is not None:
             self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
@@ -146,7 +150,8 @@ class DenoisingSampler:
         waits = (self.groups.may_rewrite[slots] | hold) & ~done
         # A seed goes out at once: by it the scheduler knows that there was one.
         frontier = torch.where(waits & ~plan.seeds, block_start, frontier)
-        self.learning.finish(done, plan)
+        written = torch.where(open_ | ~exists, -1, tokens)
+        self.learning.record(view, written, plan)
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block
         state.step[slots] = torch.where(done, 0, view.step + 1)
@@ -177,7 +182,7 @@ class DenoisingSampler:
         return SamplerOutput(
             sampled_token_ids=sampled,
             logprobs_tensors=self.logprobs.emit(old, new, plan),
-            num_nans=plan.num_logits if self._counts_rows else None,
+            num_nans=None,
             num_sampled=num_sampled,
             num_rejected=(plan.rows_ends - self._next_start(frontier, plan)).int(),
         )
@@ -236,7 +241,8 @@ def _for_batch(
     """The deciding requests' output as rows of the whole batch."""
     if len(plan.slots_np) == num_reqs:
         return output
-    rows = torch.from_numpy(plan.batch_rows).to(output.num_sampled.device)
+    device = output.num_sampled.device
+    rows = torch.from_numpy(plan.batch_rows).to(device, non_blocking=True)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         whole = values.new_zeros(num_reqs, *values.shape[1:])

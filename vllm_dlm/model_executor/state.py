@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tp_group
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -178,6 +179,7 @@ class DlmModelState(ModelState):
         self.steps_per_block[slot] = steps
 
         host = self.host
+        host.prompt_len[slot] = prompt_len
         host.block_length[slot] = block
         host.sub_block_length[slot] = config.sub_block_length
         host.origin[slot] = origin
@@ -252,7 +254,9 @@ class DlmModelState(ModelState):
             max_query_len = int(np.diff(segments.query_start_loc).max())
             kv_lens = plan.kv_lens
             if num_rows != input_batch.num_reqs:
-                request = torch.from_numpy(segments.request).to(self.device)
+                request = torch.from_numpy(segments.request).to(
+                    self.device, non_blocking=True
+                )
                 block_tables = tuple(table[request] for table in block_tables)
             if plan.causal is not None:
                 causal = plan.causal
@@ -340,6 +344,7 @@ class DlmModelState(ModelState):
             model_class=self.defaults.model_class,
             cache=cache,
             options=self.server.strategy_options(),
+            agreed=get_tp_group().broadcast_object,
         )
 
     @cached_property
