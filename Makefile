@@ -120,9 +120,9 @@ $(VLLM_STAMP): | $(BIN)/python
 $(PACKAGE_STAMP): $(VLLM_STAMP)
 	@$(run_pip)
 	echo "==> installing vllm-dlm, editable"
-	no_deps=--no-deps
-	[[ $(DEVICE) == cuda ]] && no_deps=
-	run_pip $$no_deps -e .
+	locked="--no-deps --no-build-isolation"
+	[[ $(DEVICE) == cuda ]] && locked=
+	run_pip $$locked -e .
 	rm -f $(STAMPS)/package-*
 	touch $@
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from bench.conftest import TINY
+from reference.llada import write_random_checkpoint
 
 from vllm_dlm.bench import command, report
 from vllm_dlm.bench.engine import load_adapter
@@ -100,6 +101,19 @@ def test_resuming_measures_what_is_missing(bench):
     more = bench(*PLAIN, *SHORT, *longer, "--strategies", "static", "--resume")
     assert more["cells"][:2] == again["cells"]
     assert len(more["cells"]) == 3
+
+
+def test_resuming_tells_checkpoints_of_one_name_apart(bench, tmp_path):
+    for seed, run in enumerate("ab"):
+        write_random_checkpoint(tmp_path / run / "checkpoint", seed=seed)
+    options = (*SHORT, "--strategies", "static", "--requests", "2", "--skip-ours")
+    options = (*options, "--against", "plain", "--concurrency", "1")
+    bench("--model", str(tmp_path / "a" / "checkpoint"), *options)
+    for run, cells in (("a", 1), ("b", 2), ("a", 2)):
+        model = str(tmp_path / run / "checkpoint")
+        data = bench("--model", model, *options, "--resume")
+        assert len(data["cells"]) == cells
+    assert str(tmp_path) not in json.dumps(data)
 
 
 def test_a_file_is_not_overwritten(bench, tmp_path):

@@ -11,8 +11,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from vllm_dlm.model_executor.model_key import weights_digest
 
 VERSION = 1
 """Of the JSON file's layout."""
@@ -72,6 +75,26 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, Path) or (isinstance(value, str) and os.sep in value):
         kind, colon, path = str(value).rpartition("adapter:")
         return kind + colon + Path(path).name
+    return value
+
+
+def digest(value: Any) -> str:
+    """16 hex digits that tell values apart; of a path in them, what lies there."""
+    return sha256(json.dumps(_contents(value)).encode()).hexdigest()[:16]
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _contents(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_contents(part) for part in value]
+    if isinstance(value, (str, Path)):
+        path = Path(str(value).removeprefix("adapter:"))
+        if path.is_dir():
+            return weights_digest(path)
+        if path.is_file():
+            return sha256(path.read_bytes()).hexdigest()
+        return str(value)
     return value
 
 

@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_dlm.bench.cells import Cell, Results, without_folders
+from vllm_dlm.bench.cells import Cell, Results, digest
 from vllm_dlm.bench.checkpoints import write_autoregressive
 from vllm_dlm.bench.engine import Engine, Unsupported, Work, load_adapter
 from vllm_dlm.bench.environment import peak_gflops
@@ -166,17 +164,17 @@ class Runner:
             "steps": args.steps,
             "seed": args.seed,
             "threads": args.threads,
+            # What names and folders do not tell apart.
+            "inputs": digest([args.model, args.prompts, cell.engine]),
         }
         if cell.engine == PLAIN:
             return facts | {"softmax": args.plain_softmax}
+        # Of options the file has no folder, address or key: their digest.
         if cell.engine in (OURS, AUTOREGRESSIVE):
-            options = without_folders(dict(args.engine_option))
-            facts |= {"mode": args.mode, "engine_options": options}
-            server = {} if cell.engine == AUTOREGRESSIVE else dict(args.server_option)
-            return facts | {"server_options": without_folders(server)}
-        # An address or a key tells runs apart, but is not written down.
-        options = json.dumps(args.adapter_option).encode()
-        return facts | {"adapter_options": sha256(options).hexdigest()[:16]}
+            facts |= {"mode": args.mode, "engine_options": digest(args.engine_option)}
+            server = [] if cell.engine == AUTOREGRESSIVE else args.server_option
+            return facts | {"server_options": digest(server)}
+        return facts | {"adapter_options": digest(args.adapter_option)}
 
 
 def _all_cells(args: argparse.Namespace) -> Iterator[Cell]:
