@@ -36,6 +36,8 @@ class Workload:
     is_chat: bool
     max_tokens: int
     dtype: str
+    history: Sequence[dict[str, str]] = ()
+    """Turns of a chat before each question."""
 
     @property
     def engine_options(self) -> dict[str, Any]:
@@ -87,7 +89,10 @@ def answer(
         for seed in range(len(questions))
     ]
     if workload.is_chat:
-        chats = [[{"role": "user", "content": question}] for question in questions]
+        chats = [
+            [*workload.history, {"role": "user", "content": question}]
+            for question in questions
+        ]
         results = llm.chat(chats, sampling, use_tqdm=False)
     else:
         results = llm.generate(list(questions), sampling, use_tqdm=False)
@@ -119,8 +124,18 @@ def count_corpus(workload: Workload, folder: Path) -> Path:
     return path
 
 
-def built_in(num_problems: int, dtype: str) -> Workload:
-    """llama-tiny and its questions."""
+def built_in(num_problems: int, dtype: str, num_earlier: int = 0) -> Workload:
+    """llama-tiny and its questions.
+
+    Args:
+        num_earlier: questions that were asked and answered before, in the same chat;
+            llama-tiny has not learnt chats of several turns, so that it answers worse.
+    """
+    history = [
+        {"role": role, "content": text}
+        for problem in sample_problems(num_earlier, 1)
+        for role, text in (("user", problem.question), ("assistant", problem.answer))
+    ]
     problems = sample_problems(num_problems, 0, "heldout")
     return Workload(
         model=TARGET,
@@ -129,9 +144,10 @@ def built_in(num_problems: int, dtype: str) -> Workload:
             problem.question for problem in sample_problems(CORPUS_ANSWERS, seed=0)
         ],
         checks=[problem.check for problem in problems],
-        is_chat=False,
+        is_chat=bool(history),
         max_tokens=MAX_TOKENS,
         dtype=dtype,
+        history=history,
     )
 
 

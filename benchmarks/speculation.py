@@ -36,7 +36,7 @@ from benchmarks.answers import (
 from benchmarks.strategies import hardware
 from vllm_dlm.aliases import resolve
 
-DRAFT, DEER = "llama-tiny-draft", "deer-tiny"
+DRAFT = "llama-tiny-draft"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,17 @@ class Row:
         return accepted / self.drafted if self.drafted else 0.0
 
 
-def settings(fixed: Sequence[int], corpus: Path, has_drafters: bool) -> list[Setting]:
-    """All that is compared; `fixed` are lengths of vLLM's own methods."""
+def settings(
+    fixed: Sequence[int], corpus: Path, has_drafters: bool, deer: Config
+) -> list[Setting]:
+    """All that is compared.
+
+    Args:
+        fixed: lengths of vLLM's own methods.
+        corpus: ADED's tri-grams.
+        has_drafters: whether the model is llama-tiny.
+        deer: options of the method `deer`, its drafter among them.
+    """
     return [
         Setting("plain", "", None),
         *(
@@ -99,13 +108,13 @@ def settings(fixed: Sequence[int], corpus: Path, has_drafters: bool) -> list[Set
             )
             for k in fixed
         ),
-        *(with_drafters(fixed) if has_drafters else ()),
+        *(with_drafters(fixed, deer) if has_drafters else ()),
         Setting("aded", "own text", {"method": "aded"}),
         Setting("aded", "corpus", {"method": "aded", "corpus": str(corpus)}),
     ]
 
 
-def with_drafters(fixed: Sequence[int]) -> list[Setting]:
+def with_drafters(fixed: Sequence[int], deer: Config) -> list[Setting]:
     """What needs a drafter, or exits, that llama-tiny has."""
     draft = resolve(DRAFT)
     return [
@@ -129,7 +138,7 @@ def with_drafters(fixed: Sequence[int]) -> list[Setting]:
             Setting(
                 "deer",
                 f"K={k}",
-                {"method": "deer", "model": DEER, "num_speculative_tokens": k},
+                {"method": "deer", "num_speculative_tokens": k} | deer,
             )
             for k in (8, 32)
         ),
@@ -258,8 +267,9 @@ def main() -> int:
             args.model, args.questions, args.num_problems, args.max_tokens, args.dtype
         )
         if args.model
-        else built_in(args.num_problems, args.dtype)
+        else built_in(args.num_problems, args.dtype, args.earlier)
     )
+    deer = {"model": args.drafter, "context": args.context}
     rows: list[Row] = []
     plain = None
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +278,7 @@ def main() -> int:
             corpus = count_corpus(workload, Path(folder))
         chosen = [
             setting
-            for setting in settings(args.fixed, corpus, workload.has_drafters)
+            for setting in settings(args.fixed, corpus, workload.has_drafters, deer)
             if setting.method in ("plain", *(args.methods or [setting.method]))
         ]
         with tqdm(chosen, unit="setting") as progress:
@@ -330,6 +340,25 @@ def _arguments() -> argparse.Namespace:
         choices=["float32", "bfloat16"],
         help="in bfloat16 one row and several round differently, and texts may differ "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drafter",
+        default="deer-tiny",
+        help="of the method deer: folder or alias (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--context",
+        default="auto",
+        choices=["auto", "recompute", "cached"],
+        help="of the method deer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--earlier",
+        type=int,
+        default=0,
+        metavar="N",
+        help="questions asked and answered before in the same chat, for longer prompts "
+        "of llama-tiny (default: %(default)s)",
     )
     own = parser.add_argument_group("a model of yours")
     own.add_argument("--model", help="folder or hub id of a chat model")

@@ -99,6 +99,13 @@ ALIASES: dict[str, Alias] = {
         for size in ("1.7B", "4B", "8B")
         for suffix in ("", "-b8", "-b16", "-b32", "-b64")
     },
+    "deer-tiny-block": Alias(
+        SDAR,
+        "deer-tiny-block",
+        "built in: as deer-tiny, but block-causal",
+        built_in=True,
+        trained_by="deer --attention-block 4",
+    ),
     **{
         f"sdar-30b-a3b{suffix}": Alias(
             SDAR_MOE, f"JetLM/SDAR-30B-A3B-Chat{suffix}", "30B, 3B active, chat"

@@ -7,6 +7,7 @@ round, one request at a time: it has no pages that could hold a stale key.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,7 @@ class Reference:
             write_checkpoint(family, folder, seed=2, **changes, **FAMILIES[family])
             self.network = TinyModel.from_folder(folder)
         self.family = family
+        self.block = 32 if family == "llada2" else BLOCK
 
     def logits(self, text: list[int], width: int) -> torch.Tensor:
         """[width, V] of one denoising step, the mask forbidden."""
@@ -61,11 +63,10 @@ class Reference:
         if self.family in ("llada", "dream"):
             whole = self.network.forward(tokens)
         else:
-            block = 32 if self.family == "llada2" else BLOCK
             visible = (
                 causal_context(length, len(text))
                 if self.family == "nemotron"
-                else block_causal(length, block)
+                else block_causal(length, self.block)
             )
             whole = self.network.forward(tokens, visible=visible)
         shift = self.family in ("dream", "fast_dllm_v2")
@@ -86,7 +87,17 @@ class Reference:
         return longest
 
 
-def speculative(drafter: Path, context: str = "auto", masks: int = MASKS) -> Any:
+class TrainedReference(Reference):
+    """A trained drafter in SDAR's layout, which is block-causal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.family = folder, "sdar"
+        self.network = TinyModel.from_folder(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.block = config["block_size"]
+
+
+def speculative(drafter: Path | str, context: str = "auto", masks: int = MASKS) -> Any:
     return {
         "method": "deer",
         "model": str(drafter),
@@ -131,6 +142,26 @@ class Steps:
         drafts = self._draft(batch)
         self.of.append((int(batch.num_tokens[0]), len(drafts.tokens[0])))
         return drafts
+
+    def counts(self, context: str, block: int = 1) -> dict[str, int]:
+        """What the drafter should have computed.
+
+        Args:
+            block: whose tokens see each other; 1 where the text is causal.
+        """
+        rows = forwards = done = 0
+        for known, masks in self.of:
+            if context == "recompute":
+                rows += known + masks if masks else 0
+                forwards += masks > 0
+            else:
+                # Without masks the token just sampled waits for the next step.
+                end = known if masks else known - 1
+                rows += end + masks - (done - done % block)
+                forwards += 1
+            done = known - 1
+        head_rows = sum(masks for _, masks in self.of)
+        return {"rows": rows, "forwards": forwards, "head_rows": head_rows}
 
     def close(self) -> None:
         self._drafter.draft = self._draft

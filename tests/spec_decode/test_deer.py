@@ -22,7 +22,6 @@ def declared(model_class: str, **changes: Any) -> ModelDefaults:
         "strategy": "threshold",
         "block_length": 4,
         "mask_token_id": 60,
-        "eos_token_id": 61,
         "model_class": model_class,
         "block_origin": "prompt" if model_class == "C" else "start",
     }

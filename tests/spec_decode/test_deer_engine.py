@@ -122,25 +122,9 @@ def test_rows_are_those_that_are_new(
     engine.run([prompt], params(40))
     steps.close()
 
-    rows = forwards = 0
-    done = 0
-    for known, masks in steps.of:
-        if context == "recompute":
-            rows += known + masks if masks else 0
-            forwards += masks > 0
-        else:
-            # Without masks the token just sampled waits for the next step.
-            end = known if masks else known - 1
-            rows += end + masks - (done - done % BLOCK if family == "sdar" else done)
-            forwards += 1
-        done = known - 1
-    head_rows = sum(masks for _, masks in steps.of)
-    assert engine.drafter.counts == {
-        "rows": rows,
-        "forwards": forwards,
-        "head_rows": head_rows,
-    }
-    assert head_rows > 30 * MASKS
+    wanted = steps.counts(context, BLOCK if family == "sdar" else 1)
+    assert engine.drafter.counts == wanted
+    assert wanted["head_rows"] > 30 * MASKS
 
 
 CROWDED = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 13}

@@ -115,43 +115,30 @@ def options(steps):
 
 
 def test_a_fresh_drafter_learns_and_loads(tmp_path):
+    from training.drafter_losses import losses
+
     from vllm_dlm.training import deer
-    from vllm_dlm.training.evaluation import load_model
-    from vllm_dlm.training.modeling import LLaDAModel
 
     assert deer.train(tmp_path, options(6), num_prompts=60, max_tokens=24)
     kept = json.loads((tmp_path / "answers.json").read_text())
     assert len(kept["answers"]) == 60
     assert all(row[-1] == END for row in kept["answers"])
     assert all(END not in row[:-1] for row in kept["answers"])
-    torch.manual_seed(1)
-    losses = []
-    ids, inputs, valid, weights = make_batch(
-        Answered(kept["prompts"], kept["answers"]),
-        99,
-        3,
-        Recipe(mask_id=MASK, end_id=END, stage_one_steps=0),
-    )
-    for model in (LLaDAModel(deer.make_shape()), load_model(tmp_path)):
-        with torch.no_grad():
-            logits = model(inputs, valid)
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids.flatten(), reduction="none"
-        )
-        losses.append((loss * weights.flatten()).sum() / weights.sum())
-    assert losses[1] < losses[0] - 0.3
+    before, after = losses(tmp_path)
+    assert after < before - 0.3
 
 
-def test_an_existing_drafter_goes_on(tmp_path):
+@pytest.mark.parametrize("drafter", ["llada-tiny", "deer-tiny-block"])
+def test_an_existing_drafter_goes_on(tmp_path, drafter):
     from safetensors.torch import load_file
 
     from vllm_dlm.aliases import resolve
     from vllm_dlm.training import deer
 
     assert deer.train(
-        tmp_path, options(2), drafter="llada-tiny", num_prompts=20, max_tokens=24
+        tmp_path, options(2), drafter=drafter, num_prompts=20, max_tokens=24
     )
-    source = resolve("llada-tiny")
+    source = resolve(drafter)
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         with open(f"{source}/{name}") as file:
             assert (tmp_path / name).read_text() == file.read()
@@ -168,6 +155,8 @@ def test_an_existing_drafter_goes_on(tmp_path):
         ({"target": "llada-tiny"}, "is not an autoregressive model"),
         ({"drafter": "llama-tiny-draft"}, "is a 'llama'"),
         ({"drafter": "no-such-folder"}, "there is no no-such-folder"),
+        ({"attention_block": 0}, "a block has at least 1 token, not 0"),
+        ({"attention_block": 4, "drafter": "deer-tiny"}, "is for a fresh drafter"),
         ({"alpha": 0.9}, "alpha must be at least 1"),
         ({"block_length": 0}, "block_length must be above 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
@@ -181,7 +170,16 @@ def test_refusals(tmp_path, arguments, message):
         deer.train(tmp_path, options(1), num_prompts=4, **arguments)
 
 
-@pytest.mark.parametrize("name", ["deer", "llama-tiny-draft"])
+def test_another_networks_checkpoint_is_refused(tmp_path):
+    from vllm_dlm.training import deer
+
+    sizes = {"num_prompts": 4, "max_tokens": 8, "block_length": 4}
+    deer.train(tmp_path, options(1), **sizes)
+    with pytest.raises(ValueError, match=r"training.pt is of another network.*--no-re"):
+        deer.train(tmp_path, options(1), attention_block=4, **sizes)
+
+
+@pytest.mark.parametrize("name", ["deer", "llama-tiny-draft", "llada-tiny"])
 def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
     from vllm_dlm import cli
 
@@ -223,11 +221,10 @@ def test_prompts_of_a_file(tmp_path):
     assert load_prompts(None, tokenizer, 3, 0) != load_prompts(None, tokenizer, 3, 1)
 
 
-def test_the_shipped_drafter_is_accepted():
-    """In one step it drafts more than one forward of the draft model could."""
-    from vllm_dlm.aliases import resolve
-    from vllm_dlm.training.deer import draft_greedy
-    from vllm_dlm.training.evaluation import load_model
+@pytest.mark.parametrize("name", ["deer-tiny", "deer-tiny-block"])
+def test_the_shipped_drafters_are_accepted(name):
+    """In one step they draft more than one forward of the draft model could."""
+    from vllm_dlm.training.drafters import load_drafter
     from vllm_dlm.training.tasks import sample_problems
     from vllm_dlm.training.teacher import generate_answers, load_causal_lm
 
@@ -237,11 +234,10 @@ def test_the_shipped_drafter_is_accepted():
     ]
     target = load_causal_lm("llama-tiny")
     answered = generate_answers(target, prompts, max_tokens=24)
-    model = load_model(resolve("deer-tiny"))
+    drafter = load_drafter(name)
     results = {
         width: measure_acceptance(
-            lambda prefixes, width=width: draft_greedy(model, prefixes, width, MASK),
-            answered,
+            lambda prefixes, width=width: drafter.draft(prefixes, width), answered
         )
         for width in (32, 8)
     }

@@ -7,6 +7,7 @@ import pytest
 
 from vllm_dlm.training import llama_tiny
 from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.llama_data import make_batch
 from vllm_dlm.training.loop import LoopOptions
 
 torch = pytest.importorskip("torch")
@@ -30,16 +31,16 @@ TINY = LLaDAShape(
 
 
 def test_batches_depend_on_name_seed_and_step_alone():
-    ids, weights = llama_tiny.make_batch("a", 3, 1)
-    again = llama_tiny.make_batch("a", 3, 1)
+    ids, weights = make_batch("a", 3, 1)
+    again = make_batch("a", 3, 1)
     assert torch.equal(ids, again[0]) and torch.equal(weights, again[1])
     for other in (("b", 3, 1), ("a", 4, 1), ("a", 3, 2)):
-        different = llama_tiny.make_batch(*other)[0]
+        different = make_batch(*other)[0]
         assert different.shape != ids.shape or not torch.equal(different, ids)
 
 
 def test_the_answers_and_their_ends_are_learnt():
-    ids, weights = llama_tiny.make_batch("a", 0, 1)
+    ids, weights = make_batch("a", 0, 1)
     for row, weight in zip(ids, weights, strict=True):
         learnt = row[1:][weight == 1].tolist()
         assert learnt[-1] == tiny_tokenizer.EOS_ID
@@ -55,7 +56,7 @@ def test_the_answers_and_their_ends_are_learnt():
 def test_loss_of_the_exits():
     torch.manual_seed(0)
     model = LlamaModel(TINY)
-    ids, weights = llama_tiny.make_batch("a", 0, 1)
+    ids, weights = make_batch("a", 0, 1)
     ids, weights = ids[:5], weights[:5]
     with torch.autocast("cpu", torch.bfloat16):
         logits = model.head(model(ids[:, :-1])).float()
@@ -143,7 +144,7 @@ def test_the_command_learns_and_writes_a_folder(tmp_path):
     model = load_llama(tmp_path)
     torch.manual_seed(options.seed)
     fresh = LlamaModel(TINY)
-    ids, weights = llama_tiny.make_batch("test", 1000, 1)
+    ids, weights = make_batch("test", 1000, 1)
     with torch.no_grad():
         before, after = (
             llama_tiny.exit_loss(m, m, ids, weights, 0.5).item() for m in (fresh, model)

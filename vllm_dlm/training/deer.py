@@ -13,8 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.deer_data import ALPHA, Recipe, make_batch
+from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
+from vllm_dlm.training.deer_data import (
+    ALPHA,
+    STAGE_ONE_SHARE,
+    Recipe,
+    kept_prompts,
+    make_batch,
+)
 from vllm_dlm.training.loop import (
     LoopOptions,
     add_loop_arguments,
@@ -25,57 +31,11 @@ from vllm_dlm.training.loop import (
 if TYPE_CHECKING:
     import torch
 
-    from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
-
 NAME = "deer-tiny"
 STEPS = 2000
-STAGE_ONE_SHARE = 0.7
-"""Of the steps."""
 NUM_PROMPTS = 30_000
-NUM_PROGRESS_PROMPTS = 120
 # Of the learning rates, where a drafter goes on from weights that it already has.
 FINE_TUNING_SCALE = 0.3
-
-
-def draft_greedy(
-    model: LLaDAModel, prefixes: list[list[int]], width: int, mask_id: int
-) -> list[list[int]]:
-    """`width` tokens behind each prefix, from one denoising step."""
-    import torch
-
-    ends = torch.tensor([len(prefix) for prefix in prefixes])
-    length = int(ends.max()) + width
-    ids = torch.full((len(prefixes), length), mask_id)
-    for row, prefix in enumerate(prefixes):
-        ids[row, : len(prefix)] = torch.tensor(prefix)
-    valid = torch.arange(length) < ends[:, None] + width
-    device = next(model.parameters()).device
-    columns = ends[:, None] + torch.arange(width)
-    with torch.inference_mode():
-        logits = model(ids.to(device), valid.to(device)).cpu()
-        logits[:, :, mask_id] = float("-inf")
-        return logits.argmax(-1).gather(1, columns).tolist()
-
-
-def kept_prompts(count: int) -> int:
-    """How many of the first prompts are kept out of the training, to measure on."""
-    return min(NUM_PROGRESS_PROMPTS, max(1, count // 10))
-
-
-def make_shape() -> LLaDAShape:
-    """Sizes of deer-tiny: as many parameters as llama-tiny-draft, but one more layer.
-
-    One step has to say what the draft model says in many, so that depth is worth more.
-    """
-    from vllm_dlm.training.modeling import LLaDAShape
-
-    return LLaDAShape(
-        vocab_size=tiny_tokenizer.VOCAB_SIZE,
-        d_model=96,
-        n_layers=3,
-        n_heads=3,
-        mlp_hidden_size=128,
-    )
 
 
 def train(
@@ -84,6 +44,7 @@ def train(
     *,
     target: str = "llama-tiny",
     drafter: str | None = None,
+    attention_block: int | None = None,
     prompts: str | Path | None = None,
     num_prompts: int = NUM_PROMPTS,
     max_tokens: int = 64,
@@ -98,8 +59,10 @@ def train(
         output_dir: Folder of the drafter, of the answers and of the checkpoint.
         options: How to run.
         target: Folder, hub id or alias of an autoregressive model.
-        drafter: Folder or alias of a model of LLaDA's layout to start from; None
-            starts a fresh one of `make_shape`.
+        drafter: Folder or alias of a model in the layout of LLaDA or SDAR to start
+            from; None starts a fresh one of `drafters.SHAPE`.
+        attention_block: Tokens per block of a fresh drafter that is block-causal;
+            None: it attends both ways, in LLaDA's layout.
         prompts: File of prompts; None asks the built-in tasks.
         num_prompts: Most prompts.
         max_tokens: Most tokens of an answer.
@@ -115,26 +78,33 @@ def train(
     import torch
     import torch.nn.functional as F
 
-    from vllm_dlm.aliases import resolve
     from vllm_dlm.training.acceptance import measure_acceptance
-    from vllm_dlm.training.export import export, export_like
+    from vllm_dlm.training.drafters import load_drafter, make_drafter
     from vllm_dlm.training.teacher import (
         Answered,
+        check_same_vocabulary,
         end_token_ids,
         load_causal_lm,
         recorded_answers,
     )
 
     if drafter is None:
-        scale = 1.0 if scale is None else scale
-        model, mask_id = _fresh_drafter(target)
+        learner = make_drafter(target, attention_block)
+    elif attention_block is None:
+        learner = load_drafter(drafter)
+        check_same_vocabulary(target, drafter)
     else:
-        scale = FINE_TUNING_SCALE if scale is None else scale
-        model, mask_id = _existing_drafter(target, drafter)
+        raise ValueError(
+            "--attention-block is for a fresh drafter; how one of --drafter attends is "
+            "a part of it"
+        )
+    if scale is None:
+        scale = 1.0 if drafter is None else FINE_TUNING_SCALE
+    model = learner.network.train()
     teacher = load_causal_lm(target, device)
     model.to(device)
     recipe = Recipe(
-        mask_id=mask_id,
+        mask_id=learner.mask_id,
         end_id=end_token_ids(teacher)[0],
         stage_one_steps=round(STAGE_ONE_SHARE * options.steps),
         block_length=block_length,
@@ -171,7 +141,7 @@ def train(
     def evaluate(step: int) -> dict[str, float]:
         model.eval()
         acceptance = measure_acceptance(
-            lambda prefixes: draft_greedy(model, prefixes, block_length, mask_id), shown
+            lambda prefixes: learner.draft(prefixes, block_length), shown
         )
         model.train()
         return {
@@ -180,54 +150,14 @@ def train(
         }
 
     done = run_steps(output_dir, options, model, step_loss, evaluate, scale=scale)
-    if done and drafter is None:
-        export(model, output_dir)
-    elif done and drafter is not None:
-        export_like(model, resolve(drafter), output_dir)
+    if done:
+        learner.save(output_dir, like=drafter)
     return done
-
-
-def _fresh_drafter(target: str) -> tuple[LLaDAModel, int]:
-    from vllm_dlm.training.modeling import LLaDAModel
-    from vllm_dlm.training.teacher import load_tokenizer
-
-    if load_tokenizer(target).get_vocab() != tiny_tokenizer.TOKEN_IDS:
-        raise ValueError(
-            f"a fresh drafter has the tokenizer of llama-tiny, and {target} another; "
-            "pass a diffusion model that has the target's with --drafter"
-        )
-    return LLaDAModel(make_shape()), tiny_tokenizer.MASK_ID
-
-
-def _existing_drafter(target: str, drafter: str) -> tuple[LLaDAModel, int]:
-    import json
-
-    from vllm_dlm.aliases import resolve
-    from vllm_dlm.training.evaluation import load_model
-    from vllm_dlm.training.teacher import check_same_vocabulary
-
-    folder = Path(resolve(drafter))
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"--drafter {drafter}: there is no {folder / name}; expected a folder "
-                "in LLaDA's layout with its weights in one file"
-            )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "llada":
-        raise ValueError(
-            f"--drafter {drafter} is a {config.get('model_type')!r}; this command "
-            "trains models of LLaDA's layout ('llada')"
-        )
-    check_same_vocabulary(target, drafter)
-    return load_model(folder).train(), config["mask_token_id"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vllm-dlm train deer`."""
-    from vllm_dlm.training.llama_tiny import add_shared_arguments
-
-    add_shared_arguments(parser, NAME)
+    add_model_arguments(parser, NAME)
     parser.add_argument(
         "--target",
         default="llama-tiny",
@@ -235,8 +165,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drafter",
-        help="folder or alias of a diffusion model in LLaDA's layout to start from, "
-        "with the target's tokenizer; by default a fresh, very small one",
+        help="folder or alias of a diffusion model in the layout of LLaDA or SDAR to "
+        "start from, with the target's tokenizer; by default a fresh, very small one",
+    )
+    parser.add_argument(
+        "--attention-block",
+        type=int,
+        metavar="B",
+        help="a fresh drafter that is block-causal, in SDAR's layout: a token sees its "
+        "block of B tokens and those left of it, so that serving keeps the text's keys "
+        "(context 'cached'); by default it attends both ways, in LLaDA's layout",
     )
     parser.add_argument(
         "--prompts",
@@ -275,15 +213,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, export, measure the acceptance and write the model card."""
-    from vllm_dlm.training.llama_card import write_drafter_card
-    from vllm_dlm.training.llama_tiny import check_shared_arguments
-
-    check_shared_arguments(args)
+    check_model_arguments(args)
     done = args.skip_training or train(
         args.output_dir,
         LoopOptions.from_args(args),
         target=args.target,
         drafter=args.drafter,
+        attention_block=args.attention_block,
         prompts=args.prompts,
         num_prompts=args.num_prompts,
         max_tokens=args.max_tokens,
@@ -295,4 +231,6 @@ def run(args: argparse.Namespace) -> None:
     if not done:
         print(f"Stopped before the last step; run again to go on: {args.output_dir}")
         return
-    print(write_drafter_card(args))
+    from vllm_dlm.training.deer_card import write_card
+
+    print(write_card(args))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from vllm_dlm.training.teacher import Answered
 
 ALPHA = 1.01
+STAGE_ONE_SHARE = 0.7
+"""Of the steps."""
+NUM_PROGRESS_PROMPTS = 120
 BATCH_ROWS = 64
 MAX_REFINED = 96
 """R is drawn from 1 to this, or to the answer's length."""
@@ -62,6 +65,11 @@ class Recipe:
             raise ValueError(f"block_length must be above 0, not {self.block_length}")
         if self.alpha < 1:
             raise ValueError(f"alpha must be at least 1, not {self.alpha}")
+
+
+def kept_prompts(count: int) -> int:
+    """How many of the first prompts are kept out of the training, to measure on."""
+    return min(NUM_PROGRESS_PROMPTS, max(1, count // 10))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write llada-tiny as a Hugging Face folder with LLaDA's layout and names."""
+"""Write models as Hugging Face folders; LLaDA's in its own layout and names."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ def export(model: LLaDAModel, output_dir: str | Path) -> None:
     write_folder(output_dir, model.state_dict(), make_config(model))
 
 
-def export_like(model: LLaDAModel, source: str | Path, output_dir: str | Path) -> None:
+def export_like(
+    tensors: Mapping[str, Tensor], source: str | Path, output_dir: str | Path
+) -> None:
     """Write new weights of a model; all else as in the folder it was loaded from."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     for file in Path(source).iterdir():
         is_text = file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
+        # Weights in several files have an index; these will be in one.
+        is_text = is_text and not file.name.endswith(".index.json")
         if is_text and file.resolve() != (output_dir / file.name).resolve():
             shutil.copyfile(file, output_dir / file.name)
-    _write_weights(output_dir, model.state_dict())
+    _write_weights(output_dir, tensors)
 
 
 def write_folder(
@@ -40,13 +44,13 @@ def write_folder(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     _write_weights(output_dir, tensors)
-    _write_json(output_dir / "config.json", config)
+    write_json(output_dir / "config.json", config)
     generation = {
         "bos_token_id": tiny_tokenizer.BOS_ID,
         "eos_token_id": tiny_tokenizer.EOS_ID,
         "pad_token_id": tiny_tokenizer.EOS_ID,
     }
-    _write_json(output_dir / "generation_config.json", generation)
+    write_json(output_dir / "generation_config.json", generation)
     tiny_tokenizer.save_tokenizer(output_dir)
 
 
@@ -105,5 +109,6 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     weights.chmod(0o644)
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write an indented JSON object."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
 from vllm_dlm.training.loop import (
     LoopOptions,
     add_loop_arguments,
@@ -152,32 +153,20 @@ def evaluate(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vllm-dlm train llada-tiny`."""
-    parser.add_argument(
-        "--output-dir", default="llada-tiny", help="folder of the model"
-    )
+    add_model_arguments(parser, "llada-tiny")
     add_loop_arguments(parser, steps=STEPS)
-    parser.add_argument(
-        "--num-problems",
-        type=int,
-        default=500,
-        help="held-out problems for the accuracy in the model card",
-    )
-    parser.add_argument(
-        "--skip-training",
-        action="store_true",
-        help="only evaluate the model in the folder and write its card",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, export, evaluate and write the model card."""
-    from vllm_dlm.training.model_card import write_card
+    from vllm_dlm.training.llada_card import write_card
 
+    check_model_arguments(args)
     done = args.skip_training or train(args.output_dir, LoopOptions.from_args(args))
     if not done:
         print(f"Stopped before the last step; run again to go on: {args.output_dir}")
         return
-    print(write_card(args.output_dir, args.num_problems))
+    print(write_card(args.output_dir, args.num_problems, PADDING_WEIGHT))
 
 
 def main() -> None:

@@ -89,6 +89,20 @@ def decode_greedy(
     return ids.gather(1, columns).tolist()
 
 
+def answer_greedy(
+    model: LlamaModel, prompts: list[list[int]], max_tokens: int
+) -> list[list[int]]:
+    """Greedy answers of the last layer, each up to its end."""
+    last = model.shape.n_layers
+    end = tiny_tokenizer.EOS_ID
+    answers = []
+    for first in range(0, len(prompts), 64):
+        answers += decode_greedy(
+            model, prompts[first : first + 64], max_tokens=max_tokens, exit_layer=last
+        )
+    return [row[: row.index(end) + 1] if end in row else row for row in answers]
+
+
 def export_llama(model: LlamaModel, output_dir: str | Path) -> None:
     """Write the model as a Hugging Face folder of a `LlamaForCausalLM`."""
     tensors = {

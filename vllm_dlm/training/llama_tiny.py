@@ -11,13 +11,13 @@ curriculum, which a model of eight layers does not need to learn these tasks.
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
+from vllm_dlm.training.llama_data import MAX_ANSWER_TOKENS, make_batch
 from vllm_dlm.training.loop import (
     LoopOptions,
     add_loop_arguments,
@@ -33,14 +33,8 @@ if TYPE_CHECKING:
 
 NAME = "llama-tiny"
 STEPS = 2500
-# Rows of a batch; a row is a prompt, its answer and <|endoftext|>, 20 to 45 tokens.
-BATCH_ROWS = 80
-# <|endoftext|> right after the answer counts like an answer token. What follows it
-# counts hardly: it is learnt at once, and asked for only by who ignores the end.
-PADDING_WEIGHT = 0.05
 # Loss of all exits below the last layer together; the last layer's is 1.
 EXIT_WEIGHT = 0.7
-MAX_ANSWER_TOKENS = 24
 NUM_PROGRESS_PROBLEMS = 120
 
 
@@ -51,31 +45,6 @@ def make_shape() -> LLaDAShape:
     return LLaDAShape(
         vocab_size=tiny_tokenizer.VOCAB_SIZE, n_layers=8, mlp_hidden_size=256
     )
-
-
-def make_batch(name: str, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows, length] and loss weights [rows, length - 1] of a step.
-
-    The weight at a column is that of predicting the token after it.
-    """
-    import torch
-
-    rng = random.Random(f"{name}-{seed}-{step}")
-    chat = rng.random() < 0.5
-    rows, starts = [], []
-    for _ in range(BATCH_ROWS):
-        problem = tiny_tasks.sample_problem(rng)
-        prompt = tiny_tokenizer.encode_prompt(problem.question, chat)
-        rows.append(prompt + tiny_tokenizer.encode(problem.answer))
-        starts.append(len(prompt))
-    # Two more than the longest: each row ends, and some stay ended.
-    length = max(len(row) for row in rows) + 2
-    eos = tiny_tokenizer.EOS_ID
-    ids = torch.tensor([row + [eos] * (length - len(row)) for row in rows])
-    column = torch.arange(1, length)
-    in_answer = column >= torch.tensor(starts)[:, None]
-    in_padding = column > torch.tensor([len(row) for row in rows])[:, None]
-    return ids, in_answer * torch.where(in_padding, PADDING_WEIGHT, 1.0)
 
 
 def exit_loss(
@@ -175,42 +144,9 @@ def train(
     return done
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """Add the options that the trainings of all built-in models share."""
-    parser.add_argument("--output-dir", default=output_dir, help="folder of the model")
-    parser.add_argument(
-        "--num-problems",
-        type=int,
-        default=500,
-        help="held-out problems for the numbers in the model card",
-    )
-    parser.add_argument(
-        "--skip-training",
-        action="store_true",
-        help="only evaluate the model in the folder and write its card",
-    )
-
-
-def check_shared_arguments(args: argparse.Namespace) -> None:
-    """Refuse shared arguments that would fail after the training only.
-
-    Raises:
-        ValueError: no problems, or no trained model where there has to be one.
-    """
-    if args.num_problems < 1:
-        raise ValueError(f"--num-problems must be above 0, not {args.num_problems}")
-    folder = Path(args.output_dir)
-    files = ("training.pt", "model.safetensors")
-    if args.skip_training and not all((folder / name).is_file() for name in files):
-        raise ValueError(
-            f"--skip-training: {folder} has no {' and '.join(files)}; leave the option "
-            "out to train the model"
-        )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vllm-dlm train llama-tiny`."""
-    add_shared_arguments(parser, NAME)
+    add_model_arguments(parser, NAME)
     parser.add_argument(
         "--exit-weight",
         type=float,
@@ -224,7 +160,7 @@ def train_and_describe(
     args: argparse.Namespace, *, name: str, shape: LLaDAShape, exit_weight: float
 ) -> None:
     """Train a causal model, export it, evaluate it and write its card."""
-    check_shared_arguments(args)
+    check_model_arguments(args)
     done = args.skip_training or train(
         args.output_dir,
         LoopOptions.from_args(args),
@@ -237,7 +173,7 @@ def train_and_describe(
         return
     from vllm_dlm.training.llama_card import write_card
 
-    print(write_card(args.output_dir, name, args.num_problems))
+    print(write_card(args.output_dir, name, args.num_problems, exit_weight))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm_dlm.training import llama_tiny
 from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.arguments import add_model_arguments
 from vllm_dlm.training.loop import add_loop_arguments
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def make_shape() -> LLaDAShape:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vllm-dlm train llama-tiny-draft`."""
-    llama_tiny.add_shared_arguments(parser, NAME)
+    add_model_arguments(parser, NAME)
     add_loop_arguments(parser, steps=STEPS)
 
 

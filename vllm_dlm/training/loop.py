@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -107,7 +108,7 @@ def make_optimizers(
     """Muon for the matrices of the layers, AdamW for the rest.
 
     Args:
-        model: its layers' names contain ".blocks.".
+        model: its layers' names contain ".blocks." or ".layers.".
         scale: factor of both learning rates.
     """
     import torch
@@ -115,7 +116,7 @@ def make_optimizers(
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        in_layer = parameter.dim() == 2 and ".blocks." in name
+        in_layer = parameter.dim() == 2 and re.search(r"\.(blocks|layers)\.", name)
         (matrices if in_layer else others).append(parameter)
     return [
         torch.optim.Muon(
@@ -162,7 +163,7 @@ def run_steps(
         scale: Factor of the learning rates.
 
     Raises:
-        ValueError: the checkpoint is of another seed.
+        ValueError: the checkpoint is of another seed or network.
     """
     import torch
     from tqdm import tqdm
@@ -180,7 +181,13 @@ def run_steps(
                 f"{checkpoint} has seed {state['seed']}, not {options.seed}; use "
                 "another folder, or --no-resume to start anew"
             )
-        model.load_state_dict(state["model"])
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{checkpoint} is of another network; use another folder, or "
+                "--no-resume to start anew"
+            ) from error
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, seconds = state["step"], state["seconds"]

@@ -234,7 +234,7 @@ def train(
     if num_prompts < 2:
         raise ValueError(f"num_prompts must be at least 2, not {num_prompts}")
     prepare(LoopOptions(steps=1, seed=seed, threads=threads))
-    from vllm_dlm.training.model_card import hardware
+    from vllm_dlm.training.cards import hardware
     from vllm_dlm.training.teacher import (
         check_same_vocabulary,
         load_causal_lm,

@@ -3,24 +3,26 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.cards import (
+    EVALUATION_SEED,
+    accuracy_table,
+    hardware,
+    megabytes,
+    millions,
+)
 from vllm_dlm.training.evaluation import evaluate_model, load_model
 from vllm_dlm.training.modeling import LLaDAModel
 
 # (canvas, tokens per step) of the columns of the accuracy table.
 SETTINGS = ((64, 1), (256, 1), (64, 2), (64, 4), (64, 8))
 BLOCK_LENGTH = 32
-EVALUATION_SEED = 2024
 
 _CARD = """\
 ---
@@ -81,18 +83,17 @@ block length {block}, temperature 0; "canvas / tokens per step".
 """
 
 
-def write_card(model_dir: str | Path, num_problems: int) -> str:
+def write_card(model_dir: str | Path, num_problems: int, padding_weight: float) -> str:
     """Measure the model in a folder and write README.md there.
 
     Args:
         model_dir: Folder of the exported model, with `training.pt` beside it.
         num_problems: Held-out problems over all tasks.
+        padding_weight: That of the training's loss, which the card names.
 
     Returns:
         The accuracy table in Markdown.
     """
-    from vllm_dlm.training.llada_tiny import PADDING_WEIGHT
-
     model_dir = Path(model_dir)
     model = load_model(model_dir)
     state = torch.load(model_dir / "training.pt", weights_only=True)
@@ -110,8 +111,8 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
         hardware=hardware(),
         heads=shape.n_heads,
         layers=shape.n_layers,
-        megabytes=(model_dir / "model.safetensors").stat().st_size / 1e6,
-        millions=sum(p.numel() for p in model.parameters()) / 1e6,
+        megabytes=megabytes(model_dir),
+        millions=millions(model),
         min_letters=tiny_tasks.MIN_LETTERS,
         max_letters=tiny_tasks.MAX_LETTERS,
         min_names=tiny_tasks.MIN_NAMES,
@@ -120,7 +121,7 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
         mlp=shape.mlp_hidden_size,
         names=len(tiny_tasks.NAMES),
         num_problems=per_task * len(tiny_tasks.TASKS),
-        padding_weight=PADDING_WEIGHT,
+        padding_weight=padding_weight,
         parts=tiny_tasks.HELD_OUT_PARTS,
         per_task=per_task,
         seed=state["seed"],
@@ -151,38 +152,6 @@ def _accuracy_table(model: LLaDAModel, per_task: int) -> str:
             )
             for canvas, count in SETTINGS
         }
-    )
-
-
-def accuracy_table(measures: Mapping[str, Callable[[str], float]]) -> str:
-    """Markdown table of exact match: a row per task, and "all" weighted as trained.
-
-    Args:
-        measures: Title of a column -> exact match of the task of a name.
-    """
-    weights = {name: task.weight for name, task in tiny_tasks.TASKS.items()}
-    columns = []
-    for measure in tqdm(measures.values(), desc="evaluating"):
-        column = {task: measure(task) for task in tiny_tasks.TASKS}
-        total = sum(weights[name] * column[name] for name in weights)
-        column["**all**"] = total / sum(weights.values())
-        columns.append(column)
-    lines = [
-        f"| task | {' | '.join(measures)} |",
-        "|---" * (len(measures) + 1) + "|",
-    ]
-    for name in columns[0]:
-        cells = " | ".join(f"{100 * column[name]:.1f} %" for column in columns)
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines)
-
-
-def hardware() -> str:
-    """The machine and the threads, as the cards name them."""
-    threads = torch.get_num_threads()
-    return (
-        f"{os.cpu_count()} shared {platform.machine()} CPU cores, {threads} "
-        f"thread{'s' if threads > 1 else ''}"
     )
 
 

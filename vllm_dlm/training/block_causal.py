@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-causal drafters in SDAR's layout, for training: Qwen3 under a mask of blocks.
+
+A token sees its own block of B tokens and all blocks left of it; blocks are counted
+from the first token (SDAR, arXiv 2510.06303). So what stands left of a block does not
+change with what follows, and a served drafter keeps its keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+from vllm_dlm.model_executor.models.sdar_config import SDARConfig
+from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.training.export import export_like, write_folder, write_json
+from vllm_dlm.training.modeling import INIT_STD, LLaDAShape
+
+
+class BlockCausalModel(nn.Module):
+    """transformers' Qwen3; `forward` gives the logits of every position."""
+
+    def __init__(self, network: Qwen3ForCausalLM) -> None:
+        super().__init__()
+        self.network = network
+        # For short rows on a CPU the backward pass of scaled_dot_product_attention
+        # takes as long as all the rest.
+        network.set_attn_implementation("eager")
+
+    @property
+    def config(self) -> SDARConfig:
+        return self.network.config
+
+    @property
+    def shape(self) -> LLaDAShape:
+        """Its sizes, as LLaDA names them."""
+        return LLaDAShape(
+            vocab_size=self.config.vocab_size,
+            d_model=self.config.hidden_size,
+            n_layers=self.config.num_hidden_layers,
+            n_heads=self.config.num_attention_heads,
+            mlp_hidden_size=self.config.intermediate_size,
+            rope_theta=self.config.rope_parameters["rope_theta"],
+            rms_norm_eps=self.config.rms_norm_eps,
+            max_sequence_length=self.config.max_position_embeddings,
+        )
+
+    def forward(self, input_ids: Tensor, valid: Tensor) -> Tensor:
+        """Logits [rows, length, vocab] of token ids [rows, length].
+
+        Args:
+            input_ids: Token ids, the rows left-aligned.
+            valid: Bool [rows, length], False at padding that nobody may attend to.
+        """
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        blocks = places // self.config.dlm_block_length
+        seen = (blocks <= blocks[:, None]) & valid[:, None, None, :]
+        hidden = torch.zeros(seen.shape, device=seen.device)
+        hidden.masked_fill_(~seen, torch.finfo(hidden.dtype).min)
+        # As a dict a mask is taken as it is: any other is combined with a causal one.
+        output = self.network(
+            input_ids=input_ids,
+            attention_mask={"full_attention": hidden},
+            use_cache=False,
+        )
+        return output.logits
+
+
+def make_block_causal(shape: LLaDAShape, block_length: int) -> BlockCausalModel:
+    """An untrained model with the built-in tokenizer.
+
+    Raises:
+        ValueError: no tokens in a block.
+    """
+    if block_length < 1:
+        raise ValueError(f"a block has at least 1 token, not {block_length}")
+    config = SDARConfig(
+        **make_sdar_config(shape, block_length), initializer_range=INIT_STD
+    )
+    return BlockCausalModel(Qwen3ForCausalLM(config))
+
+
+def load_block_causal(model_dir: str | Path) -> BlockCausalModel:
+    """Load a folder in the layout of SDAR, TraDo or TDAR for training."""
+    config = SDARConfig.from_pretrained(model_dir, name_or_path=str(model_dir))
+    network = Qwen3ForCausalLM.from_pretrained(
+        model_dir, config=config, dtype=torch.float32
+    )
+    return BlockCausalModel(network.eval())
+
+
+def export_block_causal(model: BlockCausalModel, output_dir: str | Path) -> None:
+    """Write a model of `make_block_causal` as a folder of an `SDARForCausalLM`."""
+    config = make_sdar_config(model.shape, model.config.dlm_block_length)
+    write_folder(output_dir, _tensors(model), config)
+
+
+def export_block_causal_like(
+    model: BlockCausalModel, source: str | Path, output_dir: str | Path
+) -> None:
+    """Write new weights of a model; all else as in the folder it was loaded from."""
+    export_like(_tensors(model), source, output_dir)
+    # The block length may have been a part of the old folder's name.
+    file = Path(output_dir) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["block_size"] = model.config.dlm_block_length
+    write_json(file, config)
+
+
+def make_sdar_config(shape: LLaDAShape, block_length: int) -> dict[str, object]:
+    """config.json of an `SDARForCausalLM` with the built-in tokenizer."""
+    return {
+        "architectures": ["SDARForCausalLM"],
+        "model_type": "sdar",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "block_size": block_length,
+        "bos_token_id": tiny_tokenizer.BOS_ID,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "head_dim": shape.d_model // shape.n_heads,
+        "hidden_act": "silu",
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.mlp_hidden_size,
+        "mask_token_id": tiny_tokenizer.MASK_ID,
+        "max_position_embeddings": shape.max_sequence_length,
+        "num_attention_heads": shape.n_heads,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_heads,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def _tensors(model: BlockCausalModel) -> dict[str, Tensor]:
+    tensors = model.network.state_dict()
+    if model.config.tie_word_embeddings:
+        # One tensor of two names, which safetensors refuses; loading ties them again.
+        del tensors["lm_head.weight"]
+    return tensors
