@@ -2,6 +2,7 @@
 """Flags of `vllm serve` and the `vllm-dlm` command, without an engine."""
 
 import argparse
+import re
 import sys
 from types import SimpleNamespace
 
@@ -14,9 +15,7 @@ from vllm_dlm.config import DlmConfig
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch, tmp_path):
     """A stand-in for the built-in model's folder."""
-    from vllm_dlm.patches import apply_front_end_patches
-
-    apply_front_end_patches()
+    front_end.apply_front_end_patches()
     folder = tmp_path / "assets" / "llada-tiny"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "llada"}')
@@ -29,9 +28,7 @@ def parser():
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_dlm.patches import apply_front_end_patches
-
-    apply_front_end_patches()
+    front_end.apply_front_end_patches()
     return EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
 
 
@@ -268,3 +265,34 @@ def test_doctor_finds_problems(monkeypatch, capsys):
     monkeypatch.setenv("VLLM_DLM_DISABLE", "1")
     assert cli.main(["doctor"]) == 1
     assert "VLLM_DLM_DISABLE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/no"), 2, "error: .*'/no'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_end_is_one_line(monkeypatch, capsys, raised, status, said):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(cli, "_show_models", fail)
+    assert cli.main(["models"]) == status
+    assert re.fullmatch(f"vllm-dlm: {said}\\n", capsys.readouterr().err)
+
+
+def test_doctor_names_what_this_vllm_lacks(monkeypatch, capsys):
+    from vllm.utils import cpu_triton_utils
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    cli.main(["doctor"])
+    assert "BAD patched" not in capsys.readouterr().out
+    monkeypatch.delattr(cpu_triton_utils, "_expand_kernel_impl")
+    monkeypatch.delattr(GPUModelRunner, "_bookkeeping_sync")
+    assert cli.main(["doctor"]) == 1
+    found = " ".join(capsys.readouterr().out.split())
+    assert found.count("BAD patched") == 2
+    for name in ("cpu_triton_utils:_expand_kernel_impl", "._bookkeeping_sync"):
+        assert f"{name}, which vLLM" in found

@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_dlm import aliases, request, step_maps
 from vllm_dlm.model_executor.cache import POLICIES
+from vllm_dlm.patches import apply_runner_choice, wrap
+from vllm_dlm.results import watched
 from vllm_dlm.spec_decode import front_end as speculation
 from vllm_dlm.spec_decode import options as spec
 
@@ -186,8 +189,6 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         _front_end["ours"] = ours
         if ours and _SERVER_MODULE in sys.modules:
-            from vllm_dlm.patches import apply_front_end_patches
-
             # The server imports them next; its requests are checked when they come.
             for module in _LATER_MODULES:
                 importlib.import_module(module)
@@ -202,6 +203,7 @@ _LATER_MODULES = (
     "vllm.v1.engine.async_llm",
     "vllm.entrypoints.openai.completion.serving",
     "vllm.entrypoints.openai.chat_completion.serving",
+    "vllm.entrypoints.openai.responses.serving",
 )
 
 # Whether this process is the front end of one of our models: `get_max_tokens` is not
@@ -287,13 +289,25 @@ def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(
         self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        model_config = self.model_config
-        if request.is_ours(model_config.hf_config):
-            config = request.validate_sampling_params(sampling_params, model_config)
-            step_maps.refuse_streaming(config, sampling_params)
+        _check(sampling_params, self.model_config)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     return generate
+
+
+def _generate_response(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generate(self: Any, *args: Any, sampling_params: Any, **kwargs: Any) -> Any:
+        _check(sampling_params, self.model_config)
+        return original(self, *args, sampling_params=sampling_params, **kwargs)
+
+    return generate
+
+
+def _check(sampling_params: Any, model_config: Any) -> None:
+    """Refuse now what a request for one of our models may not ask (HTTP 400)."""
+    if request.is_ours(model_config.hf_config):
+        config = request.validate_sampling_params(sampling_params, model_config)
+        step_maps.refuse_streaming(config, sampling_params)
 
 
 def _completion_response(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,18 +325,13 @@ def _chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
     async def respond(
         self: Any, chat_request: Any, results: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        last: list[Any] = []
-
-        async def watched() -> AsyncIterator[Any]:
-            async for result in results:
-                last[:] = [result]
-                yield result
-
-        response = await original(self, chat_request, watched(), *args, **kwargs)
+        seen: deque[Any] = deque(maxlen=1)
+        passing = watched(results, seen.append)
+        response = await original(self, chat_request, passing, *args, **kwargs)
         # Not an error's answer, which has none.
         choices = getattr(response, "choices", None)
         if choices and request.is_ours(self.model_config.hf_config):
-            step_maps.add_to_choices(choices, last[0].outputs)
+            step_maps.add_to_choices(choices, seen[0].outputs)
         return response
 
     return respond
@@ -364,5 +373,21 @@ SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] =
     ".request_output_to_completion_response": _completion_response,
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
     ".chat_completion_full_generator": _chat_response,
+    "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
+    "._generate_with_builtin_tools": _generate_response,
 }
 """Only where the HTTP server's module is loaded: importing it costs seconds."""
+
+
+def apply_front_end_patches() -> None:
+    """Flags, model aliases and the admission of requests.
+
+    What only the HTTP server needs is applied where its modules are loaded already,
+    as they are when `vllm serve` loads plugins.
+    """
+    apply_runner_choice()
+    for symbol, make in WRAPPERS.items():
+        wrap(symbol, make)
+    for symbol, make in SERVER_WRAPPERS.items():
+        if symbol.partition(":")[0] in sys.modules:
+            wrap(symbol, make)

@@ -132,7 +132,7 @@ def test_steps_that_no_recording_has():
 def test_registered_with_bounds():
     assert STRATEGIES["replay"] is Replay
     assert numeric_fields(ReplayParams) == []
-    for bad in ([-2], [10**7], ["one"], [0.5], []):
+    for bad in ([-2], [10**7], ["one"], [0.5], [True], []):
         with pytest.raises(ValidationError):
             ReplayParams(recorded_steps=bad)
     with pytest.raises(ValueError, match="has 131073$"):

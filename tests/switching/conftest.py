@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tiny random Llamas, and one router over them that all tests share."""
+"""Two tiny random Llamas; one router and one server over them that all tests share."""
 
 from __future__ import annotations
 
 import gc
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from server.launch import Server, running_server
 from switching.reference import load, write_llama
+
+PROMPT = [40, 9, 20, 33]
 
 ENGINE = {
     "dtype": "float32",
@@ -55,3 +60,35 @@ def router(folders: tuple[Path, Path]) -> Iterator[Any]:
     yield router
     del router
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def pair(
+    folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server of the tiny pair, tau 2, with all that vLLM's environment turns on."""
+    program = Path(sys.executable).with_name("vllm-dlm")
+    http = {
+        "uvicorn_log_level": "warning",
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": "hermes",
+    }
+    command = [
+        *(str(program), "serve-pair", *map(str, folders), "--tau", "2"),
+        *("--served-model-name", "pair", "--engine-args", json.dumps(ENGINE)),
+        *("--serve-args", json.dumps(http)),
+    ]
+    log = tmp_path_factory.mktemp("pair") / "log"
+    with pytest.MonkeyPatch.context() as environment:
+        # The last test looks at a server whose engine is gone.
+        environment.setenv("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1")
+        environment.setenv("VLLM_SERVER_DEV_MODE", "1")
+        environment.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+        environment.setenv("OMP_NUM_THREADS", "1")
+        with running_server(command, log, model="pair") as server:
+            yield server
+
+
+def ask(pair: Server, prompt: Any = PROMPT, **options: Any) -> Any:
+    """A completion of 40 tokens, whatever they are."""
+    return pair.complete(prompt, **{"max_tokens": 40, "ignore_eos": True, **options})

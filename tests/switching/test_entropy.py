@@ -110,6 +110,9 @@ def test_entropy_of_rows():
         ({"tau": 1, "window": 11}, r"min_tokens \(10\) must be at least window \(11\)"),
         ({"tau": 1, "unit": "hartley"}, "'bits' or 'nats'"),
         ({"tau": 1, "windows": 3}, "Did you mean 'window'"),
+        ({"tau": True}, "tau: .*a number, not a boolean"),
+        ({"tau": 1, "window": True}, "window: .*a number, not a boolean"),
+        ({"tau": 1, "min_tokens": False}, "min_tokens: .*a number, not a boolean"),
     ],
 )
 def test_options_that_are_not_valid(options, message):
@@ -126,5 +129,7 @@ def test_a_request_may_change_the_rule():
     assert rule_of_request(rule, {"ead_tau": "inf"}).tau == math.inf
     with pytest.raises(ValueError, match="Did you mean 'ead_tau'"):
         rule_of_request(rule, {"ead_ta": 1})
+    with pytest.raises(ValueError, match="window: .*a number, not a boolean"):
+        rule_of_request(rule, {"ead_window": True})
     with pytest.raises(ValueError, match="tau: .*-3"):
         rule_of_request(rule, {"ead_tau": -3})

@@ -70,6 +70,8 @@ def test_the_reserved_token(folders, tmp_path):
     assert plan(folders, stop_token_id=2).stop_token_id == 2
     with pytest.raises(ValueError, match="ids go from 0 to 127"):
         plan(folders, stop_token_id=128)
+    with pytest.raises(ValueError, match="True is not in the models' vocabulary"):
+        plan(folders, stop_token_id=True)
     with pytest.raises(ValueError, match="0 ends a text already"):
         plan(folders, stop_token_id=0)
     # A vocabulary without gaps: the mask token is in no text of such a model.

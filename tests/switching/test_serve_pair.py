@@ -34,6 +34,7 @@ def test_tau_has_no_default(capsys):
         (["--tau", "1", "--serve-args", "3"], "not a JSON object but int"),
         (["--tau", "1", "--serve-args", '{"ports": 1}'], "Did you mean 'port'"),
         (["--tau", "1", "--serve-args", '{"port": "x"}'], "--port"),
+        (["--tau", "1", "--serve-args", '{"tokens_only": true}'], "tokens_only"),
         (["--tau", "1", "--small-args", '{"dtipe": 1}'], "options of the small engine"),
         (["--tau", "1", "--stop-token-id", "500"], "ids go from 0 to 127"),
     ],
@@ -76,3 +77,14 @@ def test_options_of_the_http_side():
     )
     assert args.enable_request_id_headers
     assert args.served_model_name == ["a+b"]
+
+
+def test_lists_of_the_http_side():
+    lists = {
+        "api_key": ["one", "two"],
+        "served_model_name": ["a", "b"],
+        "middleware": ["c.d", "e.f"],
+        "allowed_origins": ["http://localhost"],
+    }
+    args = vars(serve_arguments("model", lists))
+    assert {name: args[name] for name in lists} == lists

@@ -3,51 +3,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from server.launch import Server, running_server, until
-from switching.conftest import ENGINE
+from server.launch import until
+from switching.conftest import PROMPT, ask
 from switching.reference import write
 
 pytestmark = pytest.mark.slow
 
-PROMPT = [40, 9, 20, 33]
 PROMPTS = [[8 + row, 9, 20, 33, 70 - row][: 1 + row % 5] for row in range(8)]
-
-
-@pytest.fixture(scope="module")
-def pair(
-    folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A server of the tiny pair, tau 2."""
-    program = Path(sys.executable).with_name("vllm-dlm")
-    command = [
-        *(str(program), "serve-pair", *map(str, folders), "--tau", "2"),
-        *("--served-model-name", "pair", "--engine-args", json.dumps(ENGINE)),
-        *("--serve-args", '{"uvicorn_log_level": "warning"}'),
-    ]
-    log = tmp_path_factory.mktemp("pair") / "log"
-    with pytest.MonkeyPatch.context() as environment:
-        # The last test looks at a server whose engine is gone.
-        environment.setenv("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1")
-        environment.setenv("OMP_NUM_THREADS", "1")
-        with running_server(command, log, model="pair") as server:
-            yield server
-
-
-def ask(pair: Server, prompt: Any = PROMPT, **options: Any) -> Any:
-    """A completion of 40 tokens, whatever they are."""
-    return pair.complete(prompt, **{"max_tokens": 40, "ignore_eos": True, **options})
 
 
 def letters(choice: Any) -> str:
@@ -182,7 +152,7 @@ def test_leaving_ends_both_engines_work(pair):
 
 
 def test_a_dead_engine_ends_requests_and_health(pair):
-    """The last test: it leaves no server to ask."""
+    """The last test of this folder: it leaves no server to ask."""
     started = re.findall(r"EngineCore pid=(\d+)", pair.log.read_text())
     stream = ask(pair, max_tokens=240, stream=True)
     next(iter(stream))

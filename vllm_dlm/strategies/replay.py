@@ -19,6 +19,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, field_validator
 
+from vllm_dlm.option_types import Count
 from vllm_dlm.strategies.base import (
     AnyParams,
     Context,
@@ -29,7 +30,7 @@ from vllm_dlm.strategies.base import (
     best_of,
 )
 
-Step = Annotated[int, Field(ge=-1, le=1_000_000)]
+Step = Annotated[Count, Field(ge=-1, le=1_000_000)]
 
 LONGEST_MAP = 131_072
 """Tokens; it is sent with the request and kept on the device."""

@@ -62,21 +62,24 @@ class PairClient(EngineClient):
         prompt_text: str | None = None,
         lora_request: Any = None,
         priority: int = 0,
+        data_parallel_rank: int | None = None,
         **options: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Check a request now, and write its texts as the result is read.
 
-        Other options of `AsyncLLM.generate` are for grammars, tracing and data
-        parallelism, which have no meaning here.
+        Other options of `AsyncLLM.generate` are for grammars and tracing, which have no
+        meaning here.
 
         Raises:
             VLLMValidationError: parameters that are not valid, or not supported.
         """
         if lora_request is not None:
             raise VLLMValidationError("an adapter fits one of the two models only")
-        rule = check_sampling(sampling_params, self._rule, self._pair.stop_token_id)
-        for engine in self._engines.values():
-            sampling_params.verify(engine.model_config, None, None, None)
+        if data_parallel_rank is not None:
+            raise VLLMValidationError(
+                "X-data-parallel-rank names a rank of one engine; a pair has two"
+            )
+        rule = self.check_sampling(sampling_params)
         text, token_ids, embeds = extract_prompt_components(self.model_config, prompt)
         if not token_ids or embeds is not None or prompt.get("type") != "token":
             raise VLLMValidationError("two models share text only, as tokens")
@@ -92,6 +95,17 @@ class PairClient(EngineClient):
             cache_salt=prompt.get("cache_salt"),
         )
         return self._answer(request, priority)
+
+    def check_sampling(self, params: SamplingParams) -> SwitchRule:
+        """Check a request's parameters; returns the rule that it asks for.
+
+        Raises:
+            VLLMValidationError: something is not supported or not valid (HTTP 400).
+        """
+        rule = check_sampling(params, self._rule, self._pair.stop_token_id)
+        for engine in self._engines.values():
+            params.verify(engine.model_config, None, None, None)
+        return rule
 
     async def _answer(
         self, request: TextRequest, priority: int
@@ -241,7 +255,21 @@ class PairClient(EngineClient):
         return all(await self._both(lambda each: each.reset_prefix_cache(*options)))
 
     async def sleep(self, level: int = 1, mode: Any = "abort") -> None:
-        """Put both to sleep."""
+        """Put both to sleep.
+
+        Raises:
+            ValueError: what two engines cannot do together.
+        """
+        if mode == "wait":
+            raise ValueError(
+                "mode 'wait': a text's next turn would wait for an engine that sleeps "
+                "already; use 'abort' or 'keep'"
+            )
+        if level > 1:
+            raise ValueError(
+                "level 2 drops the weights, and a pair cannot load them again; use 0 "
+                "or 1"
+            )
         await self._both(lambda engine: engine.sleep(level, mode))
 
     async def wake_up(self, tags: list[str] | None = None) -> Any:

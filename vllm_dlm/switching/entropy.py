@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_dlm.messages import explain, unknown
+from vllm_dlm.option_types import Count, Number
 
 Model = Literal["small", "large"]
 SMALL: Model = "small"
@@ -34,13 +35,13 @@ class SwitchRule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    tau: float = Field(
+    tau: Number = Field(
         ge=0,
         description="entropy at which they change; 0: the large model writes all but "
         "the first tokens, inf: the small one writes everything",
     )
-    window: int = Field(5, ge=1, description="entropies in the mean")
-    min_tokens: int = Field(10, ge=1, description="fewest tokens of a turn")
+    window: Count = Field(5, ge=1, description="entropies in the mean")
+    min_tokens: Count = Field(10, ge=1, description="fewest tokens of a turn")
     unit: Literal["bits", "nats"] = Field("bits", description="of tau")
 
     @model_validator(mode="after")

@@ -19,13 +19,11 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_dlm import aliases
+from vllm_dlm.engine_keys import SWITCHING
 from vllm_dlm.switching.entropy import LARGE, SMALL, Model
 from vllm_dlm.switching.entropy_stop import CLASS_NAME
 
 logger = init_logger(__name__)
-
-CONFIG_KEY = "dlm_switching"
-"""In `additional_config` of both engines."""
 
 MEMORY_SHARES: dict[Model, float] = {SMALL: 0.25, LARGE: 0.65}
 """`gpu_memory_utilization` of engines that are given no size: together what one engine
@@ -107,7 +105,7 @@ def _engine_args(
     if options.get("skip_tokenizer_init"):
         raise ValueError("skip_tokenizer_init: a pair needs its tokenizers")
     options = dict(options)
-    additional = {**(options.pop("additional_config", None) or {}), CONFIG_KEY: model}
+    additional = {**(options.pop("additional_config", None) or {}), SWITCHING: model}
     processors = [*(options.pop("logits_processors", None) or ()), CLASS_NAME]
     defaults: dict[str, Any] = {"served_model_name": [name]}
     sized = ("gpu_memory_utilization", "kv_cache_memory_bytes")
@@ -172,10 +170,11 @@ def _reserved_token(
     """
     end_ids = end_ids | {tokenizer.eos_token_id}
     if wanted is not None:
-        if not 0 <= wanted < vocab_size:
+        is_id = isinstance(wanted, int) and not isinstance(wanted, bool)
+        if not is_id or not 0 <= wanted < vocab_size:
             raise ValueError(
-                f"stop_token_id {wanted} is not in the models' vocabulary: ids go from "
-                f"0 to {vocab_size - 1}"
+                f"stop_token_id {wanted!r} is not in the models' vocabulary: ids go "
+                f"from 0 to {vocab_size - 1}"
             )
         if wanted in end_ids:
             raise ValueError(

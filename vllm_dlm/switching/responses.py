@@ -3,19 +3,22 @@
 
 Each choice of a completion or chat gets `segments`: neighbouring tokens of one model,
 as `[{"model": "small", "tokens": 12}, ...]`. In a stream, each chunk has those of its
-own tokens. vLLM's handlers have no place for that, so the two that a pair's server uses
-are wrapped, as objects; vLLM's classes stay as they are.
+own tokens. vLLM's handlers have no place for that, so those of completions and chats
+are wrapped, as objects; vLLM's classes stay as they are. So is what a pair must refuse
+before an answer begins.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
+from vllm_dlm.results import watched
+from vllm_dlm.switching.client import PairClient
 from vllm_dlm.switching.text import PairOutput, Segment
 
 FIELD = "segments"
@@ -40,8 +43,16 @@ def report_writers(state: Any) -> None:
     chat.chat_completion_stream_generator = _chat_stream(
         chat.chat_completion_stream_generator
     )
+    batch = state.openai_serving_chat_batch
+    batch.chat_completion_full_generator_batch = _chat_batch(
+        batch.chat_completion_full_generator_batch
+    )
     for handler in (completion, chat):
         handler.beam_search = _refuse_beam_search
+    responses = state.openai_serving_responses
+    responses._generate_with_builtin_tools = _checked_first(
+        state.engine_client, responses._generate_with_builtin_tools
+    )
 
 
 def _refuse_beam_search(*args: Any, **kwargs: Any) -> Any:
@@ -49,6 +60,18 @@ def _refuse_beam_search(*args: Any, **kwargs: Any) -> Any:
     raise VLLMValidationError(
         "use_beam_search is not supported where two models write one text"
     )
+
+
+def _checked_first(
+    client: PairClient, generate: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The handler of `/v1/responses` asks the engine when its stream has begun."""
+
+    def checked(*args: Any, sampling_params: Any, **kwargs: Any) -> Any:
+        client.check_sampling(sampling_params)
+        return generate(*args, sampling_params=sampling_params, **kwargs)
+
+    return checked
 
 
 def _described(segments: list[Segment]) -> list[dict[str, Any]]:
@@ -81,17 +104,29 @@ def _chat(respond: Callable[..., Any]) -> Callable[..., Any]:
     async def with_segments(
         request: Any, results: AsyncIterator[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        last: list[Any] = []
-
-        async def watched() -> AsyncIterator[Any]:
-            async for result in results:
-                last[:] = [result]
-                yield result
-
-        response = await respond(request, watched(), *args, **kwargs)
+        seen: deque[Any] = deque(maxlen=1)
+        passing = watched(results, seen.append)
+        response = await respond(request, passing, *args, **kwargs)
         # An error's answer has no choices.
         if choices := getattr(response, "choices", None):
-            _add(choices, last[0].outputs)
+            _add(choices, seen[0].outputs)
+        return response
+
+    return with_segments
+
+
+def _chat_batch(respond: Callable[..., Any]) -> Callable[..., Any]:
+    async def with_segments(
+        request: Any, conversations: list[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        seen: list[deque[Any]] = [deque(maxlen=1) for _ in conversations]
+        passing = [
+            watched(results, last.append)
+            for results, last in zip(conversations, seen, strict=True)
+        ]
+        response = await respond(request, passing, *args, **kwargs)
+        if choices := getattr(response, "choices", None):
+            _add(choices, [output for (last,) in seen for output in last.outputs])
         return response
 
     return with_segments
@@ -133,12 +168,12 @@ def _completion_stream(stream: Callable[..., Any]) -> Callable[..., Any]:
     ) -> AsyncIterator[str]:
         seen = _Stream()
 
-        async def watched() -> AsyncIterator[Any]:
-            async for prompt_index, result in results:
-                seen.see(result, prompt_index * (request.n or 1))
-                yield prompt_index, result
+        def see(indexed: tuple[int, Any]) -> None:
+            prompt_index, result = indexed
+            seen.see(result, prompt_index * (request.n or 1))
 
-        async for event in stream(request, inputs, watched(), *args, **kwargs):
+        passing = watched(results, see)
+        async for event in stream(request, inputs, passing, *args, **kwargs):
             yield seen.describe(event)
 
     return with_segments
@@ -149,13 +184,8 @@ def _chat_stream(stream: Callable[..., Any]) -> Callable[..., Any]:
         request: Any, results: AsyncIterator[Any], *args: Any, **kwargs: Any
     ) -> AsyncIterator[str]:
         seen = _Stream()
-
-        async def watched() -> AsyncIterator[Any]:
-            async for result in results:
-                seen.see(result)
-                yield result
-
-        async for event in stream(request, watched(), *args, **kwargs):
+        passing = watched(results, seen.see)
+        async for event in stream(request, passing, *args, **kwargs):
             yield seen.describe(event)
 
     return with_segments

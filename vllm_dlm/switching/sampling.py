@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_dlm.switching.entropy import PREFIX, Model, SwitchRule, rule_of_request
-from vllm_dlm.switching.entropy_stop import stop_options
+from vllm_dlm.switching.entropy_stop import KEY, stop_options
 
 SAME_IN_EVERY_TURN = (
     "repetition_penalty",  # counts the prompt too
@@ -71,6 +71,13 @@ REFUSED = {
 """Fields that are refused when set, and why."""
 
 
+REFUSED_EXTRAS = {
+    "kv_transfer_params": "the text is computed by two engines",
+    KEY: f"it is set for each turn; a request sets {PREFIX}tau and its like",
+}
+"""Keys of `extra_args` that are refused, and why."""
+
+
 @cache
 def _unset() -> dict[str, Any]:
     unset = SamplingParams()
@@ -109,8 +116,14 @@ def check_sampling(params: Any, rule: SwitchRule, stop_token_id: int) -> SwitchR
         raise VLLMValidationError(
             f"allowed_token_ids: {stop_token_id} is the token reserved for switching"
         )
+    extra_args = params.extra_args or {}
+    for name, reason in REFUSED_EXTRAS.items():
+        if name in extra_args:
+            raise VLLMValidationError(
+                f"{name} is not supported where two models write one text: {reason}"
+            )
     try:
-        return rule_of_request(rule, params.extra_args or {})
+        return rule_of_request(rule, extra_args)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from None
 

@@ -21,6 +21,7 @@ from vllm.entrypoints.launchers.cli_args import (
     validate_parsed_serve_args,
 )
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.logger import init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -31,8 +32,20 @@ from vllm_dlm.switching.entropy import LARGE, Model, SwitchRule
 from vllm_dlm.switching.metrics import PairStatLogger
 from vllm_dlm.switching.pair import Pair, plan_pair
 from vllm_dlm.switching.responses import report_writers
+from vllm_dlm.switching.routes import keep_served
 
 logger = init_logger(__name__)
+
+_ONE_ENGINE = frozenset(
+    {
+        *("lora_modules", "tokens_only", "enable_scale_out", "grpc_port"),
+        *("data_parallel_supervisor_port", "dp_supervisor_probe_interval_s"),
+        *("dp_supervisor_probe_timeout_s", "dp_supervisor_probe_failure_threshold"),
+        *("enable_per_request_metrics", "enable_flash_late_interaction"),
+        *("cohere_is_reasoning_model", "cohere_format"),
+    }
+)
+"""Options of the HTTP side for what a pair's server does not have."""
 
 
 async def serve(
@@ -60,12 +73,18 @@ async def serve(
     )
     signal.signal(signal.SIGTERM, _interrupt)
     address, socket = setup_server(args, reuse_port=False)
+    log_config = get_uvicorn_log_config(args)
     try:
         with _started(pair) as engines:
             client = PairClient(engines, pair, rule)
+            # Where vLLM's handlers look for the engine's reasoning parser.
+            args.structured_outputs_config = (
+                client.vllm_config.structured_outputs_config
+            )
             tasks = await client.get_supported_tasks()
             app = build_app(args, tasks, client.model_config)
             await init_app_state(client, app.state, args, tasks)
+            keep_served(app)
             report_writers(app.state)
             logger.info("Serving a pair of models on %s", address)
             stopped = await serve_http(
@@ -82,6 +101,9 @@ async def serve(
                 ssl_ca_certs=args.ssl_ca_certs,
                 ssl_cert_reqs=args.ssl_cert_reqs,
                 ssl_ciphers=args.ssl_ciphers,
+                h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+                h11_max_header_count=args.h11_max_header_count,
+                **({} if log_config is None else {"log_config": log_config}),
             )
         await stopped
     finally:
@@ -94,18 +116,24 @@ def serve_arguments(model: str, http: Mapping[str, Any]) -> Namespace:
     Raises:
         ValueError: an option that `vllm serve` does not know, or a wrong value.
     """
-    # The name is the model's option; all others are the HTTP side's.
-    known = ["served_model_name", *(field.name for field in fields(FrontendArgs))]
+    # These two are an engine's for vLLM; all others are the HTTP side's.
+    known = ["served_model_name", "enable_log_requests"]
+    known += [
+        field.name for field in fields(FrontendArgs) if field.name not in _ONE_ENGINE
+    ]
     words = ["--model", model]
     for name, value in http.items():
         if name.replace("-", "_") not in known:
             raise ValueError(f"the HTTP side's options: {unknown(name, known)}")
         flag = "--" + name.replace("_", "-")
-        if value is False:
-            flag = flag.replace("--", "--no-", 1)
-        words.append(flag)
-        if not isinstance(value, bool):
-            words.append(value if isinstance(value, str) else json.dumps(value))
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list) and flag in ("--api-key", "--served-model-name"):
+            words += [flag, *map(str, value)]
+        elif isinstance(value, list) and flag == "--middleware":
+            words += [word for each in value for word in (flag, str(each))]
+        else:
+            words += [flag, value if isinstance(value, str) else json.dumps(value)]
     parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
     try:
         args = parser.parse_args(words)

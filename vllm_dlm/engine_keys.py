@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of an engine's `additional_config` that say what the engine is for.
+
+It imports nothing, and so can be read while vLLM is half imported.
+"""
+
+SPECULATION = "dlm_speculation"
+"""The options of one of our speculative methods, for the worker."""
+
+SWITCHING = "dlm_switching"
+"""Which of a pair's two models the engine runs: "small" or "large"."""
+
+NEED_RUNNER_V1 = frozenset({SPECULATION, SWITCHING})
+"""Engines with one of these run on vLLM's model runner V1."""
