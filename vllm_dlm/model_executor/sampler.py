@@ -12,7 +12,7 @@ What the strategies see is made in `views.py`, what must hold for all of them is
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm import envs
@@ -24,6 +24,7 @@ from vllm_dlm.model_executor.candidates import Candidates
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
 from vllm_dlm.model_executor.logprobs import RevealedLogprobs, spread_logprobs
+from vllm_dlm.model_executor.reply import put_canvas_end, put_head_rows
 from vllm_dlm.model_executor.safety import SafeDecision, Safety
 from vllm_dlm.model_executor.trajectory_log import open_log
 from vllm_dlm.model_executor.views import Views
@@ -32,6 +33,19 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
     from vllm_dlm.strategies.base import View
+
+
+class Canvas(NamedTuple):
+    """The active blocks [R, B] as a step leaves them."""
+
+    tokens: torch.Tensor
+    """[R, B] int64."""
+    exists: torch.Tensor
+    """[R, B] bool: of the block, and left of the canvas's end."""
+    open: torch.Tensor
+    """[R, B] bool: masked still."""
+    end: torch.Tensor
+    """[R] int64: where each canvas ends."""
 
 
 class DenoisingSampler:
@@ -96,9 +110,7 @@ class DenoisingSampler:
         self.logprobs.record(logits, view.step, decision, plan)
         output = self._advance(view, decision, plan)
         if self._counts_rows:
-            # vLLM wants numbers by request; what is read of them is their sum.
-            output.num_nans = torch.zeros_like(plan.slots)
-            output.num_nans[0] = logits.computed
+            put_head_rows(output, logits.computed)
         if self.trajectories is not None:
             self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
@@ -113,72 +125,90 @@ class DenoisingSampler:
         self, view: View, decision: SafeDecision, plan: SegmentPlan
     ) -> SamplerOutput:
         """Write the decision to the canvas and tell runner and scheduler."""
-        state, slots = self.state, plan.slots
-        commit, hold = decision.commit, decision.hold
-        edit, remask, new_tokens = decision.edit, decision.remask, decision.new_tokens
-        block_start = plan.positions[:, 0]
+        canvas = self._write_canvas(view, decision, plan)
+        frontier = self._move_on(view, decision, canvas, plan)
+        written = torch.where(canvas.open | ~canvas.exists, -1, canvas.tokens)
+        self.learning.record(view, written, plan)
+        return self._reply(frontier, canvas.end, plan)
 
-        # Canvas. A predicted mask (reference_exact) stays masked until the block ends.
+    def _write_canvas(
+        self, view: View, decision: SafeDecision, plan: SegmentPlan
+    ) -> Canvas:
+        """Tokens, masks, and what is left of the canvas."""
+        state, slots = self.state, plan.slots
+        commit, new_tokens = decision.commit, decision.new_tokens
+        # A predicted mask (reference_exact) stays masked until the block ends.
         last = (view.step + 1 >= state.steps_per_block[slots])[:, None]
         stays = commit & (new_tokens == state.mask_id) & ~last
-        write = commit | edit
-        tokens = torch.where(write, new_tokens, view.tokens)
-        tokens = torch.where(remask, state.mask_id, tokens)
-        masked = (view.masks & ~commit) | stays | remask
-
-        # Truncation: what lies right of the cut no longer exists.
-        uncut_end = canvas_end = plan.canvas_end
-        if decision.truncate_at is not None:
-            cut = decision.truncate_at
-            cut_end = torch.where(cut >= 0, block_start + cut + 1, canvas_end)
-            canvas_end = torch.minimum(canvas_end, cut_end)
-            state.canvas_end[slots] = canvas_end
-        exists = view.valid & (plan.positions < canvas_end[:, None])
+        tokens = torch.where(commit | decision.edit, new_tokens, view.tokens)
+        tokens = torch.where(decision.remask, state.mask_id, tokens)
+        masked = (view.masks & ~commit) | stays | decision.remask
         plan.cells.write(state.tokens, tokens)
         plan.cells.write(state.masked, masked)
 
-        # Progress of the block.
-        open_ = masked & exists
+        # What lies right of a cut no longer exists.
+        end = plan.canvas_end
+        if decision.truncate_at is not None:
+            cut = decision.truncate_at
+            cut_end = torch.where(cut >= 0, plan.positions[:, 0] + cut + 1, end)
+            end = torch.minimum(end, cut_end)
+            state.canvas_end[slots] = end
+        exists = view.valid & (plan.positions < end[:, None])
+        return Canvas(tokens, exists, masked & exists, end)
+
+    def _move_on(
+        self, view: View, decision: SafeDecision, canvas: Canvas, plan: SegmentPlan
+    ) -> torch.Tensor:
+        """Go on in the block, or to the next one.
+
+        Returns:
+            [R] int64: the first position that is not final.
+        """
+        state, slots, open_ = self.state, plan.slots, canvas.open
         if decision.draft_rank is not None:
             state.drafts.keep(decision, open_, plan.cells)
-        block_end = block_start + exists.sum(dim=1)
+        block_start = plan.positions[:, 0]
+        block_end = block_start + canvas.exists.sum(dim=1)
         offsets = torch.arange(open_.shape[1], device=open_.device)
         first_open = torch.where(open_, offsets, open_.shape[1]).amin(dim=1)
-        done = ~open_.any(dim=1) & ~hold
+        done = ~open_.any(dim=1) & ~decision.hold
         frontier = torch.minimum(block_start + first_open, block_end)
         # What may be rewritten, and what is held, is not final before its block is.
-        waits = (self.groups.may_rewrite[slots] | hold) & ~done
+        waits = (self.groups.may_rewrite[slots] | decision.hold) & ~done
         # A seed goes out at once: by it the scheduler knows that there was one.
         frontier = torch.where(waits & ~plan.seeds, block_start, frontier)
-        written = torch.where(open_ | ~exists, -1, tokens)
-        self.learning.record(view, written, plan)
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block
         state.step[slots] = torch.where(done, 0, view.step + 1)
-        self._tell_host(next_block, canvas_end, plan)
+        self._tell_host(next_block, canvas.end, plan)
+        return frontier
 
-        # The reply: tokens that became final, then where the canvas ends.
-        old = state.emitted[slots]
+    def _reply(
+        self, frontier: torch.Tensor, canvas_end: torch.Tensor, plan: SegmentPlan
+    ) -> SamplerOutput:
+        """Tokens that became final, then where the canvas ends.
+
+        Args:
+            frontier, canvas_end: [R] int64, positions.
+        """
+        state, slots = self.state, plan.slots
+        prompt_len, old = state.prompt_len[slots], state.emitted[slots]
         # vLLM has counted the last step's canvas end as a token: a step each, that
         # would run past its row of token ids.
-        total_len = state.prompt_len[slots] + old
-        self.req_states.total_len.gpu[slots] = total_len.to(torch.int32)
-        new = torch.maximum(old, frontier - state.prompt_len[slots])
+        self.req_states.total_len.gpu[slots] = (prompt_len + old).to(torch.int32)
+        new = torch.maximum(old, frontier - prompt_len)
         state.emitted[slots] = new
-        count = new - old
-        width = plan.positions.shape[1]
-        reach = torch.arange(width + 1, device=slots.device)
-        source = (state.prompt_len[slots] + old)[:, None] + reach
-        sampled = state.tokens[
-            slots[:, None], source.clamp(max=state.tokens.shape[1] - 1)
-        ].long()
-        # Said of a full canvas only if it was cut just now: vLLM also writes this
-        # number into its row of token ids, which may end with the canvas.
-        says_end = state.prompt_len[slots] + new < uncut_end
-        at_end = (reach == count[:, None]) & says_end[:, None]
-        sampled = torch.where(at_end, -(canvas_end[:, None] + 1), sampled)
-        num_sampled = (count + says_end.long()).to(torch.int32)
-
+        reach = torch.arange(plan.positions.shape[1] + 1, device=slots.device)
+        source = (prompt_len + old)[:, None] + reach
+        source = source.clamp(max=state.tokens.shape[1] - 1)
+        sampled, num_sampled = put_canvas_end(
+            state.tokens[slots[:, None], source].long(),
+            new - old,
+            canvas_end,
+            # Said of a full canvas only if it was cut just now: vLLM also writes this
+            # number into its row of token ids, which may end with the canvas.
+            says_end=prompt_len + new < plan.canvas_end,
+        )
         return SamplerOutput(
             sampled_token_ids=sampled,
             logprobs_tensors=self.logprobs.emit(old, new, plan),

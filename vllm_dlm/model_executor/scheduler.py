@@ -13,8 +13,8 @@ its first forward is its first denoise step. There is no prompt-only forward, un
 prompt is longer than a forward's token budget.
 
 The worker's reply: a request's sampled tokens are those that became final, contiguous
-from the left; behind them one negative number, `-(canvas_end + 1)`, says where the
-canvas now ends (a strategy may cut it, never lengthen it).
+from the left; behind them it may say where the canvas now ends (a strategy may cut it,
+never lengthen it). `reply.py` lists what else travels, and where.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from vllm_dlm.model_executor.canvas_request import (
     CanvasRequest,
     FinalBlocksKVCacheManager,
 )
+from vllm_dlm.model_executor.reply import take_canvas_end, take_head_rows
 from vllm_dlm.model_executor.step_maps import StepCount, request_rows, take_columns
 from vllm_dlm.model_executor.tccf import Stages
 from vllm_dlm.request import stop_ids
@@ -206,13 +207,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
-        # What vLLM takes for a number of NaNs is the rows that went through lm_head.
-        head_rows, model_runner_output.num_nans_in_logits = (
-            model_runner_output.num_nans_in_logits or {},
-            None,
-        )
         self._work[0] += scheduler_output.total_num_scheduled_tokens
-        self._work[1] += sum(head_rows.values())
+        self._work[1] += take_head_rows(model_runner_output)
         logprobs, columns = take_columns(model_runner_output.logprobs)
         model_runner_output.logprobs = logprobs
         step_maps = {}
@@ -220,8 +216,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request = self.requests.get(model_runner_output.req_ids[row])
             if request is None or not tokens:
                 continue
-            if tokens[-1] < 0:
-                canvas_end = -tokens.pop() - 1
+            canvas_end = take_canvas_end(tokens)
+            if canvas_end is not None:
                 request.canvas_end = min(request.canvas_end, canvas_end)
             # What became final behind the end of the text is padding: not counted.
             del tokens[request.num_tokens_to_stop(tokens) :]
