@@ -158,6 +158,11 @@ def test_forms_a_request_may_take(extra_args):
             ["parameter of 'threshold'", "strategy_config"],
         ),
         ({"dlm": "{"}, ["dlm", "JSON"]),
+        ({"dlm": "[" * 100_000}, ["dlm: not valid JSON", "recursion"]),
+        ({"dlm_strategy_config": "[" * 100_000}, ["strategy_config", "recursion"]),
+        ({"dlm": {"block_length": 10**400}}, ["block_length", "from 1 to 1024"]),
+        ({"strategy": "static"}, ["'strategy'", "ignored", "'dlm_strategy'"]),
+        ({"DLM_steps": 4}, ["'DLM_steps'", "ignored", "'dlm_steps'"]),
         ({"dlm": "[1]"}, ["dlm", "list"]),
         ({"dlm": 3}, ["dlm", "int"]),
         ({"dlm_treshold": 0.5}, ["'dlm_treshold'", "'dlm_threshold'", "dlm_cache"]),
@@ -257,9 +262,9 @@ def test_server_config_reads_additional_config():
 def test_server_config_knows_the_models_default_strategy():
     wrong = vllm_config({"dlm": {"strategy_config": {"factor": 1.0}}})
     refused(lambda: server_config(wrong), "'factor'", "'threshold'")
-    refused(
-        lambda: server_config(vllm_config({"dlm": {"block_length": 512}})), "512", "256"
-    )
+    for options, bound in (({}, "--max-model-len"), ({"max_canvas": 64}, "max_canvas")):
+        wide = vllm_config({"dlm": {"block_length": 512, **options}})
+        refused(lambda wide=wide: server_config(wide), "512", f"or raise {bound}")
 
 
 def test_what_the_hook_stores_is_read_back():

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +138,14 @@ def test_wrap_refuses_what_is_not_in_the_ledger_or_not_in_vllm(monkeypatch):
     monkeypatch.setitem(patches.PATCHES, symbol, entry)
     with pytest.raises(RuntimeError, match="does not have"):
         patches.wrap(symbol, lambda original: original)
+
+
+def test_replace_refuses_what_vllm_does_not_read():
+    runner = SimpleNamespace(longest=7)
+    patches.replace(runner, "longest", 9)
+    assert runner.longest == 9
+    with pytest.raises(RuntimeError, match=r"SimpleNamespace\.shortest, which vLLM"):
+        patches.replace(runner, "shortest", 1)
 
 
 def test_every_entry_says_why():

@@ -214,6 +214,12 @@ def test_an_output_that_does_not_fit_is_refused_not_cut(monkeypatch):
         api_utils.get_max_tokens(*arguments)
 
 
+def test_a_prompt_that_fills_the_context():
+    with pytest.raises(VLLMValidationError, match="shorten the prompt") as caught:
+        request.refuse_long_request(100, 16, 100)
+    assert "at most" not in str(caught.value)
+
+
 def server_options(**changed: object) -> SimpleNamespace:
     """A VllmConfig's options, none set but `changed` (by the end of their path)."""
     config = SimpleNamespace(
@@ -222,7 +228,8 @@ def server_options(**changed: object) -> SimpleNamespace:
         aux_output_config=SimpleNamespace(),
         cache_config=SimpleNamespace(),
     )
-    for path in (*request.SERVER_OPTIONS.values(), "model_config.logprobs_mode"):
+    others = ("model_config.logprobs_mode", "model_config.runner_type")
+    for path in (*request.SERVER_OPTIONS.values(), *others):
         *parents, name = path.split(".")
         owner = attrgetter(*parents)(config) if parents else config
         unset = getattr(owner, name, None)
@@ -242,3 +249,8 @@ def test_other_logprobs_than_the_raw_ones():
     config = server_options(logprobs_mode="processed_logprobs")
     with pytest.raises(ValueError, match="only raw_logprobs"):
         request.refuse_server_options(config)
+
+
+def test_a_pooling_server():
+    with pytest.raises(ValueError, match="--runner pooling and --convert"):
+        request.refuse_server_options(server_options(runner_type="pooling"))

@@ -83,9 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser(argv).parse_args(argv)
     try:
         return args.run(args) or 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"vllm-dlm: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("vllm-dlm: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:

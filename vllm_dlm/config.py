@@ -62,12 +62,17 @@ PREFIX = "dlm_"
 """Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
 
 
-def _parse_json(value: Any) -> Any:
+def read_json(value: Any) -> Any:
+    """Options that came as JSON text; what is no text is left as it is.
+
+    Raises:
+        ValueError: it is not JSON, or nested deeper than Python reads.
+    """
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
 
 
@@ -76,7 +81,7 @@ def _check_block_length(value: Any) -> Any:
         return value
     try:
         number = 0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0
     if 1 <= number <= 1024 and number == int(number):
         return int(number)
@@ -112,7 +117,7 @@ class DlmConfig(BaseModel):
         description="Decoding strategy: which masked positions are written in a step. "
         "`vllm-dlm strategies` lists them. Default: the model's own.",
     )
-    strategy_config: Annotated[dict[str, Any], BeforeValidator(_parse_json)] = Field(
+    strategy_config: Annotated[dict[str, Any], BeforeValidator(read_json)] = Field(
         default_factory=dict,
         description="The strategy's own parameters, as a JSON object; "
         "`vllm-dlm strategies NAME` lists them.",
@@ -141,7 +146,7 @@ class DlmConfig(BaseModel):
         "(dInfer, 2510.08666); `window` computes some positions from the first one on "
         "that is not final (Window-Diffusion, 2601.20332). docs/caches.md",
     )
-    cache_config: Annotated[dict[str, Any], BeforeValidator(_parse_json)] = Field(
+    cache_config: Annotated[dict[str, Any], BeforeValidator(read_json)] = Field(
         default_factory=dict,
         description="The cache policy's own parameters, as a JSON object: of "
         "`vicinity` look_back, look_ahead, warmup_steps; of `window` active_window, "
@@ -174,7 +179,7 @@ class DlmConfig(BaseModel):
         description="Least probability of an end-of-text token that counts for `eotp` "
         "before it is written; above 1 only written ones do.",
     )
-    tccf: Annotated[ThinkCoarse | None, BeforeValidator(_parse_json)] = Field(
+    tccf: Annotated[ThinkCoarse | None, BeforeValidator(read_json)] = Field(
         default=None,
         description="Think coarse, critic fine (TDAR, arXiv 2602.09555), of block-"
         "causal models: decode in blocks up to a `trigger` (`</think>`), write a "

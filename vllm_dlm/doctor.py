@@ -143,5 +143,10 @@ def _show_patches(report: Report) -> None:
     current_platform.pre_register_and_update()
     in_force = patches.applied()
     for patch in patches.PATCHES.values():
+        try:
+            patches.find(patch.symbol)
+        except RuntimeError as error:
+            report.bad("patched", str(error))
+            continue
         where = "" if patch in in_force else " (not here: where it is needed)"
         report.good("patched", f"{patch.symbol}{where}\n      {patch.how}")

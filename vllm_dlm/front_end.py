@@ -240,34 +240,54 @@ def _validate_diffusion(original: Callable[..., Any]) -> Callable[..., Any]:
         if request.is_ours(model_config.hf_config):
             request.validate_sampling_params(self, model_config)
             return
-        if model_config.is_diffusion:
-            _refuse_dlm_options(self.extra_args or {})
+        _refuse_dlm_options(self.extra_args or {})
         original(self, model_config)
 
     return validate
 
 
 def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
-    """vLLM's own diffusion models would not read our options.
+    """Autoregressive models and vLLM's own diffusion models would not read our options.
 
     Raises:
         VLLMValidationError: a request sets some of them (HTTP 400).
     """
     from vllm.exceptions import VLLMValidationError
 
-    from vllm_dlm.config import PREFIX
-
-    ours = [key for key in extra_args if key == "dlm" or key.startswith(PREFIX)]
+    ours = [key for key in extra_args if _is_option(key) and key != spec.REQUEST_KEY]
     if ours:
         raise VLLMValidationError(
-            f"{', '.join(ours)}: options of vllm-dlm; this model is served by vLLM "
-            "itself, which does not know them. Remove them from the request."
+            f"{', '.join(ours)}: options of diffusion language models; vLLM itself "
+            f"serves this one and would ignore them. Remove them (only {spec.REQUEST_KEY} "
+            "is for other models, with --speculative-config)."
         )
+
+
+def _is_option(key: str) -> bool:
+    from vllm_dlm.config import PREFIX
+
+    return key == "dlm" or key.startswith(PREFIX)
+
+
+def _to_sampling_params(original: Callable[..., Any]) -> Callable[..., Any]:
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
+        stray = [key for key in self.model_extra or () if _is_option(key)]
+        if stray:
+            raise VLLMValidationError(
+                f"{', '.join(stray)}: not read from the top level of a request; put "
+                f'options into "vllm_xargs", as in {{"vllm_xargs": {{"{stray[0]}": '
+                "...}}."
+            )
+        return original(self, *args, **kwargs)
+
+    return to_sampling_params
 
 
 def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate(self: Any, speculative_config: Any) -> None:
-        speculation.check_request(self.extra_args, speculative_config)
+        speculation.check_request(self, speculative_config)
         original(self, speculative_config)
 
     return validate
@@ -363,12 +383,20 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     ),
 }
 
+BODIES = (
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
+    "vllm.entrypoints.openai.chat_completion.protocol"
+    ":ChatCompletionRequest.to_sampling_params",
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
+)
+
 SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
     "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
     "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": _run_busy_loop,
     "vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop": _run_busy_loop,
+    **dict.fromkeys(BODIES, _to_sampling_params),
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
     ".request_output_to_completion_response": _completion_response,
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger: every vLLM symbol this package wraps, and why.
 
-`PATCHES` is the data: one entry per symbol. `apply_*` functions below install the
-entries, each at most once per process, and import vLLM only when called.
+`PATCHES` is the data: one entry per symbol. The `apply_*` functions, below and in
+`front_end.py`, install the entries, each at most once per process; those below import
+vLLM only when called.
 
 Not wrapped, but given a subclass of ours by `DiffusionStepScheduler`, because vLLM
 builds them and offers no hook: each `vllm.v1.request:Request` (how a waiting request
 counts its tokens) and its `vllm.v1.core.kv_cache_manager:KVCacheManager` (which pages
-may be shared). And set on objects of an engine's or a server's own:
+may be shared). And set on objects of an engine's or a server's own (`replace`):
 `spec_decode/worker.py` sets the model runner's `drafter`,
 `effective_drafter_max_model_len` and `_get_spec_decode_draft_probs`, `del_proposer.py`
-its `use_aux_hidden_state_outputs`; `switching/responses.py` wraps two handlers of a
-pair's server.
+its `use_aux_hidden_state_outputs`; `switching/responses.py` wraps handlers of a
+pair's server, `switching/routes.py` takes routes off it.
 """
 
 import functools
@@ -22,6 +23,8 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from vllm_dlm.engine_keys import NEED_RUNNER_V1
 
 _MARK = "_vllm_dlm_patches"
 
@@ -205,6 +208,20 @@ PATCHES: dict[str, Patch] = {
             upstream="no issue yet: speculation has no parameters per request",
             drop_when="vLLM has a parameter for it",
         ),
+        *(
+            Patch(
+                symbol=f"vllm.entrypoints.openai.{body}.to_sampling_params",
+                why="vLLM drops fields of a body that it does not know.",
+                how="Refuses our options there: they are read from vllm_xargs.",
+                upstream="no issue yet: extra fields are allowed on purpose",
+                drop_when="vLLM refuses unknown fields",
+            )
+            for body in (
+                "completion.protocol:CompletionRequest",
+                "chat_completion.protocol:ChatCompletionRequest",
+                "responses.protocol:ResponsesRequest",
+            )
+        ),
         Patch(
             symbol="vllm.config.vllm:VllmConfig._check_supports_watermarking",
             why="Beam search reaches the engine as one-token requests.",
@@ -224,6 +241,19 @@ PATCHES: dict[str, Patch] = {
             why=(
                 "It checks a request when its first token is asked for: a streamed "
                 "reply has begun by then, with status 200."
+            ),
+            how="Checks requests for our models when it is called.",
+            upstream="no issue yet: an async generator runs nothing when called",
+            drop_when="vLLM verifies sampling parameters before it streams",
+        ),
+        Patch(
+            symbol=(
+                "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
+                "._generate_with_builtin_tools"
+            ),
+            why=(
+                "/v1/responses asks the engine when a streamed reply has begun: what "
+                "that refuses ends the connection without a word."
             ),
             how="Checks requests for our models when it is called.",
             upstream="no issue yet: an async generator runs nothing when called",
@@ -296,10 +326,7 @@ def wrap(symbol: str, make: Callable[[Any], Callable[..., Any]]) -> None:
         RuntimeError: this vLLM has no such symbol.
     """
     patch = _entry(symbol)
-    owner, attribute = _owner(symbol)
-    raw = inspect.getattr_static(owner, attribute, None)
-    if raw is None:
-        raise RuntimeError(_missing(symbol))
+    owner, attribute, raw = find(symbol)
     original = raw
     if isinstance(raw, property):
         original = raw.fget
@@ -327,6 +354,32 @@ def add(symbol: str, value: Any) -> None:
         _applied.append(patch)
 
 
+def find(symbol: str) -> tuple[Any, str, Any]:
+    """The owner of a symbol of the ledger, its name there, and what it is there.
+
+    Raises:
+        RuntimeError: this vLLM has no such symbol.
+    """
+    owner, attribute = _owner(symbol)
+    raw = inspect.getattr_static(owner, attribute, None)
+    if raw is None:
+        raise RuntimeError(_missing(symbol))
+    return owner, attribute, raw
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Set what an object of vLLM's has already.
+
+    Raises:
+        RuntimeError: it has nothing by that name, and so would never look at it.
+    """
+    if not hasattr(owner, name):
+        raise RuntimeError(
+            _missing(f"{type(owner).__module__}:{type(owner).__name__}.{name}")
+        )
+    setattr(owner, name, value)
+
+
 def apply_runner_choice() -> None:
     """Model runner V2 for diffusion models on a CPU, V1 for what needs that.
 
@@ -340,17 +393,14 @@ def apply_runner_choice() -> None:
             if envs.VLLM_USE_V2_MODEL_RUNNER is None:
                 if not HAS_TRITON and _is_diffusion(self):
                     return True
-                if any(key in (self.additional_config or ()) for key in _V1_KEYS):
+                own = self.additional_config
+                if isinstance(own, dict) and NEED_RUNNER_V1 & own.keys():
                     return False
             return original(self)
 
         return decide
 
     wrap("vllm.config.vllm:VllmConfig.use_v2_model_runner", use_v2_model_runner)
-
-
-_V1_KEYS = ("dlm_speculation", "dlm_switching")
-"""In `additional_config`: the engine needs model runner V1."""
 
 
 def apply_cpu_runner_patches() -> None:
@@ -403,30 +453,37 @@ def apply_cpu_runner_patches() -> None:
 
 
 def apply_cpu_verification_patches() -> None:
-    """Right verification of drafts on a CPU; call it in a worker, before its model."""
+    """Right verification of drafts on a CPU; call it in a worker, before its model.
+
+    What this vLLM lacks is left out, with a warning: most engines verify nothing, and
+    those that do are refused by `require_cpu_verification`.
+    """
+    from vllm.logger import init_logger
     from vllm.triton_utils import HAS_TRITON
 
     from vllm_dlm.kernels.verification_cpu import WRAPPERS
 
     if not HAS_TRITON:
         for symbol, make in WRAPPERS.items():
-            wrap(symbol, make)
+            try:
+                wrap(symbol, make)
+            except RuntimeError as error:
+                init_logger(__name__).warning("%s", error)
 
 
-def apply_front_end_patches() -> None:
-    """Flags, model aliases and the admission of requests.
+def require_cpu_verification() -> None:
+    """Refuse to speculate on a CPU whose verification could not be mended.
 
-    What only the HTTP server needs is applied where its modules are loaded already,
-    as they are when `vllm serve` loads plugins.
+    Raises:
+        RuntimeError: this vLLM lacks a symbol of `kernels/verification_cpu.py`.
     """
-    from vllm_dlm.front_end import SERVER_WRAPPERS, WRAPPERS
+    from vllm.triton_utils import HAS_TRITON
 
-    apply_runner_choice()
-    for symbol, make in WRAPPERS.items():
-        wrap(symbol, make)
-    for symbol, make in SERVER_WRAPPERS.items():
-        if symbol.partition(":")[0] in sys.modules:
-            wrap(symbol, make)
+    from vllm_dlm.kernels.verification_cpu import WRAPPERS
+
+    if not HAS_TRITON:
+        for symbol in WRAPPERS:
+            find(symbol)
 
 
 def _is_diffusion(vllm_config: Any) -> bool:

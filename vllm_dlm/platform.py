@@ -71,7 +71,11 @@ def _make_platform_class() -> "type[CpuPlatform]":
         def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig") -> None:
             """Runs in the engine core, which unpickles its config, before its
             scheduler asks which model runner serves it."""
+            from vllm_dlm.patches import require_cpu_verification
+
             _apply_patches()
+            if vllm_config.speculative_config is not None:
+                require_cpu_verification()
             super().register_custom_kv_cache_specs(vllm_config)
 
         @classmethod

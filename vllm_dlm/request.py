@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.sampling_params import SamplingParams
 
+    from vllm_dlm.config import DlmConfig
     from vllm_dlm.request_config import RequestConfig
 
 HONOURED = frozenset(
@@ -63,7 +64,8 @@ REFUSED: dict[str, str] = {
     "frequency_penalty": _ORDER,
     "repetition_penalty": _ORDER,
     "structured_outputs": "a grammar needs text that grows from left to right",
-    "prompt_logprobs": f"{_PROMPT} (`echo` with `logprobs` asks for them too)",
+    "prompt_logprobs": f"{_PROMPT} (`echo` with `logprobs`, and `echo` of a chat, "
+    "ask for them too)",
     "prompt_logprob_token_ids": _PROMPT,
     "prompt_logprob_start": _PROMPT,
     "logprob_token_ids": "ask for `logprobs` instead",
@@ -153,14 +155,10 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
 
 
 def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
-    import torch
-
     from vllm_dlm.config import LONGEST_REQUEST_BLOCK, WHOLE_CANVAS, served_config
     from vllm_dlm.model_defaults import ModelDefaults
     from vllm_dlm.model_executor.tccf import Stages
     from vllm_dlm.request_config import resolve
-    from vllm_dlm.strategies import STRATEGIES
-    from vllm_dlm.strategies.base import Context
 
     for key in params.extra_args or ():
         if str(key).startswith(DIFFUSION_GEMMA):
@@ -191,18 +189,37 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
             "tccf cannot be combined with logprobs or step_map: the check text is not "
             "the model's; ask for one or the other"
         )
+    check_strategy(config, server, model_config)
+    return config
+
+
+def check_strategy(
+    config: RequestConfig, server: DlmConfig, model_config: ModelConfig
+) -> None:
+    """What a strategy itself asks of the model, the cache policy and files.
+
+    Args:
+        config: of a request, `sized`.
+
+    Raises:
+        ValueError: its parameters do not fit them.
+    """
+    import torch
+
+    from vllm_dlm.strategies import STRATEGIES
+    from vllm_dlm.strategies.base import Context
+
     context = Context(
         device=torch.device("cpu"),
         model=model_config.model,
-        model_class=defaults.model_class,
+        model_class=model_config.hf_config.dlm_class,
         cache=config.cache,
         options=server.strategy_options(),
     )
     # The second stage of `tccf` is decoded in blocks of one.
-    lengths = {config.block_length, 1} if stages else {config.block_length}
+    lengths = {config.block_length, 1} if config.tccf else {config.block_length}
     for length in sorted(lengths, reverse=True):
         STRATEGIES[config.strategy].validate(config.params, length, context)
-    return config
 
 
 def stop_ids(params: SamplingParams) -> frozenset[int]:
@@ -247,10 +264,11 @@ def refuse_long_request(
 
     room = max(max_model_len - prompt_length, 0)
     if max_tokens is not None and max_tokens > room:
+        remedy = f" or set max_tokens to at most {room}" if room else ""
         raise VLLMValidationError(
             f"the prompt has {prompt_length} tokens and max_tokens is {max_tokens}, "
             f"together more than the context length of {max_model_len}; shorten the "
-            f"prompt or set max_tokens to at most {room}",
+            f"prompt{remedy}",
             parameter="max_tokens",
             value=max_tokens,
         )
@@ -263,6 +281,10 @@ SERVER_OPTIONS: dict[str, str] = {
     # vLLM applies an adapter to one row of logits per request.
     "--enable-lora": "lora_config",
     "--kv-transfer-config": "kv_transfer_config",
+    # It computes prompts by fewer layers: nothing of them is sampled.
+    "--kv-sharing-fast-prefill": "cache_config.kv_sharing_fast_prefill",
+    # A canvas is token ids.
+    "--enable-prompt-embeds": "model_config.enable_prompt_embeds",
     "--kv-offloading-size": "cache_config.kv_offloading_size",
     # Step maps travel where these would.
     "--enable-return-routed-experts": "aux_output_config.enable_return_routed_experts",
@@ -283,7 +305,13 @@ def refuse_server_options(vllm_config: Any) -> None:
             raise ValueError(
                 f"{flag} is not supported for diffusion language models; remove it"
             )
-    mode = vllm_config.model_config.logprobs_mode
+    model_config = vllm_config.model_config
+    if model_config.runner_type == "pooling":
+        raise ValueError(
+            "--runner pooling and --convert are not supported for diffusion language "
+            "models, which write text; remove them"
+        )
+    mode = model_config.logprobs_mode
     if mode != "raw_logprobs":
         raise ValueError(
             f"--logprobs-mode {mode} is not supported for diffusion language models; "

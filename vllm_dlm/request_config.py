@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from vllm_dlm.config import (
     parse_options,
     parse_params,
     parse_policy,
+    read_json,
 )
 from vllm_dlm.messages import unknown
 from vllm_dlm.model_defaults import ModelDefaults
@@ -78,9 +78,12 @@ def server_config(vllm_config: Any) -> DlmConfig:
         resolved = resolve(config, None, defaults)
         limit = config.canvas_limit(model_config.max_model_len, defaults.max_canvas)
         if resolved.block_length > limit:
+            bound = "max_canvas"
+            if limit == model_config.max_model_len:
+                bound = "--max-model-len, the context length"
             raise ValueError(
                 f"block_length {resolved.block_length} does not fit into a canvas of "
-                f"{limit} positions; lower it or raise max_canvas"
+                f"{limit} positions; lower it or raise {bound}"
             )
     return config
 
@@ -221,12 +224,10 @@ def _request_options(
     extra_args: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A request's options, and the flat keys that must be strategy parameters."""
-    nested = extra_args.get("dlm")
-    if isinstance(nested, str):
-        try:
-            nested = json.loads(nested)
-        except ValueError as error:
-            raise ValueError(f"dlm: not valid JSON ({error})") from None
+    try:
+        nested = read_json(extra_args.get("dlm"))
+    except ValueError as error:
+        raise ValueError(f"dlm: {error}") from None
     if not isinstance(nested, Mapping | None):
         raise ValueError(
             "dlm: expected an object of options, as a dict or as JSON text, got "
@@ -235,7 +236,10 @@ def _request_options(
     options = {str(name): value for name, value in (nested or {}).items()}
     params: dict[str, Any] = {}
     for key, value in extra_args.items():
-        if not key.startswith(PREFIX) or value is None:
+        if not key.startswith(PREFIX):
+            _refuse_without_prefix(key)
+            continue
+        if value is None:
             continue
         name = key.removeprefix(PREFIX)
         if name in options:
@@ -248,6 +252,17 @@ def _request_options(
                 f"a request may set: {', '.join(REQUEST_OPTIONS)}"
             )
     return options, params
+
+
+def _refuse_without_prefix(key: str) -> None:
+    """Other keys may be meant for others; one that names our option is a slip.
+
+    Raises:
+        ValueError: `strategy`, `DLM_steps`, ...
+    """
+    name = key.lower().removeprefix(PREFIX)
+    if name in REQUEST_OPTIONS:
+        raise ValueError(f"{key!r} would be ignored: write {PREFIX + name!r}")
 
 
 def _set_twice(key: str, other: str) -> ValueError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -93,6 +94,24 @@ def test_drawn_tokens_and_log_probabilities(
             for token, entry in got.items():
                 assert entry.logprob == pytest.approx(wanted[token].logprob, abs=1e-4)
                 assert entry.rank == wanted[token].rank
+
+
+def test_all_workers_use_the_first_ones_filter(
+    engines: Engines, llada: Path, backend: str
+):
+    """Though a further one has none, as where it runs on another machine."""
+
+    def lose_filters(worker: Any) -> None:
+        if worker.rank > 0:
+            worker.model_runner.model_state.model_config.model = "elsewhere"
+
+    cases = [
+        Case(make_prompt(length, 5), "learn2pd/token", "prefix", 8, max_tokens=40)
+        for length in (1, 9, 30)
+    ]
+    one, two = engines(llada, "mp", 1), engines(llada, backend, 2)
+    two.llm.collective_rpc(lose_filters)
+    assert run_cases(two, cases) == run_cases(one, cases)
 
 
 def test_a_lost_worker_ends_requests_with_an_error(

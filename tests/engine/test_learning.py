@@ -47,8 +47,8 @@ def test_a_server_without_a_filter_learns_one_and_the_next_start_finds_it(tmp_pa
     assert not list(learned.rglob("*.safetensors"))
     for seed in range(2, 150):
         ask(llm, seed, 32)
-        if learning._thread is not None:
-            learning._thread.join()
+        if learning._training is not None:
+            learning._training.join()
         if list(learned.rglob("*.safetensors")):
             break
     (path,) = learned.rglob("b32-none.safetensors")

@@ -96,6 +96,49 @@ def test_a_tile_does_not_grow_with_the_batch(wide_engine: Engine):
         assert max(seen) == min(32 * requests, 48)
 
 
+@pytest.mark.parametrize(
+    ("rule", "passes"),
+    [("static/low_confidence", 1), ("credit/fixed", 2), ("klass", 3)],
+)
+def test_rows_that_are_computed_again_are_few_and_counted(
+    wide_engine: Engine, rule: str, passes: int
+):
+    """A pass for the statistics, one for each question about probabilities.
+
+    Beside requests that ask none: their rows and those of decided positions are not
+    computed again.
+    """
+    rules = [rule, rule, "static/low_confidence"]
+    cases = [
+        Case(make_prompt(9 + i, i), rule=rule, block=16, max_tokens=16, ignore_eos=True)
+        for i, rule in enumerate(rules)
+    ]
+    prompts, sampling = [case.prompt for case in cases], [c.params() for c in cases]
+    alone = [rows_of(wide_engine, [case.prompt], [case.params()]) for case in cases]
+    together = rows_of(wide_engine, prompts, sampling)
+    most = max(len(rows) for rows in alone)
+    padded = [rows + [0] * (most - len(rows)) for rows in alone]
+    assert together == [sum(step) for step in zip(*padded, strict=True)]
+    again = [
+        (passes - 1) * (step[0] + step[1])
+        for step in zip(*padded, strict=True)
+        if sum(step) > ROWS
+    ]
+    wide_engine.flush()
+    counted = wide_engine.scheduler._work[1]
+    with tiles_of(wide_engine, ROWS) as seen:
+        wide_engine.run(prompts, sampling)
+    assert sum(seen) == sum(together) + sum(again)
+    assert wide_engine.scheduler._work[1] - counted == sum(seen)
+
+
+def rows_of(engine: Engine, prompts: list[Any], sampling: list[Any]) -> list[int]:
+    """Rows through lm_head in each step, where a tile has room for all of them."""
+    with tiles_of(engine, 1 << 20) as seen:
+        engine.run(prompts, sampling)
+    return seen
+
+
 class LongestOverVocabulary(TorchDispatchMode):
     """Rows of the longest tensor [rows, vocabulary] that any operation makes."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import permutations
 
+import numpy as np
 import torch
 from reference.registered import without_drafts
 from reference.views import WholeLogits, first_state, row_params
@@ -20,11 +21,11 @@ from torch.nn.functional import one_hot
 
 from vllm_dlm.strategies.base import (
     Decision,
-    Probabilities,
     Strategy,
     View,
     best_masked,
 )
+from vllm_dlm.strategies.probabilities import Probabilities
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def _view(
         probabilities=Probabilities(
             WholeLogits(logits),
             logits.logsumexp(dim=1),
-            torch.arange(rows * length).view(rows, -1),
+            np.arange(rows * length).reshape(rows, -1),
         ),
     )
     return without_drafts(view)

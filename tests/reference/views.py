@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from reference import procedures
 
 from vllm_dlm.strategies.base import (
     Context,
     Decision,
-    Probabilities,
     Strategy,
     View,
     numeric_fields,
 )
+from vllm_dlm.strategies.probabilities import Probabilities
 
 # "C8": position 0 is decided already, 1..7 are masked.
 C8 = [0.99, 0.97, 0.80, 0.55, 0.78, 0.93, 0.40, 0.76]
@@ -43,12 +43,8 @@ class WholeLogits:
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
 
-    def map(
-        self,
-        rows: torch.Tensor,
-        function: Callable[[torch.Tensor, slice], torch.Tensor],
-    ) -> torch.Tensor:
-        return function(self.logits[rows], slice(None))
+    def over(self, rows: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+        return [(slice(None), self.logits[rows])] if len(rows) else []
 
 
 CPU = Context(device=torch.device("cpu"), model="no-such-model")
@@ -101,7 +97,7 @@ def with_probabilities(view: View, probabilities: torch.Tensor) -> View:
         probabilities=Probabilities(
             WholeLogits(logits),
             logits.logsumexp(dim=1),
-            torch.arange(rows * width).view(rows, width),
+            np.arange(rows * width).reshape(rows, width),
         ),
     )
 
@@ -163,7 +159,7 @@ def random_view(seed: int, rows: int = 5, width: int = 8, ties: bool = False) ->
 
 def take_rows(view: View, index: torch.Tensor) -> View:
     """The view with rows [n] of `index`, in that order."""
-    return view.take(index, view.masked.shape[1])
+    return view.take(index.numpy(), view.masked.shape[1])
 
 
 def below(upper: View, lower: View) -> View:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from reference.checkpoints import write_checkpoint
 
+from vllm_dlm.request import validate_sampling_params
+
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
     # id: (family, folder, entries of config.json, arguments, what the message holds)
     "pages of half a block": (
@@ -75,6 +77,34 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         {"kv_offloading_size": 1},
         ["--kv-offloading-size", "remove it"],
     ),
+    "embeddings for a prompt": (
+        "dream",
+        "Dream-v0-Instruct-7B",
+        {},
+        {"enable_prompt_embeds": True},
+        ["--enable-prompt-embeds", "remove it"],
+    ),
+    "a text that is pooled": (
+        "dream",
+        "Dream-v0-Instruct-7B",
+        {},
+        {"convert": "embed"},
+        ["--runner pooling and --convert", "remove them"],
+    ),
+    "a strategy beside approximate KV": (
+        "dream",
+        "Dream-v0-Instruct-7B",
+        {},
+        {"additional_config": {"dlm": {"strategy": "freedave", "cache": "dual"}}},
+        ["'freedave'", "leave cache at 'none'"],
+    ),
+    "a penalty": (
+        "dream",
+        "Dream-v0-Instruct-7B",
+        {},
+        {"override_generation_config": {"repetition_penalty": 1.2}},
+        ["repetition_penalty", "--override-generation-config"],
+    ),
     "DreamReasoner": (
         "dream",
         "DreamReasoner-7B",
@@ -117,3 +147,17 @@ def test_the_context_of_full_attention_is_what_one_forward_holds(
     config = EngineArgs(str(folder), max_model_len=asked).create_engine_config()
     assert config.model_config.max_model_len == served
     assert config.scheduler_config.max_num_batched_tokens == served
+
+
+def test_a_penalty_of_the_model_it_was_made_from_is_left_out(tmp_path: Path):
+    """Or every request that sets none would be refused."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+
+    folder = write("dream", tmp_path / "Dream-v0-Instruct-7B", {})
+    inherited = {"repetition_penalty": 1.05, "temperature": 0.7, "top_p": 0.8}
+    (folder / "generation_config.json").write_text(json.dumps(inherited))
+    model_config = EngineArgs(str(folder)).create_engine_config().model_config
+    defaults = model_config.get_diff_sampling_param()
+    assert defaults == {"repetition_penalty": 1.0, "temperature": 0.0, "top_p": 0.8}
+    validate_sampling_params(SamplingParams(**defaults), model_config)

@@ -71,6 +71,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["'dlm'"],
     ),
     "bad JSON": (xargs(dlm="{"), ["dlm: not valid JSON"]),
+    "JSON too deep": (xargs(dlm="[" * 100_000), ["dlm: not valid JSON"]),
+    "option without its prefix": (xargs(strategy="static"), ["'dlm_strategy'"]),
     "JSON of a list": (xargs(dlm="[1]"), ["an object of options", "list"]),
     "dlm a number": (xargs(dlm=3), ["an object of options", "int"]),
     "bad JSON of parameters": (xargs(dlm_strategy_config="{"), ["not valid JSON"]),
@@ -184,13 +186,18 @@ def test_chat_is_refused(server: Server, healthy_text: str, name: str):
     assert server.text(max_tokens=8) == healthy_text
 
 
-@pytest.mark.parametrize("is_chat", [False, True])
-def test_a_stream_is_refused_before_it_begins(server: Server, is_chat: bool):
+@pytest.mark.parametrize("route", ["completion", "chat", "response"])
+def test_a_stream_is_refused_before_it_begins(server: Server, route: str):
     options, fragments = CASES["unknown strategy"]
     with pytest.raises(openai.BadRequestError) as caught:
-        (server.chat if is_chat else server.complete)(
-            stream=True, max_tokens=16, **options
-        )
+        if route == "response":
+            server.client.responses.create(
+                model=server.model, input="Copy [Ada]", stream=True, extra_body=options
+            )
+        else:
+            (server.chat if route == "chat" else server.complete)(
+                stream=True, max_tokens=16, **options
+            )
     assert not [part for part in fragments if part not in str(caught.value)]
 
 

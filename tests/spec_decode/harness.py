@@ -75,9 +75,13 @@ class Engine:
         return [list(result.outputs[0].token_ids) for result in results]
 
     @property
-    def runner(self) -> Any:
+    def worker(self) -> Any:
         core = self.llm.llm_engine.engine_core.engine_core
-        return core.model_executor.driver_worker.worker.model_runner
+        return core.model_executor.driver_worker.worker
+
+    @property
+    def runner(self) -> Any:
+        return self.worker.model_runner
 
     @property
     def drafter(self) -> Any:

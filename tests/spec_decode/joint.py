@@ -26,20 +26,27 @@ FAILS = 1e-9
 """P-values; between them lies nothing that a test should meet."""
 
 
-def probabilities(model: Path, prompt: Sequence[int], temperature: float) -> Any:
-    """[VOCAB ** LENGTH] float64: of each text, exactly."""
+def probabilities(
+    model: Path,
+    prompt: Sequence[int],
+    temperature: float,
+    forbidden: Sequence[int] = (),
+) -> Any:
+    """[VOCAB ** LENGTH] float64: of each text, exactly; 0 with a forbidden token."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     texts = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
     rows = torch.cat((torch.tensor([prompt] * len(texts)), texts), dim=1)
     with torch.no_grad():
         logits = network(rows).logits[:, len(prompt) - 1 : -1] / temperature
+    logits[..., list(forbidden)] = -torch.inf
     chosen = logits.log_softmax(-1).gather(2, texts[..., None])[..., 0]
     return chosen.sum(1).exp()
 
 
 def counts(engine: Engine, prompt: Sequence[int], samples: int, **options: Any) -> Any:
     """[VOCAB ** LENGTH] int64: how often each text came, without seeds."""
-    texts = engine.run([prompt] * samples, params(LENGTH, temperature=1.0, **options))
+    options = {"temperature": 1.0} | options
+    texts = engine.run([prompt] * samples, params(LENGTH, **options))
     powers = torch.tensor([VOCAB**i for i in reversed(range(LENGTH))])
     return torch.bincount(
         (torch.tensor(texts) * powers).sum(1), minlength=VOCAB**LENGTH

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spec_decode.harness import (
     ragged_prompts,
 )
 
+from vllm_dlm.spec_decode import aded_proposer
 from vllm_dlm.spec_decode.trigram_table import TrigramCounts, save_table
 
 FEW = list(range(3, 9))
@@ -101,6 +103,29 @@ def test_requests_do_not_influence_each_other(engine: Engine, drafts: Drafts):
     assert alone == together
     assert sorted(drafts.values()) == in_batch
     assert all(any(draft for _, draft in rounds) for rounds in in_batch)
+
+
+def test_several_threads_draft_what_one_does(
+    engine: Engine, drafts: Drafts, monkeypatch: pytest.MonkeyPatch
+):
+    prompts, sampling = ragged_prompts(8), params(40, allowed_token_ids=FEW)
+    texts = engine.run(prompts, sampling)
+    by_one = sorted(drafts.values())
+    drafts.clear()
+    recorded, threads = engine.drafter.draft, set()
+
+    def draft(*args: Any) -> list[int]:
+        threads.add(threading.current_thread())
+        return recorded(*args)
+
+    monkeypatch.setattr(engine.drafter, "draft", draft)
+    monkeypatch.setattr(engine.drafter, "num_threads", 4)
+    monkeypatch.setattr(aded_proposer, "ROWS_PER_THREAD", 2)
+    rows = engine.drafter.counts["rows"]
+    assert engine.run(prompts, sampling) == texts
+    assert sorted(drafts.values()) == by_one
+    assert engine.drafter.counts["rows"] - rows == sum(map(len, by_one))
+    assert threads - {threading.current_thread()}
 
 
 def test_what_a_request_has_taught_goes_with_it(engine: Engine, drafts: Drafts):

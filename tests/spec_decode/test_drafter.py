@@ -15,6 +15,7 @@ from spec_decode.harness import MAX_MODEL_LEN, Engine, Rounds, params, ragged_pr
 from vllm_dlm.spec_decode import options as spec
 from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
 from vllm_dlm.spec_decode.sampling import draw_drafts
+from vllm_dlm.spec_decode.worker import SpeculativeWorker, probability_bytes
 
 PROPOSER = "spec_decode.test_drafter:Scripted"
 
@@ -135,6 +136,88 @@ def test_a_drafter_that_fails_leaves_plain_decoding(
     assert engine.run(prompts, params(20)) == wanted
     assert len(calls) == 4
     assert engine.drafter.failed
+
+
+def test_where_other_ranks_would_wait_for_it_a_failure_ends_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    def fails() -> list[list[int]]:
+        raise RuntimeError("this rank is out of memory")
+
+    parallel = engine.drafter.vllm_config.parallel_config
+    monkeypatch.setattr(parallel, "tensor_parallel_size", 2)
+    with pytest.raises(RuntimeError, match="this rank is out of memory"):
+        engine.drafter.draft_or_nothing(fails)
+    assert not engine.drafter.failed
+
+
+def test_attached_probabilities_leave_less_memory_for_keys_and_values(
+    engine: Engine, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    points = engines({"method": "aded", "num_speculative_tokens": 6})
+    measured = 1 << 20
+    base = SpeculativeWorker.__bases__[0]
+    monkeypatch.setattr(base, "determine_available_memory", lambda self: measured)
+
+    def available(engine: Engine, set_by_the_user: int | None = None) -> int:
+        cache = engine.worker.cache_config
+        monkeypatch.setattr(cache, "kv_cache_memory_bytes", set_by_the_user)
+        return engine.worker.determine_available_memory()
+
+    # Requests, drafted tokens, vocabulary, bytes; what is kept, and a copy of it.
+    taken = 8 * 6 * 64 * 4 * 2
+    assert available(engine) == measured - taken
+    assert available(points) == measured
+    measured = taken
+    with pytest.raises(ValueError, match="max_num_seqs 8 times num_speculative_tok"):
+        available(engine)
+    assert available(engine, set_by_the_user=measured) == measured
+
+
+def test_the_memory_that_is_reserved_holds_what_a_step_takes(engine: Engine):
+    """Of all requests, at full length."""
+    most = probability_bytes(engine.runner.vllm_config)
+    found = []
+
+    def script(batch: Batch) -> Drafts:
+        probs = torch.full((len(batch.limits), 6, 64), 1 / 64)
+        return Drafts([[5] * limit for limit in batch.limits], probs)
+
+    def record(metadata: Any) -> Any:
+        copied = known(metadata)
+        if copied is not None:
+            found.append(copied.nbytes + engine.runner._draft_probs.nbytes)
+        return copied
+
+    known = engine.runner._get_spec_decode_draft_probs
+    engine.runner._get_spec_decode_draft_probs = record
+    engine.drafter.script = script
+    engine.run(ragged_prompts(8), params(12, temperature=1.0))
+    engine.runner._get_spec_decode_draft_probs = known
+    assert max(found) == most
+
+
+def test_a_text_may_end_as_soon_as_it_has_min_tokens(engine: Engine, plain: Engine):
+    """Also where the token that ends it comes behind an accepted draft."""
+    prompts = ragged_prompts(4)
+    texts = plain.run(prompts, params(30, min_tokens=30))
+    # The last place that has a token for the first time: its token ends the text.
+    ends = [max(text.index(token) for token in text) for text in texts]
+    own = [
+        params(30, min_tokens=end, stop_token_ids=[text[end]])
+        for text, end in zip(texts, ends, strict=True)
+    ]
+    wanted = [text[: end + 1] for text, end in zip(texts, ends, strict=True)]
+    assert min(ends) > 1 and plain.run(prompts, own) == wanted
+    known = {
+        tuple(prompt): text[:end]
+        for prompt, text, end in zip(prompts, texts, ends, strict=True)
+    }
+    engine.drafter.script = right_tokens(known)
+    rounds = Rounds(engine.drafter)
+    assert engine.run(prompts, own) == wanted
+    rounds.close()
+    assert all(any(draft for _, draft in of) for of in rounds.of.values())
 
 
 def test_drafts_are_drawn_from_what_is_attached():

@@ -2,8 +2,8 @@
 """Texts at temperature 1 have the target's distribution; and this test can fail.
 
 It fails for vLLM's own speculative decoding on a CPU, whose verification reads
-uninitialised memory (`kernels/expand_cpu.py`), and for the tempting stop rule that
-drops a token because the drafter itself found it improbable.
+uninitialised memory (`kernels/verification_cpu.py`), and for the tempting stop rule
+that drops a token because the drafter itself found it improbable.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from reference.llada import write_random_checkpoint
 from spec_decode import joint
 from spec_decode.harness import Engine, write_llama
 from spec_decode.test_drafter import PROPOSER
+from transformers import PreTrainedTokenizerFast
+from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_dlm.spec_decode import options as spec
 from vllm_dlm.spec_decode.drafter import Batch, Drafts
@@ -35,7 +38,14 @@ MANY = {"max_num_seqs": 64, "num_gpu_blocks_override": 80}
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("small"), seed=3, **SIZES)
+    """With a tokenizer, whose tokens are the letters a to f; c ends a text."""
+    folder = write_llama(tmp_path_factory.mktemp("small"), seed=3, **SIZES)
+    letters = {letter: number for number, letter in enumerate("abcdef")}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="e"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="c").save_pretrained(
+        folder
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,7 @@ def scripted(small: Path, engines: Callable[..., Engine]) -> Engine:
     own = spec.SpecDecPlusPlus.proposer
     spec.SpecDecPlusPlus.proposer = PROPOSER
     config = {"method": "specdec++", "model": str(small), "num_speculative_tokens": 2}
-    engine = engines(config, model=small, **MANY)
+    engine = engines(config, model=small, skip_tokenizer_init=False, **MANY)
     spec.SpecDecPlusPlus.proposer = own
     return engine
 
@@ -106,6 +116,23 @@ def test_stop_rules(
     assert not scripted.drafter.failed
     p = joint.p_value(observed, probability)
     assert p > joint.PASSES if lossless else p < joint.FAILS, p
+
+
+def test_structured_outputs(scripted: Engine, small: Path):
+    """The scheduler trims: it cuts a draft before what the grammar forbids."""
+    scripted.drafter.script = drawing(len)
+    options = {
+        # Warm: where one token is nearly certain, a bias hardly shows.
+        "temperature": 2.0,
+        "structured_outputs": StructuredOutputsParams(regex="[ad]{3}"),
+    }
+    observed = joint.counts(scripted, joint.PROMPT, 1500, **options)
+    assert not scripted.drafter.failed
+    probability = joint.probabilities(small, joint.PROMPT, 2.0, forbidden=[1, 2, 4, 5])
+    allowed = probability > 0
+    assert allowed.sum() == 8 and not observed[~allowed].any()
+    p = joint.p_value(observed[allowed], probability[allowed])
+    assert p > joint.PASSES, p
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from spec_decode.harness import Engine, params, write_llama
+from transformers import PreTrainedTokenizerFast
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from vllm_dlm.aliases import resolve
@@ -115,6 +118,52 @@ def test_a_tokenizer_of_the_same_size_with_other_ids_is_refused(tmp_path: Path):
             {"method": "specdec++", "model": str(drafter)},
             skip_tokenizer_init=False,
         )
+
+
+def write_tokenizer(folder: Path, words: str) -> None:
+    ids = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def test_the_drafters_revision_is_the_one_that_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sizes = {"vocab_size": 6, "num_layers": 1}
+    model = write_llama(tmp_path / "target", seed=0, **sizes)
+    write_tokenizer(model, "abcdef")
+    # The hub's cache of a drafter with two revisions.
+    cached = tmp_path / "hub" / "models--someone--drafter"
+    for revision, words in (("main", "fedcba"), ("right", "abcdef")):
+        snapshot = write_llama(cached / "snapshots" / revision, seed=1, **sizes)
+        write_tokenizer(snapshot, words)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / revision).write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path / "hub")
+    config = {"method": "specdec++", "model": "someone/drafter"}
+    with pytest.raises(ValueError, match="token '.' is . for the target and . for"):
+        EngineArgs(str(model), speculative_config=config).create_engine_config()
+    config |= {"revision": "right"}
+    EngineArgs(str(model), speculative_config=config).create_engine_config()
+
+
+def test_a_token_budget_that_cuts_drafts_is_told(
+    target: Path, caplog: pytest.LogCaptureFixture
+):
+    def start_with(budget: int) -> None:
+        EngineArgs(
+            str(target),
+            speculative_config={"method": "aded", "num_speculative_tokens": 7},
+            skip_tokenizer_init=True,
+            max_model_len=64,
+            max_num_seqs=16,
+            max_num_batched_tokens=budget,
+        ).create_engine_config()
+
+    start_with(128)
+    assert "cuts or postpones drafts" not in caplog.text
+    start_with(127)
+    assert "16 requests with drafts of 7 tokens are 128 tokens a step" in caplog.text
 
 
 def test_a_diffusion_model_is_no_target():

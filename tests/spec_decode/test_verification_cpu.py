@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from spec_decode.harness import Engine, params, ragged_prompts
+from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
@@ -81,3 +82,21 @@ def test_a_seeded_request_whose_prompt_comes_in_chunks(
     prompts = ragged_prompts(5)
     sampling = [params(8, temperature=1.0, seed=seed) for seed in range(5)]
     assert chunked.run(prompts, sampling) == plain.run(prompts, sampling)
+
+
+def test_a_vllm_that_cannot_be_mended_serves_without_speculation(
+    plain: Engine,
+    engines: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    speculating = engines({"method": "aded", "num_speculative_tokens": 4})
+    monkeypatch.delattr(rejection_sampler, "apply_sampling_constraints")
+    # What an engine's worker calls, and then its core.
+    current_platform.register_triton_kernel_overrides()
+    assert "apply_sampling_constraints" in caplog.text
+    config = plain.llm.llm_engine.vllm_config
+    current_platform.register_custom_kv_cache_specs(config)
+    config = speculating.llm.llm_engine.vllm_config
+    with pytest.raises(RuntimeError, match="apply_sampling_constraints"):
+        current_platform.register_custom_kv_cache_specs(config)

@@ -8,6 +8,7 @@ block. Identities that a strategy's own test holds are not repeated here.
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -135,7 +136,7 @@ def test_a_batch_decides_as_its_rows_alone(name, seed):
     view, probabilities = random_block(seed)
     together = [decision for _, decision in decode(strategy, view, probabilities)]
     for row in range(len(view.step)):
-        one, its_own = view.take(torch.tensor([row]), 6), probabilities[:, row, None]
+        one, its_own = view.take(np.array([row]), 6), probabilities[:, row, None]
         for step, (_, alone) in enumerate(decode(strategy, one, its_own)):
             whole = together[step]
             for field in ("commit", "edit", "remask", "hold", "truncate_at", "idle"):
@@ -175,7 +176,7 @@ def as_read(view: View, noise: torch.Generator | None) -> View:
 
     probabilities = view.probabilities
     if probabilities is not None:
-        rows = torch.where(view.masked, probabilities.rows, -1)
+        rows = np.where(view.masked.numpy(), probabilities.rows, -1)
         probabilities = replace(probabilities, rows=rows)
     return replace(
         view,

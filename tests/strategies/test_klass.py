@@ -2,6 +2,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -118,7 +119,7 @@ def test_divergence_is_finite_where_probabilities_vanish():
 def test_a_position_that_was_not_computed_is_not_at_rest():
     still = torch.tensor([0.95, 0.05]).expand(1, 2, 2)
     view = with_probabilities(make_view([[0.0, 0.0]]), still)
-    unseen = replace(view.probabilities, rows=torch.tensor([[0, -1]]))
+    unseen = replace(view.probabilities, rows=np.array([[0, -1]]))
     view = replace(view, masked=torch.ones(1, 2, dtype=torch.bool))
     strategy = klass(2, history=1)
     decision = select(strategy, replace(view, probabilities=unseen))

@@ -202,6 +202,19 @@ def test_where_filters_are_looked_for(tmp_path, caplog):
     assert Learn2PD(Learn2PDParams(), 8, context).has_filter
 
 
+def test_workers_of_a_model_use_the_first_ones_filter(tmp_path):
+    """Their disks may differ: a learned filter lies on the first one's."""
+    context = replace(CPU, model=str(tmp_path))
+    firsts = learn2pd(STEEP).filter
+    further = Learn2PD(Learn2PDParams(), 8, replace(context, agreed=lambda own: firsts))
+    assert further.has_filter
+    assert chosen(further, make_view([C8])) == chosen(learn2pd(), make_view([C8]))
+    STEEP.save(tmp_path / "learn2pd" / "b8-none.safetensors")
+    assert Learn2PD(Learn2PDParams(), 8, context).has_filter
+    lacks = replace(context, agreed=lambda own: None)
+    assert not Learn2PD(Learn2PDParams(), 8, lacks).has_filter
+
+
 def test_without_a_filter_it_is_the_threshold_rule(tmp_path, caplog):
     random_filter(1, width=4).save(tmp_path / "learn2pd" / "b4-none.safetensors")
     context = replace(CPU, model=str(tmp_path), options={"online_learning": True})

@@ -124,9 +124,11 @@ class Candidates:
             return np.zeros(slots, dtype=bool)
 
         # On the host: which rows need more than their argmax.
-        self._draws, self._truncates, self._restricts = flags(), flags(), flags()
+        self._draws, self._truncates = flags(), flags()
         self._measures_drawn, self._seeds_greedily = flags(), flags()
         self._restrictions: dict[int, Restriction] = {}
+        self._restricted_until = np.zeros(slots, dtype=np.int64)
+        """[slots]: the position where a request's restriction ends, 0 without one."""
 
     def add(self, slot: int) -> None:
         """Take over a new request's sampling parameters."""
@@ -161,9 +163,12 @@ class Candidates:
         self._seeds_greedily[slot] = is_seeding_family and exact
         self._restrictions.pop(slot, None)
         restriction = Restriction.of(request, self.state.device)
-        self._restricts[slot] = restriction is not None
+        self._restricted_until[slot] = 0
         if restriction is not None:
             self._restrictions[slot] = restriction
+            end = self.state.host.prompt_len[slot] + params.min_tokens
+            for_ever = np.iinfo(np.int64).max
+            self._restricted_until[slot] = end if restriction.is_early else for_ever
 
     # -- drawing -----------------------------------------------------------
 
@@ -186,11 +191,12 @@ class Candidates:
             stats.argmax, stats.confidence, stats.logsumexp, stats.entropy, stats.margin
         )
         slots = blocks.row_slots[tile.own]
-        special = self._draws[slots] | self._restricts[slots]
+        restricts = self._restricts()
+        special = self._draws[slots] | restricts[slots]
         if not special.any():
             return choice
         # Who draws from the model's own distribution needs no other rank's logits.
-        shaped = self._restricts | self._truncates | self._measures_drawn
+        shaped = restricts | self._truncates | self._measures_drawn
         whole = special & shaped[slots]
         for rows, shard in ((special & ~whole, tile.logits.shard), (whole, None)):
             (some,) = rows.nonzero()
@@ -229,7 +235,7 @@ class Candidates:
         if gather:
             raw = logits.whole(raw, at + tile.rows.start)
         processed = raw
-        if self._restricts[slots].any():
+        if self._restricts()[slots].any():
             # A copy, also of float32: what is restricted must not move the confidence.
             processed = raw.to(torch.float32, copy=True)
             self._restrict(processed, some + tile.own.start, blocks)
@@ -317,6 +323,10 @@ class Candidates:
             step.repeat_interleave(width),
         )
 
+    def _restricts(self) -> np.ndarray:
+        """[slots] bool: not every token is allowed in the active block."""
+        return self.state.host.block_start < self._restricted_until
+
     def _restrict(
         self, logits: torch.Tensor, rows: np.ndarray, blocks: BlockRows
     ) -> None:
@@ -328,12 +338,12 @@ class Candidates:
         """
         early = self._early(blocks)
         requests = blocks.row_request[rows]
-        for request in np.unique(requests[self._restricts[blocks.row_slots[rows]]]):
+        for request in np.unique(requests[self._restricts()[blocks.row_slots[rows]]]):
             (mine,) = (requests == request).nonzero()
             offsets = blocks.row_offset[rows[mine]]
             restriction = self._restrictions[int(blocks.slots_np[request])]
             banned = self._banned(int(request), blocks)
-            places = torch.from_numpy(offsets).to(logits.device)
+            places = torch.from_numpy(offsets).to(logits.device, non_blocking=True)
             # A request's rows follow each other.
             part = logits[mine[0] : mine[-1] + 1]
             restriction.apply(part, early[request, places], offsets, banned)
@@ -374,7 +384,7 @@ class Candidates:
             The rows, 0 to R - 1, that lost commits.
         """
         rows = []
-        for row in self._restricts[plan.slots_np].nonzero()[0].tolist():
+        for row in self._restricts()[plan.slots_np].nonzero()[0].tolist():
             words = self._restrictions[int(plan.slots_np[row])].bad_words
             if words is None:
                 continue
@@ -396,7 +406,7 @@ class Candidates:
         """
         state, slot = self.state, int(plan.slots_np[row])
         block_start = int(plan.positions[row, 0])
-        begin = max(block_start - reach, int(state.prompt_len[slot]))
+        begin = max(block_start - reach, int(state.host.prompt_len[slot]))
         end = block_start + int(plan.valid[row].sum())
         tokens = state.tokens[slot, begin:end]
         hidden = state.masked[slot, begin:end]

@@ -21,8 +21,8 @@ from vllm.platforms import current_platform
 from vllm_dlm.config import DlmConfig
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.models.declarations import check_declarations
-from vllm_dlm.request import refuse_server_options
-from vllm_dlm.request_config import server_config
+from vllm_dlm.request import check_strategy, refuse_server_options
+from vllm_dlm.request_config import resolve, server_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -31,6 +31,12 @@ logger = init_logger(__name__)
 
 WIDEST_DEFAULT_CONTEXT = 8192
 """Positions; of full-attention models, where `--max-model-len` is not given."""
+
+NO_PENALTIES = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 SCHEDULER = "vllm_dlm.model_executor.scheduler.DiffusionStepScheduler"
 
@@ -79,9 +85,10 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         defaults = ModelDefaults.from_hf_config(hf_config)
         _check_stop_ids(model_config, defaults)
         hf_config.dlm_server = server.model_dump()
-        hf_config.canvas_length = server.canvas_limit(
-            model_config.max_model_len, defaults.max_canvas
-        )
+        canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
+        hf_config.canvas_length = canvas
+        plain = resolve(server, None, defaults).sized(canvas, canvas)
+        check_strategy(plain, server, model_config)
         # The canvas lives in the worker and does not travel as draft tokens, so the
         # speculative path that vLLM's own diffusion models use is kept at width 1.
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)
@@ -89,6 +96,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         # The references decode greedily unless told otherwise, and confidence rules
         # are tuned for that; `--override-generation-config` says otherwise.
         model_config.override_generation_config.setdefault("temperature", 0.0)
+        _drop_penalties(model_config)
 
         scheduler.scheduler_cls = SCHEDULER
         # Which rows the next step computes depends on this step's outcome.
@@ -101,6 +109,33 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         vllm_config.attention_config.use_non_causal = True
         if current_platform.is_cpu():
             _size_cpu_kv_cache(vllm_config)
+
+
+def _drop_penalties(model_config: ModelConfig) -> None:
+    """Do without the penalties that a checkpoint inherits with generation_config.json.
+
+    They are of the autoregressive model that it was made from, and each request that
+    set none would be refused for them.
+
+    Raises:
+        ValueError: the user asked for one.
+    """
+    inherited = model_config.try_get_generation_config()
+    override = model_config.override_generation_config
+    for name, unset in NO_PENALTIES.items():
+        if override.get(name) not in (None, unset):
+            raise ValueError(
+                f"{name} is not supported for diffusion language models; remove it "
+                "from --override-generation-config"
+            )
+        if inherited.get(name) not in (None, unset):
+            logger.info(
+                "Leaving out %s %s of generation_config.json: a canvas has no order "
+                "in which tokens could be counted.",
+                name,
+                inherited[name],
+            )
+            override[name] = unset
 
 
 def _limit_context(model_config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ Statistics are merged (`VocabShard`); only rows read token by token are gathered
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -74,6 +74,8 @@ class Logits:
         self.banned = ~may_predict_mask
         """[N] bool: rows in which the mask id is left out of everything."""
         self.shard = head.vocab_shard
+        self.computed = 0
+        """Rows that went through lm_head so far, those that did so again included."""
 
     @property
     def device(self) -> torch.device:
@@ -117,17 +119,13 @@ class Logits:
             part = slice(begin, begin + self._rows_per_tile)
             yield part, self.whole(self._of(rows[part]), rows[part])
 
-    def map(
-        self,
-        rows: torch.Tensor,
-        function: Callable[[torch.Tensor, slice], torch.Tensor],
-    ) -> torch.Tensor:
-        """What a function makes of the logits of some rows, as `RowLogits` says."""
-        return torch.cat([function(logits, part) for part, logits in self.over(rows)])
-
     def _of(self, rows: slice | torch.Tensor) -> torch.Tensor:
         if len(self) > self._rows_per_tile:
-            return self._head.logits(self._hidden[rows])
+            return self._compute(self._hidden[rows])
         if self._only_tile is None:
-            self._only_tile = self._head.logits(self._hidden)
+            self._only_tile = self._compute(self._hidden)
         return self._only_tile[rows]
+
+    def _compute(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.computed += len(hidden)
+        return self._head.logits(hidden)

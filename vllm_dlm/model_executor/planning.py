@@ -57,7 +57,7 @@ def plan_forward(state: DlmModelState, input_batch: Any, page_size: int) -> Segm
     # A request with branches computes its active block, or all: one segment.
     segments = segments.repeated(branches[segments.request])
     rows = decides.nonzero()[0]
-    plan = _plan_blocks(state, input_batch, segments, rows, starts, ends, branches)
+    plan = _plan_blocks(state, input_batch, segments, rows, starts, ends)
     if branches.max() == 1:
         return plan
     return replace(
@@ -73,7 +73,6 @@ def _plan_blocks(
     rows: np.ndarray,
     starts: np.ndarray,
     ends: np.ndarray,
-    branches: np.ndarray,
 ) -> SegmentPlan:
     """The active blocks of the batch's `rows`, and where their logits come from."""
     host, defaults = state.host, state.defaults
@@ -129,7 +128,6 @@ def _plan_blocks(
         row_request * len(offsets) + row_offset,
         row_request,
         kv_lens,
-        is_read.sum(axis=1) * branches[rows],
         valid.ravel().nonzero()[0],
         (slots[:, None] * state.max_model_len + positions)[valid],
         *([] if is_causal is None else [is_causal]),
@@ -153,9 +151,8 @@ def _plan_blocks(
         row_places=on_device[10],
         row_requests=on_device[11],
         kv_lens=on_device[12].int(),
-        num_logits=on_device[13],
-        cells=Cells(on_device[14], on_device[15]),
-        causal=None if is_causal is None else on_device[16].int(),
+        cells=Cells(on_device[13], on_device[14]),
+        causal=None if is_causal is None else on_device[15].int(),
         branches=None,
     )
     state.canvas_end[plan.slots] = plan.canvas_end

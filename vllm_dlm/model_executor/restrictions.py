@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_dlm.model_executor.bad_words import BadWords
+
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.state import DlmRequest
 
@@ -29,7 +31,9 @@ class Restriction:
     """[k] int64: `allowed_token_ids`; None for all."""
     ending: torch.Tensor
     """[k] int64: what may not be written while the text is short of `min_tokens`."""
-    bad_words: list[list[int]]
+    bad_words: BadWords | None
+    bad_tokens: torch.Tensor
+    """[k] int64: the bad words that are one token."""
 
     @classmethod
     def of(cls, request: DlmRequest, device: torch.device) -> Restriction | None:
@@ -42,13 +46,21 @@ class Restriction:
         if not (params.logit_bias or allowed or params.min_tokens or words):
             return None
         bias = params.logit_bias or {}
+        bad_words = BadWords(words) if words else None
+        single = bad_words.single if bad_words else []
         return cls(
             torch.tensor(list(bias), dtype=torch.int64, device=device),
             torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
             torch.tensor(allowed, device=device) if allowed else None,
             torch.tensor(sorted(ending), dtype=torch.int64, device=device),
-            words,
+            bad_words,
+            torch.tensor(single, dtype=torch.int64, device=device),
         )
+
+    @property
+    def is_early(self) -> bool:
+        """Whether `min_tokens` is all there is: what comes later is not restricted."""
+        return not (len(self.biased) or self.allowed is not None or self.bad_words)
 
     def apply(
         self,
@@ -63,7 +75,8 @@ class Restriction:
             logits: [n, V] float32, rows of the request.
             early: [n] bool: where `min_tokens` forbids the text to end.
             offsets: [n], each row's place in the block.
-            banned: (place in the block, token) that would complete a bad word.
+            banned: (place in the block, token) that would complete a bad word of
+                several tokens.
         """
         logits[:, self.biased] += self.bias
         if self.allowed is not None:
@@ -73,8 +86,22 @@ class Restriction:
         if len(self.ending):
             ending = logits[:, self.ending]
             logits[:, self.ending] = ending.masked_fill(early[:, None], -torch.inf)
-        if banned:
-            row_of = {offset: row for row, offset in enumerate(offsets.tolist())}
-            for offset, token in banned:
-                if offset in row_of:
-                    logits[row_of[offset], token] = -torch.inf
+        if self.bad_words is not None:
+            before = None if self.allowed is None else logits[:, self.allowed]
+            self._ban_words(logits, offsets, banned)
+            if before is not None:
+                # A text must end, also where every allowed token completes a word.
+                left = logits[:, self.allowed]
+                stuck = left.amax(dim=1, keepdim=True) == -torch.inf
+                logits[:, self.allowed] = torch.where(stuck, before, left)
+
+    def _ban_words(
+        self, logits: torch.Tensor, offsets: np.ndarray, banned: list[tuple[int, int]]
+    ) -> None:
+        """The part of `apply` that bad words have."""
+        logits[:, self.bad_tokens] = -torch.inf
+        row_of = {offset: row for row, offset in enumerate(offsets.tolist())}
+        pairs = [(row_of[place], token) for place, token in banned if place in row_of]
+        if pairs:
+            rows, tokens = torch.tensor(pairs, device=logits.device).unbind(dim=1)
+            logits[rows, tokens] = -torch.inf

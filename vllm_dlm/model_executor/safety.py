@@ -65,7 +65,6 @@ class Safety:
         new_tokens = (
             view.candidate if decision.new_tokens is None else decision.new_tokens
         )
-        self.candidates.veto_bad_words(commit, edit, new_tokens, plan)
 
         # Progress: a step that writes nothing would be repeated for ever.
         stalled = commit.sum(dim=1) <= remask.sum(dim=1)
@@ -84,17 +83,40 @@ class Safety:
         # A further sub-block, whose rows were not read, ends in the next step.
         ends = view.masks & plan.readable & (plan.has_row | state.exact[slots][:, None])
         commit = torch.where(last, ends, commit)
+        edit, remask = edit & ~last, remask & ~last
+        # Last, for what comes after it might write a bad word.
+        self._veto_bad_words(view, commit, edit, remask, new_tokens, plan)
         return SafeDecision(
             commit=commit,
             new_tokens=new_tokens,
-            edit=edit & ~last,
-            remask=remask & ~last,
+            edit=edit,
+            remask=remask,
             hold=_or_false(decision.hold, stalled) & ~last[:, 0],
             truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
             branch=decision.branch,
             draft_tokens=decision.draft_tokens,
             draft_rank=decision.draft_rank,
         )
+
+    def _veto_bad_words(
+        self,
+        view: View,
+        commit: torch.Tensor,
+        edit: torch.Tensor,
+        remask: torch.Tensor,
+        new_tokens: torch.Tensor,
+        plan: SegmentPlan,
+    ) -> None:
+        """Change a step's rows, in place, that would write a bad word.
+
+        A row that would gain no token then writes its most confident candidate alone:
+        by itself, a candidate completes no bad word.
+        """
+        for row in self.candidates.veto_bad_words(commit, edit, new_tokens, plan):
+            if commit[row].sum() <= remask[row].sum():
+                commit[row] = best_masked(view)[row]
+                edit[row] = remask[row] = False
+                new_tokens[row] = view.candidate[row]
 
     def _cut(
         self,

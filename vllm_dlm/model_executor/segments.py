@@ -141,6 +141,13 @@ class BlockRows:
     """[N] int64: `row_request` on the device."""
 
     @property
+    def row_at_np(self) -> np.ndarray:
+        """[R, B] int64: `row_at` on the host."""
+        rows = np.full(self.positions.shape, -1)
+        rows[self.row_request, self.row_offset] = np.arange(len(self.row_request))
+        return rows
+
+    @property
     def row_slots(self) -> np.ndarray:
         """[N]: state slot of each row's request."""
         slots: np.ndarray = self.slots_np[self.row_request]
@@ -194,8 +201,6 @@ class SegmentPlan(BlockRows):
     """[R] int64: one past each canvas' last position."""
     cells: Cells
     """Where the canvases' positions are kept."""
-    num_logits: torch.Tensor
-    """[R] int64: how many of the rows through lm_head are each request's."""
     seeds: torch.Tensor
     """[R] bool: the rows end before the block, and predict its first position alone."""
     rows_ends: torch.Tensor

@@ -9,14 +9,13 @@ text, is kept. Memory is bounded: the newest rows replace the oldest.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.host_slots import BLOCK
+from vllm_dlm.model_executor.host_slots import BLOCK, ToHost
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.segments import SegmentPlan
@@ -43,6 +42,11 @@ class Traces:
 
     def __len__(self) -> int:
         return len(self.block)
+
+    @property
+    def block_length(self) -> int:
+        """B."""
+        return int(self.confidence.shape[1])
 
 
 class _Ring:
@@ -71,15 +75,20 @@ class _Ring:
 
 
 class TraceRecorder:
-    """Collects trace rows of the requests it is told to follow."""
+    """Collects trace rows of the requests it is told to follow.
+
+    A step of the whole batch goes to the host in one piece, behind the step's own work,
+    and is taken apart when the next one has been planned: nothing waits for it. What is
+    kept are the rows of followed requests, until their block ends.
+    """
 
     def __init__(self, state: DlmModelState) -> None:
         self.state = state
         self._rings: dict[tuple[int, str], _Ring] = {}
-        self._steps: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+        self._steps: dict[int, list[np.ndarray]] = {}
+        """slot -> [3, B] int32 for each step of its block, as `record` packs them."""
+        self._arriving: tuple[np.ndarray, np.ndarray, ToHost] | None = None
         self._blocks = 0
-        # The engine's thread writes, a learner's thread copies.
-        self._lock = threading.Lock()
 
     def follow(self, slot: int) -> None:
         """Record a new request from now on, decided positions too."""
@@ -88,70 +97,74 @@ class TraceRecorder:
 
     def forget(self, slot: int) -> None:
         """End of a request: label what its unfinished block has decided so far."""
+        self._receive()
         if slot in self._steps:
-            self._close(slot, int(self.state.block_start[slot]))
+            self._close(slot)
             del self._steps[slot]
 
-    def observe(self, view: View, plan: SegmentPlan) -> None:
-        """Note one step's confidences, best tokens and masks, before the decision."""
-        if not self._steps:
-            return
-        for row, slot in enumerate(plan.slots_np.tolist()):
-            if slot in self._steps:
-                width = self.state.requests[slot].config.block_length
-                self._steps[slot].append(
-                    (
-                        torch.where(view.valid, view.confidence, 1.0)[row, :width],
-                        view.candidate[row, :width].clone(),
-                        view.masked[row, :width].clone(),
-                    )
-                )
+    def record(self, view: View, written: torch.Tensor, plan: SegmentPlan) -> None:
+        """Note one step: how sure the model was of which tokens, and what was written.
 
-    def finish(self, done: torch.Tensor, plan: SegmentPlan) -> None:
-        """Label the steps of blocks that are complete now."""
-        if not self._steps:
+        Args:
+            view: of the step.
+            written: [R, B] int64: tokens of the blocks after it; -1 where still masked
+                or past the canvas.
+        """
+        self._receive()
+        slots = plan.slots_np
+        followed = [slot for slot in slots.tolist() if slot in self._steps]
+        if not followed:
             return
-        for row in done.nonzero()[:, 0].tolist():
-            slot = int(plan.slots_np[row])
-            if slot in self._steps:
-                self._close(slot, int(plan.positions[row, 0]))
-                self._steps[slot] = []
+        width = self.state.host.block_length[followed].max()
+        confidence = torch.where(view.valid, view.confidence, 1.0)
+        step = [
+            confidence.float().view(torch.int32),
+            torch.where(view.masked, view.candidate, -1).int(),
+            written.int(),
+        ]
+        packed = torch.stack([part[:, :width] for part in step], dim=1)
+        begins = self.state.host.block_start[slots]
+        self._arriving = slots, begins, ToHost(packed)
 
-    def _close(self, slot: int, begin: int) -> None:
-        steps = self._steps[slot]
+    def _receive(self) -> None:
+        """Take the last step apart, once it is known which blocks it ended."""
+        if self._arriving is None:
+            return
+        (slots, begins, sent), self._arriving = self._arriving, None
+        packed, host = sent.numpy(), self.state.host
+        host.settle()
+        ended = host.block_start[slots] != begins
+        for row, slot in enumerate(slots.tolist()):
+            if slot in self._steps:
+                width = host.block_length[slot]
+                self._steps[slot].append(packed[row, :, :width].copy())
+                if ended[row]:
+                    self._close(slot)
+
+    def _close(self, slot: int) -> None:
+        """Label the steps of a block by what is written there now."""
+        steps, self._steps[slot] = self._steps[slot], []
         if not steps:
             return
-        confidence, token, masked = (
-            torch.stack(part) for part in zip(*steps, strict=True)
-        )
-        width = confidence.shape[1]
-        span = slice(begin, min(begin + width, int(self.state.canvas_end[slot])))
-        final = torch.full((width,), -1, dtype=torch.int64, device=token.device)
-        known = torch.zeros(width, dtype=torch.bool, device=token.device)
-        count = span.stop - span.start
-        if count <= 0:
-            return
-        final[:count] = self.state.tokens[slot, span].long()
-        known[:count] = ~self.state.masked[slot, span]
-        label = torch.where(token == final, RIGHT, WRONG)
-        label = torch.where(masked & known, label, IGNORED)
-        policy = self.state.requests[slot].config.cache
-        with self._lock:
-            ring = self._rings.setdefault((width, policy), _Ring(width))
-            self._blocks += 1
-            ring.append(
-                confidence.float().cpu().numpy(),
-                label.to(torch.int8).cpu().numpy(),
-                self._blocks,
-            )
+        packed = np.stack(steps)
+        candidate, final = packed[:, 1], packed[-1, 2]
+        label = np.where(candidate == final, RIGHT, WRONG)
+        label[(candidate < 0) | (final < 0)] = IGNORED
+        width, policy = len(final), self.state.requests[slot].config.cache
+        if (width, policy) not in self._rings:
+            self._rings[width, policy] = _Ring(width)
+        self._blocks += 1
+        confidence = packed[:, 0].view(np.float32)
+        self._rings[width, policy].append(confidence, label, self._blocks)
 
     def rows(self, block_length: int, cache: str) -> int:
         """Rows recorded so far for blocks of this length under this KV policy."""
+        self._receive()
         ring = self._rings.get((block_length, cache))
         return 0 if ring is None else ring.rows
 
     def traces(self, block_length: int, cache: str) -> Traces:
         """A copy of the rows kept for one block length and KV policy."""
-        with self._lock:
-            ring = self._rings.get((block_length, cache))
-            return _Ring(block_length).copy() if ring is None else ring.copy()
+        self._receive()
+        ring = self._rings.get((block_length, cache))
+        return _Ring(block_length).copy() if ring is None else ring.copy()

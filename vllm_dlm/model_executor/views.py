@@ -16,7 +16,8 @@ from vllm_dlm.kernels.draw import uniform
 from vllm_dlm.kernels.token_stats import token_stats
 from vllm_dlm.model_executor.candidates import Choice, Tile
 from vllm_dlm.model_executor.logits import Logits
-from vllm_dlm.strategies.base import Branches, Probabilities, View
+from vllm_dlm.strategies.base import Branches, View
+from vllm_dlm.strategies.probabilities import Probabilities
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.candidates import Candidates
@@ -75,7 +76,7 @@ class Views:
             noise = uniform(*self.candidates.noise_keys(step, plan)).view(masked.shape)
         probabilities = None
         if "probabilities" in needs:
-            probabilities = Probabilities(logits, choice.logsumexp, plan.row_at)
+            probabilities = Probabilities(logits, choice.logsumexp, plan.row_at_np)
         written = output_positions[:, 0].clamp(min=0) + decided.sum(dim=1)
         longest = state.text_end[slots] - state.prompt_len[slots]
 

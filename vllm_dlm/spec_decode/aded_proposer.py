@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """ADED as vLLM's "custom_class" drafter: the glue between model runner and `aded.py`.
 
+A large batch is searched by several threads: the compiled loops release the GIL.
+
 Drafts are verified as point masses, so the text is the model's own at any temperature.
 What a request has taught stays its own, and goes when the request does.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,23 +27,25 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+MOST_THREADS = 8
+ROWS_PER_THREAD = 8
+"""Fewer are searched sooner than a thread wakes up."""
 
-class AdedProposer:
-    """Drafts from tri-grams, for all requests of a batch in turn."""
 
-    runner: Any
-    """The model runner; the worker sets it."""
+class AdedProposer(drafter.FailSafe):
+    """Drafts from tri-grams, for each request of a batch on its own."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         options = drafter.options_of(vllm_config)
         assert isinstance(options, Aded)
-        self.options = options
+        self.options: Aded = options
         self.model_config = vllm_config.model_config
         self.table = trigram_table.empty_table(self.model_config.get_vocab_size())
         self.requests: dict[str, AdaptiveTrigrams] = {}
         self.counts: Counter[str] = Counter()
         """Drafts made ("rows") and their tokens ("tokens")."""
-        self.failed = False
+        self.num_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(self.num_threads, "aded")
 
     def load_model(self, target: nn.Module) -> None:
         """Read the corpus and compile the loops; called once the target is loaded.
@@ -82,22 +88,31 @@ class AdedProposer:
         Returns:
             R drafts, an empty one for none.
         """
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if self.failed:
-            return drafts
-        try:
+
+        def draft() -> list[list[int]]:
             self._forget_finished()
             most = self.options.num_speculative_tokens
             limits = drafter.limits(self.runner, most)
-            for row, request in enumerate(self.runner.input_batch.req_ids):
-                if limits[row] and sampled_token_ids[row]:
+            drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+            names = self.runner.input_batch.req_ids
+
+            def draft_rows(rows: list[int]) -> None:
+                for row in rows:
                     text = token_ids_cpu[row, : num_tokens_no_spec[row]]
-                    drafts[row] = self.draft(request, text, int(limits[row]))
-        except Exception:
-            self.failed = True
-            drafter.warn_of_failure(self.options)
-            return [[] for _ in sampled_token_ids]
-        return drafts
+                    drafts[row] = self.draft(names[row], text, int(limits[row]))
+
+            rows = [row for row, got in enumerate(sampled_token_ids) if got]
+            rows = [row for row in rows if limits[row]]
+            parts = min(self.num_threads, -(-len(rows) // ROWS_PER_THREAD))
+            if parts > 1:
+                shares = [rows[part::parts] for part in range(parts)]
+                list(self._threads.map(draft_rows, shares))  # raises what they raise
+            else:
+                draft_rows(rows)
+            self.counts.update(rows=len(rows), tokens=sum(map(len, drafts)))
+            return drafts
+
+        return self.draft_or_nothing(draft)
 
     def draft(self, request: str, text: np.ndarray, most: int) -> list[int]:
         """At most `most` tokens to follow a request's text, which it is taught."""
@@ -108,9 +123,7 @@ class AdedProposer:
             trigrams = AdaptiveTrigrams(self.table, self.options)
             self.requests[request] = trigrams
         trigrams.observe(text)
-        draft = trigrams.best_chain(text, most)
-        self.counts.update(rows=1, tokens=len(draft))
-        return draft
+        return trigrams.best_chain(text, most)
 
     def _forget_finished(self) -> None:
         known = self.runner.requests

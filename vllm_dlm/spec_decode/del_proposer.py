@@ -22,6 +22,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_dlm.patches import replace
 from vllm_dlm.spec_decode.del_exit import (
     PROMPT_WINDOW,
     Choice,
@@ -149,7 +150,7 @@ class DelProposer(Drafter):
         self._draft_attn_layer_names = set(self.model.attention_names[: self.exits[-1]])
         # The runner reads both after this. The last layer's states tell what the
         # target itself says at a prompt's positions.
-        self.runner.use_aux_hidden_state_outputs = True
+        replace(self.runner, "use_aux_hidden_state_outputs", True)
         self.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids = (
             *self.exits,
             self.num_layers,

@@ -4,14 +4,15 @@
 vLLM (model runner V1) asks a drafter once a step, after the step's tokens are known on
 the host. `Drafter.propose` turns its arguments into a `Batch`, lets the method draft,
 and hands over at most what each request may take. A drafter that fails is switched
-off with a warning: requests go on without drafts, and their texts stay right.
+off with a warning: requests go on without drafts, and their texts stay right. Only
+where it computes together with other ranks, the engine ends: these would wait for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_dlm.spec_decode.options import CONFIG_KEY, Options, from_plain, request_limit
+from vllm_dlm.engine_keys import SPECULATION
+from vllm_dlm.patches import replace
+from vllm_dlm.spec_decode.options import Options, from_plain, request_limit
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -85,18 +88,60 @@ class Drafts:
     None where tokens are verified as if they had been certain."""
 
 
-class Drafter(DraftModelProposer):
+class FailSafe:
+    """Base of all drafters: one that fails is switched off, requests go on."""
+
+    options: Options
+    runner: Any
+    """The model runner."""
+    failed = False
+
+    @property
+    def computes_with_others(self) -> bool:
+        """Whether other ranks wait, in a collective operation, for this one's part."""
+        return False
+
+    def draft_or_nothing(self, draft: Callable[[], list[list[int]]]) -> list[list[int]]:
+        """What `draft` returns; R empty drafts if it fails, and from then on.
+
+        Raises:
+            Exception: what `draft` raises, where other ranks would wait for it.
+        """
+        if not self.failed:
+            try:
+                return draft()
+            except Exception:
+                if self.computes_with_others:
+                    raise
+                self.failed = True
+                logger.warning(
+                    "Drafting failed (%s). The engine goes on without drafts: texts "
+                    "stay right, and come as slowly as without speculation. Restart it "
+                    "to draft again.",
+                    type(self.options).__name__,
+                    exc_info=True,
+                )
+        return [[] for _ in self.runner.input_batch.req_ids]
+
+
+class Drafter(FailSafe, DraftModelProposer):
     """Base of the drafters that vLLM takes for its draft model."""
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, runner: Any
     ) -> None:
         super().__init__(vllm_config, device, runner)
+        # Where the runner looks for what drafts were drawn from.
+        replace(self, "_last_draft_probs", None)
         self.runner = runner
         self.options: Options = options_of(vllm_config)
         self.counts: Counter[str] = Counter()
         """What drafting has cost: "forwards" and "rows" of the drafter, ..."""
-        self.failed = False
+
+    @property
+    def computes_with_others(self) -> bool:
+        tensor_parallel: int = self.vllm_config.parallel_config.tensor_parallel_size
+        return tensor_parallel > 1
 
     def draft(self, batch: Batch) -> Drafts:
         """Draft for every row whose limit is not 0; a method's whole difference."""
@@ -118,45 +163,44 @@ class Drafter(DraftModelProposer):
     ) -> list[list[int]]:
         """Called by vLLM; R lists of tokens."""
         self._last_draft_probs = None
-        rows = self.runner.input_batch.req_ids
-        if self.failed:
-            return [[] for _ in rows]
-        batch = Batch(
-            request_ids=list(rows),
-            num_tokens=self.runner.input_batch.num_tokens_no_spec[: len(rows)].astype(
-                np.int64
-            ),
-            limits=limits(self.runner, num_speculative_tokens),
-            token_ids=self.runner.input_batch.token_ids_cpu[: len(rows)],
-            next_token_ids=next_token_ids,
-            target_token_ids=target_token_ids,
-            target_positions=target_positions,
-            target_hidden_states=target_hidden_states,
-            attention=common_attn_metadata,
-            sampling=sampling_metadata,
-            requests=[self.runner.requests[row] for row in rows],
-        )
-        try:
+
+        def draft() -> list[list[int]]:
+            known = self.runner.input_batch
+            rows = known.req_ids
+            batch = Batch(
+                request_ids=list(rows),
+                num_tokens=known.num_tokens_no_spec[: len(rows)].astype(np.int64),
+                limits=limits(self.runner, num_speculative_tokens),
+                token_ids=known.token_ids_cpu[: len(rows)],
+                next_token_ids=next_token_ids,
+                target_token_ids=target_token_ids,
+                target_positions=target_positions,
+                target_hidden_states=target_hidden_states,
+                attention=common_attn_metadata,
+                sampling=sampling_metadata,
+                requests=[self.runner.requests[row] for row in rows],
+            )
             drafts = self.draft(batch)
-        except Exception:
-            self.failed = True
-            warn_of_failure(self.options)
-            return [[] for _ in rows]
-        self._last_draft_probs = drafts.probs
-        return clip(drafts.tokens, batch.limits)
+            tokens = clip(drafts.tokens, batch.limits)
+            if drafts.probs is not None:
+                make_certain(drafts.probs, tokens, batch.parameters)
+            self._last_draft_probs = drafts.probs
+            return tokens
+
+        return self.draft_or_nothing(draft)
 
 
 def options_of(vllm_config: VllmConfig) -> Options:
     """The options that the front end left for the worker."""
-    return from_plain(vllm_config.additional_config[CONFIG_KEY])
+    return from_plain(vllm_config.additional_config[SPECULATION])
 
 
 def limits(runner: Any, most: int) -> np.ndarray:
     """[R] int64: most tokens that each request's draft may have.
 
     Nothing while a prompt is being computed, or a preempted text anew; no token behind
-    the last one that the request may still get (verification adds one of its own); what
-    the request says.
+    the last one that the request may still get (verification adds one of its own), or
+    that may not be the last; what the request says.
     """
     batch = runner.input_batch
     going_on = runner.discard_request_mask.np
@@ -171,6 +215,10 @@ def limits(runner: Any, most: int) -> np.ndarray:
         if params.max_tokens is not None:
             room = min(room, params.max_tokens)
         own = request_limit(params.extra_args, most)
+        if output < params.min_tokens:
+            # Behind a draft that is accepted, vLLM forbids an end of text by the
+            # number of tokens before it.
+            room = min(room, params.min_tokens)
         found[row] = max(0, min(own, room - output - 1))
     return found
 
@@ -196,11 +244,24 @@ def clip(tokens: Sequence[Sequence[int]], most: np.ndarray) -> list[list[int]]:
     return [list(row[:limit]) for row, limit in zip(tokens, most, strict=True)]
 
 
-def warn_of_failure(options: Options) -> None:
-    """Tell, with the traceback at hand, that drafting is over."""
-    logger.warning(
-        "Drafting failed (%s). The engine goes on without drafts: texts stay right, "
-        "and come as slowly as without speculation. Restart it to draft again.",
-        type(options).__name__,
-        exc_info=True,
-    )
+def make_certain(
+    probs: torch.Tensor,
+    tokens: Sequence[Sequence[int]],
+    parameters: Sequence[SamplingParams],
+) -> None:
+    """Have drafts of structured outputs verified as point masses.
+
+    The scheduler cuts such a draft before its first token that the grammar forbids:
+    whether a token is submitted depends on its own draw, and verification against the
+    distribution that it was drawn from would be biased.
+
+    Args:
+        probs: [R, K, V], written.
+        tokens: R drafts.
+        parameters: R.
+    """
+    for row, (draft, params) in enumerate(zip(tokens, parameters, strict=True)):
+        if params.structured_outputs is not None and draft:
+            places = torch.arange(len(draft), device=probs.device)
+            probs[row, places] = 0
+            probs[row, places, torch.tensor(draft, device=probs.device)] = 1

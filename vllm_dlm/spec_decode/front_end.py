@@ -9,13 +9,17 @@ runner V1 (`patches.py`), synchronously: how long a draft is depends on its toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_dlm import aliases
+from vllm_dlm.engine_keys import SPECULATION
 from vllm_dlm.spec_decode import options as spec
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 logger = init_logger(__name__)
 
@@ -40,7 +44,7 @@ def translate(args: Any) -> bool:
     args.speculative_config = _vllm_config(args, method, options)
     args.additional_config = {
         **(args.additional_config or {}),
-        spec.CONFIG_KEY: spec.to_plain(method, options),
+        SPECULATION: spec.to_plain(method, options),
     }
     args.worker_cls = WORKER
     args.async_scheduling = False
@@ -110,6 +114,8 @@ def _vllm_config(args: Any, method: str, options: spec.Options) -> dict[str, Any
 def check(config: Any) -> None:
     """Refuse a drafter that does not fit, before anything is loaded.
 
+    A token budget that full drafts of all requests exceed gives a warning.
+
     Args:
         config: the finished `VllmConfig`. vLLM has compared the vocabularies' sizes.
 
@@ -118,7 +124,8 @@ def check(config: Any) -> None:
             than the target's, one of which the message names.
     """
     speculative = config.speculative_config
-    if config.additional_config[spec.CONFIG_KEY]["method"] == "deer":
+    _warn_of_cut_drafts(config.scheduler_config, speculative.num_speculative_tokens)
+    if config.additional_config[SPECULATION]["method"] == "deer":
         from vllm_dlm.spec_decode.deer import check_drafter
 
         hf_config = speculative.draft_model_config.hf_config
@@ -126,13 +133,15 @@ def check(config: Any) -> None:
     target, draft = config.model_config, speculative.draft_model_config
     if target.skip_tokenizer_init or draft.model == target.model:
         return
+    from vllm.tokenizers import cached_tokenizer_from_config
     from vllm.tokenizers.registry import get_tokenizer
 
-    names = (target.tokenizer, draft.model)
-    theirs, ours = (
-        get_tokenizer(name, trust_remote_code=target.trust_remote_code).get_vocab()
-        for name in names
-    )
+    theirs = cached_tokenizer_from_config(target).get_vocab()
+    ours = get_tokenizer(
+        draft.model,
+        revision=draft.revision,
+        trust_remote_code=target.trust_remote_code,
+    ).get_vocab()
     for token, number in theirs.items():
         if ours.get(token) != number:
             raise ValueError(
@@ -143,18 +152,39 @@ def check(config: Any) -> None:
             )
 
 
-def check_request(
-    extra_args: Mapping[str, Any] | None, speculative_config: Any
-) -> None:
-    """Refuse a request whose own draft limit cannot be honoured (HTTP 400).
+def _warn_of_cut_drafts(scheduler: Any, most: int) -> None:
+    rows, budget = scheduler.max_num_seqs * (1 + most), scheduler.max_num_batched_tokens
+    if rows > budget:
+        logger.warning(
+            "%d requests with drafts of %d tokens are %d tokens a step, and "
+            "max_num_batched_tokens is %d: at that load vLLM cuts or postpones drafts, "
+            "and what a seed draws at temperature > 0 depends on other requests. Raise "
+            "max_num_batched_tokens, or lower max_num_seqs or num_speculative_tokens.",
+            scheduler.max_num_seqs,
+            most,
+            rows,
+            budget,
+        )
+
+
+def check_request(params: SamplingParams, speculative_config: Any) -> None:
+    """Refuse what cannot be honoured beside speculation (HTTP 400).
 
     Raises:
-        VLLMValidationError: the limit is invalid, or the engine does not speculate.
+        VLLMValidationError: the request's own draft limit is invalid, or the engine
+            does not speculate; or it asks for `logprob_token_ids`, which ends vLLM's
+            engine with any speculation.
     """
-    if spec.REQUEST_KEY not in (extra_args or {}):
-        return
     from vllm.exceptions import VLLMValidationError
 
+    if speculative_config is not None and params.logprob_token_ids is not None:
+        raise VLLMValidationError(
+            "logprob_token_ids cannot be combined with speculative decoding: ask for "
+            "logprobs, or start the server without --speculative-config"
+        )
+    extra_args = params.extra_args
+    if spec.REQUEST_KEY not in (extra_args or {}):
+        return
     if speculative_config is None:
         raise VLLMValidationError(
             f"{spec.REQUEST_KEY}: this engine has no speculative decoding; start it "

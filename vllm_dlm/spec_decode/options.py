@@ -25,9 +25,6 @@ from vllm_dlm.option_types import Count, Number
 MAX_DRAFT = 128
 """Tokens; vLLM's rejection sampler takes no longer drafts (`MAX_SPEC_LEN`)."""
 
-CONFIG_KEY = "dlm_speculation"
-"""Of `additional_config`: the options, for the worker."""
-
 REQUEST_KEY = "dlm_draft_tokens"
 """Of a request's `extra_args` (HTTP `vllm_xargs`): its own limit; 0 drafts nothing."""
 

@@ -8,13 +8,22 @@ place, before any weights are loaded. The class is made for the platform's own w
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.mem_utils import format_gib
 
+from vllm_dlm.engine_keys import SPECULATION
+from vllm_dlm.patches import replace
 from vllm_dlm.plugin import load
-from vllm_dlm.spec_decode.options import CONFIG_KEY, METHODS
+from vllm_dlm.spec_decode.options import METHODS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
 
 
 def _platform_worker() -> Any:
@@ -38,23 +47,67 @@ class SpeculativeWorker(_PlatformWorker):
         super().init_device()
         install(self.model_runner)
 
+    def determine_available_memory(self) -> int:
+        """What keys and values may take, in bytes: vLLM's measure, less our part.
+
+        vLLM does not count the distributions that drafts were drawn from. Memory that
+        the user has set is left as it is.
+
+        Raises:
+            ValueError: nothing would be left.
+        """
+        available: int = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        reserved = probability_bytes(self.vllm_config)
+        speculative = self.vllm_config.speculative_config
+        about = (
+            f"{format_gib(reserved)} GiB for the distributions of drafts: "
+            f"max_num_seqs {self.scheduler_config.max_num_seqs} times "
+            f"num_speculative_tokens {speculative.num_speculative_tokens} times the "
+            "vocabulary, 4 bytes each, twice"
+        )
+        if reserved >= available:
+            raise ValueError(
+                f"no memory is left for keys and values: {format_gib(available)} GiB "
+                f"are free, less {about}. Lower one of the two, or set "
+                "kv_cache_memory_bytes, if all requests are greedy"
+            )
+        if reserved:
+            logger.info("Reserved %s.", about)
+        return available - reserved
+
+
+def probability_bytes(config: VllmConfig) -> int:
+    """Most memory that attached distributions take.
+
+    Those of a whole batch are kept for the next step, which copies the ones that it
+    verifies.
+    """
+    speculative = config.speculative_config
+    if speculative.draft_sample_method != "probabilistic":
+        return 0
+    rows = config.scheduler_config.max_num_seqs * speculative.num_speculative_tokens
+    vocabulary: int = config.model_config.get_vocab_size()
+    return 2 * rows * vocabulary * torch.float32.itemsize
+
 
 def install(runner: Any) -> None:
     """Replace a model runner's drafter by the one that the options ask for."""
     config = runner.vllm_config
-    proposer = load(METHODS[config.additional_config[CONFIG_KEY]["method"]].proposer)
+    proposer = load(METHODS[config.additional_config[SPECULATION]["method"]].proposer)
     if config.speculative_config.method == "draft_model":
-        runner.drafter = proposer(config, runner.device, runner)
+        replace(runner, "drafter", proposer(config, runner.device, runner))
         # From here on: vLLM's own constructor refuses it for draft models. Drafting
         # then comes after the step's tokens are known, and without the rejected ones.
-        config.speculative_config.disable_padded_drafter_batch = True
-        runner._get_spec_decode_draft_probs = partial(draft_probs, runner)
+        replace(config.speculative_config, "disable_padded_drafter_batch", True)
+        replace(runner, "_get_spec_decode_draft_probs", partial(draft_probs, runner))
     else:
         runner.drafter.runner = runner
     # vLLM stops drafting for all requests when the longest is near its end; ours
     # ask what each request may take.
-    most = runner.num_spec_tokens
-    runner.effective_drafter_max_model_len = runner.max_model_len + most
+    longest = runner.max_model_len + runner.num_spec_tokens
+    replace(runner, "effective_drafter_max_model_len", longest)
 
 
 def draft_probs(runner: Any, metadata: Any) -> torch.Tensor | None:

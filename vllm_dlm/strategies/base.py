@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+
+from vllm_dlm.strategies.probabilities import Probabilities
 
 T = TypeVar("T")
 
@@ -51,64 +54,6 @@ class StateField:
     dtype: torch.dtype = torch.float32
     fill: float = 0.0
     """The value in a block's first step."""
-
-
-class RowLogits(Protocol):
-    """Rows of logits that may not all exist at a time (`model_executor/logits.py`)."""
-
-    def map(
-        self,
-        rows: torch.Tensor,
-        function: Callable[[torch.Tensor, slice], torch.Tensor],
-    ) -> torch.Tensor:
-        """What `function` makes of the logits of rows [n], some rows at a time.
-
-        It gets [m, V] logits and which of the n rows they are, and returns [m, ...].
-        """
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """The model's own distribution at the positions of a view, read on demand.
-
-    Untempered and unrestricted, the mask id left out. Positions that are not read
-    (`Strategy.logit_rows`) have probability 0 everywhere.
-    """
-
-    logits: RowLogits
-    """Of this step, of all requests."""
-    logsumexp: torch.Tensor
-    """[N] float64."""
-    rows: torch.Tensor
-    """[R, B] int64: each position's row of `logits`; -1 for none."""
-
-    def of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[R, B, K] float32: probabilities of tokens [R, B, K] int64."""
-        if not len(self.logsumexp):
-            return torch.zeros(tokens.shape, device=tokens.device)
-        wanted, rows = tokens.flatten(0, 1), self.rows.flatten().clamp(min=0)
-        found = self.logits.map(
-            rows, lambda logits, part: logits.gather(1, wanted[part])
-        )
-        found = (found - self.logsumexp[rows, None]).exp().float()
-        return torch.where(self.rows[..., None] >= 0, found.view(tokens.shape), 0.0)
-
-    def top(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The most probable tokens: probabilities float32 and ids, [R, B, K].
-
-        K is `count`, or the vocabulary's size if that is smaller. Only the view's own
-        rows are sorted.
-        """
-        if not len(self.logsumexp):
-            none = torch.zeros(*self.rows.shape, 0, device=self.rows.device)
-            return none, none.long()
-
-        def best(logits: torch.Tensor, part: slice) -> torch.Tensor:
-            return logits.topk(min(count, logits.shape[1]), dim=1).indices
-
-        ids = self.logits.map(self.rows.flatten().clamp(min=0), best)
-        ids = ids.view(*self.rows.shape, -1)
-        return self.of(ids), ids
 
 
 NOT_DRAFTED = 1 << 30
@@ -188,21 +133,26 @@ class View:
         """[R, B] bool: all masks of the block; `masked` may be those of a part."""
         return self.valid & ~self.decided & (self.positions >= 0)
 
-    def take(self, index: slice | torch.Tensor, width: int) -> View:
-        """The view of the rows `index` (slice or [n] int64), cut to `width` columns."""
+    def take(self, rows: slice | np.ndarray, width: int) -> View:
+        """The view of some rows (a slice, or [n] int64), cut to `width` columns."""
+        index: slice | torch.Tensor = (
+            rows
+            if isinstance(rows, slice)
+            else torch.from_numpy(rows).to(self.masked.device, non_blocking=True)
+        )
 
         def pick(value: Any) -> Any:
             if isinstance(value, Mapping):
                 return {name: tensor[index] for name, tensor in value.items()}
             if isinstance(value, Probabilities):
-                return replace(value, rows=value.rows[index][:, :width])
+                return replace(value, rows=value.rows[rows][:, :width])
             if isinstance(value, Branches):
                 parts = {name: part[index] for name, part in vars(value).items()}
                 return Branches(**{n: part[..., :width] for n, part in parts.items()})
             if value is None:
                 return None
-            rows = value[index]
-            return rows[:, :width] if rows.dim() == 2 else rows
+            some = value[index]
+            return some[:, :width] if some.dim() == 2 else some
 
         return View(**{name: pick(value) for name, value in vars(self).items()})
 
@@ -322,6 +272,11 @@ class Strategy:
         """
 
 
+def _of_this_worker(value: Any) -> Any:
+    """What `Context.agreed` is where there is one worker."""
+    return value
+
+
 @dataclass(frozen=True)
 class Context:
     """Engine facts a strategy may need when it is built."""
@@ -337,6 +292,9 @@ class Context:
     """KV policy that is served: a name of `model_executor/cache.py`."""
     options: Mapping[str, Any] | None = None
     """Server-level options (folder for learned filters, ...)."""
+    agreed: Callable[[Any], Any] = _of_this_worker
+    """The first worker's value of what each worker finds for itself, on disks that may
+    differ. All tensor-parallel workers must call it when a strategy is built."""
 
 
 def numeric_fields(params: type[Params]) -> list[str]:

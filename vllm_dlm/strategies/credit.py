@@ -28,13 +28,13 @@ from vllm_dlm.strategies.base import (
     Context,
     Decision,
     Params,
-    Probabilities,
     StateField,
     Strategy,
     View,
     best_of,
     given,
 )
+from vllm_dlm.strategies.probabilities import Probabilities
 
 CREDITED = 64
 """Tokens of each position that can have credit at a time.

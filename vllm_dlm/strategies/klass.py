@@ -27,13 +27,13 @@ from vllm_dlm.strategies.base import (
     Context,
     Decision,
     Params,
-    Probabilities,
     StateField,
     Strategy,
     View,
     given,
     top_masked,
 )
+from vllm_dlm.strategies.probabilities import Probabilities
 
 REMEMBERED = 64
 """Tokens of each position whose probabilities are kept for the next step."""

@@ -86,7 +86,7 @@ class Learn2PD(Strategy):
             filter = _load(params.filter, block_length, context)
             warn_if_foreign(filter, context, params.filter)
         else:
-            found = find_filter(context, block_length)
+            found = context.agreed(find_filter(context, block_length))
             self.has_filter = found is not None
             filter = found or Filter.identity(
                 block_length,

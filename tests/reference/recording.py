@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a batch made by hand, for what records them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_dlm.model_executor.host_slots import HostSlots
+
+
+class Batch:
+    """Requests 0 to R - 1, each with a block of B positions; the first begins at 0."""
+
+    def __init__(self, requests: int, width: int) -> None:
+        self.slots = np.arange(requests)
+        self.plan: Any = SimpleNamespace(slots_np=self.slots)
+        self.host = HostSlots(requests, width)
+        self.host.block_length[:] = width
+        config = SimpleNamespace(block_length=width, cache="none")
+        params = SimpleNamespace(temperature=0.0)
+        self.state: Any = SimpleNamespace(
+            host=self.host,
+            requests={
+                slot: SimpleNamespace(config=config, params=params)
+                for slot in range(requests)
+            },
+            default_config=config,
+        )
+
+    def go_on(self, ended: bool | torch.Tensor = False) -> None:
+        """What the sampler tells the host; where a block has ended the next begins."""
+        begins = torch.from_numpy(self.host.block_start.copy())
+        width = self.host.masked.shape[1]
+        begins += width * torch.as_tensor(ended).long()
+        masked = torch.ones(len(begins), width, dtype=torch.bool)
+        self.host.send(self.slots, begins, begins + width, masked)
