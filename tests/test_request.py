@@ -175,13 +175,13 @@ def test_other_diffusion_models_keep_vllms_check():
 
 
 @pytest.mark.parametrize("extra", [{"dlm": {"steps": 4}}, {"dlm_steps": 4}])
-def test_other_diffusion_models_refuse_our_options(extra):
+def test_other_models_refuse_our_options(extra):
     gemma = model_config(dlm_class=None)
-    with pytest.raises(VLLMValidationError, match="dlm.*: options of vllm-dlm"):
+    with pytest.raises(VLLMValidationError, match="dlm.*: options of diffusion"):
         verify(SamplingParams(extra_args=extra), gemma)
-    # Autoregressive models are no affair of ours.
-    gemma.is_diffusion = False
-    verify(SamplingParams(extra_args=extra), gemma)
+    gemma.is_diffusion = False  # nor do autoregressive models
+    with pytest.raises(VLLMValidationError, match="dlm.*: options of diffusion"):
+        verify(SamplingParams(extra_args=extra), gemma)
 
 
 def test_beam_search_is_refused_for_our_models_only():

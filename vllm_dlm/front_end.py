@@ -258,8 +258,8 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
     if ours:
         raise VLLMValidationError(
             f"{', '.join(ours)}: options of diffusion language models; vLLM itself "
-            f"serves this one and would ignore them. Remove them (only {spec.REQUEST_KEY} "
-            "is for other models, with --speculative-config)."
+            "serves this one and would ignore them. Remove them (only "
+            f"{spec.REQUEST_KEY} is for other models, with --speculative-config)."
         )
 
 
@@ -383,11 +383,13 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     ),
 }
 
-BODIES = (
-    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
-    "vllm.entrypoints.openai.chat_completion.protocol"
-    ":ChatCompletionRequest.to_sampling_params",
-    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
+_BODIES = tuple(
+    f"vllm.entrypoints.openai.{body}.to_sampling_params"
+    for body in (
+        "completion.protocol:CompletionRequest",
+        "chat_completion.protocol:ChatCompletionRequest",
+        "responses.protocol:ResponsesRequest",
+    )
 )
 
 SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
@@ -396,7 +398,7 @@ SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] =
     "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": _run_busy_loop,
     "vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop": _run_busy_loop,
-    **dict.fromkeys(BODIES, _to_sampling_params),
+    **dict.fromkeys(_BODIES, _to_sampling_params),
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
     ".request_output_to_completion_response": _completion_response,
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"

@@ -68,13 +68,16 @@ def _make_platform_class() -> "type[CpuPlatform]":
             super().check_and_update_config(vllm_config)
 
         @classmethod
-        def register_custom_kv_cache_specs(cls, vllm_config: "VllmConfig") -> None:
+        def register_custom_kv_cache_specs(
+            cls, vllm_config: "VllmConfig | None"
+        ) -> None:
             """Runs in the engine core, which unpickles its config, before its
-            scheduler asks which model runner serves it."""
+            scheduler asks which model runner serves it. Elsewhere there may be no
+            config."""
             from vllm_dlm.patches import require_cpu_verification
 
             _apply_patches()
-            if vllm_config.speculative_config is not None:
+            if vllm_config is not None and vllm_config.speculative_config is not None:
                 require_cpu_verification()
             super().register_custom_kv_cache_specs(vllm_config)
 

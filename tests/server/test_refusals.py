@@ -27,6 +27,10 @@ def dlm(**options: Any) -> dict[str, Any]:
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     # id: (options of a request, what the message must hold)
     "unknown strategy": (xargs(dlm_strategy="nope"), ["'nope'", *STRATEGIES]),
+    "an option at the top level": (
+        {"dlm_strategy": "static"},
+        ["dlm_strategy: not read from the top level", '"vllm_xargs"'],
+    ),
     "unknown strategy in JSON": (dlm(strategy="nope"), ["'nope'", *STRATEGIES]),
     "strategy of a wrong type": (xargs(dlm_strategy=3), ["strategy", "string"]),
     "threshold too high": (xargs(dlm_threshold=5), ["threshold", "equal to 2", "5"]),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
@@ -79,3 +80,19 @@ def test_a_seed_gives_one_text(server: Server):
 def test_a_wrong_limit_is_refused(server: Server, limit: object):
     with pytest.raises(openai.BadRequestError, match="from 0 .no speculation. to 16"):
         server.complete(QUESTIONS[0], vllm_xargs={REQUEST_KEY: limit})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logprobs": 1, "logprob_token_ids": [5, 6]}, "logprob_token_ids cannot"),
+        ({"vllm_xargs": {"dlm_strategy": "static"}}, "of diffusion language models"),
+        ({"dlm_strategy": "static"}, "not read from the top level"),
+    ],
+)
+def test_what_an_engine_would_ignore_or_die_of_is_refused(
+    server: Server, options: dict[str, Any], message: str
+):
+    with pytest.raises(openai.BadRequestError, match=message):
+        server.complete(QUESTIONS[0], **options)
+    assert server.text(QUESTIONS[0], max_tokens=4)

@@ -184,8 +184,9 @@ def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
     from vllm_dlm import cli
 
     command = ["train", name, "--output-dir", str(tmp_path)]
-    assert cli.main([*command, "--num-problems", "0"]) == 2
-    assert "--num-problems must be above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--num-problems", "0"])
+    assert "'0' is not a whole number >= 1" in capsys.readouterr().err
     assert cli.main([*command, "--skip-training"]) == 2
     assert "has no training.pt" in capsys.readouterr().err
 

@@ -86,8 +86,6 @@ def test_the_command(texts, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--keep", "0"), "--keep: expected 1 or more"),
-        (("--min-count", "-1"), "--min-count: expected 1 or more"),
         (("--field", "answer", "--min-count", "9"), "no tri-gram 9 times"),
         (("--ends", "<none>"), "no token '<none>'"),
         (("--tokenizer", "/nowhere"), "/nowhere"),
@@ -96,3 +94,16 @@ def test_the_command(texts, capsys):
 def test_what_is_wrong_is_said(texts, capsys, more, message):
     assert count(texts, *more) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_cannot_be_written_is_said_before_counting(texts, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    for more, message in (
+        (("--keep", "0"), "'0' is not a whole number >= 1"),
+        (("--out", str(tmp_path)), "is a folder; name a file"),
+        (("--out", str(file / "table")), "cannot write to"),
+    ):
+        with pytest.raises(SystemExit):
+            count(texts, *more)
+        assert message in capsys.readouterr().err

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from vllm_dlm.arguments import count
 from vllm_dlm.bench.cells import Results, without_folders
 from vllm_dlm.bench.engine import load_adapter
 from vllm_dlm.bench.environment import record
@@ -62,18 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument(
         "--requests",
-        type=_count,
+        type=count,
         help="requests in a cell (default: twice the concurrency, 4 at least)",
     )
     work.add_argument(
         "--prompt-len",
-        type=_count,
+        type=count,
         default=128,
         help="tokens of a random prompt (default: %(default)s)",
     )
     work.add_argument(
         "--max-tokens",
-        type=_count,
+        type=count,
         default=256,
         help="most new tokens of a request; all of them where prompts are random "
         "(default: %(default)s)",
@@ -112,12 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cells.add_argument(
         "--block-length",
-        type=_count,
+        type=count,
         help="(default: the model's own; 32 for random weights)",
     )
     cells.add_argument(
         "--steps",
-        type=_count,
+        type=count,
         help="denoise steps over a request's canvas, for strategies with a schedule "
         "(default: one token per step)",
     )
@@ -144,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engines.add_argument(
         "--threads",
-        type=_count,
+        type=count,
         help="threads of the model, for every engine (default: OMP_NUM_THREADS, or the "
         "cores that this process may use)",
     )
@@ -174,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engines.add_argument(
         "--plain-batch",
-        type=_count,
+        type=count,
         default=1,
         help="requests that the plain loop decodes as one batch (default: %(default)s)",
     )
@@ -270,14 +271,8 @@ def _shown(args: argparse.Namespace) -> dict[str, Any]:
 # -- arguments ------------------------------------------------------------
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(text)
-
-
 def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
+    return [count(part) for part in text.split(",")]
 
 
 def _dtypes(text: str) -> list[str]:

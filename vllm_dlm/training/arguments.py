@@ -6,13 +6,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vllm_dlm.arguments import count, output_folder
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
     """Add the options that the trainings of all built-in models share."""
-    parser.add_argument("--output-dir", default=output_dir, help="folder of the model")
+    parser.add_argument(
+        "--output-dir",
+        type=output_folder,
+        default=output_dir,
+        help="folder of the model",
+    )
     parser.add_argument(
         "--num-problems",
-        type=int,
+        type=count,
         default=500,
         help="held-out problems for the numbers in the model card",
     )
@@ -27,10 +34,8 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """Refuse what would fail after the training only.
 
     Raises:
-        ValueError: no problems, or no trained model where there has to be one.
+        ValueError: no trained model where there has to be one.
     """
-    if args.num_problems < 1:
-        raise ValueError(f"--num-problems must be above 0, not {args.num_problems}")
     folder = Path(args.output_dir)
     files = ("training.pt", "model.safetensors")
     if args.skip_training and not all((folder / name).is_file() for name in files):

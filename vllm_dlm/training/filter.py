@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vllm_dlm.arguments import count, output_file
 from vllm_dlm.model_executor.traces import IGNORED, RIGHT, Traces
 from vllm_dlm.strategies.learn2pd import FALLBACK_CONFIDENCE
 from vllm_dlm.strategies.learn2pd_filter import Filter
@@ -177,6 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("traces", help="file written by `vllm-dlm traces`")
     parser.add_argument(
         "--out",
+        type=output_file,
         help="filter file to write (default: where a server looks for it, in the "
         "folder of learned filters)",
     )
@@ -188,7 +190,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest share of wrong positions accepted (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=6000, help="optimizer steps (default: %(default)s)"
+        "--steps",
+        type=count,
+        default=6000,
+        help="optimizer steps (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -213,9 +218,7 @@ def run(args: argparse.Namespace) -> int:
         cache=facts["cache"],
         source=f"{report.rows} steps of {facts['source']}",
     )
-    path = (
-        Path(args.out) if args.out else filter_path(DlmConfig().filters_path(), filter)
-    )
+    path = args.out or filter_path(DlmConfig().filters_path(), filter)
     filter.save(path)
     print(f"saved {path}")
     return 0

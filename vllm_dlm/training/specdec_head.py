@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_dlm.arguments import output_folder
 from vllm_dlm.training.loop import LoopOptions, prepare
 from vllm_dlm.training.specdec_data import (
     BATCH_ROWS,
@@ -319,6 +320,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
+        type=output_folder,
         help=f"folder below which {HEAD_FILE} is written; by default the draft "
         "model's, where serving looks for it",
     )

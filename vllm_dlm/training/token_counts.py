@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_dlm.arguments import output_file
 from vllm_dlm.strategies.token_frequencies import save_frequencies
 
 BATCH_TEXTS = 256
@@ -29,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-dlm count-tokens`."""
     add_text_arguments(parser)
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="table to write (safetensors)"
+        "--out",
+        type=output_file,
+        required=True,
+        metavar="FILE",
+        help="table to write (safetensors)",
     )
 
 

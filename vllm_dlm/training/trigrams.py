@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_dlm.arguments import count, output_file
 from vllm_dlm.spec_decode.trigram_table import (
     KEPT_SUCCESSORS,
     TrigramCounts,
@@ -28,20 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     token_counts.add_text_arguments(parser)
     parser.add_argument(
         "--out",
+        type=output_file,
         required=True,
         metavar="FILE",
         help='table to write (safetensors), for "corpus" of the speculative config',
     )
     parser.add_argument(
         "--keep",
-        type=int,
+        type=count,
         default=KEPT_SUCCESSORS,
         metavar="N",
         help="successors kept of each pair, the most frequent (default: %(default)s)",
     )
     parser.add_argument(
         "--min-count",
-        type=int,
+        type=count,
         default=1,
         metavar="N",
         help="leave out tri-grams seen less often, for a smaller file "
@@ -51,10 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count the tri-grams of the files and write their table."""
-    for name in ("keep", "min_count"):
-        if (value := getattr(args, name)) < 1:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option}: expected 1 or more, got {value}")
     tokenizer = token_counts.load_tokenizer(args.tokenizer)
     ends = token_counts.end_ids_of(tokenizer, args.ends)
     paths = [Path(name) for name in args.files]
