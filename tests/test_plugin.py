@@ -84,10 +84,11 @@ def test_importing_the_plugin_is_light():
 
 def test_listing_strategy_names_imports_none_of_them():
     loaded = run_python(
-        "import sys\nfrom vllm_dlm.strategies import STRATEGIES\nSTRATEGIES.names()\n"
-        "print(*(m for m in sys.modules if m.startswith('vllm_dlm.strategies.')))"
+        "import sys\nfrom vllm_dlm.strategies import STRATEGIES\n"
+        "names = STRATEGIES.names()\nprint(len(names))\n"
+        "print(*(n for n in names if f'vllm_dlm.strategies.{n}' in sys.modules))"
     )
-    assert loaded == ["vllm_dlm.strategies.base"]
+    assert int(loaded[0]) >= 20 and not loaded[1:]
 
 
 @pytest.mark.parametrize(

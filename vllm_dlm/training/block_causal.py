@@ -17,7 +17,12 @@ from transformers import Qwen3ForCausalLM
 
 from vllm_dlm.model_executor.models.sdar_config import SDARConfig
 from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.export import export_like, write_folder, write_json
+from vllm_dlm.training.export import (
+    decoder_config,
+    export_like,
+    write_folder,
+    write_json,
+)
 from vllm_dlm.training.modeling import INIT_STD, LLaDAShape
 
 
@@ -116,27 +121,10 @@ def make_sdar_config(shape: LLaDAShape, block_length: int) -> dict[str, object]:
     return {
         "architectures": ["SDARForCausalLM"],
         "model_type": "sdar",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "block_size": block_length,
-        "bos_token_id": tiny_tokenizer.BOS_ID,
-        "eos_token_id": tiny_tokenizer.EOS_ID,
         "head_dim": shape.d_model // shape.n_heads,
-        "hidden_act": "silu",
-        "hidden_size": shape.d_model,
-        "intermediate_size": shape.mlp_hidden_size,
         "mask_token_id": tiny_tokenizer.MASK_ID,
-        "max_position_embeddings": shape.max_sequence_length,
-        "num_attention_heads": shape.n_heads,
-        "num_hidden_layers": shape.n_layers,
-        "num_key_value_heads": shape.n_heads,
-        "pad_token_id": tiny_tokenizer.EOS_ID,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "vocab_size": shape.vocab_size,
+        **decoder_config(shape),
     }
 
 

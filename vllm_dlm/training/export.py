@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.modeling import LLaDAModel
+from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
 
 
 def export(model: LLaDAModel, output_dir: str | Path) -> None:
@@ -96,6 +96,30 @@ def make_config(model: LLaDAModel) -> dict[str, object]:
         "use_cache": False,
         "vocab_size": shape.vocab_size,
         "weight_tying": False,
+    }
+
+
+def decoder_config(shape: LLaDAShape) -> dict[str, object]:
+    """What config.json of a Llama or Qwen3 layout says of a network of this shape."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": tiny_tokenizer.BOS_ID,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "hidden_act": "silu",
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.mlp_hidden_size,
+        "max_position_embeddings": shape.max_sequence_length,
+        "num_attention_heads": shape.n_heads,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_heads,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.export import write_folder
+from vllm_dlm.training.export import decoder_config, write_folder
 from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
 
 _LAYER_NAMES = {
@@ -139,25 +139,8 @@ def make_llama_config(shape: LLaDAShape) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": tiny_tokenizer.BOS_ID,
-        "eos_token_id": tiny_tokenizer.EOS_ID,
-        "hidden_act": "silu",
-        "hidden_size": shape.d_model,
-        "intermediate_size": shape.mlp_hidden_size,
-        "max_position_embeddings": shape.max_sequence_length,
         "mlp_bias": False,
-        "num_attention_heads": shape.n_heads,
-        "num_hidden_layers": shape.n_layers,
-        "num_key_value_heads": shape.n_heads,
-        "pad_token_id": tiny_tokenizer.EOS_ID,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "vocab_size": shape.vocab_size,
+        **decoder_config(shape),
     }
 
 
