@@ -214,7 +214,7 @@ def test_our_options_are_refused(served, checkpoint):
     assert "the dlm options (cache) are for diffusion language models" in message
     assert str(checkpoint) in message
     message = served["our options in a request"]
-    assert "dlm_steps: options of vllm-dlm; this model is served by vLLM" in message
+    assert "dlm_steps: options of diffusion language models" in message
 
 
 def test_the_plugin_changes_nothing(served, checkpoint, environment):
