@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,13 @@ def test_attached_probabilities_leave_less_memory_for_keys_and_values(
     # Requests, drafted tokens, vocabulary, bytes; what is kept, and a copy of it.
     taken = 8 * 6 * 64 * 4 * 2
     assert available(engine) == measured - taken
+    scheduler = engine.runner.vllm_config.scheduler_config
+    with monkeypatch.context() as context:
+        context.setattr(scheduler, "max_num_batched_tokens", 40)
+        assert available(engine) == measured - 40 * 64 * 4 * 2
     assert available(points) == measured
     measured = taken
-    with pytest.raises(ValueError, match="max_num_seqs 8 times num_speculative_tok"):
+    with pytest.raises(ValueError, match="max_num_seqs times num_speculative_tok"):
         available(engine)
     assert available(engine, set_by_the_user=measured) == measured
 
@@ -195,6 +200,28 @@ def test_the_memory_that_is_reserved_holds_what_a_step_takes(engine: Engine):
     engine.run(ragged_prompts(8), params(12, temperature=1.0))
     engine.runner._get_spec_decode_draft_probs = known
     assert max(found) == most
+
+
+def test_requests_share_a_steps_token_budget(
+    engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """What vLLM could not verify in the next step is not drafted."""
+    found: dict[int, set[int]] = defaultdict(set)
+
+    def script(batch: Batch) -> Drafts:
+        found[len(batch.limits)] |= set(batch.limits.tolist())
+        return Drafts([[5] * limit for limit in batch.limits])
+
+    engine.drafter.script = script
+    scheduler = engine.runner.scheduler_config
+    monkeypatch.setattr(scheduler, "max_num_batched_tokens", 26)
+    prompts = ragged_prompts(8)
+    options = [params(10 + 4 * number) for number in range(8)]
+    assert engine.run(prompts, options) == plain.run(prompts, options)
+    most = {rows: max(limits) for rows, limits in found.items()}
+    share = {rows: min(6, 26 // rows - 1) for rows in found}
+    assert all(most[rows] <= share[rows] for rows in found)
+    assert any(most[rows] == share[rows] < 6 for rows in found)
 
 
 def test_a_text_may_end_as_soon_as_it_has_min_tokens(engine: Engine, plain: Engine):

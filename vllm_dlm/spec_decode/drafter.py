@@ -200,9 +200,12 @@ def limits(runner: Any, most: int) -> np.ndarray:
 
     Nothing while a prompt is being computed, or a preempted text anew; no token behind
     the last one that the request may still get (verification adds one of its own), or
-    that may not be the last; what the request says.
+    that may not be the last; what the request says; and an equal share of a step's
+    token budget, beyond which vLLM would leave drafts out.
     """
     batch = runner.input_batch
+    budget = runner.scheduler_config.max_num_batched_tokens
+    most = min(most, budget // max(len(batch.req_ids), 1) - 1)
     going_on = runner.discard_request_mask.np
     found = np.zeros(len(batch.req_ids), np.int64)
     for row, request_id in enumerate(batch.req_ids):
@@ -214,7 +217,7 @@ def limits(runner: Any, most: int) -> np.ndarray:
         room = runner.max_model_len - request.num_prompt_tokens
         if params.max_tokens is not None:
             room = min(room, params.max_tokens)
-        own = request_limit(params.extra_args, most)
+        own = min(request_limit(params.extra_args, runner.num_spec_tokens), most)
         if output < params.min_tokens:
             # Behind a draft that is accepted, vLLM forbids an end of text by the
             # number of tokens before it.

@@ -157,8 +157,8 @@ def _warn_of_cut_drafts(scheduler: Any, most: int) -> None:
     if rows > budget:
         logger.warning(
             "%d requests with drafts of %d tokens are %d tokens a step, and "
-            "max_num_batched_tokens is %d: at that load vLLM cuts or postpones drafts, "
-            "and what a seed draws at temperature > 0 depends on other requests. Raise "
+            "max_num_batched_tokens is %d: at that load drafts are shorter, and what a "
+            "seed draws at temperature > 0 depends on other requests. Raise "
             "max_num_batched_tokens, or lower max_num_seqs or num_speculative_tokens.",
             scheduler.max_num_seqs,
             most,

@@ -60,17 +60,15 @@ class SpeculativeWorker(_PlatformWorker):
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
         reserved = probability_bytes(self.vllm_config)
-        speculative = self.vllm_config.speculative_config
         about = (
-            f"{format_gib(reserved)} GiB for the distributions of drafts: "
-            f"max_num_seqs {self.scheduler_config.max_num_seqs} times "
-            f"num_speculative_tokens {speculative.num_speculative_tokens} times the "
-            "vocabulary, 4 bytes each, twice"
+            f"{format_gib(reserved)} GiB for the distributions of a step's drafts "
+            "(max_num_seqs times num_speculative_tokens, at most "
+            "max_num_batched_tokens, times the vocabulary, 4 bytes each, twice)"
         )
         if reserved >= available:
             raise ValueError(
                 f"no memory is left for keys and values: {format_gib(available)} GiB "
-                f"are free, less {about}. Lower one of the two, or set "
+                f"are free, less {about}. Lower one of the three, or set "
                 "kv_cache_memory_bytes, if all requests are greedy"
             )
         if reserved:
@@ -82,12 +80,16 @@ def probability_bytes(config: VllmConfig) -> int:
     """Most memory that attached distributions take.
 
     Those of a whole batch are kept for the next step, which copies the ones that it
-    verifies.
+    verifies. There are no more than tokens in a step (`drafter.limits`).
     """
     speculative = config.speculative_config
     if speculative.draft_sample_method != "probabilistic":
         return 0
-    rows = config.scheduler_config.max_num_seqs * speculative.num_speculative_tokens
+    scheduler = config.scheduler_config
+    rows = min(
+        scheduler.max_num_seqs * speculative.num_speculative_tokens,
+        scheduler.max_num_batched_tokens,
+    )
     vocabulary: int = config.model_config.get_vocab_size()
     return 2 * rows * vocabulary * torch.float32.itemsize
 
