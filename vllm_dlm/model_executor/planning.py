@@ -20,7 +20,7 @@ from vllm_dlm.model_executor.segments import (
     SegmentPlan,
     Segments,
     cut_segments,
-    upload,
+    upload_named,
 )
 
 if TYPE_CHECKING:
@@ -113,24 +113,26 @@ def _plan_blocks(
     row_at[is_read] = np.arange(len(row_request))
     first_rows = input_batch.query_start_loc_np[rows].astype(np.int64) - start[:, 0]
     logits_rows = (first_rows[:, None] + source)[is_read]
-    on_device = upload(
+    there = upload_named(
         state.device,
-        slots,
-        end[:, 0],
-        (starts + input_batch.num_scheduled_tokens)[rows],
-        canvas_end,
-        seeds,
-        positions,
-        valid,
-        readable,
-        row_at,
-        logits_rows,
-        row_request * len(offsets) + row_offset,
-        row_request,
-        kv_lens,
-        valid.ravel().nonzero()[0],
-        (slots[:, None] * state.max_model_len + positions)[valid],
-        *([] if is_causal is None else [is_causal]),
+        {
+            "slots": slots,
+            "ends": end[:, 0],
+            "rows_ends": (starts + input_batch.num_scheduled_tokens)[rows],
+            "canvas_end": canvas_end,
+            "seeds": seeds,
+            "positions": positions,
+            "valid": valid,
+            "readable": readable,
+            "row_at": row_at,
+            "logits_rows": logits_rows,
+            "row_places": row_request * len(offsets) + row_offset,
+            "row_requests": row_request,
+            "kv_lens": kv_lens,
+            "places": valid.ravel().nonzero()[0],
+            "cells": (slots[:, None] * state.max_model_len + positions)[valid],
+            **({} if is_causal is None else {"causal": is_causal}),
+        },
     )
     plan = SegmentPlan(
         segments=segments,
@@ -138,22 +140,11 @@ def _plan_blocks(
         batch_rows=rows,
         row_request=row_request,
         row_offset=row_offset,
-        slots=on_device[0],
-        ends=on_device[1],
-        rows_ends=on_device[2],
-        canvas_end=on_device[3],
-        seeds=on_device[4].bool(),
-        positions=on_device[5],
-        valid=on_device[6].bool(),
-        readable=on_device[7].bool(),
-        row_at=on_device[8],
-        logits_rows=on_device[9],
-        row_places=on_device[10],
-        row_requests=on_device[11],
-        kv_lens=on_device[12].int(),
-        cells=Cells(on_device[13], on_device[14]),
-        causal=None if is_causal is None else on_device[15].int(),
+        kv_lens=there.pop("kv_lens").int(),
+        causal=None if is_causal is None else there.pop("causal").int(),
+        cells=Cells(there.pop("places"), there.pop("cells")),
         branches=None,
+        **there,
     )
     state.canvas_end[plan.slots] = plan.canvas_end
     return plan

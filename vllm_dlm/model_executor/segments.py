@@ -18,6 +18,7 @@ Segments of one request share its row of the block table.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -245,3 +246,14 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     tensor = tensor.to(device, non_blocking=True)
     parts = tensor.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def upload_named(
+    device: torch.device, arrays: Mapping[str, np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """As `upload`, by name; booleans stay booleans."""
+    tensors = upload(device, *arrays.values())
+    return {
+        name: tensor.bool() if array.dtype == np.bool_ else tensor
+        for (name, array), tensor in zip(arrays.items(), tensors, strict=True)
+    }
