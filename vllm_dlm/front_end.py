@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_dlm import aliases, request, step_maps
 from vllm_dlm.model_executor.cache import POLICIES
-from vllm_dlm.patches import apply_runner_choice, wrap
+from vllm_dlm.patches import PATCHES, apply_runner_choice, wrap
 from vllm_dlm.results import watched
 from vllm_dlm.spec_decode import front_end as speculation
 from vllm_dlm.spec_decode import options as spec
@@ -383,22 +383,17 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     ),
 }
 
-_BODIES = tuple(
-    f"vllm.entrypoints.openai.{body}.to_sampling_params"
-    for body in (
-        "completion.protocol:CompletionRequest",
-        "chat_completion.protocol:ChatCompletionRequest",
-        "responses.protocol:ResponsesRequest",
-    )
-)
-
 SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
     "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
     "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": _run_busy_loop,
     "vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop": _run_busy_loop,
-    **dict.fromkeys(_BODIES, _to_sampling_params),
+    **{
+        symbol: _to_sampling_params
+        for symbol in PATCHES
+        if symbol.endswith(".to_sampling_params")
+    },
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
     ".request_output_to_completion_response": _completion_response,
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"

@@ -77,10 +77,14 @@ class Group:
         if not self._memory:
             return
         self._seat_of[slot] = seat
-        for name, more in self._empty(max(seat, 1)).items():
-            if seat == len(self._memory[name]):
-                self._memory[name] = torch.cat([self._memory[name], more])
-            self._memory[name][seat] = self.strategy.state[name].fill
+        if seat == len(next(iter(self._memory.values()))):
+            more = self._empty(max(seat, 1))
+            self._memory = {
+                name: torch.cat([memory, more[name]])
+                for name, memory in self._memory.items()
+            }
+        for name, field in self.strategy.state.items():
+            self._memory[name][seat] = field.fill
 
     def dismiss(self, slot: int) -> None:
         """Take back the seat of a request that has left."""
@@ -94,10 +98,9 @@ class Group:
         Args:
             slots, step: [R] int64; nothing is remembered in step 0.
         """
+        seats = self._seat_of[slots]
         return {
-            name: _where(
-                step == 0, field.fill, self._memory[name][self._seat_of[slots]]
-            )
+            name: _where(step == 0, field.fill, self._memory[name][seats])
             for name, field in self.strategy.state.items()
         }
 
@@ -112,11 +115,10 @@ class Group:
             seeds: [R] bool: the step wrote a block's seed, which a replay of the block
                 does not repeat: it leaves no memory.
         """
+        seats = self._seat_of[slots]
         for name, field in self.strategy.state.items():
             memory = self._memory[name]
-            memory[self._seat_of[slots]] = _where(seeds, field.fill, state[name]).to(
-                memory.dtype
-            )
+            memory[seats] = _where(seeds, field.fill, state[name]).to(memory.dtype)
 
 
 class StrategyGroups:
