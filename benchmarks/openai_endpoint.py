@@ -117,7 +117,7 @@ class OpenAIEndpoint:
                 "cache": work.cache,
                 "cache_config": json.dumps(dict(work.cache_config)),
                 "block_length": work.block_length,
-                "steps": work.steps,
+                "steps": work.scheduled_steps,
             }
             body["vllm_xargs"] = {
                 f"dlm_{name}": value

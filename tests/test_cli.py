@@ -225,6 +225,13 @@ def test_strategies_command(capsys):
     assert all(name in listing for name in ("static", "threshold", "learn2pd"))
     assert cli.main(["strategies", "threshold"]) == 0
     assert "float" in capsys.readouterr().out
+    for name, use in (
+        ("static", "followed"),
+        ("threshold", "followed with at_least 'scheduled', else refused"),
+        ("factor", "not for it, and refused"),
+    ):
+        assert cli.main(["strategies", name]) == 0
+        assert f"steps, steps_per_block: {use}\n" in capsys.readouterr().out
     assert cli.main(["strategies", "nope"]) == 2
     assert "choose one of" in capsys.readouterr().err
 

@@ -42,13 +42,50 @@ def test_nothing_set_gives_the_models_defaults():
 
 
 def test_request_wins_over_server_wins_over_model():
-    base = server(block_length=16, cache="prefix", steps=8)
+    base = server(block_length=16, cache="prefix", steps=8, strategy="static")
     request = {"dlm": {"cache": "none", "block_length": 8}}
     config = resolve(base, request, DEFAULTS)
     assert (config.block_length, config.cache, config.steps) == (8, "none", 8)
     exact = server(reference_exact=True)
     assert resolve(exact, {}, DEFAULTS).reference_exact
     assert not resolve(exact, {"dlm_reference_exact": 0}, DEFAULTS).reference_exact
+
+
+@pytest.mark.parametrize("option", ["steps", "steps_per_block"])
+def test_steps_are_for_strategies_that_follow_a_schedule(option: str):
+    """A request that sets them for another is refused; a server's leave it alone."""
+
+    def steps(base: DlmConfig, **request) -> tuple[int | None, int | None]:
+        config = resolve(base, request, DEFAULTS)
+        return config.steps, config.steps_per_block
+
+    asked = {f"dlm_{option}": 8}
+    eight = (8, None) if option == "steps" else (None, 8)
+    required = {"replay": {"dlm_recorded_steps": [0, 1]}}
+    for name in STRATEGIES:
+        request = {"dlm_strategy": name} | required.get(name, {})
+        follows = STRATEGIES[name].schedule is True or name == "eoser"
+        assert steps(server(**{option: 8}), **request) == (
+            eight if follows else (None, None)
+        )
+        if follows:
+            assert steps(server(), **request, **asked) == eight
+            continue
+        refused(
+            partial(steps, server(), **request, **asked),
+            f"{option} would be ignored",
+            f"the strategy {name!r} follows no step schedule",
+            "diffucoder, dream, eoser with schedule 'even', klass, learn2pd, pc, "
+            "static, threshold with at_least 'scheduled'",
+        )
+    scheduled = {"dlm_at_least": "scheduled"}
+    assert steps(server(), **scheduled, **asked) == eight
+    assert steps(server(**{option: 8}), **scheduled) == eight
+    doubling = {"dlm_strategy": "eoser", "dlm_schedule": "doubling"}
+    refused(partial(steps, server(), **doubling, **asked), "'eoser' follows no")
+    # A request's own win, of whatever kind.
+    static = {"dlm_strategy": "static", "dlm_steps": 3}
+    assert steps(server(**{option: 8}), **static) == (3, None)
 
 
 def test_end_of_text_prediction_is_the_strategys_unless_set():

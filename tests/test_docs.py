@@ -55,3 +55,10 @@ def test_a_strategy_has_a_page_with_its_parameters(name: str):
         assert f"`{parameter}`" in text, parameter
     index = (ROOT / "docs/strategies.md").read_text(encoding="utf-8")
     assert f"[{name}](strategies/{name}.md)" in index
+
+
+def test_serving_names_who_follows_the_step_schedule():
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    (entry,) = re.findall(r"^- \*\*`steps`\*\*.*?(?=^- )", text, flags=re.M | re.S)
+    named = {name for name in OURS if f"`{name}`" in entry}
+    assert named == {name for name in OURS if STRATEGIES[name].schedule}

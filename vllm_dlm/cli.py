@@ -195,7 +195,12 @@ def _show_strategy(name: str, strategy: type[Strategy]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(Text(f"{name}: {strategy.summary}\nSource: {strategy.paper}\n"))
+    console.print(
+        Text(
+            f"{name}: {strategy.summary}\nSource: {strategy.paper}\n"
+            f"Options steps, steps_per_block: {_use_of_steps(strategy)}\n"
+        )
+    )
     fields = strategy.Params.model_fields
     if not fields:
         console.print("It has no parameters.")
@@ -207,6 +212,15 @@ def _show_strategy(name: str, strategy: type[Strategy]) -> None:
             f"--dlm-strategy-config.{next(iter(fields))} VALUE"
         )
     )
+
+
+def _use_of_steps(strategy: type[Strategy]) -> str:
+    """Whether a strategy follows the step schedule."""
+    from vllm_dlm.messages import with_parameters
+
+    if isinstance(strategy.schedule, bool):
+        return "followed" if strategy.schedule else "not for it, and refused"
+    return f"followed with {with_parameters(strategy.schedule)}, else refused"
 
 
 def _show_speculation(method: str | None) -> None:

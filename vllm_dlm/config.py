@@ -156,8 +156,9 @@ class DlmConfig(BaseModel):
         default=None,
         ge=1,
         description="Denoise steps of a request over its whole canvas, spread evenly "
-        "over its blocks, for strategies that follow a schedule. Default: one token "
-        "per step.",
+        "over its blocks, for strategies that follow a schedule: `vllm-dlm strategies "
+        "NAME` says whether one does. A server's are for these alone; a request that "
+        "sets them for another is refused. Default: one token per step.",
     )
     steps_per_block: Count | None = Field(
         default=None,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -39,6 +39,11 @@ def explain(error: ValidationError) -> str:
             message += f", got {item['input']!r}"
         findings.append(f"{name}: {message}" if name else message)
     return "; ".join(findings)
+
+
+def with_parameters(values: Mapping[str, Any]) -> str:
+    """Parameters and their values: `at_least 'scheduled'`."""
+    return " and ".join(f"{name} {value!r}" for name, value in values.items())
 
 
 def _name_of(kind: Any) -> str:

@@ -21,9 +21,15 @@ from vllm_dlm.config import (
     parse_policy,
     read_json,
 )
-from vllm_dlm.messages import unknown
+from vllm_dlm.messages import unknown, with_parameters
 from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.cache import Cache, CachePolicy, Reach
+from vllm_dlm.model_executor.cache import (
+    Cache,
+    CachePolicy,
+    Reach,
+    canvas_width,
+    steps_per_block,
+)
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
 
@@ -57,6 +63,19 @@ class RequestConfig:
         length = self.block_length or min(max_tokens, max_canvas)
         sub = min(self.sub_block_length or length, length)
         return replace(self, block_length=length, sub_block_length=sub)
+
+    def block_steps(self, max_tokens: int, max_canvas: int) -> int:
+        """Denoise steps of a block by the step schedule; of a config that is `sized`.
+
+        Args:
+            max_tokens, max_canvas: of the request, in positions.
+        """
+        length = self.block_length
+        if self.steps_per_block is not None:
+            return min(self.steps_per_block, length)
+        return steps_per_block(
+            self.steps, canvas_width(max_tokens, length, max_canvas), length
+        )
 
     def reach(self, shift: int) -> Reach:
         """What its cache policy computes, of a model with this shift."""
@@ -137,10 +156,11 @@ def resolve(
     # Parameters of one policy mean nothing to another.
     cache_config = server.cache_config if cache == server.cache else {}
     cache_config = {**cache_config, **request.cache_config}
-    counts_steps = request if request.steps or request.steps_per_block else server
+    parsed_params = parse_params(strategy, params, where="strategy_config")
+    steps = _steps(request, server, strategy, parsed_params)
     config = RequestConfig(
         strategy=strategy,
-        params=parse_params(strategy, params, where="strategy_config"),
+        params=parsed_params,
         block_length=0 if block_length == WHOLE_CANVAS else int(block_length),
         sub_block_length=request.sub_block_length
         or server.sub_block_length
@@ -152,8 +172,7 @@ def resolve(
         reads_block=rule.logit_rows == "block"
         or rule.may_rewrite
         or server.record_traces,
-        steps=counts_steps.steps,
-        steps_per_block=counts_steps.steps_per_block,
+        **steps,
         eotp=request.eotp or server.eotp or rule.eotp,
         eotp_threshold=(
             request.eotp_threshold
@@ -176,6 +195,41 @@ def resolve(
             "not finer; leave it out"
         )
     return config
+
+
+def _steps(
+    request: DlmConfig, server: DlmConfig, strategy: str, params: Params
+) -> dict[str, int | None]:
+    """The options of the step schedule: a request's, or the server's.
+
+    A server's are for all its strategies that follow a schedule.
+
+    Raises:
+        ValueError: the request sets one for a strategy that follows none.
+    """
+    names = ("steps", "steps_per_block")
+    asked = [name for name in names if getattr(request, name) is not None]
+    if STRATEGIES[strategy].follows_schedule(params):
+        source = request if asked else server
+        return {name: getattr(source, name) for name in names}
+    if asked:
+        raise ValueError(
+            f"{asked[0]} would be ignored: the strategy {strategy!r} follows no step "
+            f"schedule. Those that do: {', '.join(scheduled_strategies())}"
+        )
+    return dict.fromkeys(names)
+
+
+def scheduled_strategies() -> list[str]:
+    """The strategies that follow the step schedule, and with which parameters."""
+    found = []
+    for name in STRATEGIES:
+        schedule = STRATEGIES[name].schedule
+        if isinstance(schedule, Mapping):
+            found.append(f"{name} with {with_parameters(schedule)}")
+        elif schedule:
+            found.append(name)
+    return found
 
 
 def _own_block_length(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engine.cases import Expected, is_near_tie
+from engine.cases import Expected, follows_schedule, is_near_tie
 from engine.harness import Engine, Finished, params
 from reference.block_procedures import generate_blocks
 from reference.network import TinyModel
@@ -59,8 +59,9 @@ class BlockCase:
         dlm = {
             "strategy": strategy,
             "strategy_config": config,
-            "steps_per_block": self.steps_per_block,
         }
+        if follows_schedule(strategy, config):
+            dlm["steps_per_block"] = self.steps_per_block
         return params(self.max_tokens, dlm=dlm, ignore_eos=self.ignore_eos, **more)
 
 

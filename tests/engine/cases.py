@@ -20,6 +20,7 @@ from reference.stateful_rules import remembering
 from vllm import SamplingParams
 
 from vllm_dlm.kernels.draw import uniform
+from vllm_dlm.strategies import STRATEGIES
 
 RULES = (
     *(f"static/{mode}" for mode in procedures.STATIC_MODES),
@@ -131,13 +132,19 @@ class Case:
             "cache": self.cache,
             "cache_config": self.cache_config,
             "block_length": self.block,
-            "steps": self.steps,
+            "steps": self.steps if follows_schedule(strategy, config) else None,
             "eotp": variant if variant in EOTP else "off",
             "eotp_threshold": self.number if strategy == "learn2pd" else None,
             "reference_exact": reference_exact,
         }
         options = {"ignore_eos": self.ignore_eos, "seed": self.seed} | more
         return params(self.max_tokens, dlm=dlm, **options)
+
+
+def follows_schedule(strategy: str, config: dict[str, Any]) -> bool:
+    """Whether a request may set steps: the oracle's other rules do not read them."""
+    kind = STRATEGIES[strategy]
+    return kind.follows_schedule(kind.Params(**config))
 
 
 def filter_weights(block: int) -> dict[str, torch.Tensor]:
@@ -281,7 +288,9 @@ def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
         options = dict(EVENTFUL[strategy])
         if strategy == "credit":
             options["parameter_free"] = variant == "parameter_free"
-        return remembering(partial(REMEMBERING[strategy], **options))
+        rule = remembering(partial(REMEMBERING[strategy], **options))
+        # KLASS's loop counts its steps out.
+        return rule._replace(ends_by_schedule=strategy == "klass")
     if strategy == "joint":
         if variant == "edit":
             return rewriting_rules.joint(**EVENTFUL["joint"])

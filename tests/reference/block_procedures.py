@@ -182,7 +182,10 @@ def generate_blocks(
             for offset in [*chosen, *decision.edit]:
                 instead = isinstance(chosen, dict) and offset in chosen
                 token = chosen[offset] if instead else int(view.argmax[offset])
-                if token != mask_id:
+                if token == mask_id and offset in decision.edit:
+                    row[first + offset] = mask_id
+                    masked[first + offset] = True
+                elif token != mask_id:
                     row[first + offset] = token
                     masked[first + offset] = False
                     set_at[first + offset] = forwards

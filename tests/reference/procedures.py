@@ -180,14 +180,15 @@ def generate(
         start = prompt_end + block * block_length
         num_masked = row[start : start + block_length].count(mask_id)
         schedule = static_schedule(num_masked, steps_per_block)
+        last_step = rule.own_steps(num_masked) if rule.own_steps else steps_per_block
         store: KVStore | None = None
         step = 0
         frontiers = (start, start)
         decision = Step([])
         while decision.hold or mask_id in row[start : start + block_length]:
             scheduled = schedule[step] if step < len(schedule) else 0
-            if rule.ends_by_schedule and step >= steps_per_block:
-                if cache != "window":
+            if rule.ends_by_schedule and step >= last_step:
+                if not forbid_mask and cache != "window":
                     break
                 # Some of the block could not be written in time: it is not left so.
                 scheduled = block_length

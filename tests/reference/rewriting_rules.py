@@ -9,7 +9,7 @@ and ASS (2509.23924), and this package's reconstruction of explore-then-exploit
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from reference.rules import Rule, Step, View, float32, top_k
@@ -18,12 +18,16 @@ from reference.stateful_rules import remembering
 
 @dataclass
 class Joint:
-    """LLaDA2.1: masks above one threshold, edits above another, then only edits."""
+    """LLaDA2.1: masks above one threshold, edits above another, then only edits.
+
+    `post_steps` are the steps so far that began without a mask: after `max_post_steps`
+    of these, or one that changed nothing, a block without masks is over.
+    """
 
     mask_threshold: float = 0.7
     edit_threshold: float = 0.5
     max_post_steps: int = 16
-    full_steps: int = 0
+    post_steps: int = 0
 
     def decide(self, view: View) -> Step:
         masks = view.masked_offsets()
@@ -36,12 +40,12 @@ class Joint:
             if differs and c[i] > float32(self.edit_threshold):
                 edit.append(i)
         # Of the whole block, where `view.masked` may be a part of it.
-        for i in range(len(c)):
-            in_output = view.first + i >= 0
-            if in_output and not view.decided[i] and i not in commit:
-                return Step(commit, edit)
-        self.full_steps += 1
-        again = bool(commit or edit) and self.full_steps <= self.max_post_steps
+        places = [i for i in range(len(c)) if view.first + i >= 0]
+        masked = [i for i in places if not view.decided[i]]
+        self.post_steps += not masked
+        if any(i not in commit for i in masked):
+            return Step(commit, edit)
+        again = bool(commit or edit) and self.post_steps < self.max_post_steps
         return Step(commit, edit, hold=again)
 
 
@@ -121,7 +125,13 @@ class Doubling:
 
 
 def ass() -> Rule:
-    return remembering(Doubling)
+    return _doubling(Doubling)
+
+
+def _doubling(begin: Callable[[], Doubling]) -> Rule:
+    return remembering(begin)._replace(
+        ends_by_schedule=True, own_steps=lambda masks: len(doubling(masks))
+    )
 
 
 def eoser(
@@ -133,7 +143,7 @@ def eoser(
     """EOSER: the scheduled number of the best, end-of-text tokens damped early."""
     weights = (first_weight, last_weight)
     if schedule == "doubling":
-        return remembering(lambda: Doubling(eos_ids, *weights))
+        return _doubling(lambda: Doubling(eos_ids, *weights))
 
     def select(view: View) -> list[int]:
         time = 1.0 if view.steps == 1 else view.step / (view.steps - 1)

@@ -77,14 +77,17 @@ class Rule(NamedTuple):
     Where these are the keys of a dict, its values are the tokens to write instead of
     the argmax. A rule that does more returns a `Step`.
 
-    `ends_by_schedule`: the block is over when its steps are, masks left or not
-    (they can be left only if the model may choose the mask id itself).
+    `ends_by_schedule`: the published loop counts a block's steps out, so the block is
+    over when they are, masks left or not, if the mask id may be chosen. Else it goes on
+    until no mask is left. `own_steps` says how many they are for so many masks, where
+    the rule has a schedule of its own.
     `rewrites`: it may edit and remask, so nothing of a block is final before its end.
     """
 
     select: Callable[[View], list[int] | dict[int, int] | Step]
     ends_by_schedule: bool = False
     rewrites: bool = False
+    own_steps: Callable[[int], int] | None = None
 
     def step(self, view: View) -> Step:
         found = self.select(view)
@@ -164,7 +167,7 @@ def threshold(tau: float, strict: bool = False, at_least: str = "best") -> Rule:
             return sure
         return sorted(top_k(view.confidence, candidates, least))
 
-    return Rule(select)
+    return Rule(select, ends_by_schedule=at_least == "scheduled")
 
 
 def factor(f: float) -> Rule:

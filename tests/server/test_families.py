@@ -342,6 +342,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["block_length is", "--dlm-block-length"],
     ),
     "a cache policy": ({"dlm_cache": "dual"}, ["'dual'", "leave it at 'none'"]),
+    "steps without a schedule": (
+        {"dlm_strategy": "factor", "dlm_steps_per_block": 4},
+        ["steps_per_block would be ignored", "'factor'", "static, threshold with"],
+    ),
     "steps twice": (
         {"dlm_steps": 8, "dlm_steps_per_block": 2},
         ["set steps or steps_per_block, not both"],

@@ -40,7 +40,19 @@ class Work:
     cache_config: Mapping[str, Any] = field(default_factory=dict)
     block_length: int | None = None
     steps: int | None = None
-    """Denoise steps over the whole canvas; None is one token per step."""
+    """Denoise steps over the whole canvas; None is one token per step. For strategies
+    that follow a schedule: `scheduled_steps`."""
+
+    @property
+    def scheduled_steps(self) -> int | None:
+        """`steps` if the strategy follows a schedule: else a request has none."""
+        from vllm_dlm.strategies import STRATEGIES
+
+        if self.steps is None or self.strategy not in STRATEGIES:
+            return None
+        rule = STRATEGIES[self.strategy]
+        follows = rule.follows_schedule(rule.Params(**self.strategy_config))
+        return self.steps if follows else None
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class VllmEngine:
             "cache": work.cache,
             "cache_config": dict(work.cache_config),
             "block_length": work.block_length,
-            "steps": work.steps,
+            "steps": work.scheduled_steps,
         }
         return SamplingParams(
             temperature=0.0,

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 GroupKey = tuple[object, ...]
 
 
+NEVER = 1 << 62
+"""Steps that no block takes."""
+
 MOST_IDLE_GROUPS = 64
 """Groups without a request that are kept for the next one like them."""
 
@@ -134,6 +137,10 @@ class StrategyGroups:
         """[slots] bool: the slot's strategy may change decided positions."""
         self.step_limit = per_slot(torch.int64)
         """[slots] int64: steps after which a block ends in any case."""
+        self.reference_steps = per_slot(torch.int64)
+        """[slots] int64: with `reference_exact`, steps after which what is masked in a
+        block is text; `NEVER` without it, and where the published loop has no such end.
+        """
         self.drafts = per_slot(torch.bool)
         """[slots] bool: the slot's strategy has branches evaluated."""
         self._groups: dict[GroupKey, Group] = {}
@@ -145,7 +152,8 @@ class StrategyGroups:
 
     def add(self, slot: int) -> None:
         """Put a new request's slot into its group, making the group if needed."""
-        config = self.state.requests[slot].config
+        request = self.state.requests[slot]
+        config = request.config
         strategy_class = STRATEGIES[config.strategy]
         numeric = numeric_fields(strategy_class.Params)
         key = group_key(config, numeric)
@@ -161,6 +169,13 @@ class StrategyGroups:
         group.admit(slot)
         self.may_rewrite[slot] = group.strategy.may_rewrite
         self.step_limit[slot] = group.strategy.step_limit(config.params)
+        steps = None
+        if config.reference_exact:
+            scheduled = config.block_steps(
+                request.params.max_tokens, self.state.max_canvas
+            )
+            steps = group.strategy.reference_steps(config.params, scheduled)
+        self.reference_steps[slot] = NEVER if steps is None else steps
         self.drafts[slot] = "branches" in group.strategy.needs
         self.state.host.reads[slot] = _rows_read_by(group.strategy)
         for name in numeric:
@@ -189,6 +204,19 @@ class StrategyGroups:
         self._groups = {
             key: group for key, group in self._groups.items() if key[0] != strategy
         }
+
+    def ends(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which blocks end with this step in any case.
+
+        Args:
+            slots: [R] int64.
+
+        Returns:
+            [R] bool: those that do; of these, those that keep their masks as text.
+        """
+        taken = self.state.step[slots] + 1
+        keeps_masks = taken >= self.reference_steps[slots]
+        return keeps_masks | (taken >= self.step_limit[slots]), keeps_masks
 
     def _tensor(self, strategy: type[Strategy], name: str) -> torch.Tensor:
         key = (strategy.name, name)

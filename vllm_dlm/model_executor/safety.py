@@ -31,6 +31,8 @@ class SafeDecision(Decision):
     edit: torch.Tensor
     remask: torch.Tensor
     hold: torch.Tensor
+    keeps_masks: torch.Tensor
+    """[R] bool: the block ends, and what is masked in it is text."""
 
 
 class Safety:
@@ -73,17 +75,15 @@ class Safety:
             stalled = stalled & (plan.seeds | ~decision.idle)
         commit = commit | (best_masked(view) & stalled[:, None])
         # A block ends.
-        limit = self.groups.step_limit[slots]
-        exact_limit = torch.minimum(limit, state.steps_per_block[slots])
-        limit = torch.where(state.exact[slots], exact_limit, limit)
-        last = (view.step + 1 >= limit)[:, None]
-        # The references' schedule ends with masks where masks were predicted.
-        left = state.exact[slots][:, None] & last & ~commit
-        new_tokens = torch.where(left, state.mask_id, new_tokens)
+        last, keeps_masks = (ends[:, None] for ends in self.groups.ends(slots))
+        new_tokens = torch.where(keeps_masks & ~commit, state.mask_id, new_tokens)
         # A further sub-block, whose rows were not read, ends in the next step.
-        ends = view.masks & plan.readable & (plan.has_row | state.exact[slots][:, None])
-        commit = torch.where(last, ends, commit)
+        rest = view.masks & plan.readable & (plan.has_row | keeps_masks)
+        commit = torch.where(last, rest, commit)
         edit, remask = edit & ~last, remask & ~last
+        # An edit may choose the mask id (`reference_exact`): so it is in LLaDA2.1's.
+        to_mask = edit & (new_tokens == state.mask_id)
+        edit, remask = edit & ~to_mask, remask | to_mask
         # Last, for what comes after it might write a bad word.
         self._veto_bad_words(view, commit, edit, remask, new_tokens, plan)
         return SafeDecision(
@@ -92,6 +92,7 @@ class Safety:
             edit=edit,
             remask=remask,
             hold=_or_false(decision.hold, stalled) & ~last[:, 0],
+            keeps_masks=keeps_masks[:, 0],
             truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
             branch=decision.branch,
             draft_tokens=decision.draft_tokens,

@@ -138,8 +138,7 @@ class DenoisingSampler:
         state, slots = self.state, plan.slots
         commit, new_tokens = decision.commit, decision.new_tokens
         # A predicted mask (reference_exact) stays masked until the block ends.
-        last = (view.step + 1 >= state.steps_per_block[slots])[:, None]
-        stays = commit & (new_tokens == state.mask_id) & ~last
+        stays = commit & (new_tokens == state.mask_id) & ~decision.keeps_masks[:, None]
         tokens = torch.where(commit | decision.edit, new_tokens, view.tokens)
         tokens = torch.where(decision.remask, state.mask_id, tokens)
         masked = (view.masks & ~commit) | stays | decision.remask

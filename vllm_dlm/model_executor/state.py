@@ -29,8 +29,6 @@ from vllm_dlm.model_executor.branches import Drafts, page_size_of
 from vllm_dlm.model_executor.cache import (
     Reach,
     block_start,
-    canvas_width,
-    steps_per_block,
     text_end,
 )
 from vllm_dlm.model_executor.eotp import MODES
@@ -171,12 +169,9 @@ class DlmModelState(ModelState):
         self.eotp[slot] = MODES.index(config.eotp)
         self.eotp_threshold[slot] = config.eotp_threshold
         self.exact[slot] = config.reference_exact
-        width = canvas_width(params.max_tokens, block, self.max_canvas)
-        if config.steps_per_block is None:
-            steps = steps_per_block(config.steps, width, block)
-        else:
-            steps = min(config.steps_per_block, block)
-        self.steps_per_block[slot] = steps
+        self.steps_per_block[slot] = config.block_steps(
+            params.max_tokens, self.max_canvas
+        )
 
         host = self.host
         host.prompt_len[slot] = prompt_len

@@ -63,7 +63,7 @@ class Stages:
 def one_at_a_time(config: RequestConfig) -> RequestConfig:
     """How the second stage is decoded."""
     return replace(
-        config, block_length=1, sub_block_length=1, steps=None, steps_per_block=1
+        config, block_length=1, sub_block_length=1, steps=None, steps_per_block=None
     )
 
 

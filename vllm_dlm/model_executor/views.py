@@ -48,9 +48,15 @@ class Views:
             layout = plan.branches
             of_branches = layout.parents[layout.blocks.row_requests]
             requests = torch.cat([requests, of_branches])
-        may_predict_mask = state.exact[plan.slots][requests]
+        # A block that ends by no schedule is filled with tokens.
+        ends, keeps_masks = self.groups.ends(plan.slots)
+        may_predict_mask = state.exact[plan.slots] & (keeps_masks | ~ends)
         return Logits(
-            state.model, hidden, state.tile_rows, state.mask_id, may_predict_mask
+            state.model,
+            hidden,
+            state.tile_rows,
+            state.mask_id,
+            may_predict_mask[requests],
         )
 
     def view(self, logits: Logits, plan: SegmentPlan) -> View:

@@ -15,7 +15,14 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_dlm.strategies.base import Decision, StateField, Strategy, View, top_masked
+from vllm_dlm.strategies.base import (
+    AnyParams,
+    Decision,
+    StateField,
+    Strategy,
+    View,
+    top_masked,
+)
 
 
 class Ass(Strategy):
@@ -26,6 +33,10 @@ class Ass(Strategy):
     summary = "twice as many tokens as in the step before"
     state = {"masks": StateField(dtype=torch.int64)}
     scope = "canvas"
+
+    def reference_steps(self, params: AnyParams, steps: int) -> int | None:
+        """Those of its own schedule."""
+        return doubling_length(self.block_length)
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         masks = masks_at_first(view)
@@ -43,6 +54,11 @@ def doubling_steps(masks: torch.Tensor) -> torch.Tensor:
     """[R] int64: steps for blocks of `masks` [R] int64: floor(log2 L), at least 1."""
     # The exponent of a float is exact where a logarithm may round.
     return (torch.frexp(masks.double()).exponent.long() - 1).clamp(min=1)
+
+
+def doubling_length(masks: int) -> int:
+    """The same for one block."""
+    return max(masks.bit_length() - 1, 1)
 
 
 def doubling_count(step: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

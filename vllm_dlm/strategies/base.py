@@ -216,6 +216,10 @@ class Strategy:
     drawn from, after temperature and top-k/p."""
     eotp: ClassVar[Literal["off", "block", "token"]] = "off"
     """Default of the option `eotp`."""
+    schedule: ClassVar[bool | Mapping[str, Any]] = False
+    """Whether it follows the step schedule, which the options `steps` and
+    `steps_per_block` set: reads `View.scheduled` or `View.steps`. A mapping names the
+    parameters with which it does. Who sets the options for another is refused."""
 
     def __init__(self, params: AnyParams, block_length: int, context: Context) -> None:
         """Build the strategy of one group of requests.
@@ -244,6 +248,26 @@ class Strategy:
             params: of the request; `self.params` has another one's numbers.
         """
         return self.block_length * (2 if self.may_rewrite else 1)
+
+    @classmethod
+    def follows_schedule(cls, params: AnyParams) -> bool:
+        """Whether it follows the step schedule with these parameters."""
+        if isinstance(cls.schedule, bool):
+            return cls.schedule
+        return all(getattr(params, name) == v for name, v in cls.schedule.items())
+
+    def reference_steps(self, params: AnyParams, steps: int) -> int | None:
+        """Steps after which the published loop ends a block, masks left or not.
+
+        Masks that are left are text then, with `reference_exact`. None: that loop goes
+        on until there are none, and so does the engine, to `step_limit`. A loop that
+        counts out a schedule ends with it.
+
+        Args:
+            params: of the request.
+            steps: S of its step schedule, at most the block length.
+        """
+        return steps if self.follows_schedule(params) else None
 
     @classmethod
     def branches(cls, params: AnyParams) -> int:

@@ -70,6 +70,7 @@ class Dream(Strategy):
     summary = "Dream's schedule, the least uncertain tokens first"
     Params = DreamParams
     needs = frozenset({"uniform", *_NEEDS.values()})
+    schedule = True
 
     params: DreamParams
 

@@ -14,13 +14,19 @@ tokenizer's one EOS token; this, all that end the request's text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from vllm_dlm.strategies.ass import doubling_count, doubling_steps, masks_at_first
+from vllm_dlm.strategies.ass import (
+    doubling_count,
+    doubling_length,
+    doubling_steps,
+    masks_at_first,
+)
 from vllm_dlm.strategies.base import (
+    AnyParams,
     Context,
     Decision,
     Params,
@@ -77,6 +83,7 @@ class Eoser(Strategy):
     summary = "holds tokens that end the text back in early steps"
     Params = EoserParams
     scope = "canvas"
+    schedule: ClassVar[Mapping[str, Any]] = {"schedule": "even"}
 
     params: EoserParams
 
@@ -86,6 +93,11 @@ class Eoser(Strategy):
         super().__init__(params, block_length, context)
         if params.schedule == "doubling":
             self.state = {"masks": StateField(dtype=torch.int64)}
+
+    def reference_steps(self, params: AnyParams, steps: int) -> int | None:
+        if self.params.schedule == "doubling":
+            return doubling_length(self.block_length)
+        return super().reference_steps(params, steps)
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         state = {}

@@ -87,6 +87,11 @@ class FreeDave(Strategy):
                 "'none', or use 'threshold'"
             )
 
+    def reference_steps(self, params: AnyParams, steps: int) -> int | None:
+        """Those of one token per step, which `static` counts out as well."""
+        assert isinstance(params, FreeDaveParams)
+        return self.block_length if params.threshold > 1 else None
+
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         branches = given(view.branches, "branches")
         writes = _step(branches, row_params["threshold"])

@@ -107,16 +107,18 @@ class Joint(Strategy):
     ) -> None:
         super().__init__(params, block_length, context)
         self.may_rewrite = params.edit
-        # Steps so far that left no mask.
+        # Steps so far that began without a mask.
         self.state = (
-            {"full_steps": StateField(dtype=torch.int64)} if params.edit else {}
+            {"post_steps": StateField(dtype=torch.int64)} if params.edit else {}
         )
 
     def step_limit(self, params: AnyParams) -> int:
         assert isinstance(params, JointParams)
-        # One more: what the engine lets a block's very last step do is no edit.
-        post_steps = params.max_post_steps + 1 if params.edit else 0
-        return self.block_length + post_steps
+        if not params.edit:
+            return self.block_length
+        # With `reference_exact` an edit may mask a token again: time for that too. One
+        # more, because what the engine lets a block's very last step do is no edit.
+        return 2 * self.block_length + params.max_post_steps + 1
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         sure = view.confidence > row_params["mask_threshold"][:, None]
@@ -126,8 +128,9 @@ class Joint(Strategy):
             return Decision(commit)
         better = view.confidence > row_params["edit_threshold"][:, None]
         edit = view.decided & better & (view.candidate != view.tokens)
-        full = ~(view.masks & ~commit).any(dim=1)
-        full_steps = view.state["full_steps"] + full.long()
+        was_full = ~view.masks.any(dim=1)
+        is_full = ~(view.masks & ~commit).any(dim=1)
+        post_steps = view.state["post_steps"] + was_full.long()
         changed = (commit | edit).any(dim=1)
-        hold = full & changed & (full_steps <= row_params["max_post_steps"])
-        return Decision(commit, edit=edit, hold=hold, state={"full_steps": full_steps})
+        hold = is_full & changed & (post_steps < row_params["max_post_steps"])
+        return Decision(commit, edit=edit, hold=hold, state={"post_steps": post_steps})

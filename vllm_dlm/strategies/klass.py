@@ -82,6 +82,7 @@ class Klass(Strategy):
     summary = "every token that is sure and has been stable for some steps"
     Params = KlassParams
     needs = frozenset({"probabilities"})
+    schedule = True
 
     def __init__(
         self, params: KlassParams, block_length: int, context: Context

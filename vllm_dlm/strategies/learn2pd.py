@@ -73,6 +73,7 @@ class Learn2PD(Strategy):
     Params = Learn2PDParams
     logit_rows = "block"
     eotp = "block"
+    schedule = True
 
     params: Learn2PDParams
 
@@ -113,6 +114,10 @@ class Learn2PD(Strategy):
         commit = (logits > cut[:, None]) & view.masked
         commit |= top_masked(view, view.confidence, view.scheduled)
         return Decision(commit)
+
+    def reference_steps(self, params: AnyParams, steps: int) -> int | None:
+        """The published loop counts a schedule out, but ends with the last mask."""
+        return None
 
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:

@@ -79,6 +79,7 @@ class PcSampler(Strategy):
     paper = "arXiv 2508.13021 (PC-Sampler)"
     summary = "early, sure and rare tokens first; as many as scheduled"
     Params = PcSamplerParams
+    schedule = True
 
     params: PcSamplerParams
 

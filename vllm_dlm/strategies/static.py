@@ -51,6 +51,7 @@ class Static(Strategy):
     summary = "a fixed number of tokens per step, the most confident first"
     Params = StaticParams
     needs = frozenset(_NEEDS.values())
+    schedule = True
 
     params: StaticParams
 

@@ -10,7 +10,7 @@ write at least as many as the step schedule has: `at_least`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -61,6 +61,7 @@ class Threshold(Strategy):
     paper = "arXiv 2505.22618 (Fast-dLLM)"
     summary = "every token at least this probable, and the best one"
     Params = ThresholdParams
+    schedule: ClassVar[Mapping[str, Any]] = {"at_least": "scheduled"}
 
     params: ThresholdParams
 
