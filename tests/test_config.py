@@ -103,6 +103,9 @@ def test_end_of_text_prediction_is_the_strategys_unless_set():
     refused(lambda: modes(base, dlm_eotp="paper"), "'off', 'block' or 'token'")
     for wrong in (True, 2.1, -1, "much"):
         refused(partial(modes, base, dlm_eotp_threshold=wrong), "eotp_threshold")
+    for unread in (base, server()):
+        ignored = "eotp_threshold would be ignored: eotp is 'off'"
+        refused(partial(modes, unread, dlm_eotp_threshold=0.8), ignored)
     nested = {"strategy": "learn2pd", "strategy_config": {"eotp": "off"}}
     refused(lambda: modes(base, dlm=nested), "'eotp'", "beside strategy_config")
 
@@ -286,6 +289,14 @@ def vllm_config(options, **hf_config):
     )
     model_config = SimpleNamespace(hf_config=hf, max_model_len=256)
     return SimpleNamespace(additional_config=options, model_config=model_config)
+
+
+def test_a_separate_commit_is_for_models_that_keep_blocks():
+    separate = {"dlm": {"commit": "separate"}}
+    refused(lambda: server_config(vllm_config(separate)), "commit 'separate'", "leave")
+    config = vllm_config(separate)
+    config.model_config.hf_config.dlm_class = "B"
+    assert server_config(config).commit == "separate"
 
 
 def test_server_config_reads_additional_config():

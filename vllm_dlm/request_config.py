@@ -77,6 +77,11 @@ class RequestConfig:
             self.steps, canvas_width(max_tokens, length, max_canvas), length
         )
 
+    @property
+    def follows_schedule(self) -> bool:
+        """Whether its strategy follows the step schedule."""
+        return STRATEGIES[self.strategy].follows_schedule(self.params)
+
     def reach(self, shift: int) -> Reach:
         """What its cache policy computes, of a model with this shift."""
         return self.cache_policy.reach(shift, self.reads_block)
@@ -95,6 +100,11 @@ def server_config(vllm_config: Any) -> DlmConfig:
     if model_config is not None and hasattr(model_config.hf_config, "dlm_class"):
         defaults = ModelDefaults.from_hf_config(model_config.hf_config)
         resolved = resolve(config, None, defaults)
+        if config.commit == "separate" and not defaults.reuses_blocks:
+            raise ValueError(
+                "commit 'separate' is for block-causal models: with full attention no "
+                "block's keys and values are final; leave it out"
+            )
         limit = config.canvas_limit(model_config.max_model_len, defaults.max_canvas)
         if resolved.block_length > limit:
             bound = "max_canvas"
@@ -187,6 +197,11 @@ def resolve(
         ),
         step_map=request.step_map if "step_map" in is_set else server.step_map,
     )
+    if "eotp_threshold" in is_set and config.eotp == "off":
+        raise ValueError(
+            "eotp_threshold would be ignored: eotp is 'off'; set it to 'block' or "
+            "'token', or leave eotp_threshold out"
+        )
     if defaults.reuses_blocks:
         _check_block_causal(config, server.block_length or defaults.block_length)
     elif config.tccf is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from engine.block_cases import RULES, BlockCase, expect, run
 from engine.cases import assert_equal, make_prompt
 from engine.harness import Engine
 from reference.checkpoints import write_checkpoint
+from reference.llada21 import NeverEnds, generate_llada21
 from reference.network import TinyModel
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -97,3 +99,58 @@ def test_a_block_is_streamed_when_it_is_over(served: tuple[Engine, TinyModel]):
     assert [len(piece) for piece in pieces] == [BLOCK - 5, BLOCK, 8]
     if not wanted.near_tie:
         assert sum(pieces, []) == wanted.tokens
+
+
+def exact_case(number: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """A prompt, and what the published loop has to know of the request."""
+    thresholds = [(0.3, 0.1, 3), (0.1, 0.0, 1), (0.05, 0.05, 16), (0.2, 0.1, 0)]
+    mask, edit, most = thresholds[number % 4]
+    return make_prompt(1 + 5 * number % 40, seed=number), {
+        "max_tokens": 5 + 11 * number % 40,
+        "mask_threshold": mask,
+        "edit_threshold": edit,
+        "max_post_steps": most,
+        "stops": number % 3 > 0,
+    }
+
+
+def ask_exactly(options: dict[str, Any]) -> SamplingParams:
+    names = ("mask_threshold", "edit_threshold", "max_post_steps")
+    return SamplingParams(
+        max_tokens=options["max_tokens"],
+        temperature=0.0,
+        ignore_eos=not options["stops"],
+        extra_args={
+            "dlm": {
+                "reference_exact": True,
+                "strategy_config": {name: options[name] for name in names},
+            }
+        },
+    )
+
+
+def test_whole_texts_are_the_published_loops(served: tuple[Engine, TinyModel]):
+    """With `reference_exact`: the mask id may be written, edited in, and written over.
+
+    Where that loop would never end, the text has no mask all the same.
+    """
+    engine, oracle = served
+    cases = [exact_case(number) for number in range(36)]
+    got = engine.run(
+        [prompt for prompt, _ in cases], [ask_exactly(options) for _, options in cases]
+    )
+    ended = 0
+    for (prompt, options), result in zip(cases, got, strict=True):
+        assert oracle.mask_id not in result.tokens, options
+        try:
+            wanted, forwards = generate_llada21(
+                oracle, list(prompt), block_length=BLOCK, **options
+            )
+        except NeverEnds:
+            continue
+        ended += 1
+        assert result.tokens == wanted, (prompt, options)
+        assert result.forwards <= forwards  # a text may end inside a block
+    assert ended >= 20
+    alone = [engine.run([p], [ask_exactly(options)])[0] for p, options in cases[:6]]
+    assert alone == got[:6]

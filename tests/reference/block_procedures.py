@@ -160,6 +160,7 @@ def generate_blocks(
                 confidence=stats.confidence,
                 margin=stats.margin,
                 entropy=stats.entropy,
+                probabilities=stats.probabilities,
                 first=first - prompt_end,
                 forward=forwards,
                 scheduled=commits(schedule, block_length, steps, step, len(masks)),

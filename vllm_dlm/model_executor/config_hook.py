@@ -89,6 +89,12 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         hf_config.canvas_length = canvas
         plain = resolve(server, None, defaults).sized(canvas, canvas)
         check_strategy(plain, server, model_config)
+        if (server.steps or server.steps_per_block) and not plain.follows_schedule:
+            logger.info(
+                "The server's steps are for requests of strategies that follow a step "
+                "schedule; its own, %s, follows none.",
+                plain.strategy,
+            )
         # The canvas lives in the worker and does not travel as draft tokens, so the
         # speculative path that vLLM's own diffusion models use is kept at width 1.
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)
