@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.views import Views
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SafeDecision(Decision):
     """A decision held to the rules of decoding: what others may leave out is there."""
 
