@@ -37,7 +37,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm_dlm.strategies import STRATEGIES
 
 BLOCK = 16
-STEPS = 5
+STEPS = 4
+"""Of a block: Learn2PD's oracle divides evenly."""
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +85,16 @@ def test_full_attention(
     masks, ended = 0, 0
     for case, result in zip(asked, got, strict=True):
         has_masks = oracle.mask_id in result.tokens
+        rule = case_rule(case, 0, BLOCK, oracle.eos_id)
+        assert not has_masks or (exact and rule.ends_by_schedule), case
         wanted = published(case, oracle) if exact else expect(case, oracle)
-        if wanted is None:
-            assert not has_masks, case
-        elif not wanted.near_tie:
-            assert result.tokens == wanted.tokens, case
-            rule = case_rule(case, 0, BLOCK, oracle.eos_id)
-            assert not has_masks or (exact and rule.ends_by_schedule), case
+        # Of blocks that the engine has to end, only that they have no mask is known.
+        if wanted and (not rule.rewrites or wanted.forwards < 2 * BLOCK):
+            assert result.tokens == wanted.tokens or wanted.near_tie, case
             masks += has_masks
             ended += not has_masks
     assert ended >= 20
-    assert masks >= 5 if exact else masks == 0
+    assert masks >= 2 if exact else masks == 0
 
 
 # -- models that write block after block --------------------------------------------

@@ -15,7 +15,12 @@ from collections.abc import Callable, Collection
 
 import torch
 from reference.network import TinyModel, block_causal, causal_context
-from reference.procedures import ReferenceResult, Statistics, row_statistics
+from reference.procedures import (
+    FOREVER,
+    ReferenceResult,
+    Statistics,
+    row_statistics,
+)
 from reference.rules import Rule, Step, View, static_schedule
 
 
@@ -186,6 +191,7 @@ def generate_blocks(
                 if token == mask_id and offset in decision.edit:
                     row[first + offset] = mask_id
                     masked[first + offset] = True
+                    written += 1
                 elif token != mask_id:
                     row[first + offset] = token
                     masked[first + offset] = False
@@ -198,6 +204,8 @@ def generate_blocks(
             step += 1
             if masks and not written and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
+            if step > FOREVER * block_length:
+                raise RuntimeError("no end: masks come and go")
 
         # Masks that are left here are text, as in the sources.
         masked[start:end] = [False] * (end - start)

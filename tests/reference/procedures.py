@@ -56,6 +56,10 @@ __all__ = [
 ]
 
 
+FOREVER = 50
+"""Steps per position that only a block without an end takes."""
+
+
 class Statistics(NamedTuple):
     """What one forward says about its n rows; each tensor [n], float32 or int64."""
 
@@ -251,6 +255,9 @@ def generate(
                     row[first + offset] = token
                     set_at[first + offset] = forwards
                     committed.append(first + offset)
+                elif offset in decision.edit:
+                    row[first + offset] = mask_id
+                    committed.append(first + offset)
             for offset in decision.remask:
                 row[first + offset] = mask_id
             forwards += 1
@@ -260,6 +267,8 @@ def generate(
             stuck = view.masked.any() and not committed
             if stuck and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
+            if step > FOREVER * block_length:
+                raise RuntimeError("no end: masks come and go")
 
             if eotp is not None:
                 revealed = [p for p in committed if row[p] == eos_id]
