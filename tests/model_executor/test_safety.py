@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a block ends: by its schedule with the masks that are left, or with tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference.views import make_view
+
+from vllm_dlm.model_executor.groups import NEVER, StrategyGroups
+from vllm_dlm.model_executor.safety import SafeDecision, Safety
+from vllm_dlm.model_executor.views import Views
+from vllm_dlm.strategies.base import Decision, View
+
+MASK = 99
+
+
+class Ending:
+    """One request in step `step` of its block, as the engine keeps it.
+
+    Bad words and ends of text, which others look after, are left out.
+    """
+
+    def __init__(
+        self, step: int, limit: int, reference_steps: int = NEVER, exact: bool = True
+    ) -> None:
+        def numbers(value: Any) -> torch.Tensor:
+            return torch.tensor([value])
+
+        self.state: Any = SimpleNamespace(
+            max_num_reqs=1,
+            device=torch.device("cpu"),
+            mask_id=MASK,
+            step=numbers(step),
+            exact=numbers(exact),
+            prompt_len=numbers(0),
+            emitted=numbers(0),
+            tile_rows=8,
+            model=SimpleNamespace(vocab_shard=None),
+            host=SimpleNamespace(predicts_end=np.zeros(1, dtype=bool)),
+        )
+        self.groups = StrategyGroups(self.state)
+        self.groups.step_limit[0] = limit
+        self.groups.reference_steps[0] = reference_steps
+        self.groups.may_rewrite[0] = True
+        self.plan: Any = SimpleNamespace(
+            slots=torch.tensor([0]),
+            slots_np=np.array([0]),
+            seeds=torch.tensor([False]),
+            readable=torch.ones(1, 4, dtype=torch.bool),
+            has_row=torch.ones(1, 4, dtype=torch.bool),
+            positions=torch.arange(4)[None],
+            row_requests=torch.zeros(4, dtype=torch.int64),
+            branches=None,
+        )
+
+    def held(self, view: View, decision: Decision) -> SafeDecision:
+        candidates: Any = SimpleNamespace(veto_bad_words=lambda *_: [])
+        views = Views(self.state, self.groups, candidates)
+        safety = Safety(self.state, self.groups, candidates, views)
+        return safety.hold_to_rules(view, decision, self.plan)
+
+    def may_choose_the_mask(self) -> bool:
+        views = Views(self.state, self.groups, None)  # type: ignore[arg-type]
+        logits = views.logits(torch.zeros(4, 2), self.plan)
+        return not bool(logits.banned.any())
+
+
+def block(masked: list[int], candidates: list[int]) -> View:
+    mask = torch.tensor([masked], dtype=torch.bool)
+    view = make_view(torch.full((1, 4), 0.5), mask)
+    return replace(
+        view,
+        tokens=torch.where(mask, MASK, 5),
+        decided=~mask,
+        candidate=torch.tensor([candidates]),
+    )
+
+
+def first(mask: torch.Tensor) -> torch.Tensor:
+    """Of one row, the leftmost position."""
+    return mask & (mask.cumsum(dim=1) == 1)
+
+
+def test_a_schedule_leaves_masks_as_text():
+    view = block([0, 1, 1, 1], [5, 6, 7, 8])
+    ending = Ending(step=2, limit=4, reference_steps=3)
+    held = ending.held(view, Decision(first(view.masked)))
+    assert held.keeps_masks.all()
+    assert held.commit.tolist() == [[False, True, True, True]]
+    assert held.new_tokens[0, 1:].tolist() == [6, MASK, MASK]
+    assert ending.may_choose_the_mask()
+
+
+def test_a_schedule_ends_nothing_before_its_time():
+    view = block([0, 1, 1, 1], [5, 6, 7, 8])
+    ending = Ending(step=1, limit=4, reference_steps=3)
+    held = ending.held(view, Decision(first(view.masked)))
+    assert not held.keeps_masks.any()
+    assert held.commit.equal(first(view.masked))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_follows_no_schedule_ends_with_tokens(exact: bool):
+    view = block([0, 1, 1, 1], [5, 6, 7, 8])
+    for step in (0, 2):
+        ending = Ending(step, limit=4, exact=exact)
+        held = ending.held(view, Decision(first(view.masked)))
+        assert held.commit.equal(first(view.masked))
+        assert ending.may_choose_the_mask() == exact
+    ending = Ending(step=3, limit=4, exact=exact)
+    held = ending.held(view, Decision(first(view.masked)))
+    assert not held.keeps_masks.any()
+    assert held.commit.tolist() == [[False, True, True, True]]
+    assert held.new_tokens[0, 1:].tolist() == [6, 7, 8]
+    # So that there is a token to write.
+    assert not ending.may_choose_the_mask()
+
+
+def test_an_edit_that_chooses_the_mask_id_masks_again():
+    view = block([0, 0, 1, 1], [MASK, 4, 7, MASK])
+    edit = torch.tensor([[True, True, False, False]])
+    decision = Decision(view.masked, edit=edit)
+    held = Ending(step=1, limit=20).held(view, decision)
+    assert held.remask.tolist() == [[True, False, False, False]]
+    assert held.edit.tolist() == [[False, True, False, False]]
+    assert held.commit.equal(view.masked)
