@@ -16,12 +16,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
+
+from vllm_dlm.files import MIB, BadFile
+from vllm_dlm.tensor_files import (
+    Rule,
+    check_tensors,
+    read_checkpoint,
+    read_safetensors,
+    write_safetensors,
+)
 
 HEAD_FILE = "specdec/specdec_head.safetensors"
 """In a model's folder; not beside its weights, where vLLM loads every such file."""
@@ -30,7 +37,10 @@ TRAIN_COMMAND = "vllm-dlm train specdec-head"
 
 _ACCEPT = 1
 _OUTPUT = "output."
-_UNREADABLE = (OSError, SafetensorError, UnpicklingError)
+_WHAT = "acceptance head"
+_MOST_BYTES = 8192 * MIB
+_MOST_BLOCKS = 64
+"""Of a file; the paper's heads have 3."""
 
 
 class AcceptanceHead(nn.Module):
@@ -85,15 +95,11 @@ class AcceptanceHead(nn.Module):
             The file. A reader sees the old one or the new one, never half.
         """
         path = Path(folder) / HEAD_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         weights = {
-            name: value.detach().to("cpu", torch.float32).contiguous()
+            name: value.detach().to("cpu", torch.float32)
             for name, value in self.state_dict().items()
         }
-        part = path.with_name(path.name + ".part")
-        save_file(weights, part, metadata={**self.about, **(about or {})})
-        part.chmod(0o644)  # safetensors leaves it readable by its owner only
-        part.replace(path)
+        write_safetensors(path, weights, {**self.about, **(about or {})})
         return path
 
     @classmethod
@@ -112,7 +118,7 @@ class AcceptanceHead(nn.Module):
         path = Path(path)
         if path.is_dir():
             path = path / HEAD_FILE
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(
                 f"SpecDec++ needs an acceptance head, and there is no file {path}. "
                 f'Train one for this draft model with `{TRAIN_COMMAND}`, or set "head" '
@@ -121,13 +127,13 @@ class AcceptanceHead(nn.Module):
         try:
             weights, about = _read(path)
             weights = _without_ties(weights)
-            head = cls(
-                weights[_OUTPUT + "weight"].shape[1],
-                sum(name.endswith(".weight") for name in weights) - 1,
-            )
+            num_blocks = len(weights) // 2 - 1
+            sizes = check_tensors(weights, _rules(num_blocks), path, _WHAT)
+            head = cls(sizes["H"], num_blocks)
             head.load_state_dict(weights)
-        except (*_UNREADABLE, LookupError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is not an acceptance head: {error}") from error
+        except (ValueError, RuntimeError) as error:
+            reason = error.reason if isinstance(error, BadFile) else error
+            raise ValueError(f"{path} is not an acceptance head: {reason}") from None
         if hidden_size is not None and head.hidden_size != hidden_size:
             raise ValueError(
                 f"the acceptance head {path} reads hidden states of width "
@@ -185,16 +191,28 @@ class StopRule:
         return room & (confident | (drafted < self.min_tokens))
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors and metadata of a safetensors file or of a torch checkpoint."""
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            return weights, dict(file.metadata() or {})
-    return torch.load(path, map_location="cpu", weights_only=True), {}
+        return read_safetensors(path, _WHAT, _MOST_BYTES)
+    weights = read_checkpoint(path, _WHAT, _MOST_BYTES)
+    if not isinstance(weights, Mapping) or not all(isinstance(k, str) for k in weights):
+        kind = type(weights).__name__
+        raise ValueError(f"expected tensors by name, got {kind}")
+    return dict(weights), {}
 
 
-def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _rules(num_blocks: int) -> dict[str, Rule]:
+    """What the tensors of a head with so many blocks are."""
+    if num_blocks > _MOST_BLOCKS:
+        raise ValueError(f"it has over {_MOST_BLOCKS} blocks")
+    rules = {_OUTPUT + "weight": Rule("2 H"), _OUTPUT + "bias": Rule("2")}
+    for i in range(num_blocks):
+        rules |= {f"blocks.{i}.weight": Rule("H H"), f"blocks.{i}.bias": Rule("H")}
+    return rules
+
+
+def _without_ties(weights: dict[str, Any]) -> dict[str, Any]:
     """Weights under our names, from ours or from the repository's.
 
     There a head is one `nn.Sequential`: block i is `model.{i}.linear`, the last entry
@@ -203,12 +221,21 @@ def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     if _OUTPUT + "weight" in weights:
         return weights
-    names = " ".join(sorted(weights))
-    output = re.search(r"\bmodel\.(\d+)\.weight", names)
-    if output is None:
+    numbers = [
+        match[1]
+        for name in weights
+        if (match := re.fullmatch(r"model\.(\d+)\.weight", name))
+    ]
+    if not numbers:
+        names = ", ".join(sorted(weights)[:8]) or "none"
         raise ValueError(f"it has neither output.weight nor model.N.weight: {names}")
-    count = int(output[1])
-    found: dict[str, torch.Tensor] = {}
+    # Not as a number yet: it may have any number of digits.
+    if len(numbers[0]) > 2 or int(numbers[0]) > _MOST_BLOCKS:
+        raise ValueError(
+            f"model.{numbers[0][:20]}.weight: a head has at most {_MOST_BLOCKS} blocks"
+        )
+    count = int(numbers[0])
+    found: dict[str, Any] = {}
     for kind in ("weight", "bias"):
         blocks = [weights.get(f"model.{i}.linear.{kind}") for i in range(count)]
         kept = next((block for block in blocks if block is not None), None)
@@ -216,5 +243,5 @@ def _without_ties(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if kept is None:
                 raise ValueError(f"it has no model.{i}.linear.{kind}")
             found[f"blocks.{i}.{kind}"] = kept if block is None else block
-        found[_OUTPUT + kind] = weights[f"model.{count}.{kind}"]
+        found[_OUTPUT + kind] = weights.get(f"model.{numbers[0]}.{kind}")
     return found

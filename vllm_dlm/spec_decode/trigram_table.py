@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
+
+from vllm_dlm.files import MIB, BadFile
+from vllm_dlm.tensor_files import (
+    Rule,
+    check_tensors,
+    read_safetensors,
+    write_safetensors,
+)
 
 KEPT_SUCCESSORS = 12
 """Successors that a table keeps of each pair (the paper's code)."""
@@ -27,6 +34,15 @@ _BITS = 21
 _CHUNK = 1 << 22
 """Tri-grams sorted at a time, 32 MiB."""
 _FORMAT = "tri-grams 1"
+_WHAT = "tri-grams"
+_MOST_BYTES = 16_384 * MIB
+_RULES = {
+    "firsts": Rule("F", (torch.int64,), least=0),
+    "seconds": Rule("P", (torch.int32,), least=0, may_be_empty=True),
+    "starts": Rule("S", (torch.int64,), least=0),
+    "tokens": Rule("N", (torch.int32,), least=0, may_be_empty=True),
+    "weights": Rule("N", (torch.float32,), least=0, most=1, may_be_empty=True),
+}
 
 
 class TrigramTable(NamedTuple):
@@ -172,10 +188,8 @@ def save_table(
         facts: what is known of it, as metadata. "fingerprint" is the tokenizer's, for
             `load_table` to compare.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {**(facts or {}), "format": _FORMAT, "vocab_size": str(table.vocab_size)}
-    save_file(table._asdict(), path, metadata=metadata)
+    write_safetensors(path, table._asdict(), metadata)
 
 
 def load_table(
@@ -192,17 +206,9 @@ def load_table(
     """
     hint = "`vllm-dlm count-trigrams --tokenizer MODEL` writes such a file"
     try:
-        with safe_open(path, framework="numpy") as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no tri-grams; {hint}")
-            table = TrigramTable(*map(file.get_tensor, TrigramTable._fields))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot read the tri-grams {path}: {error}; {hint}"
-        ) from error
-    if not _is_sound(table):
-        raise ValueError(f"the tri-grams {path} are damaged; {hint}")
+        table, facts = _read(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {hint}") from None
     made_of = facts.get("fingerprint")
     if table.vocab_size > vocab_size or (
         tokenizer is not None and made_of is not None and tokenizer != made_of
@@ -215,22 +221,45 @@ def load_table(
     return table
 
 
-def _is_sound(table: TrigramTable) -> bool:
-    """Whether no look-up can read outside the arrays."""
-    expected = (np.int64, np.int32, np.int64, np.int32, np.float32)
-    if any(
-        array.ndim != 1 or array.dtype != dtype
-        for array, dtype in zip(table, expected, strict=True)
+def _read(path: str | Path) -> tuple[TrigramTable, dict[str, str]]:
+    """A table of which no look-up can read outside the arrays, and its facts."""
+    tensors, facts = read_safetensors(path, _WHAT, _MOST_BYTES)
+    if facts.get("format") != _FORMAT:
+        found = facts.get("format", "none")[:80]
+        raise ValueError(
+            f"{path} holds no tri-grams: its format is {found!r}, expected {_FORMAT!r}"
+        )
+    try:
+        check_tensors(tensors, _RULES, path, _WHAT)
+        table = TrigramTable(*(tensors[name].numpy() for name in TrigramTable._fields))
+        if problem := _problem_of(table):
+            raise BadFile(_WHAT, path, problem)
+    except BadFile as error:
+        raise ValueError(f"the tri-grams {path} are damaged: {error.reason}") from None
+    return table, facts
+
+
+def _problem_of(table: TrigramTable) -> str:
+    """What would have a look-up read outside the arrays, or return no weight."""
+    size = table.vocab_size
+    if not 1 <= size <= 1 << _BITS:
+        return f"firsts: a vocabulary of {size}; expected 1 to {1 << _BITS}"
+    if not _are_bounds(table.firsts, len(table.seconds)):
+        return "firsts: expected ascending bounds of the rows of seconds"
+    within = np.ones(len(table.seconds), bool)
+    within[table.firsts[:-1][table.firsts[:-1] < len(within)]] = False
+    if (np.diff(table.seconds, prepend=-1) <= 0)[within].any():
+        return "seconds: expected ascending ids in each row"
+    if not len(table.starts) == len(table.seconds) + 1 or not _are_bounds(
+        table.starts, len(table.tokens)
     ):
-        return False
-    return (
-        _are_bounds(table.firsts, len(table.seconds))
-        and _are_bounds(table.starts, len(table.tokens))
-        and len(table.starts) == len(table.seconds) + 1
-        and len(table.weights) == len(table.tokens)
-        and bool(((table.tokens >= 0) & (table.tokens < table.vocab_size)).all())
-        and bool(((table.weights > 0) & (table.weights <= 1)).all())
-    )
+        return "starts: expected ascending bounds of each pair's tokens"
+    for name, ids in (("seconds", table.seconds), ("tokens", table.tokens)):
+        if len(ids) and ids.max() >= size:
+            return f"{name}: {ids.max()} is outside the vocabulary of {size} tokens"
+    if not (table.weights > 0).all():
+        return "weights: it holds 0; expected shares over 0"
+    return ""
 
 
 def _are_bounds(bounds: np.ndarray, last: int) -> bool:

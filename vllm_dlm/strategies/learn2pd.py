@@ -32,6 +32,7 @@ from vllm_dlm.strategies.learn2pd_filter import (
     available,
     describe,
     find_filter,
+    load_filter,
     warn_if_foreign,
 )
 
@@ -127,7 +128,7 @@ class Learn2PD(Strategy):
 
 def _load(path: str, block_length: int, context: Context) -> Filter:
     try:
-        filter = Filter.load(path)
+        filter = load_filter(path)
     except ValueError as error:
         raise ValueError(f"{error}; available: {_listing(context)}") from error
     _check(filter, block_length, f"the filter {path}", context)

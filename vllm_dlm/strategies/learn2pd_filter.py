@@ -13,18 +13,32 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from vllm_dlm.files import MIB, BadFile, remembered
 from vllm_dlm.strategies.base import Context
+from vllm_dlm.tensor_files import (
+    Rule,
+    check_tensors,
+    number_of,
+    read_safetensors,
+    write_safetensors,
+)
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = ("w1", "b1", "w2", "b2")
+_WHAT = "filter"
+_RULES = {"w1": Rule("H B"), "b1": Rule("H"), "w2": Rule("B H"), "b2": Rule("B")}
+_WEIGHTS = tuple(_RULES)
+_MOST_BYTES = 1024 * MIB
+_MOST_TEXT = 1000
+"""Characters of what a file says of itself."""
+_MOST_LISTED = 20
+"""Files named in a message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +65,10 @@ class Filter:
     """Share of wrongly accepted positions at `threshold`, on held-out text."""
 
     def __post_init__(self) -> None:
-        hidden, block_length = self.w1.shape
-        shapes = ((hidden, block_length), (hidden,), (block_length, hidden))
         found = tuple(tuple(getattr(self, name).shape) for name in _WEIGHTS)
-        if found != (*shapes, (block_length,)):
+        hidden, block_length = found[0] if len(found[0]) == 2 else (0, 0)
+        shapes = ((hidden, block_length), (hidden,), (block_length, hidden))
+        if not block_length or found != (*shapes, (block_length,)):
             raise ValueError(
                 "a filter's w1, b1, w2, b2 must be [H, B], [H], [B, H], [B]; "
                 f"got {', '.join(map(str, found))}"
@@ -93,15 +107,20 @@ class Filter:
         return replace(self, b2=self.b2 + shift, threshold=tau)
 
     def save(self, path: str | Path) -> None:
-        """Write a filter file; a reader sees the old one or the new one, never half."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
+        """Write a filter file; a reader sees the old one or the new one, never half.
+
+        Raises:
+            ValueError: a weight is not finite, as after a training that diverged.
+        """
         cpu = self.to(torch.device("cpu"), torch.float32)
-        save_file(
-            {name: getattr(cpu, name).contiguous() for name in _WEIGHTS},
-            part,
-            metadata={
+        weights = {name: getattr(cpu, name) for name in _WEIGHTS}
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} of the filter holds NaN or infinite values")
+        write_safetensors(
+            path,
+            weights,
+            {
                 "block_length": str(self.block_length),
                 "model_key": self.model_key,
                 "cache": self.cache,
@@ -110,32 +129,44 @@ class Filter:
                 "false_positive_rate": repr(self.false_positive_rate),
             },
         )
-        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Filter:
         """Read a filter file, onto the CPU.
 
         Raises:
-            ValueError: there is no such file, or it is not a filter file.
+            ValueError: there is no such file, or it is not a sound filter file.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                w1, b1, w2, b2 = (file.get_tensor(name) for name in _WEIGHTS)
-            return cls(
-                w1,
-                b1,
-                w2,
-                b2,
-                threshold=float(metadata.get("threshold", "0.96")),
-                model_key=metadata.get("model_key", ""),
-                cache=metadata.get("cache", ""),
-                source=metadata.get("source", ""),
-                false_positive_rate=float(metadata.get("false_positive_rate", "nan")),
-            )
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"cannot read the filter {path}: {error}") from error
+        tensors, metadata = read_safetensors(path, _WHAT, _MOST_BYTES)
+        block_length = check_tensors(tensors, _RULES, path, _WHAT)["B"]
+
+        def number(name: str, default: float) -> float:
+            return number_of(metadata, name, default, path, _WHAT)
+
+        declared = metadata.get("block_length", str(block_length))
+        threshold = number("threshold", 0.96)
+        rate = number("false_positive_rate", math.nan)
+        texts = {
+            name: metadata.get(name, "") for name in ("model_key", "cache", "source")
+        }
+        problem = ""
+        if declared != str(block_length):
+            problem = f"block_length: {declared[:80]!r}, but b2 has {block_length}"
+        elif not 0 < threshold < 1:
+            problem = f"threshold: expected a number between 0 and 1, got {threshold}"
+        elif not (math.isnan(rate) or 0 <= rate <= 1):
+            problem = f"false_positive_rate: expected a share, got {rate}"
+        for name, text in texts.items():
+            if len(text) > _MOST_TEXT or not text.isprintable():
+                problem = f"{name}: expected up to {_MOST_TEXT} printable characters"
+        if problem:
+            raise BadFile(_WHAT, path, problem)
+        return cls(
+            *(tensors[name].float() for name in _WEIGHTS),
+            threshold=threshold,
+            false_positive_rate=rate,
+            **texts,
+        )
 
     @classmethod
     def identity(cls, block_length: int, threshold: float, tau: float = 0.96) -> Filter:
@@ -172,24 +203,32 @@ class Filter:
         )
 
 
+load_filter = remembered(Filter.load)
+"""`Filter.load`, which reads a file again only when it has changed: a server looks at its
+filter for each request that names other parameters. The tensors are shared."""
+
+
 def describe(path: str | Path) -> str:
     """One filter file in words: name, block length, cache policy."""
     try:
-        filter = Filter.load(path)
+        filter = load_filter(path)
     except ValueError:
         return f"{path} (cannot be read)"
     return f"{path} (block length {filter.block_length}, cache {filter.cache or 'any'})"
 
 
 def available(context: Context) -> list[Path]:
-    """Filter files that exist for the model, of any block length and cache policy."""
+    """Filter files that exist for the model, of any block length and cache policy.
+
+    The first ones only, where there are very many.
+    """
     model, filed = Path(context.model), _filed_under(context)
     found: list[Path] = []
     if model.is_dir():
-        found += model.glob("learn2pd/b*.safetensors")
+        found += islice(model.glob("learn2pd/b*.safetensors"), _MOST_LISTED)
     if filed is not None and filed.is_dir():
-        found += filed.glob("b*.safetensors")
-    return sorted(found)
+        found += islice(filed.glob("b*.safetensors"), _MOST_LISTED)
+    return sorted(found)[:_MOST_LISTED]
 
 
 def find_filter(context: Context, block_length: int) -> Filter | None:
@@ -203,7 +242,7 @@ def find_filter(context: Context, block_length: int) -> Filter | None:
     for path in _places(context, block_length):
         if path.is_file():
             try:
-                filter = Filter.load(path)
+                filter = load_filter(path)
             except ValueError as error:
                 # A damaged file must not end the engine that looks for one.
                 logger.warning("%s; it is passed over", error)

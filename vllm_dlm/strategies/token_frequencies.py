@@ -12,46 +12,59 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from vllm_dlm.files import MIB, BadFile, remembered
 from vllm_dlm.strategies.base import Context
+from vllm_dlm.tensor_files import (
+    FLOATS,
+    Rule,
+    check_tensors,
+    read_safetensors,
+    write_safetensors,
+)
 
 logger = logging.getLogger(__name__)
 
 _TENSOR = "frequencies"
+_WHAT = "token frequencies"
+_RULES = {_TENSOR: Rule("V", FLOATS, least=0, most=1)}
+_MOST_BYTES = 256 * MIB
+_HINT = "`vllm-dlm count-tokens` writes such a file"
 
 
 def save_frequencies(
     path: str | Path, frequencies: torch.Tensor, facts: Mapping[str, str]
 ) -> None:
-    """Write a table [V] and what is known of it, as metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({_TENSOR: frequencies.float().contiguous()}, path, metadata=dict(facts))
+    """Write a table [V] and what is known of it, as metadata.
+
+    A reader sees the old one or the new one, never half.
+    """
+    write_safetensors(path, {_TENSOR: frequencies.float()}, facts)
+
+
+def _read(path: Path) -> torch.Tensor:
+    tensors, _ = read_safetensors(path, _WHAT, _MOST_BYTES)
+    check_tensors(tensors, _RULES, path, _WHAT)
+    table: torch.Tensor = tensors[_TENSOR].float()
+    if not (table > 0).all():
+        reason = f"{_TENSOR}: it holds 0; expected a share over 0 of every token id"
+        raise BadFile(_WHAT, path, reason)
+    return table
+
+
+_look = remembered(_read)
 
 
 def load_frequencies(path: str | Path) -> torch.Tensor:
-    """Read a table, [V] float32, onto the CPU.
+    """Read a table, [V] float32, onto the CPU; again only when it has changed.
 
     Raises:
         ValueError: there is no such file, or it holds no such table.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            table: torch.Tensor = file.get_tensor(_TENSOR).float()
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot read the token frequencies {path}: {error}; "
-            "`vllm-dlm count-tokens` writes such a file"
-        ) from error
-    in_range = (table > 0) & (table <= 1)  # not so for NaN
-    if table.dim() != 1 or not len(table) or not in_range.all():
-        raise ValueError(
-            f"the token frequencies {path} are not one number per token id, each "
-            "over 0 and at most 1; `vllm-dlm count-tokens` writes such a file"
-        )
-    return table
+        return _look(path)
+    except BadFile as error:
+        raise ValueError(f"{error}; {_HINT}") from None
 
 
 def find_frequencies(context: Context) -> torch.Tensor | None:

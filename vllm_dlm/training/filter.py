@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_dlm.arguments import count, output_file
+from vllm_dlm.files import path_part
 from vllm_dlm.model_executor.traces import IGNORED, RIGHT, Traces
 from vllm_dlm.strategies.learn2pd import FALLBACK_CONFIDENCE
 from vllm_dlm.strategies.learn2pd_filter import Filter
@@ -225,7 +226,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def filter_path(folder: Path, filter: Filter) -> Path:
-    """Where `find_filter` looks for a learned filter."""
-    return (
-        folder / filter.model_key / f"b{filter.block_length}-{filter.cache}.safetensors"
-    )
+    """Where `find_filter` looks for a learned filter.
+
+    Raises:
+        ValueError: the filter does not say the model or the cache policy that it is
+            for, or says what would lead elsewhere.
+    """
+    key = path_part(filter.model_key, "model_key")
+    cache = path_part(filter.cache, "cache")
+    return folder / key / f"b{filter.block_length}-{cache}.safetensors"

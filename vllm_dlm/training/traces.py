@@ -8,18 +8,32 @@ one token per step; see `model_executor/traces.py` for what is recorded.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
 
 from vllm_dlm.arguments import count, output_file
+from vllm_dlm.files import MIB, BadFile, parse_json, path_part, read_lines
 from vllm_dlm.model_executor.cache import POLICIES
-from vllm_dlm.model_executor.traces import Traces
+from vllm_dlm.model_executor.traces import IGNORED, WRONG, Traces
+from vllm_dlm.tensor_files import (
+    FLOATS,
+    Rule,
+    check_tensors,
+    read_safetensors,
+    write_safetensors,
+)
+
+_WHAT = "traces"
+_RULES = {
+    "confidence": Rule("N B", FLOATS, least=0, most=1),
+    "label": Rule("N B", (torch.int8,), least=WRONG, most=IGNORED),
+    "block": Rule("N", (torch.int64,)),
+}
+_MOST_BYTES = 4096 * MIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,34 +123,37 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
         problems = sample_problems(args.num, args.seed, split="train")
         return [problem.question for problem in problems]
-    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-    return [_prompt(line) for line in lines if line.strip()][: args.num]
+    prompts: list[str] = []
+    for number, line in enumerate(read_lines(args.prompts, "prompts"), 1):
+        if len(prompts) == args.num:
+            break
+        if line.strip():
+            prompts.append(_prompt(line.rstrip("\n"), args.prompts, number))
+    return prompts
 
 
-def _prompt(line: str) -> str:
+def _prompt(line: str, path: str, number: int) -> str:
     if not line.lstrip().startswith("{"):
         return line
-    record = json.loads(line)
-    for field in ("prompt", "question", "text"):
-        if field in record:
-            return str(record[field])
-    raise ValueError(
-        f"a prompt line has no prompt, question or text field: {line[:80]}"
-    )
+    fields = ("prompt", "question", "text")
+    try:
+        record = parse_json(line)
+        found = [record[field] for field in fields if field in record]
+        if not found or not isinstance(found[0], str):
+            raise ValueError(f"expected a text as {' or '.join(fields)}")
+        return found[0]
+    except ValueError as error:
+        raise BadFile("prompts", path, f"line {number}: {error}") from None
 
 
 def save_traces(path: Path, traces: Traces, facts: dict[str, str]) -> None:
     """Write trace rows with what is known of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            "confidence": traces.confidence.astype(np.float16),
-            "label": traces.label,
-            "block": traces.block,
-        },
-        path,
-        metadata=facts,
-    )
+    tensors = {
+        "confidence": traces.confidence.astype(np.float16),
+        "label": traces.label,
+        "block": traces.block,
+    }
+    write_safetensors(path, tensors, facts)
 
 
 def load_traces(path: str | Path) -> tuple[Traces, dict[str, str]]:
@@ -146,19 +163,22 @@ def load_traces(path: str | Path) -> tuple[Traces, dict[str, str]]:
         The rows, and the facts written with them (`model_key`, `cache`, `source`).
 
     Raises:
-        ValueError: there is no such file, or it holds no traces.
+        ValueError: there is no such file, or it holds no sound traces.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            traces = Traces(
-                file.get_tensor("confidence").astype(np.float32),
-                file.get_tensor("label"),
-                file.get_tensor("block"),
-            )
-            facts = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the traces {path}: {error}") from error
+    tensors, facts = read_safetensors(path, _WHAT, _MOST_BYTES)
+    check_tensors(tensors, _RULES, path, _WHAT)
     if missing := {"model_key", "cache", "source"} - facts.keys():
         names = ", ".join(sorted(missing))
-        raise ValueError(f"the traces {path} do not say their {names}")
-    return traces, facts
+        raise BadFile(_WHAT, path, f"they do not say their {names}")
+    try:
+        # Both become a part of the path where a filter is kept.
+        path_part(facts["model_key"], "model_key")
+        if facts["cache"] not in POLICIES:
+            raise ValueError(
+                f"cache {facts['cache'][:80]!r} is no cache policy; expected one of "
+                f"{', '.join(POLICIES)}"
+            )
+    except ValueError as error:
+        raise BadFile(_WHAT, path, error) from None
+    confidence, label, block = (tensors[name] for name in _RULES)
+    return Traces(confidence.float().numpy(), label.numpy(), block.numpy()), facts
