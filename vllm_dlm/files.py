@@ -7,8 +7,9 @@ else writes and whenever the process ends. What others may read gets the mode th
 umask leaves; what holds texts of users is `private`, for its owner alone.
 
 Only ordinary files are read: neither folders nor devices, and no pipe, which would be
-waited for. Each has a bound on its size. What is wrong is a `BadFile`, a ValueError that
-names the file and what of it is wrong. `tensor_files.py` has tensors on top of this.
+waited for. Each has a bound on its size. What is wrong is a `BadFile`, a ValueError
+that names the file and what of it is wrong. `tensor_files.py` has tensors on top of
+this.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import stat
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -62,9 +63,7 @@ class BadFile(ValueError):
 
 
 @contextlib.contextmanager
-def replacing(
-    path: str | os.PathLike[str], *, private: bool = False
-) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
     """A new, empty file; once it is written, it takes the place of `path`.
 
     Where the writing fails, `path` is as before and the new file is gone. Folders that
@@ -162,7 +161,7 @@ def _to_disk(path: Path) -> None:
 
 def open_file(
     path: str | os.PathLike[str], what: str, most_bytes: int | None = None
-) -> BinaryIO:
+) -> io.BufferedReader:
     """Open an ordinary file for reading.
 
     Args:
@@ -244,11 +243,21 @@ def read_json(
     """
     text = read_text(path, what, most_bytes)
     try:
-        return model.model_validate(parse_json(text))
-    except ValidationError as error:
-        raise BadFile(what, path, explain(error)) from None
+        return checked(model, parse_json(text))
     except ValueError as error:
         raise BadFile(what, path, error) from None
+
+
+def checked(model: type[Model], value: Any) -> Model:
+    """A value of JSON as the pydantic model that says what it holds.
+
+    Raises:
+        ValueError: a field is missing or not valid; the message is of bounded length.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(explain(error)[:REASON_CHARACTERS]) from None
 
 
 def parse_json(text: str) -> Any:

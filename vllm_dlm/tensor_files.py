@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -212,18 +211,3 @@ def number_of(
         raise BadFile(
             what, path, f"{name}: expected a number, got {text[:80]!r}"
         ) from None
-
-
-def folder_tensors(folder: Path, what: str, most_bytes: int) -> dict[str, torch.Tensor]:
-    """The tensors of all safetensors files of a folder.
-
-    Raises:
-        BadFile: as `read_safetensors`; or there is none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BadFile(what, folder, "the folder has no *.safetensors")
-    found: dict[str, torch.Tensor] = {}
-    for file in files:
-        found |= read_safetensors(file, what, most_bytes)[0]
-    return found

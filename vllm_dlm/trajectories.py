@@ -12,20 +12,63 @@ canvas ends if that is cut. `step` counts the block's steps. `writes` are the
 positions (in output tokens) that the step wrote, overwrote or masked again, each with
 the token it holds then. A preempted request goes through its block once more: its
 lines replace those of the same block and step, and all after them.
-`model_executor/trajectory_log.py` writes them.
+`model_executor/trajectory_log.py` writes them. They hold texts: the file is for its
+owner alone, and so is the folder if it was made for it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+
+from vllm_dlm.files import checked, make_folder, parse_json, read_lines
 
 PATTERN = "trajectories-*.jsonl"
+
+LONGEST_OUTPUT = 1 << 22
+"""Positions that a log may speak of: a step is read into a list of them."""
+
+_Position = Annotated[int, Field(ge=0, le=LONGEST_OUTPUT)]
+_Token = Annotated[int, Field(ge=0)]
+
+
+class _Admission(BaseModel):
+    """The line of a request that is admitted."""
+
+    model_config = ConfigDict(strict=True)
+
+    request: str
+    prompt: Annotated[list[_Token], FailFast()]
+    mask: _Token
+
+
+class StepLine(BaseModel):
+    """The line of a request's step."""
+
+    model_config = ConfigDict(strict=True)
+
+    request: str
+    block: Annotated[list[_Position], Field(min_length=2, max_length=2)]
+    step: _Position
+    writes: Annotated[
+        list[Annotated[list[_Token], Field(min_length=2, max_length=2)]], FailFast()
+    ]
+
+    @model_validator(mode="after")
+    def _check_positions(self) -> Self:
+        first, end = self.block
+        if first > end:
+            raise ValueError(f"block: expected [first, end), got {self.block}")
+        for position, _ in self.writes:
+            if position >= end:
+                raise ValueError(f"writes: {position} is behind the block's end {end}")
+        return self
 
 
 def check_folder(folder: str, *, where: str) -> None:
@@ -38,7 +81,7 @@ def check_folder(folder: str, *, where: str) -> None:
         ValueError: no file can be written there.
     """
     try:
-        Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+        make_folder(Path(folder).expanduser(), private=True)
         with tempfile.TemporaryFile(dir=Path(folder).expanduser()):
             pass
     except OSError as error:
@@ -70,7 +113,7 @@ class Trajectory:
     prompt: list[int]
     mask: int
     """The mask id."""
-    blocks: dict[int, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+    blocks: dict[int, list[StepLine]] = field(default_factory=dict, repr=False)
     """First position of each block -> its lines, one per step."""
 
     def steps(self) -> Iterator[Step]:
@@ -79,20 +122,20 @@ class Trajectory:
         number = 0
         for _, lines in sorted(self.blocks.items()):
             for line in lines:
-                end = line["block"][1]
+                end = line.block[1]
                 canvas = canvas[:end] + [self.mask] * (end - len(canvas))
-                for position, token in line["writes"]:
+                for position, token in line.writes:
                     canvas[position] = token
-                changed = [position for position, _ in line["writes"]]
+                changed = [position for position, _ in line.writes]
                 yield Step(number, list(canvas), changed)
                 number += 1
 
-    def add(self, line: Mapping[str, Any]) -> None:
+    def add(self, line: StepLine) -> None:
         """Take in a step's line."""
-        lines = self.blocks.setdefault(line["block"][0], [])
+        lines = self.blocks.setdefault(line.block[0], [])
         # Of a preempted request, the block's last run counts.
-        del lines[line["step"] :]
-        lines.append(dict(line))
+        del lines[line.step :]
+        lines.append(line)
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
@@ -102,8 +145,8 @@ def read(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
         path: a file of the log, or the folder, for all of its files.
 
     Raises:
-        ValueError: a line is none of a trajectory log; the last one of a file may be
-            cut short, as it is while it is written.
+        ValueError: there is no such file, or a line is none of a trajectory log; the
+            last one of a file may be cut short, as it is while it is written.
     """
     path = Path(path)
     for file in sorted(path.glob(PATTERN)) if path.is_dir() else [path]:
@@ -112,20 +155,22 @@ def read(path: str | os.PathLike[str]) -> Iterator[Trajectory]:
 
 def _read_file(file: Path) -> dict[str, Trajectory]:
     found: dict[str, Trajectory] = {}
-    with file.open(encoding="utf-8") as lines:
-        for number, text in enumerate(lines, start=1):
-            if not text.endswith("\n"):
-                break
-            try:
-                line = json.loads(text)
-                request = line["request"]
-                if "prompt" in line:
-                    known = Trajectory(request, line["prompt"], line["mask"])
-                    found.setdefault(request, known)
-                else:
-                    found[request].add(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{file}, line {number}: not a line of a trajectory log ({error!r})"
-                ) from None
+    for number, text in enumerate(read_lines(file, "trajectory log"), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            line = parse_json(text)
+            if isinstance(line, dict) and "prompt" in line:
+                begin = checked(_Admission, line)
+                known = Trajectory(begin.request, begin.prompt, begin.mask)
+                found.setdefault(begin.request, known)
+                continue
+            step = checked(StepLine, line)
+            if step.request not in found:
+                raise ValueError(f"request {step.request[:80]!r} was not admitted")
+            found[step.request].add(step)
+        except ValueError as error:
+            raise ValueError(
+                f"{file}, line {number}: not a line of a trajectory log ({error})"
+            ) from None
     return found

@@ -11,10 +11,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_dlm.files import checked, open_file, parse_json, read_text, write_json
 from vllm_dlm.model_executor.model_key import weights_digest
 
 VERSION = 1
@@ -93,9 +96,40 @@ def _contents(value: Any) -> Any:
         if path.is_dir():
             return weights_digest(path)
         if path.is_file():
-            return sha256(path.read_bytes()).hexdigest()
+            with open_file(path, "input") as file:
+                return file_digest(file, "sha256").hexdigest()
         return str(value)
     return value
+
+
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _StoredCell(BaseModel):
+    """A cell of the JSON file: what the tables read of it. All else is numbers."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Number | None] = Field(init=False)
+
+    key: str
+    engine: str
+    dtype: str
+    setting: str
+    concurrency: Annotated[int, Field(ge=1)]
+    environment: Annotated[int, Field(ge=0)]
+    strategy: str
+    strategy_config: dict[str, Any]
+    cache: str
+    cache_config: dict[str, Any]
+    counts: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class _Stored(BaseModel):
+    """The JSON file."""
+
+    environments: list[dict[str, Any]]
+    cells: list[_StoredCell]
 
 
 class Results:
@@ -145,20 +179,20 @@ class Results:
         self.data["cells"] = [*kept, result]
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all: a run may be killed while it writes.
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        write_json(self.path, self.data, indent=1)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path, "results (--json)")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(text)
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise ValueError(f"version: expected an object with {VERSION}")
+        checked(_Stored, data)
     except ValueError as error:
-        raise ValueError(f"--json {path} is not JSON ({error})") from None
-    if not isinstance(data, dict) or data.get("version") != VERSION:
         raise ValueError(
-            f"--json {path} is not a file of `vllm-dlm bench`, version {VERSION}"
-        )
+            f"--json {path} is not a file of `vllm-dlm bench`, version {VERSION}: "
+            f"{error}"
+        ) from None
     return data

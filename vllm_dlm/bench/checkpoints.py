@@ -8,14 +8,14 @@ two scores tie: what is measured with them is speed, never accuracy.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vllm_dlm.bench.shapes import RandomModel, Shape
+from vllm_dlm.files import write_json
+from vllm_dlm.tensor_files import write_safetensors
 
 LONGEST = 8192
 """Positions that the configs allow."""
@@ -114,7 +114,6 @@ def _llama_config(shape: Shape) -> dict[str, Any]:
 def _write(
     folder: Path, config: dict[str, Any], shape: Shape, weights: dict[str, torch.Tensor]
 ) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     config |= {
         "mask_token_id": shape.vocabulary - 1,
         "eos_token_id": shape.vocabulary - 2,
@@ -122,8 +121,8 @@ def _write(
         "pad_token_id": shape.vocabulary - 2,
         "torch_dtype": "float32",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", config)
+    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
     return folder
 
 

@@ -356,5 +356,5 @@ def _json_option(text: str) -> tuple[str, Any]:
 def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -10,17 +10,17 @@ computed, L = positions with keys.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vllm_dlm.bench.checkpoints import llada_name
 from vllm_dlm.bench.shapes import Shape
+from vllm_dlm.files import BadFile
+from vllm_dlm.model_folders import WEIGHTS, Config, check_weights, read_all_weights
 
 ARCHITECTURES = ("LLaDAModelLM", "SDARForCausalLM")
 
@@ -98,7 +98,7 @@ class PlainModel(nn.Module):
     """The network; `forward` gives the logits of all positions that it computes.
 
     Args:
-        config: a config.json of one of `ARCHITECTURES`.
+        config: of a folder of one of `ARCHITECTURES`.
 
     Raises:
         ValueError: another architecture.
@@ -107,9 +107,10 @@ class PlainModel(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        architecture = (config.get("architectures") or ["none"])[0]
+        named = config.values.get("architectures")
+        architecture = named[0] if isinstance(named, list) and named else None
         if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"the plain loop knows {' and '.join(ARCHITECTURES)}, not "
@@ -117,17 +118,18 @@ class PlainModel(nn.Module):
             )
         self.is_llada = architecture == "LLaDAModelLM"
         self.shape = shape = _llada_shape(config) if self.is_llada else _shape(config)
-        self.mask_id: int = config["mask_token_id"]
-        self.eos_id: int = config["eos_token_id"]
-        self.block_length: int | None = config.get("block_size")
-        eps = config["rms_norm_eps"]
+        self.mask_id = config.token_id("mask_token_id")
+        self.eos_id = config.token_id("eos_token_id")
+        has_blocks = config.has("block_size")
+        self.block_length = config.size("block_size") if has_blocks else None
+        eps = config.number("rms_norm_eps")
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(
             _Layer(shape, eps, not self.is_llada) for _ in range(shape.layers)
         )
         self.norm = nn.RMSNorm(shape.width, eps=eps)
         self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
-        self.base = float(config["rope_theta"])
+        self.base = config.number("rope_theta")
         # What `engine.Counts` has by these names.
         self.rows = self.pairs = self.head_rows = self.forwards = 0
 
@@ -137,18 +139,21 @@ class PlainModel(nn.Module):
 
         Args:
             length: most positions of a row.
+
+        Raises:
+            ValueError: its files are missing, or do not fit together.
         """
-        folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with torch.device("meta"):
-            model = cls(config)
-        weights: dict[str, Tensor] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(path)
+            model = cls(Config(folder))
+        weights = read_all_weights(folder)
         own = {}
         for name, _ in model.named_parameters():
             theirs = name if name.startswith("lm_head") else f"model.{name}"
-            own[name] = weights[llada_name(theirs) if model.is_llada else theirs]
+            theirs = llada_name(theirs) if model.is_llada else theirs
+            if theirs not in weights:
+                raise BadFile(WEIGHTS, folder, f"they have no tensor {theirs!r}")
+            own[name] = weights[theirs]
+        check_weights(own, model, folder)
         model.load_state_dict(
             {name: weight.to(dtype) for name, weight in own.items()}, assign=True
         )
@@ -196,27 +201,28 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def _shape(config: dict[str, Any]) -> Shape:
-    heads = config["num_attention_heads"]
+def _shape(config: Config) -> Shape:
+    heads = config.size("num_attention_heads")
+    width = config.size("hidden_size")
     return Shape(
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
+        width=width,
+        layers=config.layers("num_hidden_layers"),
         heads=heads,
-        kv_heads=config["num_key_value_heads"],
-        mlp=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        kv_heads=config.size("num_key_value_heads"),
+        mlp=config.size("intermediate_size"),
+        vocabulary=config.size("vocab_size"),
+        head_dim=config.size("head_dim") if config.has("head_dim") else width // heads,
     )
 
 
-def _llada_shape(config: dict[str, Any]) -> Shape:
-    width, heads = config["d_model"], config["n_heads"]
+def _llada_shape(config: Config) -> Shape:
+    width, heads = config.size("d_model"), config.size("n_heads")
     return Shape(
         width=width,
-        layers=config["n_layers"],
+        layers=config.layers("n_layers"),
         heads=heads,
-        kv_heads=config.get("n_kv_heads") or heads,
-        mlp=config["mlp_hidden_size"],
-        vocabulary=config.get("embedding_size") or config["vocab_size"],
+        kv_heads=config.size("n_kv_heads", "n_heads"),
+        mlp=config.size("mlp_hidden_size"),
+        vocabulary=config.size("embedding_size", "vocab_size"),
         head_dim=width // heads,
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dlm.files import replacing
+
 Result = Mapping[str, Any]
 
 PLAIN = "plain"
@@ -125,8 +127,9 @@ def plot(cells: Sequence[Result], path: Path) -> None:
     if judged:
         axes[1].set(xlabel="tokens per forward", ylabel="accuracy, %")
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        # The new file's name has no ending to tell the format by.
+        figure.savefig(part, dpi=150, format=path.suffix[1:] or "png")
 
 
 def _by_line(cells: Sequence[Result]) -> dict[str, list[Result]]:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 from vllm_dlm.aliases import resolve
 from vllm_dlm.bench.checkpoints import write_random
 from vllm_dlm.bench.shapes import RandomModel, Shape
+from vllm_dlm.files import parse_json, read_lines
 
 BUILT_IN = "llada-tiny"
 
@@ -171,14 +171,22 @@ def _read_prompts(
     from vllm.tokenizers import get_tokenizer
 
     tokenizer = get_tokenizer(resolve(model))
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    records = [json.loads(line) for line in lines[:num]]
-    for number, record in enumerate(records, 1):
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(read_lines(path, "prompts (--prompts)"), 1):
+        if len(records) == num:
+            break
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError:
+            record = None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ValueError(
                 f"--prompts {path}, line {number}: expected an object with a `prompt` "
                 "and perhaps an `answer`, both texts"
             )
+        records.append(record)
     if len(records) < num:
         raise ValueError(
             f"--prompts {path} has {len(records)} prompts; --requests {num} needs more"

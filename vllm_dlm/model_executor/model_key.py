@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_dlm.files import open_file
+
 _SHAPE_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -49,8 +51,8 @@ def weights_digest(folder: Path) -> str:
     """32 hex digits of the weight files in a folder, read in part."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name}:{file.stat().st_size};".encode())
-        with file.open("rb") as stream:
+        with open_file(file, "weights") as stream:
+            digest.update(f"{file.name}:{file.stat().st_size};".encode())
             # The header names every tensor; the head of the data tells
             # fine-tunes of one shape apart without reading gigabytes.
             digest.update(stream.read(1 << 20))

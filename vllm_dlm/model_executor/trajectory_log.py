@@ -43,7 +43,9 @@ class TrajectoryLog:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = PATTERN.replace("*", f"{stamp}-{secrets.token_hex(4)}")
         path = Path(folder).expanduser() / name
-        self._file = path.open("a", encoding="utf-8")
+        # Prompts and texts of users: for nobody else to read, whatever the umask is.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        self._file = open(os.open(path, flags, 0o600), "w", encoding="utf-8")  # noqa: SIM115
 
     def add(self, slot: int) -> None:
         """Write the line of a request that is admitted, or admitted again."""

@@ -250,7 +250,7 @@ def _problem_of(table: TrigramTable) -> str:
     within[table.firsts[:-1][table.firsts[:-1] < len(within)]] = False
     if (np.diff(table.seconds, prepend=-1) <= 0)[within].any():
         return "seconds: expected ascending ids in each row"
-    if not len(table.starts) == len(table.seconds) + 1 or not _are_bounds(
+    if len(table.starts) != len(table.seconds) + 1 or not _are_bounds(
         table.starts, len(table.tokens)
     ):
         return "starts: expected ascending bounds of each pair's tokens"

@@ -161,11 +161,17 @@ class Filter:
                 problem = f"{name}: expected up to {_MOST_TEXT} printable characters"
         if problem:
             raise BadFile(_WHAT, path, problem)
+        w1, b1, w2, b2 = (tensors[name].float() for name in _WEIGHTS)
         return cls(
-            *(tensors[name].float() for name in _WEIGHTS),
+            w1,
+            b1,
+            w2,
+            b2,
             threshold=threshold,
+            model_key=texts["model_key"],
+            cache=texts["cache"],
+            source=texts["source"],
             false_positive_rate=rate,
-            **texts,
         )
 
     @classmethod
@@ -204,8 +210,8 @@ class Filter:
 
 
 load_filter = remembered(Filter.load)
-"""`Filter.load`, which reads a file again only when it has changed: a server looks at its
-filter for each request that names other parameters. The tensors are shared."""
+"""`Filter.load`, which reads a file again only when it has changed: a server looks at
+its filter for each request that names other parameters. The tensors are shared."""
 
 
 def describe(path: str | Path) -> str:

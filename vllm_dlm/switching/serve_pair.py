@@ -132,7 +132,7 @@ def _json_object(text: str) -> dict[str, Any]:
     """An argparse type."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not {_JSON}: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not {_JSON} but {type(value).__name__}")

@@ -8,20 +8,20 @@ change with what follows, and a served drafter keeps its keys and values.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
+from vllm_dlm.files import BadFile, write_json
 from vllm_dlm.model_executor.models.sdar_config import SDARConfig
+from vllm_dlm.model_folders import WEIGHTS, Config, check_weights
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.export import (
     decoder_config,
     export_like,
     write_folder,
-    write_json,
 )
 from vllm_dlm.training.modeling import INIT_STD, LLaDAShape
 
@@ -90,11 +90,20 @@ def make_block_causal(shape: LLaDAShape, block_length: int) -> BlockCausalModel:
 
 
 def load_block_causal(model_dir: str | Path) -> BlockCausalModel:
-    """Load a folder in the layout of SDAR, TraDo or TDAR for training."""
+    """Load a folder in the layout of SDAR, TraDo or TDAR for training.
+
+    Raises:
+        ValueError: weights are missing, or are not finite.
+    """
     config = SDARConfig.from_pretrained(model_dir, name_or_path=str(model_dir))
-    network = Qwen3ForCausalLM.from_pretrained(
-        model_dir, config=config, dtype=torch.float32
+    network, info = Qwen3ForCausalLM.from_pretrained(
+        model_dir, config=config, dtype=torch.float32, output_loading_info=True
     )
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random ones.
+        reason = f"{len(missing)} tensors are missing, such as {missing[0]}"
+        raise BadFile(WEIGHTS, model_dir, reason)
+    check_weights(network.state_dict(), network, model_dir)
     return BlockCausalModel(network.eval())
 
 
@@ -110,10 +119,9 @@ def export_block_causal_like(
     """Write new weights of a model; all else as in the folder it was loaded from."""
     export_like(_tensors(model), source, output_dir)
     # The block length may have been a part of the old folder's name.
-    file = Path(output_dir) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["block_size"] = model.config.dlm_block_length
-    write_json(file, config)
+    config = Config(output_dir)
+    block_length = model.config.dlm_block_length
+    write_json(config.path, config.values | {"block_size": block_length})
 
 
 def make_sdar_config(shape: LLaDAShape, block_length: int) -> dict[str, object]:

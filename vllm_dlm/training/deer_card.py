@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from vllm_dlm.aliases import resolve
+from vllm_dlm.files import write_text
 from vllm_dlm.training.acceptance import Acceptance, measure_acceptance
 from vllm_dlm.training.block_causal import BlockCausalModel
 from vllm_dlm.training.cards import (
@@ -30,6 +29,7 @@ from vllm_dlm.training.deer_data import (
 )
 from vllm_dlm.training.drafters import load_drafter
 from vllm_dlm.training.llama_modeling import answer_greedy, load_llama
+from vllm_dlm.training.progress import CHECKPOINT, read_progress
 from vllm_dlm.training.teacher import (
     Answered,
     end_token_ids,
@@ -37,6 +37,7 @@ from vllm_dlm.training.teacher import (
     load_causal_lm,
     load_prompts,
     load_tokenizer,
+    read_answers,
 )
 
 TARGET = "llama-tiny"
@@ -101,8 +102,8 @@ def write_card(args: argparse.Namespace) -> str:
     if isinstance(network, BlockCausalModel):
         block = network.config.dlm_block_length
         layout, attention = "SDAR", f"block-causal, blocks of {block} tokens"
-    state = torch.load(folder / "training.pt", weights_only=True)
-    kept = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    state = read_progress(folder / CHECKPOINT)
+    kept = read_answers(folder / "answers.json")
     target = load_causal_lm(args.target, args.device)
     if args.prompts is None:
         prompts = held_out_prompts(args.num_problems)
@@ -129,7 +130,7 @@ def write_card(args: argparse.Namespace) -> str:
     if args.prompts is not None:
         command += f" --prompts {Path(args.prompts).name}"
     shape = network.shape
-    steps = state["step"]
+    steps = state.step
     card = HEAD.format(
         pipeline="",
         tags=f"diffusion-language-model, masked-diffusion, {layout.lower()}, "
@@ -151,14 +152,14 @@ def write_card(args: argparse.Namespace) -> str:
         measured_on="held-out problems" if args.prompts is None else "kept prompts",
         megabytes=megabytes(folder),
         millions=millions(network),
-        minutes=state["seconds"] / 60,
+        minutes=state.seconds / 60,
         mlp=shape.mlp_hidden_size,
         num_problems=len(prompts),
-        num_prompts=len(kept["prompts"]),
+        num_prompts=len(kept.prompts),
         refining=steps - round(STAGE_ONE_SHARE * steps),
         rows=BATCH_ROWS,
         rows_of_table="\n".join(lines),
-        seed=state["seed"],
+        seed=state.seed,
         source="llada-tiny's tasks, no held-out question"
         if args.prompts is None
         else Path(args.prompts).name,
@@ -166,7 +167,7 @@ def write_card(args: argparse.Namespace) -> str:
         target=args.target,
         width=shape.d_model,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ Both map token ids and a mask of valid places to logits.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -15,6 +14,7 @@ from typing import TypeAlias
 import torch
 
 from vllm_dlm.aliases import resolve
+from vllm_dlm.model_folders import Config
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.block_causal import (
     BlockCausalModel,
@@ -125,15 +125,15 @@ def load_drafter(name: str | Path) -> Drafter:
             f"drafter {name}: there is no {folder / 'config.json'}; expected a folder "
             "in the layout of LLaDA or SDAR"
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    layout = config.get("model_type")
+    config = Config(folder)
+    layout = config.values.get("model_type")
     try:
         if layout == "sdar":
             network = load_block_causal(folder)
             return Drafter(network, network.config.mask_token_id)
         if layout == "llada":
-            return Drafter(load_model(folder), config["mask_token_id"])
-    except OSError as error:
+            return Drafter(load_model(folder), config.token_id("mask_token_id"))
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"drafter {name}: {error}; expected its weights in model.safetensors, "
             "which may be in several files in SDAR's layout only"

@@ -209,17 +209,35 @@ def evaluate_served(
 
 
 def load_model(model_dir: str | Path) -> LLaDAModel:
-    """Load an exported model for evaluation."""
-    import json
+    """Load an exported model for evaluation.
 
-    from safetensors.torch import load_file
-
+    Raises:
+        ValueError: its files are missing, or do not fit together.
+    """
+    from vllm_dlm.model_folders import (
+        Config,
+        check_room,
+        check_weights,
+        read_weights,
+    )
     from vllm_dlm.training.modeling import LLaDAShape
 
-    model_dir = Path(model_dir)
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    fields = LLaDAShape.__dataclass_fields__
-    shape = LLaDAShape(**{name: config[name] for name in fields})
+    config = Config(model_dir)
+    shape = LLaDAShape(
+        vocab_size=config.size("vocab_size"),
+        d_model=config.size("d_model"),
+        n_layers=config.layers("n_layers"),
+        n_heads=config.size("n_heads"),
+        mlp_hidden_size=config.size("mlp_hidden_size"),
+        rope_theta=config.number("rope_theta"),
+        rms_norm_eps=config.number("rms_norm_eps"),
+        max_sequence_length=config.size("max_sequence_length"),
+    )
+    file = Path(model_dir) / "model.safetensors"
+    tensors = read_weights(file)
+    check_room(shape.num_parameters, tensors, config)
     model = LLaDAModel(shape)
-    model.load_state_dict(load_file(model_dir / "model.safetensors"))
+    check_weights(tensors, model, file)
+    names = model.state_dict()
+    model.load_state_dict({name: tensors[name] for name in names})
     return model.eval()

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_dlm.files import open_file, replacing, write_json
+from vllm_dlm.tensor_files import write_safetensors
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
 
@@ -25,13 +25,17 @@ def export_like(
 ) -> None:
     """Write new weights of a model; all else as in the folder it was loaded from."""
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     for file in Path(source).iterdir():
         is_text = file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
         # Weights in several files have an index; these will be in one.
         is_text = is_text and not file.name.endswith(".index.json")
         if is_text and file.resolve() != (output_dir / file.name).resolve():
-            shutil.copyfile(file, output_dir / file.name)
+            with (
+                open_file(file, "model's file") as content,
+                replacing(output_dir / file.name) as part,
+                part.open("wb") as copy,
+            ):
+                shutil.copyfileobj(content, copy)
     _write_weights(output_dir, tensors)
 
 
@@ -42,7 +46,6 @@ def write_folder(
 ) -> None:
     """Write float32 weights, config.json and the built-in models' tokenizer."""
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     _write_weights(output_dir, tensors)
     write_json(output_dir / "config.json", config)
     generation = {
@@ -124,15 +127,5 @@ def decoder_config(shape: LLaDAShape) -> dict[str, object]:
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    weights = folder / "model.safetensors"
-    contiguous = {
-        name: tensor.detach().float().contiguous() for name, tensor in tensors.items()
-    }
-    save_file(contiguous, weights, metadata={"format": "pt"})
-    # safetensors leaves the file readable by its owner only.
-    weights.chmod(0o644)
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write an indented JSON object."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    floats = {name: tensor.detach().float() for name, tensor in tensors.items()}
+    write_safetensors(folder / "model.safetensors", floats, {"format": "pt"})

@@ -6,8 +6,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import torch
-
+from vllm_dlm.files import write_text
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.cards import (
@@ -19,6 +18,7 @@ from vllm_dlm.training.cards import (
 )
 from vllm_dlm.training.evaluation import evaluate_model, load_model
 from vllm_dlm.training.modeling import LLaDAModel
+from vllm_dlm.training.progress import CHECKPOINT, read_progress
 
 # (canvas, tokens per step) of the columns of the accuracy table.
 SETTINGS = ((64, 1), (256, 1), (64, 2), (64, 4), (64, 8))
@@ -96,7 +96,7 @@ def write_card(model_dir: str | Path, num_problems: int, padding_weight: float) 
     """
     model_dir = Path(model_dir)
     model = load_model(model_dir)
-    state = torch.load(model_dir / "training.pt", weights_only=True)
+    state = read_progress(model_dir / CHECKPOINT)
     per_task = max(1, num_problems // len(tiny_tasks.TASKS))
     accuracy = _accuracy_table(model, per_task)
     shape = model.shape
@@ -117,19 +117,19 @@ def write_card(model_dir: str | Path, num_problems: int, padding_weight: float) 
         max_letters=tiny_tasks.MAX_LETTERS,
         min_names=tiny_tasks.MIN_NAMES,
         max_names=tiny_tasks.MAX_NAMES,
-        minutes=state["seconds"] / 60,
+        minutes=state.seconds / 60,
         mlp=shape.mlp_hidden_size,
         names=len(tiny_tasks.NAMES),
         num_problems=per_task * len(tiny_tasks.TASKS),
         padding_weight=padding_weight,
         parts=tiny_tasks.HELD_OUT_PARTS,
         per_task=per_task,
-        seed=state["seed"],
-        steps=state["step"],
+        seed=state.seed,
+        steps=state.step,
         vocabulary=len(tiny_tokenizer.VOCABULARY),
         width=shape.d_model,
     )
-    (model_dir / "README.md").write_text(card, encoding="utf-8")
+    write_text(model_dir / "README.md", card)
     return accuracy
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vllm_dlm.files import write_text
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.cards import (
@@ -32,6 +33,7 @@ from vllm_dlm.training.llama_modeling import (
     decode_greedy,
     load_llama,
 )
+from vllm_dlm.training.progress import CHECKPOINT, read_progress
 from vllm_dlm.training.teacher import Answered
 
 _CARD = """\
@@ -96,7 +98,7 @@ def write_card(
     """
     model_dir = Path(model_dir)
     model = load_llama(model_dir)
-    state = torch.load(model_dir / "training.pt", weights_only=True)
+    state = read_progress(model_dir / CHECKPOINT)
     per_task = max(1, num_problems // len(tiny_tasks.TASKS))
     shape = model.shape
     is_target = name == "llama-tiny"
@@ -132,7 +134,7 @@ def write_card(
         layers=shape.n_layers,
         megabytes=megabytes(model_dir),
         millions=millions(model),
-        minutes=state["seconds"] / 60,
+        minutes=state.seconds / 60,
         mlp=shape.mlp_hidden_size,
         name=name,
         num_problems=per_task * len(tiny_tasks.TASKS),
@@ -140,15 +142,15 @@ def write_card(
         per_task=per_task,
         purpose=purpose,
         rows=BATCH_ROWS,
-        seed=state["seed"],
-        steps=state["step"],
+        seed=state.seed,
+        steps=state.step,
         width=shape.d_model,
     )
     if is_target:
         table = _exit_table(model, num_problems)
         tables += "\n\n" + table
         card += _EXITS.format(exits=table)
-    (model_dir / "README.md").write_text(card, encoding="utf-8")
+    write_text(model_dir / "README.md", card)
     return tables
 
 

@@ -8,13 +8,13 @@ that layer hands on, as LayerSkip (arXiv 2404.16710) and DEL (arXiv 2504.05598) 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vllm_dlm.model_folders import Config, check_room, check_weights, read_weights
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 from vllm_dlm.training.export import decoder_config, write_folder
 from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
@@ -112,25 +112,32 @@ def export_llama(model: LlamaModel, output_dir: str | Path) -> None:
 
 
 def load_llama(model_dir: str | Path) -> LlamaModel:
-    """Load a folder that `export_llama` has written."""
-    from safetensors.torch import load_file
+    """Load a folder that `export_llama` has written.
 
-    model_dir = Path(model_dir)
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    Raises:
+        ValueError: its files are missing, or do not fit together.
+    """
+    config = Config(model_dir)
     shape = LLaDAShape(
-        vocab_size=config["vocab_size"],
-        d_model=config["hidden_size"],
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        mlp_hidden_size=config["intermediate_size"],
-        rope_theta=config["rope_theta"],
-        rms_norm_eps=config["rms_norm_eps"],
-        max_sequence_length=config["max_position_embeddings"],
+        vocab_size=config.size("vocab_size"),
+        d_model=config.size("hidden_size"),
+        n_layers=config.layers("num_hidden_layers"),
+        n_heads=config.size("num_attention_heads"),
+        mlp_hidden_size=config.size("intermediate_size"),
+        rope_theta=config.number("rope_theta"),
+        rms_norm_eps=config.number("rms_norm_eps"),
+        max_sequence_length=config.size("max_position_embeddings"),
     )
+    file = Path(model_dir) / "model.safetensors"
+    tensors = read_weights(file)
+    check_room(shape.num_parameters, tensors, config)
     model = LlamaModel(shape)
-    tensors = load_file(model_dir / "model.safetensors")
-    names = model.network.state_dict()
-    model.network.load_state_dict({name: tensors[_llama_name(name)] for name in names})
+    names = {name: _llama_name(name) for name in model.network.state_dict()}
+    ours = {
+        name: tensors[theirs] for name, theirs in names.items() if theirs in tensors
+    }
+    check_weights(ours, model.network, file)
+    model.network.load_state_dict(ours)
     return model.eval()
 
 

@@ -163,46 +163,47 @@ def run_steps(
         scale: Factor of the learning rates.
 
     Raises:
-        ValueError: the checkpoint is of another seed or network.
+        ValueError: the checkpoint is damaged, or of another seed or network.
     """
     import torch
     from tqdm import tqdm
 
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = output_dir / "training.pt"
+    from vllm_dlm.training.progress import (
+        CHECKPOINT,
+        Progress,
+        read_progress,
+        write_progress,
+    )
+
+    checkpoint = Path(output_dir) / CHECKPOINT
     optimizers = make_optimizers(model, scale)
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, seconds, steps = 0, 0.0, options.steps
     if options.resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["seed"] != options.seed:
+        state = read_progress(checkpoint)
+        if state.seed != options.seed:
             raise ValueError(
-                f"{checkpoint} has seed {state['seed']}, not {options.seed}; use "
+                f"{checkpoint} has seed {state.seed}, not {options.seed}; use "
                 "another folder, or --no-resume to start anew"
             )
         try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:
+            state.restore(checkpoint, model, optimizers)
+        except ValueError as error:
             raise ValueError(
-                f"{checkpoint} is of another network; use another folder, or "
-                "--no-resume to start anew"
+                f"{checkpoint} is of another network, or damaged ({error}); use "
+                "another folder, or --no-resume to start anew"
             ) from error
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
+        step, seconds = state.step, state.seconds
 
     def save() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-            "seconds": seconds + time.monotonic() - started,
-            "seed": options.seed,
-        }
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, checkpoint)
+        state = Progress(
+            model=model.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            step=step,
+            seconds=seconds + time.monotonic() - started,
+            seed=options.seed,
+        )
+        write_progress(checkpoint, state)
 
     started = last_save = time.monotonic()
     compile_model = options.compile_model

@@ -31,6 +31,12 @@ class LLaDAShape:
     rms_norm_eps: float = 1e-5
     max_sequence_length: int = 1024
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole network, norms apart."""
+        layer = 4 * self.d_model**2 + 3 * self.d_model * self.mlp_hidden_size
+        return 2 * self.vocab_size * self.d_model + self.n_layers * layer
+
 
 class LLaDABlock(nn.Module):
     """One layer: attention over the whole row, then SwiGLU."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_dlm.arguments import output_folder
+from vllm_dlm.files import write_text
 from vllm_dlm.training.loop import LoopOptions, prepare
 from vllm_dlm.training.specdec_data import (
     BATCH_ROWS,
@@ -299,7 +300,7 @@ def train(
         mean_label=quality.mean_label,
         ranking=100 * quality.ranking,
     )
-    (file.parent / "README.md").write_text(card, encoding="utf-8")
+    write_text(file.parent / "README.md", card)
     print(f"Saved {file}")
     return quality
 

@@ -7,12 +7,14 @@ of prompts, the built-in tasks are asked, which needs the built-in tokenizer.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
+from pydantic import BaseModel, FailFast, Field, model_validator
+
+from vllm_dlm.files import MIB, parse_json, read_json, read_lines, write_json
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 
@@ -129,18 +131,15 @@ def load_prompts(
 
 
 def _read_texts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"there is no file of prompts {path}")
-    lines = path.read_text(encoding="utf-8").splitlines()
     texts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "prompts"), 1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            texts.append(line)
+            texts.append(line.rstrip("\n"))
             continue
         try:
-            texts.append(str(json.loads(line)["prompt"]))
+            texts.append(str(parse_json(line)["prompt"]))
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected an object with the key "prompt"'
@@ -205,6 +204,39 @@ def generate_answers(
     return Answered(prompts, answers)
 
 
+_Texts = Annotated[
+    list[Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]], FailFast()
+]
+
+
+class RecordedAnswers(BaseModel):
+    """The file of `recorded_answers`."""
+
+    made_with: dict[str, Any]
+    """The arguments that the answers depend on."""
+    prompts: _Texts
+    """Token ids."""
+    answers: _Texts
+    """Of the prompts, in their order."""
+
+    @model_validator(mode="after")
+    def _check_count(self) -> Self:
+        if len(self.prompts) != len(self.answers):
+            raise ValueError(
+                f"answers: {len(self.answers)} of them for {len(self.prompts)} prompts"
+            )
+        return self
+
+
+def read_answers(file: Path) -> RecordedAnswers:
+    """What `recorded_answers` kept.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    return read_json(file, "recorded answers", RecordedAnswers, 4096 * MIB)
+
+
 def recorded_answers(
     file: Path | None,
     model: PreTrainedModel,
@@ -243,18 +275,18 @@ def recorded_answers(
         "seed": seed,
         "temperature": temperature,
     }
-    if file is not None and reuse and file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["made_with"] == made_with:
-            return Answered(kept["prompts"], kept["answers"])
+    if file is not None and reuse and file.exists():
+        kept = read_answers(file)
+        if kept.made_with == made_with:
+            return Answered(kept.prompts, kept.answers)
     rows = load_prompts(prompts, load_tokenizer(name), num_prompts, seed)
     answered = generate_answers(
         model, rows, max_tokens=max_tokens, temperature=temperature, seed=seed
     )
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept = {"made_with": made_with, **asdict(answered)}
-        file.write_text(json.dumps(kept), encoding="utf-8")
+        # Token ids are text: what was asked and answered is not for everyone.
+        content = {"made_with": made_with, **asdict(answered)}
+        write_json(file, content, indent=None, private=True)
     return answered
 
 

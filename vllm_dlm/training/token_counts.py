@@ -10,7 +10,6 @@ that these count as what a model writes once per answer, not as the rarest of al
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_dlm.arguments import output_file
+from vllm_dlm.files import parse_json, read_lines
 from vllm_dlm.strategies.token_frequencies import save_frequencies
 
 BATCH_TEXTS = 256
@@ -159,22 +159,21 @@ def read_texts(paths: list[Path], field: str) -> Iterator[str]:
         size = sum(path.stat().st_size for path in paths)
         with tqdm(total=size, desc="counting", unit="B", unit_scale=True) as progress:
             for path in paths:
-                with path.open(encoding="utf-8") as lines:
-                    for number, line in enumerate(lines, 1):
-                        progress.update(len(line.encode()))
-                        if not line.strip():
-                            continue
-                        if path.suffix == ".jsonl":
-                            yield _field(line, field, f"{path}, line {number}")
-                        else:
-                            yield line  # with its line break: a token like others
+                for number, line in enumerate(read_lines(path, "texts"), 1):
+                    progress.update(len(line.encode()))
+                    if not line.strip():
+                        continue
+                    if path.suffix == ".jsonl":
+                        yield _field(line, field, f"{path}, line {number}")
+                    else:
+                        yield line  # with its line break: a token like others
     except OSError as error:
         raise ValueError(f"cannot read the texts: {error}") from error
 
 
 def _field(line: str, field: str, where: str) -> str:
     try:
-        return str(json.loads(line)[field])
+        return str(parse_json(line)[field])
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{where}: not a JSON object with a field {field!r}; --field names another"

@@ -7,10 +7,10 @@ the text back exactly.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from vllm_dlm.files import replacing, write_json, write_text
 from vllm_dlm.training.tasks import LETTERS, NAMES
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
@@ -126,7 +126,8 @@ def save_tokenizer(output_dir: str | Path) -> None:
         special_tokens=[(BOS, BOS_ID)],
     )
     output_dir = Path(output_dir)
-    tokenizer.save(str(output_dir / "tokenizer.json"))
+    with replacing(output_dir / "tokenizer.json") as part:
+        tokenizer.save(str(part))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -139,7 +140,5 @@ def save_tokenizer(output_dir: str | Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 1024,
     }
-    text = json.dumps(config, indent=2) + "\n"
-    (output_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    template = output_dir / "chat_template.jinja"
-    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_json(output_dir / "tokenizer_config.json", config)
+    write_text(output_dir / "chat_template.jinja", CHAT_TEMPLATE)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a training run has come: the checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+
+from vllm_dlm.files import BadFile, checked
+from vllm_dlm.model_folders import check_weights
+from vllm_dlm.tensor_files import read_checkpoint, write_checkpoint
+
+CHECKPOINT = "training.pt"
+"""In the folder of the model that is trained."""
+
+_WHAT = "training checkpoint"
+_MOST_BYTES = 1 << 40
+
+
+class Progress(BaseModel):
+    """What the file holds."""
+
+    model: dict[str, Any]
+    """State dict."""
+    optimizers: list[dict[str, Any]]
+    """State dicts."""
+    step: int = Field(ge=0)
+    """Steps that are done."""
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    """That they took, over all runs."""
+    seed: int
+
+    def restore(
+        self,
+        path: str | PathLike[str],
+        network: torch.nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+    ) -> None:
+        """Put a run into this state.
+
+        Args:
+            path: where this was read, for error messages.
+
+        Raises:
+            ValueError: it is of another network, or not all of it is finite.
+        """
+        check_weights(self.model, network, path, _WHAT)
+        try:
+            network.load_state_dict(self.model)
+            for optimizer, saved in zip(optimizers, self.optimizers, strict=True):
+                optimizer.load_state_dict(saved)
+        except (ValueError, LookupError, RuntimeError, TypeError) as error:
+            raise BadFile(_WHAT, path, error) from None
+        states = [each.state for each in optimizers]
+        for name, value in _tensors(states, "optimizers"):
+            if value.is_floating_point() and not value.isfinite().all():
+                raise BadFile(_WHAT, path, f"{name}: it holds NaN or infinite values")
+
+
+def read_progress(path: str | PathLike[str]) -> Progress:
+    """Read a checkpoint, onto the CPU.
+
+    Raises:
+        ValueError: there is none, or it is no checkpoint of a training run.
+    """
+    state = read_checkpoint(path, _WHAT, _MOST_BYTES)
+    try:
+        return checked(Progress, state)
+    except ValueError as error:
+        raise BadFile(_WHAT, path, error) from None
+
+
+def write_progress(path: str | PathLike[str], progress: Progress) -> None:
+    """Write a checkpoint; a reader sees the old one or the new one, never half."""
+    write_checkpoint(path, dict(progress))
+
+
+def _tensors(value: Any, name: str) -> list[tuple[str, torch.Tensor]]:
+    """All tensors in nested dicts and lists, each with a name."""
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    if not isinstance(value, dict | list | tuple):
+        return []
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return [found for key, part in parts for found in _tensors(part, f"{name}.{key}")]
