@@ -192,6 +192,11 @@ def resolve(
     )
 
 
+def is_built_in(model: str) -> bool:
+    """Whether a folder, as `resolve` returns it, is that of a built-in model."""
+    return any(alias.built_in and alias.path == model for alias in ALIASES.values())
+
+
 def local_folder(name: str) -> str | None:
     """Folder of an alias's model on this machine, or None; asks no network."""
     alias = ALIASES[name]

@@ -66,6 +66,7 @@ def _make_platform_class() -> "type[CpuPlatform]":
             """Runs while the config is validated, also without `EngineArgs`."""
             _apply_patches()
             super().check_and_update_config(vllm_config)
+            _fit_built_in_model(vllm_config)
 
         @classmethod
         def register_custom_kv_cache_specs(
@@ -96,6 +97,20 @@ def _make_platform_class() -> "type[CpuPlatform]":
     # Pickles of the platform refer to it by name.
     DlmCpuPlatform.__qualname__ = "DlmCpuPlatform"
     return DlmCpuPlatform
+
+
+def _fit_built_in_model(vllm_config: "VllmConfig") -> None:
+    """Let a built-in autoregressive model start where others hold memory.
+
+    Diffusion models have been here already, by their config hook.
+    """
+    from vllm_dlm.aliases import is_built_in
+
+    model_config = vllm_config.model_config
+    if model_config is not None and is_built_in(model_config.model):
+        from vllm_dlm.model_executor.cpu_memory import size_kv_cache
+
+        size_kv_cache(vllm_config)
 
 
 def _apply_patches() -> None:

@@ -153,7 +153,7 @@ class Results:
             "environments": [],
             "cells": [],
         }
-        if path is not None and path.exists():
+        if path is not None and os.path.lexists(path):
             if not resume:
                 raise ValueError(
                     f"--json {path} exists: pass --resume to go on with it, or "

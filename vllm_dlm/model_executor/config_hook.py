@@ -10,16 +10,15 @@ one whole prompt plus canvas, for the others KV pages made of whole blocks.
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING
 
-import psutil
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_dlm.config import DlmConfig
 from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_executor.cpu_memory import size_kv_cache
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.request import check_strategy, refuse_server_options
 from vllm_dlm.request_config import resolve, server_config
@@ -114,7 +113,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
         vllm_config.attention_config.use_non_causal = True
         if current_platform.is_cpu():
-            _size_cpu_kv_cache(vllm_config)
+            size_kv_cache(vllm_config)
 
 
 def _drop_penalties(model_config: ModelConfig) -> None:
@@ -271,42 +270,3 @@ def _choose_causal_backend(vllm_config: VllmConfig) -> None:
     if current_platform.is_cuda_alike() and attention.backend is None:
         logger.info("Using the attention backend TRITON_ATTN: rows differ in causality")
         attention.backend = AttentionBackendEnum.TRITON_ATTN
-
-
-CPU_PAGE = 128
-"""Tokens in a KV page on a CPU, unless the user says; set after this hook has run."""
-
-
-def _size_cpu_kv_cache(vllm_config: VllmConfig) -> None:
-    """Take what the requests can use, not 92 % of the machine's memory.
-
-    vLLM's default for a CPU is a share of all memory, and it refuses to start where
-    neighbours hold some of it.
-    """
-    cache, model_config = vllm_config.cache_config, vllm_config.model_config
-    default = type(cache).__pydantic_fields__["gpu_memory_utilization"].default
-    if (
-        cache.kv_cache_memory_bytes is not None
-        or cache.gpu_memory_utilization != default
-        or "VLLM_CPU_KVCACHE_SPACE" in os.environ
-    ):
-        return
-    parallel = vllm_config.parallel_config
-    token_bytes = (
-        2
-        * model_config.get_num_layers(parallel)
-        * model_config.get_num_kv_heads(parallel)
-        * model_config.get_head_size()
-        * model_config.dtype.itemsize
-    )
-    # Whole pages, and the one that vLLM keeps for itself.
-    page = cache.block_size if cache.user_specified_block_size else CPU_PAGE
-    pages = -(-model_config.max_model_len // page)
-    tokens = (vllm_config.scheduler_config.max_num_seqs * pages + 1) * page
-    share = psutil.virtual_memory().available // (2 * parallel.tensor_parallel_size)
-    cache.kv_cache_memory_bytes = min(tokens * token_bytes, share)
-    logger.info(
-        "KV cache: %.2f GiB, enough for %d tokens; --kv-cache-memory-bytes sets it.",
-        cache.kv_cache_memory_bytes / 2**30,
-        cache.kv_cache_memory_bytes // token_bytes,
-    )

@@ -110,7 +110,12 @@ def _engine_args(
     defaults: dict[str, Any] = {"served_model_name": [name]}
     sized = ("gpu_memory_utilization", "kv_cache_memory_bytes")
     legacy_size = current_platform.is_cpu() and os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if not legacy_size and all(options.get(key) is None for key in sized):
+    # On a CPU, built-in models take what their requests can use (`cpu_memory.py`).
+    fits_itself = current_platform.is_cpu() and aliases.is_built_in(
+        aliases.resolve(name)
+    )
+    is_sized = any(options.get(key) is not None for key in sized)
+    if not legacy_size and not fits_itself and not is_sized:
         share = defaults["gpu_memory_utilization"] = MEMORY_SHARES[model]
         logger.info(
             "The %s engine gets %d %% of the memory; set %s in its options for another "
