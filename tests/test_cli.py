@@ -303,3 +303,11 @@ def test_doctor_names_what_this_vllm_lacks(monkeypatch, capsys):
     assert found.count("BAD patched") == 2
     for name in ("cpu_triton_utils:_expand_kernel_impl", "._bookkeeping_sync"):
         assert f"{name}, which vLLM" in found
+
+
+def test_models_command_with_a_damaged_checkpoint(capsys, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("[")
+    damaged = {"dream": str(tmp_path)}
+    monkeypatch.setattr(aliases, "local_folder", damaged.get)
+    assert cli.main(["models"]) == 0
+    assert "its config.json cannot be read" in capsys.readouterr().out

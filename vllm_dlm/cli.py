@@ -319,7 +319,10 @@ def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
         return "autoregressive", "", ""
     config_class = plugin.load(plugin.HF_CONFIGS[family.model_type])
     if folder is not None:
-        config = config_class.from_pretrained(folder, name_or_path=folder)
+        try:
+            config = config_class.from_pretrained(folder, name_or_path=folder)
+        except (OSError, ValueError, TypeError):
+            return "its config.json cannot be read", "", ""
     else:
         known = {"architectures": [family.architecture]}
         config = config_class.from_dict(known, name_or_path=alias.target)

@@ -268,3 +268,26 @@ def test_registered_with_bounds():
     assert numeric_fields(Learn2PDParams) == ["threshold"]
     with pytest.raises(ValidationError):
         Learn2PDParams(threshold=1.0)
+
+
+def test_admission_reads_no_file_twice(tmp_path, monkeypatch):
+    """A client may name a block length that no filter fits, as often as it likes."""
+    from vllm_dlm.strategies import learn2pd_filter
+
+    STEEP.save(named := tmp_path / "named.safetensors")
+    for length in range(1, 60):
+        STEEP.save(tmp_path / "learn2pd" / f"b{length}-none.safetensors")
+    reads = []
+    read = learn2pd_filter.read_safetensors
+    monkeypatch.setattr(
+        learn2pd_filter,
+        "read_safetensors",
+        lambda path, *rest: reads.append(path) or read(path, *rest),
+    )
+    params = Learn2PDParams(filter=str(named))
+    context = replace(CPU, model=str(tmp_path))
+    for _ in range(5):
+        with pytest.raises(ValueError, match="length 8, not 4; available"):
+            Learn2PD.validate(params, 4, context)
+    assert len(reads) == len(set(reads))
+    assert len(reads) < 30, "not every file that there is"
