@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_dlm import trajectories
-from vllm_dlm.bench.cells import Results
+from vllm_dlm.bench.cells import Results, digest
 from vllm_dlm.files import (
     BadFile,
     make_folder,
@@ -40,6 +41,7 @@ from vllm_dlm.files import (
 )
 from vllm_dlm.model_executor.model_key import weights_digest
 from vllm_dlm.model_executor.traces import Traces
+from vllm_dlm.model_executor.trajectory_log import TrajectoryLog
 from vllm_dlm.spec_decode.specdec_pp import HEAD_FILE, AcceptanceHead
 from vllm_dlm.spec_decode.trigram_table import TrigramCounts, load_table, save_table
 from vllm_dlm.strategies.learn2pd_filter import Filter, load_filter
@@ -575,6 +577,14 @@ def test_json_of_another_kind(kind: str, text: str, tmp_path: Path) -> None:
     refuse(kind, path)
 
 
+def test_answers_are_of_the_vocabulary(tmp_path: Path) -> None:
+    KINDS["answers"].write(path := file_of("answers", tmp_path))
+    kept = read_answers(path)
+    kept.check_vocabulary(4, path)
+    with pytest.raises(BadFile, match="answers: 3 is outside the vocabulary of 3"):
+        kept.check_vocabulary(3, path)
+
+
 STEP = {"request": "r", "block": [0, 4], "step": 0, "writes": [[0, 3]]}
 
 
@@ -730,6 +740,13 @@ def test_private_folders(tmp_path: Path) -> None:
     assert mode_of(tmp_path / "filters") == 0o777
 
 
+def test_a_servers_log_is_private(tmp_path: Path) -> None:
+    with umask(0o000):
+        TrajectoryLog(SimpleNamespace(), str(tmp_path))  # type: ignore[arg-type]
+        TrajectoryLog(SimpleNamespace(), str(tmp_path))  # type: ignore[arg-type]
+    assert [mode_of(log) for log in tmp_path.iterdir()] == [0o600] * 2
+
+
 WRITERS, SAVES = 4, 100
 
 
@@ -881,6 +898,21 @@ def test_names_of_no_file(name: str) -> None:
         open_file(name, "test")
     with pytest.raises(BadFile):
         remembered(lambda path: open_file(path, "test"))(name)
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "a\0b", "/dev/zero", ""])
+def test_options_that_name_no_file_have_a_digest(text: str) -> None:
+    assert digest({"option": text}) != digest({"option": text + "."})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', "[" * 100_000])
+def test_damaged_tokenizers(content: str, tmp_path: Path) -> None:
+    from vllm_dlm.training.teacher import load_tokenizer
+
+    export(LLaDAModel(SHAPE), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=f"cannot load the tokenizer of {tmp_path}"):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "", "{"])

@@ -92,10 +92,11 @@ def _contents(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_contents(part) for part in value]
     if isinstance(value, (str, Path)):
-        path = Path(str(value).removeprefix("adapter:"))
-        if path.is_dir():
-            return weights_digest(path)
-        if path.is_file():
+        path = str(value).removeprefix("adapter:")
+        # Not every text may be a file's name: these say no where `Path` raises.
+        if os.path.isdir(path):
+            return weights_digest(Path(path))
+        if os.path.isfile(path):
             with open_file(path, "input") as file:
                 return file_digest(file, "sha256").hexdigest()
         return str(value)

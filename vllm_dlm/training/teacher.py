@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, FailFast, Field, model_validator
 
-from vllm_dlm.files import MIB, parse_json, read_json, read_lines, write_json
+from vllm_dlm.files import MIB, BadFile, parse_json, read_json, read_lines, write_json
 from vllm_dlm.training import tasks as tiny_tasks
 from vllm_dlm.training import tokenizer as tiny_tokenizer
 
@@ -43,8 +43,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(resolve(model))
-    except (OSError, KeyError) as error:
-        raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
+    except Exception as error:  # damaged files raise the tokenizers' own, of no class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot load the tokenizer of {model}: {reason}") from error
 
 
 def load_causal_lm(model: str, device: str = "cpu") -> PreTrainedModel:
@@ -67,10 +68,11 @@ def load_causal_lm(model: str, device: str = "cpu") -> PreTrainedModel:
         loaded = AutoModelForCausalLM.from_pretrained(
             resolve(model), dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # also those of damaged weights, of no common class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{model} is not an autoregressive model that transformers can load: "
-            f"{str(error).splitlines()[0]}"
+            f"{reason}"
         ) from error
     loaded = loaded.requires_grad_(False).eval()
     try:
@@ -204,6 +206,8 @@ def generate_answers(
     return Answered(prompts, answers)
 
 
+_RECORDED = "recorded answers"
+
 _Texts = Annotated[
     list[Annotated[list[Annotated[int, Field(ge=0)]], FailFast()]], FailFast()
 ]
@@ -227,6 +231,18 @@ class RecordedAnswers(BaseModel):
             )
         return self
 
+    def check_vocabulary(self, size: int, file: Path) -> None:
+        """Refuse ids from `size` on.
+
+        Raises:
+            ValueError: there is one; the message names the file.
+        """
+        for name, rows in (("prompts", self.prompts), ("answers", self.answers)):
+            largest = max((max(row, default=-1) for row in rows), default=-1)
+            if largest >= size:
+                reason = f"{name}: {largest} is outside the vocabulary of {size} tokens"
+                raise BadFile(_RECORDED, file, reason)
+
 
 def read_answers(file: Path) -> RecordedAnswers:
     """What `recorded_answers` kept.
@@ -234,7 +250,7 @@ def read_answers(file: Path) -> RecordedAnswers:
     Raises:
         ValueError: it is no such file.
     """
-    return read_json(file, "recorded answers", RecordedAnswers, 4096 * MIB)
+    return read_json(file, _RECORDED, RecordedAnswers, 4096 * MIB)
 
 
 def recorded_answers(
@@ -277,6 +293,7 @@ def recorded_answers(
     }
     if file is not None and reuse and file.exists():
         kept = read_answers(file)
+        kept.check_vocabulary(model.config.vocab_size, file)
         if kept.made_with == made_with:
             return Answered(kept.prompts, kept.answers)
     rows = load_prompts(prompts, load_tokenizer(name), num_prompts, seed)

@@ -130,7 +130,7 @@ def load_tokenizer(model: str) -> Any:
     register()  # tokenizers that checkpoints bring as code of their own
     try:
         return get_tokenizer(resolve(model))
-    except OSError as error:
+    except Exception as error:  # damaged files raise the tokenizers' own, of no class
         raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
 
 
