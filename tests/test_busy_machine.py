@@ -6,15 +6,22 @@ finds nine tenths of it taken.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+
+from vllm_dlm import aliases
+from vllm_dlm.engine_keys import SWITCHING
+from vllm_dlm.model_executor import cpu_memory
 
 if not current_platform.is_cpu():
     pytest.skip("how memory is measured on a CPU", allow_module_level=True)
@@ -70,6 +77,43 @@ try:
 except Exception as error:
     print("refused", "less than desired CPU memory" in str(error))
 """
+
+
+def cache_bytes(model: str, **options: Any) -> int | None:
+    """What an engine would take for keys and values; None leaves it to vLLM."""
+    args = EngineArgs(model=model, max_num_seqs=4, **options)
+    return args.create_engine_config().cache_config.kv_cache_memory_bytes
+
+
+DEER = {"method": "deer", "model": "deer-tiny"}
+
+
+def test_what_the_cache_takes(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    # Keys and values, 8 layers of 128 numbers in bfloat16; 4 requests of 8 pages of
+    # 128 tokens, and a page of vLLM's own.
+    plain = 2 * 8 * 128 * 2 * (4 * 8 + 1) * 128
+    assert cache_bytes("llama-tiny") == plain
+    drafted = cache_bytes("llama-tiny", speculative_config=DEER)
+    assert drafted is not None and drafted > plain  # the drafter has keys as well
+    # It is the user's where the user says, and vLLM's for other models.
+    assert cache_bytes("llama-tiny", gpu_memory_utilization=0.5) is None
+    assert cache_bytes("llama-tiny", kv_cache_memory_bytes=12345) == 12345
+    own = tmp_path / "own"
+    shutil.copytree(aliases.resolve("llama-tiny"), own)
+    assert cache_bytes(str(own)) is None
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert cache_bytes("llama-tiny") == 1 << 30
+
+
+def test_the_cache_leaves_half_of_what_is_free(monkeypatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(cpu_memory, "_free_bytes", lambda: 1 << 20)
+    assert cache_bytes("llama-tiny") == 1 << 19
+    assert cache_bytes("llada-tiny") == 1 << 19
+    # Two engines share one machine.
+    pair = {"additional_config": {SWITCHING: "small"}}
+    assert cache_bytes("llama-tiny", **pair) == 1 << 18
 
 
 def test_built_in_models_start_on_a_busy_machine(tmp_path: Path) -> None:
