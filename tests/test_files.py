@@ -821,6 +821,20 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == []
 
 
+def test_a_disk_that_is_full_when_it_is_asked(tmp_path: Path, monkeypatch) -> None:
+    """Some file systems take what they have no room for."""
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_text(path := tmp_path / "file", "old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_link_leads_where_it_did(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "goal")
     for text in ("one", "two"):

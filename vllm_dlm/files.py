@@ -100,7 +100,9 @@ def replacing(path: str | os.PathLike[str], *, private: bool = False) -> Iterato
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    _to_disk(goal.parent)
+    # Not every file system can do this with a folder, nor every user read it.
+    with contextlib.suppress(OSError):
+        _to_disk(goal.parent)
 
 
 def write_text(
@@ -147,11 +149,10 @@ def path_part(name: str, what: str) -> str:
 
 
 def _to_disk(path: Path) -> None:
+    """Wait until it is on the disk; some full disks say so only here."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # Not every file system can do this with a folder.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -279,7 +280,7 @@ def remembered(read: Callable[[Path], T]) -> Callable[[str | os.PathLike[str]], 
     """
 
     @lru_cache(maxsize=64)
-    def known(path: Path, stamp: tuple[int, ...] | None) -> T:
+    def known(path: Path, stamp: tuple[int, ...]) -> T:
         return read(path)
 
     def look(path: str | os.PathLike[str]) -> T:

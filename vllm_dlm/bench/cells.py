@@ -15,7 +15,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from vllm_dlm.files import checked, open_file, parse_json, read_text, write_json
 from vllm_dlm.model_executor.model_key import weights_digest
@@ -130,7 +130,7 @@ class _Stored(BaseModel):
     """The JSON file."""
 
     environments: list[dict[str, Any]]
-    cells: list[_StoredCell]
+    cells: Annotated[list[_StoredCell], FailFast()]
 
 
 class Results:
