@@ -7,15 +7,13 @@ plain dict), a request's as `SamplingParams.extra_args`; `request_config.py` mer
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -24,17 +22,15 @@ from pydantic import (
 )
 
 from vllm_dlm import trajectories
-from vllm_dlm.messages import explain, unknown
+from vllm_dlm.foreign_names import advice, plain
+from vllm_dlm.messages import LONGEST_QUOTE, OptionError, explain, first_field, unknown
 from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS
 from vllm_dlm.model_executor.cache import POLICIES, Cache, CachePolicy
-from vllm_dlm.option_types import Count, Number
+from vllm_dlm.option_types import BlockLength, Count, Number, Object, Stages
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
 EndOfText = Literal["off", "block", "token"]
-
-WHOLE_CANVAS = "canvas"
-"""A block length: the whole canvas is one block, as wide as `max_tokens`."""
 
 SERVER_ONLY = (
     "max_canvas",
@@ -62,51 +58,6 @@ PREFIX = "dlm_"
 """Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
 
 
-def read_json(value: Any) -> Any:
-    """Options that came as JSON text; what is no text is left as it is.
-
-    Raises:
-        ValueError: it is not JSON, or nested deeper than Python reads.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-
-
-def _check_block_length(value: Any) -> Any:
-    if value == WHOLE_CANVAS:
-        return value
-    try:
-        number = 0 if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = 0
-    if 1 <= number <= 1024 and number == int(number):
-        return int(number)
-    raise ValueError(
-        f"expected an integer from 1 to 1024 or {WHOLE_CANVAS!r}, got {value!r}"
-    )
-
-
-Text = Annotated[str, Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
-BlockLength = Annotated[int | Literal["canvas"], BeforeValidator(_check_block_length)]
-
-
-class ThinkCoarse(BaseModel):
-    """The option `tccf`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    trigger: Text = Field(
-        description="Text, or token ids, that ends the first stage (`</think>`)."
-    )
-    check: Text = Field(
-        description="Text, or token ids, that is put behind it for the model to go on."
-    )
-
-
 class DlmConfig(BaseModel):
     """Options of a server; a request may set those not in `SERVER_ONLY`."""
 
@@ -117,7 +68,7 @@ class DlmConfig(BaseModel):
         description="Decoding strategy: which masked positions are written in a step. "
         "`vllm-dlm strategies` lists them. Default: the model's own.",
     )
-    strategy_config: Annotated[dict[str, Any], BeforeValidator(read_json)] = Field(
+    strategy_config: Object = Field(
         default_factory=dict,
         description="The strategy's own parameters, as a JSON object; "
         "`vllm-dlm strategies NAME` lists them.",
@@ -146,7 +97,7 @@ class DlmConfig(BaseModel):
         "(dInfer, 2510.08666); `window` computes some positions from the first one on "
         "that is not final (Window-Diffusion, 2601.20332). docs/caches.md",
     )
-    cache_config: Annotated[dict[str, Any], BeforeValidator(read_json)] = Field(
+    cache_config: Object = Field(
         default_factory=dict,
         description="The cache policy's own parameters, as a JSON object: of "
         "`vicinity` look_back, look_ahead, warmup_steps; of `window` active_window, "
@@ -180,7 +131,7 @@ class DlmConfig(BaseModel):
         description="Least probability of an end-of-text token that counts for `eotp` "
         "before it is written; above 1 only written ones do.",
     )
-    tccf: Annotated[ThinkCoarse | None, BeforeValidator(read_json)] = Field(
+    tccf: Stages = Field(
         default=None,
         description="Think coarse, critic fine (TDAR, arXiv 2602.09555), of block-"
         "causal models: decode in blocks up to a `trigger` (`</think>`), write a "
@@ -306,60 +257,95 @@ def served_config(hf_config: Any) -> DlmConfig:
     return DlmConfig.model_validate(stored or {})
 
 
-def parse_params(strategy: str, values: Mapping[str, Any], *, where: str) -> Params:
+Names = Mapping[str, str]
+"""Option or parameter -> the name that somebody set it under, for messages."""
+
+
+def parse_params(
+    strategy: str, values: Mapping[str, Any], *, where: str, names: Names | None = None
+) -> Params:
     """Validate a strategy's parameters.
+
+    Args:
+        strategy: whose they are.
+        values: parameter -> value; None means "not set".
+        where: names the source in error messages.
+        names: of those that were set under another name.
 
     Raises:
         ValueError: unknown or wrong parameters; the message lists the valid ones.
     """
-    params = STRATEGIES[strategy].Params
+    params, names = STRATEGIES[strategy].Params, names or {}
     where = f"{where} (strategy {strategy!r})"
     given = {name: value for name, value in values.items() if value is not None}
     for name in given:
         if name not in params.model_fields:
-            hint = ""
+            hint = _hint(name)
             if name in DlmConfig.model_fields:
                 hint = (
                     "It is an option of every strategy: put it beside strategy_config."
                 )
-            raise ValueError(
-                f"{where}: {unknown(name, params.model_fields, hint=hint)}"
+            raise OptionError(
+                f"{where}: {unknown(name, params.model_fields, hint=hint)}",
+                names.get(name),
             )
     for name in numeric_fields(params):
         if isinstance(given.get(name), bool):
-            raise ValueError(f"{where}: {name}: expected a number, not a boolean")
+            set_as = names.get(name, name)
+            raise OptionError(
+                f"{where}: {set_as}: expected a number, not a boolean", set_as
+            )
     try:
         parsed = params.model_validate(given)
     except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error)}") from None
+        raise _explained(error, where, names) from None
     for name in numeric_fields(params):
         if abs(getattr(parsed, name)) > LARGEST_NUMBER:
-            raise ValueError(f"{where}: {name}: at most {LARGEST_NUMBER:g} is accepted")
+            set_as = names.get(name, name)
+            raise OptionError(
+                f"{where}: {set_as}: at most {LARGEST_NUMBER:g} is accepted", set_as
+            )
     return parsed
 
 
-def parse_policy(cache: Cache, values: Mapping[str, Any], *, where: str) -> CachePolicy:
+def parse_policy(
+    cache: Cache, values: Mapping[str, Any], *, where: str, names: Names | None = None
+) -> CachePolicy:
     """Validate a cache policy's parameters.
+
+    Args:
+        cache: whose they are.
+        values: parameter -> value; None means "not set".
+        where: names the source in error messages.
+        names: under "cache_config", how that was set.
 
     Raises:
         ValueError: unknown or wrong parameters; the message lists the valid ones.
     """
     policy = POLICIES[cache]
-    where = f"{where} (cache {cache!r}): cache_config"
+    set_as = (names or {}).get("cache_config", "cache_config")
+    where = f"{where} (cache {cache!r}): {set_as}"
     given = {name: value for name, value in values.items() if value is not None}
     for name, value in given.items():
         if name not in policy.model_fields:
-            raise ValueError(f"{where}: {unknown(name, policy.model_fields)}")
+            text = unknown(name, policy.model_fields, hint=_hint(name))
+            raise OptionError(f"{where}: {text}", set_as)
         if isinstance(value, bool):
-            raise ValueError(f"{where}: {name}: expected a number, not a boolean")
+            raise OptionError(
+                f"{where}: {name}: expected a number, not a boolean", set_as
+            )
     try:
         return policy.model_validate(given)
     except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error)}") from None
+        raise OptionError(f"{where}: {explain(error)}", set_as) from None
 
 
 def parse_options(
-    mapping: Any, *, where: str, valid: Iterable[str] = tuple(DlmConfig.model_fields)
+    mapping: Any,
+    *,
+    where: str,
+    valid: Iterable[str] = tuple(DlmConfig.model_fields),
+    names: Names | None = None,
 ) -> DlmConfig:
     """Validate options one by one, not yet a strategy's parameters.
 
@@ -367,10 +353,12 @@ def parse_options(
         mapping: option name -> value; None means "not set".
         where: names the source in error messages.
         valid: the options that may be set here.
+        names: of those that were set under another name.
 
     Raises:
         ValueError: as `DlmConfig.from_mapping`.
     """
+    names = names or {}
     if not isinstance(mapping, Mapping):
         raise ValueError(
             f"{where}: expected a mapping of options, got {type(mapping).__name__}"
@@ -378,15 +366,29 @@ def parse_options(
     given = {name: value for name, value in mapping.items() if value is not None}
     for name in given:
         if name not in valid:
-            strategy, hint = given.get("strategy"), ""
+            strategy, hint = given.get("strategy"), _hint(name)
             if strategy in STRATEGIES:
                 fields = STRATEGIES[str(strategy)].Params.model_fields
                 if name in fields:
                     hint = (
                         f"It is a parameter of {strategy!r}: put it in strategy_config."
                     )
-            raise ValueError(f"{where}: {unknown(name, valid, hint=hint)}")
+            raise OptionError(
+                f"{where}: {unknown(name, valid, hint=hint)}", names.get(name)
+            )
     try:
         return DlmConfig.model_validate(given)
     except ValidationError as error:
-        raise ValueError(f"{where}: {explain(error)}") from None
+        raise _explained(error, where, names) from None
+
+
+def _explained(error: ValidationError, where: str, names: Names) -> OptionError:
+    return OptionError(f"{where}: {explain(error, names)}", first_field(error, names))
+
+
+def _hint(name: object) -> str:
+    """What another server's option is called here, if `name` is one."""
+    found = advice(plain(str(name)[:LONGEST_QUOTE]))
+    if found is None or " " in found:
+        return found or ""
+    return f"It is {found.removeprefix(PREFIX)!r} here."

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the wrapped functions of vLLM's front end do: flags, aliases, admission.
+"""What the wrapped functions of vLLM's front end do: flags, aliases, answers.
 
 `WRAPPERS` maps entries of the ledger (`patches.py`) to makers; each maker gets the
-original function and returns its replacement.
+original function and returns its replacement. Those that refuse requests are in
+`admission.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_dlm import aliases, request, step_maps
+from vllm_dlm import admission, aliases, request, step_maps
 from vllm_dlm.model_executor.cache import POLICIES
-from vllm_dlm.patches import PATCHES, apply_runner_choice, wrap
+from vllm_dlm.patches import apply_runner_choice, wrap
 from vllm_dlm.results import watched
 from vllm_dlm.spec_decode import front_end as speculation
 from vllm_dlm.spec_decode import options as spec
@@ -187,9 +188,12 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"models that vllm-dlm serves, and {typed!r} is not one; "
                 "`vllm-dlm models` lists them"
             )
-        _front_end["ours"] = ours
-        if ours and _SERVER_MODULE in sys.modules:
-            # The server imports them next; its requests are checked when they come.
+        admission.process["ours"] = ours
+        for symbol, make in admission.PROMPT_WRAPPERS.items():
+            wrap(symbol, make)
+        if _SERVER_MODULE in sys.modules:
+            # The server imports them next; its requests are checked when they come,
+            # for models of vLLM's own too.
             for module in _LATER_MODULES:
                 importlib.import_module(module)
             apply_front_end_patches()
@@ -201,14 +205,8 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 _SERVER_MODULE = "vllm.entrypoints.serve.utils.api_utils"
 _LATER_MODULES = (
     "vllm.v1.engine.async_llm",
-    "vllm.entrypoints.openai.completion.serving",
-    "vllm.entrypoints.openai.chat_completion.serving",
-    "vllm.entrypoints.openai.responses.serving",
+    *dict.fromkeys(symbol.partition(":")[0] for symbol in admission.HANDLERS),
 )
-
-# Whether this process is the front end of one of our models: `get_max_tokens` is not
-# told whom it works for.
-_front_end = {"ours": False}
 
 
 def _get_model_path(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -218,116 +216,6 @@ def _get_model_path(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(model, revision)
 
     return get_model_path
-
-
-def _get_max_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_max_tokens(
-        max_model_len: int,
-        max_tokens: int | None,
-        input_length: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> int:
-        if _front_end["ours"]:
-            request.refuse_long_request(max_model_len, max_tokens, input_length)
-        return original(max_model_len, max_tokens, input_length, *args, **kwargs)
-
-    return get_max_tokens
-
-
-def _validate_diffusion(original: Callable[..., Any]) -> Callable[..., Any]:
-    def validate(self: Any, model_config: Any) -> None:
-        if request.is_ours(model_config.hf_config):
-            request.validate_sampling_params(self, model_config)
-            return
-        _refuse_dlm_options(self.extra_args or {})
-        original(self, model_config)
-
-    return validate
-
-
-def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
-    """Autoregressive models and vLLM's own diffusion models would not read our options.
-
-    Raises:
-        VLLMValidationError: a request sets some of them (HTTP 400).
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    ours = [key for key in extra_args if _is_option(key) and key != spec.REQUEST_KEY]
-    if ours:
-        raise VLLMValidationError(
-            f"{', '.join(ours)}: options of diffusion language models; vLLM itself "
-            "serves this one and would ignore them. Remove them (only "
-            f"{spec.REQUEST_KEY} is for other models, with --speculative-config)."
-        )
-
-
-def _is_option(key: str) -> bool:
-    from vllm_dlm.config import PREFIX
-
-    return key == "dlm" or key.startswith(PREFIX)
-
-
-def _to_sampling_params(original: Callable[..., Any]) -> Callable[..., Any]:
-    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm.exceptions import VLLMValidationError
-
-        stray = [key for key in self.model_extra or () if _is_option(key)]
-        if stray:
-            raise VLLMValidationError(
-                f"{', '.join(stray)}: not read from the top level of a request; put "
-                f'options into "vllm_xargs", as in {{"vllm_xargs": {{"{stray[0]}": '
-                "...}}."
-            )
-        return original(self, *args, **kwargs)
-
-    return to_sampling_params
-
-
-def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
-    def validate(self: Any, speculative_config: Any) -> None:
-        speculation.check_request(self, speculative_config)
-        original(self, speculative_config)
-
-    return validate
-
-
-def _check_supports_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
-    def check(self: Any, config: Any = None, **kwargs: Any) -> bool:
-        from vllm.sampling_params import BeamSearchParams
-
-        # The one place where both ways of beam search show their parameters.
-        if isinstance(config, BeamSearchParams):
-            request.refuse_beam_search(self.model_config)
-        return original(self, config, **kwargs)
-
-    return check
-
-
-def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    def generate(
-        self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        _check(sampling_params, self.model_config)
-        return original(self, prompt, sampling_params, *args, **kwargs)
-
-    return generate
-
-
-def _generate_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    def generate(self: Any, *args: Any, sampling_params: Any, **kwargs: Any) -> Any:
-        _check(sampling_params, self.model_config)
-        return original(self, *args, sampling_params=sampling_params, **kwargs)
-
-    return generate
-
-
-def _check(sampling_params: Any, model_config: Any) -> None:
-    """Refuse now what a request for one of our models may not ask (HTTP 400)."""
-    if request.is_ours(model_config.hf_config):
-        config = request.validate_sampling_params(sampling_params, model_config)
-        step_maps.refuse_streaming(config, sampling_params)
 
 
 def _completion_response(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -376,30 +264,18 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.engine.arg_utils:EngineArgs.from_cli_args": _from_cli_args,
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": _create_engine_config,
     "vllm.engine.arg_utils:get_model_path": _get_model_path,
-    "vllm.sampling_params:SamplingParams._validate_diffusion": _validate_diffusion,
-    "vllm.sampling_params:SamplingParams._validate_spec_decode": _validate_spec_decode,
-    "vllm.config.vllm:VllmConfig._check_supports_watermarking": (
-        _check_supports_watermarking
-    ),
+    **admission.WRAPPERS,
 }
 
 SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
-    "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
-    "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": _run_busy_loop,
     "vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop": _run_busy_loop,
-    **{
-        symbol: _to_sampling_params
-        for symbol in PATCHES
-        if symbol.endswith(".to_sampling_params")
-    },
+    **admission.SERVER_WRAPPERS,
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
     ".request_output_to_completion_response": _completion_response,
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
     ".chat_completion_full_generator": _chat_response,
-    "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
-    "._generate_with_builtin_tools": _generate_response,
 }
 """Only where the HTTP server's module is loaded: importing it costs seconds."""
 

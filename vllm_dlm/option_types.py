@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in options: pydantic would take a boolean for one."""
+"""Types of options: what pydantic would take for a number, a length or an object."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from vllm_dlm.messages import quote, unknown
+from vllm_dlm.option_bounds import check_size
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -16,3 +21,69 @@ def _refuse_bool(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
+
+WHOLE_CANVAS = "canvas"
+"""A block length: the whole canvas is one block, as wide as `max_tokens`."""
+
+
+def read_json(value: Any) -> Any:
+    """Options that came as JSON text; what is no text is left as it is.
+
+    Raises:
+        ValueError: it is not JSON, nested deeper than Python reads, or too much.
+    """
+    if not isinstance(value, str):
+        return value
+    check_size("the JSON text", value)
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    check_size("the JSON text", read)
+    return read
+
+
+def _check_block_length(value: Any) -> Any:
+    if value == WHOLE_CANVAS:
+        return value
+    try:
+        number = 0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if 1 <= number <= 1024 and number == int(number):
+        return int(number)
+    raise ValueError(
+        f"expected an integer from 1 to 1024 or {WHOLE_CANVAS!r}, got {quote(value)}"
+    )
+
+
+TokenIds = Annotated[list[Count], Field(min_length=1, fail_fast=True)]
+Text = Annotated[str, Field(min_length=1)] | TokenIds
+BlockLength = Annotated[int | Literal["canvas"], BeforeValidator(_check_block_length)]
+
+
+def _read_stages(value: Any) -> Any:
+    value = read_json(value)
+    if isinstance(value, Mapping):
+        for name in value:
+            if name not in ThinkCoarse.model_fields:
+                raise ValueError(unknown(name, ThinkCoarse.model_fields))
+    return value
+
+
+class ThinkCoarse(BaseModel):
+    """The option `tccf`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trigger: Text = Field(
+        description="Text, or token ids, that ends the first stage (`</think>`)."
+    )
+    check: Text = Field(
+        description="Text, or token ids, that is put behind it for the model to go on."
+    )
+
+
+Stages = Annotated[ThinkCoarse | None, BeforeValidator(_read_stages)]
+Object = Annotated[dict[str, Any], BeforeValidator(read_json)]
+"""Parameters, checked by whoever they are for; JSON text will do."""

@@ -211,17 +211,43 @@ PATCHES: dict[str, Patch] = {
         ),
         *(
             Patch(
-                symbol=f"vllm.entrypoints.openai.{body}.to_sampling_params",
-                why="vLLM drops fields of a body that it does not know.",
-                how="Refuses our options there: they are read from vllm_xargs.",
+                symbol=f"vllm.entrypoints.{handler}",
+                why=(
+                    "vLLM drops fields of a body that it does not know, renames those "
+                    "that it does, and repeats what was sent at any length."
+                ),
+                how=(
+                    "Refuses fields that are meant as our options; remembers what the "
+                    "client calls a sampling parameter; cuts refusals short."
+                ),
                 upstream="no issue yet: extra fields are allowed on purpose",
-                drop_when="vLLM refuses unknown fields",
+                drop_when="vLLM refuses unknown fields and names those that were sent",
             )
-            for body in (
-                "completion.protocol:CompletionRequest",
-                "chat_completion.protocol:ChatCompletionRequest",
-                "responses.protocol:ResponsesRequest",
+            for handler in (
+                "openai.completion.serving:OpenAIServingCompletion.create_completion",
+                "openai.chat_completion.serving:OpenAIServingChat.create_chat_completion",
+                (
+                    "openai.chat_completion.batch_serving:OpenAIServingChatBatch"
+                    ".create_batch_chat_completion"
+                ),
+                "openai.responses.serving:OpenAIServingResponses.create_responses",
+                "anthropic.serving:AnthropicServingMessages.create_messages",
+                "scale_out.token_in_token_out.serving:ServingTokens.serve_tokens",
+                "scale_out.render.serving:ServingRender.render_completion_request",
+                "scale_out.render.serving:ServingRender.render_chat_request",
+                "scale_out.render.serving:ServingRender.render_responses_request",
+                "scale_out.render.serving:ServingRender.render_messages_request",
             )
+        ),
+        Patch(
+            symbol="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+            why=(
+                "A prompt's masks would be read as tokens, and its ids are compared "
+                "with the larger of two vocabularies."
+            ),
+            how="Refuses both for our models.",
+            upstream="no issue yet: admission does not ask the model about a prompt",
+            drop_when="our engine fills in masks, and vLLM checks the model's own size",
         ),
         Patch(
             symbol="vllm.config.vllm:VllmConfig._check_supports_watermarking",
@@ -243,7 +269,10 @@ PATCHES: dict[str, Patch] = {
                 "It checks a request when its first token is asked for: a streamed "
                 "reply has begun by then, with status 200."
             ),
-            how="Checks requests for our models when it is called.",
+            how=(
+                "Checks requests for our models, and our options of others, when it is "
+                "called."
+            ),
             upstream="no issue yet: an async generator runs nothing when called",
             drop_when="vLLM verifies sampling parameters before it streams",
         ),
@@ -256,7 +285,10 @@ PATCHES: dict[str, Patch] = {
                 "/v1/responses asks the engine when a streamed reply has begun: what "
                 "that refuses ends the connection without a word."
             ),
-            how="Checks requests for our models when it is called.",
+            how=(
+                "Checks requests for our models, and our options of others, when it is "
+                "called."
+            ),
             upstream="no issue yet: an async generator runs nothing when called",
             drop_when="vLLM verifies sampling parameters before it streams",
         ),

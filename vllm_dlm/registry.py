@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
+from vllm_dlm.messages import quote
+
 T = TypeVar("T")
 
 
@@ -65,7 +67,7 @@ class Registry(Generic[T]):
         """
         if not isinstance(name, str) or name not in self.names():
             raise ValueError(
-                f"unknown {self.kind} {name!r}; choose one of: {', '.join(self)}"
+                f"unknown {self.kind} {quote(name)}; choose one of: {', '.join(self)}"
             )
         return name
 

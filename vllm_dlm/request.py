@@ -11,8 +11,13 @@ from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from vllm_dlm.client_fields import field_of, options_field
+from vllm_dlm.messages import OptionError, bounded, name_of, quote
+from vllm_dlm.request_numbers import check_numbers
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
     from vllm_dlm.config import DlmConfig
@@ -76,9 +81,6 @@ REFUSED: dict[str, str] = {
 }
 """Fields that are refused when set, and why."""
 
-MOST_STOP_IDS = 128
-"""Per request: each position of a step's blocks is compared with all of them."""
-
 DIFFUSION_GEMMA = "diffusion_"
 """Prefix of the `extra_args` keys of vLLM's own diffusion model."""
 
@@ -112,13 +114,34 @@ def validate_sampling_params(
     Raises:
         VLLMValidationError: the request cannot be honoured (HTTP 400).
     """
-    from vllm.exceptions import VLLMValidationError
-
     try:
         _check_fields(params, model_config)
+        check_numbers(params, model_config)
+    except OptionError as error:
+        raise refusal(error) from error
+    try:
         return _check_options(params, model_config)
     except ValueError as error:
-        raise VLLMValidationError(str(error)) from error
+        # Also of a strategy, or of a cache policy, which do not know who asks.
+        path = getattr(error, "field", None)
+        carrier = options_field() + (f".{name_of(path)}" if path else "")
+        raise refusal(OptionError(str(error), carrier)) from error
+
+
+def refusal(error: OptionError) -> VLLMValidationError:
+    """What a client is told: a text of bounded length, and the field it sent.
+
+    Args:
+        error: its `field` is a sampling parameter, or a field of the request.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    parameter = error.field
+    if parameter == "prompt" or parameter in _defaults():
+        parameter = field_of(parameter)
+    elif parameter is not None:
+        parameter = bounded(parameter)
+    return VLLMValidationError(bounded(str(error)), parameter=parameter)
 
 
 def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
@@ -132,39 +155,33 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
         if isinstance(value, (int, float, str)) and value == default:
             continue
         reason = REFUSED.get(name, "this version of vllm-dlm does not know it")
-        raise ValueError(
-            f"{name} is not supported for diffusion language models: {reason}. Remove "
-            "it from the request."
-        )
-    if params.logprobs == -1:
-        raise ValueError(
-            "logprobs=-1 (the whole vocabulary) is not supported for diffusion "
-            "language models; ask for a number, up to the server's --max-logprobs"
-        )
-    num_stop_ids = len(params.stop_token_ids or ())
-    if num_stop_ids > MOST_STOP_IDS:
-        raise ValueError(
-            f"stop_token_ids has {num_stop_ids} ids; at most {MOST_STOP_IDS} are taken"
+        raise OptionError(
+            f"{field_of(name)} is not supported for diffusion language models: "
+            f"{reason}. Remove it from the request.",
+            name,
         )
     mask = model_config.hf_config.mask_token_id
     if params.allowed_token_ids and set(params.allowed_token_ids) == {mask}:
-        raise ValueError(
-            f"allowed_token_ids holds only the mask token ({mask}), which is never "
-            "written; add a token"
+        raise OptionError(
+            f"{field_of('allowed_token_ids')} holds only the mask token ({mask}), "
+            "which is never written; add a token",
+            "allowed_token_ids",
         )
 
 
 def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
-    from vllm_dlm.config import LONGEST_REQUEST_BLOCK, WHOLE_CANVAS, served_config
+    from vllm_dlm.config import LONGEST_REQUEST_BLOCK, served_config
     from vllm_dlm.model_defaults import ModelDefaults
     from vllm_dlm.model_executor.tccf import Stages
+    from vllm_dlm.option_types import WHOLE_CANVAS
     from vllm_dlm.request_config import resolve
 
     for key in params.extra_args or ():
         if str(key).startswith(DIFFUSION_GEMMA):
-            raise ValueError(
-                f"{key!r} is an option of DiffusionGemma; the options of this model "
-                "begin with `dlm_`, or sit in `dlm`"
+            raise OptionError(
+                f"{quote(key)} is an option of DiffusionGemma; the options of this "
+                "model begin with `dlm_`, or sit in `dlm`",
+                str(key),
             )
     hf_config = model_config.hf_config
     server = served_config(hf_config)
@@ -243,7 +260,7 @@ def refuse_beam_search(model_config: ModelConfig | None) -> None:
         raise VLLMValidationError(
             "beam search is not supported for diffusion language models: it extends "
             "texts token by token; use `n` with a temperature instead",
-            parameter="use_beam_search",
+            parameter=field_of("use_beam_search"),
         )
 
 
@@ -264,13 +281,13 @@ def refuse_long_request(
 
     room = max(max_model_len - prompt_length, 0)
     if max_tokens is not None and max_tokens > room:
-        remedy = f" or set max_tokens to at most {room}" if room else ""
+        name = field_of("max_tokens")
+        remedy = f" or set {name} to at most {room}" if room else ""
         raise VLLMValidationError(
-            f"the prompt has {prompt_length} tokens and max_tokens is {max_tokens}, "
+            f"the prompt has {prompt_length} tokens and {name} is {quote(max_tokens)}, "
             f"together more than the context length of {max_model_len}; shorten the "
             f"prompt{remedy}",
-            parameter="max_tokens",
-            value=max_tokens,
+            parameter=name,
         )
 
 

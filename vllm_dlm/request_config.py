@@ -12,16 +12,21 @@ from vllm_dlm.config import (
     REQUEST_OPTIONS,
     SERVER_ONLY,
     SERVER_PARAMETER,
-    WHOLE_CANVAS,
     DlmConfig,
     EndOfText,
-    ThinkCoarse,
     parse_options,
     parse_params,
     parse_policy,
-    read_json,
 )
-from vllm_dlm.messages import unknown, with_parameters
+from vllm_dlm.foreign_names import advice, clause, plain
+from vllm_dlm.messages import (
+    LONGEST_QUOTE,
+    OptionError,
+    name_of,
+    quote,
+    unknown,
+    with_parameters,
+)
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.cache import (
     Cache,
@@ -30,8 +35,11 @@ from vllm_dlm.model_executor.cache import (
     canvas_width,
     steps_per_block,
 )
+from vllm_dlm.option_bounds import check_size
+from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse, read_json
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
+from vllm_dlm.stray_options import refuse_unread
 
 
 @dataclass(frozen=True)
@@ -133,10 +141,9 @@ def resolve(
         ValueError: unknown names, wrong types, values out of range, options that
             belong to the server; the message says what is valid.
     """
-    options, flat_params = _request_options(extra_args or {})
-    request = parse_options(
-        options, where="the request's dlm options", valid=REQUEST_OPTIONS
-    )
+    options, flat_params, names = _request_options(extra_args or {})
+    where = "the request's dlm options"
+    request = parse_options(options, where=where, valid=REQUEST_OPTIONS, names=names)
     server_strategy = server.strategy or defaults.strategy
     strategy = request.strategy or server_strategy
     # Parameters of one strategy mean nothing to another.
@@ -146,18 +153,22 @@ def resolve(
     fields = STRATEGIES[strategy].Params.model_fields
     for name, value in flat_params.items():
         if name not in fields:
-            valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *fields)]
-            raise ValueError(
-                f"the request (strategy {strategy!r}): {unknown(PREFIX + name, valid)}"
-            )
+            raise _unknown_key(PREFIX + name, strategy)
         if name in request.strategy_config:
             raise _set_twice(PREFIX + name, "strategy_config")
         params[name] = value
-    for name in request.strategy_config.keys() | flat_params.keys():
-        if name in fields and fields[name].json_schema_extra == SERVER_PARAMETER:
-            raise ValueError(
-                f"{name} of the strategy {strategy!r} is set by the server "
-                "(--dlm-strategy-config); a request cannot change it"
+    set_as = {
+        name: f"{names['strategy_config']}.{name}"
+        for name in fields
+        if name in request.strategy_config
+    }
+    set_as |= {name: PREFIX + name for name in flat_params}
+    for name in set_as:
+        if fields[name].json_schema_extra == SERVER_PARAMETER:
+            raise OptionError(
+                f"{set_as[name]}: {name} of the strategy {strategy!r} is set by the "
+                "server (--dlm-strategy-config); a request cannot change it",
+                set_as[name],
             )
     is_set = request.model_fields_set
     block_length = request.block_length or _own_block_length(strategy, server, defaults)
@@ -166,8 +177,8 @@ def resolve(
     # Parameters of one policy mean nothing to another.
     cache_config = server.cache_config if cache == server.cache else {}
     cache_config = {**cache_config, **request.cache_config}
-    parsed_params = parse_params(strategy, params, where="strategy_config")
-    steps = _steps(request, server, strategy, parsed_params)
+    parsed_params = parse_params(strategy, params, where="the request", names=set_as)
+    steps = _steps(request, server, strategy, parsed_params, names)
     config = RequestConfig(
         strategy=strategy,
         params=parsed_params,
@@ -177,7 +188,9 @@ def resolve(
         or defaults.sub_block_length
         or 0,
         cache=cache,
-        cache_policy=parse_policy(cache, cache_config, where="the request"),
+        cache_policy=parse_policy(
+            cache, cache_config, where="the request", names=names
+        ),
         # Traces teach a strategy that reads whole blocks.
         reads_block=rule.logit_rows == "block"
         or rule.may_rewrite
@@ -198,9 +211,10 @@ def resolve(
         step_map=request.step_map if "step_map" in is_set else server.step_map,
     )
     if "eotp_threshold" in is_set and config.eotp == "off":
-        raise ValueError(
-            "eotp_threshold would be ignored: eotp is 'off'; set it to 'block' or "
-            "'token', or leave eotp_threshold out"
+        raise OptionError(
+            f"{names['eotp_threshold']} would be ignored: eotp is 'off'; set it to "
+            "'block' or 'token', or leave the threshold out",
+            names["eotp_threshold"],
         )
     if defaults.reuses_blocks:
         _check_block_causal(config, server.block_length or defaults.block_length)
@@ -213,11 +227,20 @@ def resolve(
 
 
 def _steps(
-    request: DlmConfig, server: DlmConfig, strategy: str, params: Params
+    request: DlmConfig,
+    server: DlmConfig,
+    strategy: str,
+    params: Params,
+    set_as: Mapping[str, str],
 ) -> dict[str, int | None]:
     """The options of the step schedule: a request's, or the server's.
 
     A server's are for all its strategies that follow a schedule.
+
+    Args:
+        request, server: their options.
+        strategy, params: what the request is decoded by.
+        set_as: option -> the name that the request set it under.
 
     Raises:
         ValueError: the request sets one for a strategy that follows none.
@@ -228,9 +251,10 @@ def _steps(
         source = request if asked else server
         return {name: getattr(source, name) for name in names}
     if asked:
-        raise ValueError(
-            f"{asked[0]} would be ignored: the strategy {strategy!r} follows no step "
-            f"schedule. Those that do: {', '.join(scheduled_strategies())}"
+        raise OptionError(
+            f"{set_as[asked[0]]} would be ignored: the strategy {strategy!r} follows "
+            f"no step schedule. Those that do: {', '.join(scheduled_strategies())}",
+            set_as[asked[0]],
         )
     return dict.fromkeys(names)
 
@@ -291,48 +315,65 @@ def _check_block_causal(config: RequestConfig, trained: int | str) -> None:
 
 def _request_options(
     extra_args: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A request's options, and the flat keys that must be strategy parameters."""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """A request's options, and the flat keys that must be strategy parameters.
+
+    And option -> the name that the request set it under.
+    """
+    read = {
+        key: value
+        for key, value in extra_args.items()
+        if key == "dlm" or str(key).startswith(PREFIX)
+    }
+    if len(read) < len(extra_args):
+        refuse_unread(key for key in extra_args if key not in read)
+    for key, value in read.items():
+        check_size(name_of(key), value)
     try:
-        nested = read_json(extra_args.get("dlm"))
+        nested = read_json(read.pop("dlm", None))
     except ValueError as error:
-        raise ValueError(f"dlm: {error}") from None
+        raise OptionError(f"dlm: {error}", "dlm") from None
     if not isinstance(nested, Mapping | None):
-        raise ValueError(
+        raise OptionError(
             "dlm: expected an object of options, as a dict or as JSON text, got "
-            f"{type(nested).__name__}"
+            f"{type(nested).__name__}",
+            "dlm",
         )
     options = {str(name): value for name, value in (nested or {}).items()}
+    names = {name: f"dlm.{name}" for name in DlmConfig.model_fields}
     params: dict[str, Any] = {}
-    for key, value in extra_args.items():
-        if not key.startswith(PREFIX):
-            _refuse_without_prefix(key)
-            continue
+    for key, value in read.items():
         if value is None:
             continue
         name = key.removeprefix(PREFIX)
         if name in options:
             raise _set_twice(key, "dlm")
-        (options if name in DlmConfig.model_fields else params)[name] = value
+        if name in DlmConfig.model_fields:
+            options[name], names[name] = value, key
+        else:
+            params[name] = value
     for name in SERVER_ONLY:
         if options.get(name) is not None:
-            raise ValueError(
+            raise OptionError(
                 f"{name} is an option of the server (--dlm-{name.replace('_', '-')}); "
-                f"a request may set: {', '.join(REQUEST_OPTIONS)}"
+                f"a request may set: {', '.join(REQUEST_OPTIONS)}",
+                names[name],
             )
-    return options, params
+    return options, params, names
 
 
-def _refuse_without_prefix(key: str) -> None:
-    """Other keys may be meant for others; one that names our option is a slip.
+def _unknown_key(key: str, strategy: str) -> OptionError:
+    """A flat key that is neither an option nor a parameter of the strategy."""
+    fields = STRATEGIES[strategy].Params.model_fields
+    valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *fields)]
+    found = advice(plain(key[:LONGEST_QUOTE]))
+    hint = f"Here it is: {clause(found)}." if found else ""
+    return OptionError(
+        f"the request (strategy {strategy!r}): {unknown(key, valid, hint=hint)}", key
+    )
 
-    Raises:
-        ValueError: `strategy`, `DLM_steps`, ...
-    """
-    name = key.lower().removeprefix(PREFIX)
-    if name in REQUEST_OPTIONS:
-        raise ValueError(f"{key!r} would be ignored: write {PREFIX + name!r}")
 
-
-def _set_twice(key: str, other: str) -> ValueError:
-    return ValueError(f"{key!r} is also set in {other!r}; set it in one place")
+def _set_twice(key: str, other: str) -> OptionError:
+    return OptionError(
+        f"{quote(key)} is also set in {other!r}; set it in one place", key
+    )

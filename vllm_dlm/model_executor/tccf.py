@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_dlm.config import ThinkCoarse
+from vllm_dlm.messages import quote
+from vllm_dlm.option_types import ThinkCoarse
 from vllm_dlm.request_config import RequestConfig
 
 
@@ -73,8 +74,8 @@ def _token_ids(name: str, text: str | list[int], model_config: Any) -> tuple[int
         beyond = [token for token in text if not 0 <= token < size]
         if beyond:
             raise ValueError(
-                f"tccf: {name} has ids that are no tokens of this model: {beyond}; "
-                f"valid are 0 to {size - 1}"
+                f"tccf: {name} has ids that are no tokens of this model: "
+                f"{quote(beyond)}; valid are 0 to {size - 1}"
             )
         return tuple(text)
     from vllm.tokenizers import cached_tokenizer_from_config
@@ -86,5 +87,5 @@ def _token_ids(name: str, text: str | list[int], model_config: Any) -> tuple[int
         )
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     if not ids:
-        raise ValueError(f"tccf: {name} {text!r} has no tokens")
+        raise ValueError(f"tccf: {name} {quote(text)} has no tokens")
     return ids

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_dlm.messages import explain, unknown
+from vllm_dlm.messages import explain, quote, unknown
 from vllm_dlm.option_types import Count, Number
 
 MAX_DRAFT = 128
@@ -259,6 +259,6 @@ def request_limit(extra_args: Mapping[str, Any] | None, most: int) -> int:
     if isinstance(limit, bool) or not isinstance(limit, int) or not 0 <= limit <= most:
         raise ValueError(
             f"{REQUEST_KEY}: expected an integer from 0 (no speculation) to {most}, "
-            f"got {limit!r}"
+            f"got {quote(limit)}"
         )
     return limit

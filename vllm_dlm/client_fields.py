@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which field of a client's request became which sampling parameter.
+
+vLLM's routes give sampling parameters other names, and make one of several fields:
+`max_output_tokens`, `response_format`, `output_config`. A refusal names the field that
+was sent. The handlers' wrappers (`admission.py`) say which route a request came by;
+what runs on behalf of it asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one kind of request is written."""
+
+    options: str
+    """The field from which `SamplingParams.extra_args` is made."""
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Sampling parameter -> the fields it may come from; the first that is set wins."""
+    prefix: str = ""
+    """What stands before the names of all others."""
+
+
+OFFLINE = Route("extra_args")
+COMPLETION = Route(
+    "vllm_xargs",
+    {
+        "structured_outputs": ("structured_outputs", "response_format"),
+        "prompt_logprobs": ("prompt_logprobs", "echo"),
+    },
+)
+CHAT = Route(
+    "vllm_xargs",
+    {
+        "prompt": ("messages",),
+        "structured_outputs": (
+            *("structured_outputs", "response_format", "tool_choice", "tools"),
+        ),
+        "max_tokens": ("max_completion_tokens", "max_tokens"),
+        "logprobs": ("top_logprobs", "logprobs"),
+        "prompt_logprobs": ("prompt_logprobs", "echo"),
+    },
+)
+RESPONSES = Route(
+    "vllm_xargs",
+    {
+        "prompt": ("input",),
+        "structured_outputs": (
+            *("structured_outputs", "text.format", "tool_choice", "tools"),
+        ),
+        "max_tokens": ("max_output_tokens",),
+        "logprobs": ("top_logprobs",),
+    },
+)
+MESSAGES = Route(
+    "vllm_xargs",
+    {
+        "prompt": ("messages",),
+        "structured_outputs": ("output_config.format", "tool_choice", "tools"),
+        "stop": ("stop_sequences",),
+        "thinking_token_budget": ("thinking.budget_tokens",),
+    },
+)
+GENERATE = Route(
+    "sampling_params.extra_args",
+    {"prompt": ("token_ids",), "stream": ("stream",)},
+    prefix="sampling_params.",
+)
+
+HARMLESS = {
+    "response_format": "text",
+    "text.format": "text",
+    "tool_choice": ("none", "auto", None),
+}
+"""Values, or their `type`, that ask for no grammar."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    route: Route = OFFLINE
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+_sent: ContextVar[_Sent] = ContextVar("vllm_dlm_sent", default=_Sent())  # noqa: B039
+
+
+@contextmanager
+def sent_by(route: Route, request: Any) -> Iterator[bool]:
+    """While a request is handled: where its sampling parameters come from.
+
+    A route may hand its request on to another's handler; the first one says what the
+    client sent.
+
+    Args:
+        route: of the handler.
+        request: the body, as vLLM's protocol class.
+
+    Yields:
+        Whether this is the first.
+    """
+    if _sent.get().route is not OFFLINE:
+        yield False
+        return
+    # Now: parsers of tools write into the request.
+    fields = {
+        name: next((each for each in sources if _is_set(request, each)), sources[0])
+        for name, sources in route.names.items()
+    }
+    token = _sent.set(_Sent(route, fields))
+    try:
+        yield True
+    finally:
+        _sent.reset(token)
+
+
+def field_of(parameter: str) -> str:
+    """What the client calls a sampling parameter (or `prompt`)."""
+    sent = _sent.get()
+    return sent.fields.get(parameter) or sent.route.prefix + parameter
+
+
+def options_field() -> str:
+    """What the client calls `extra_args`."""
+    return _sent.get().route.options
+
+
+def _is_set(request: Any, path: str) -> bool:
+    value, *names = request, *path.split(".")
+    for name in names:
+        value = getattr(value, name, None)
+    if value is None or value is False or value == []:
+        return False
+    harmless = HARMLESS.get(path, ())
+    kind = value if isinstance(value, str) else _type_of(value)
+    return kind not in ((harmless,) if isinstance(harmless, str) else harmless)
+
+
+def _type_of(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return value.get("type")
+    return getattr(value, "type", "")
