@@ -134,7 +134,8 @@ def options_field() -> str:
 def _is_set(request: Any, path: str) -> bool:
     value, *names = request, *path.split(".")
     for name in names:
-        value = getattr(value, name, None)
+        # Not by `getattr`: deprecated fields would warn.
+        value = getattr(value, "__dict__", {}).get(name)
     if value is None or value is False or value == []:
         return False
     harmless = HARMLESS.get(path, ())

@@ -81,6 +81,9 @@ REFUSED: dict[str, str] = {
 }
 """Fields that are refused when set, and why."""
 
+MOST_STOP_IDS = 128
+"""Per request: each position of a step's blocks is compared with all of them."""
+
 DIFFUSION_GEMMA = "diffusion_"
 """Prefix of the `extra_args` keys of vLLM's own diffusion model."""
 
@@ -159,6 +162,13 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
             f"{field_of(name)} is not supported for diffusion language models: "
             f"{reason}. Remove it from the request.",
             name,
+        )
+    num_stop_ids = len(params.stop_token_ids or ())
+    if num_stop_ids > MOST_STOP_IDS:
+        raise OptionError(
+            f"{field_of('stop_token_ids')} has {num_stop_ids} ids; at most "
+            f"{MOST_STOP_IDS} are taken",
+            "stop_token_ids",
         )
     mask = model_config.hf_config.mask_token_id
     if params.allowed_token_ids and set(params.allowed_token_ids) == {mask}:

@@ -355,7 +355,7 @@ def _request_options(
     for name in SERVER_ONLY:
         if options.get(name) is not None:
             raise OptionError(
-                f"{name} is an option of the server (--dlm-{name.replace('_', '-')}); "
+                f"{names[name]} is an option of the server (--dlm-{name.replace('_', '-')}); "
                 f"a request may set: {', '.join(REQUEST_OPTIONS)}",
                 names[name],
             )

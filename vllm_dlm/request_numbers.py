@@ -37,12 +37,6 @@ RANGES: dict[str, tuple[int, int]] = {
 }
 """Parameter -> the least and the most it may be; all other integers are int64."""
 
-MOST_STOP_IDS = 128
-"""Per request: each position of a step's blocks is compared with all of them."""
-
-MOST_STOP_STRINGS = 128
-"""Per request: the text is searched for each of them whenever it grows."""
-
 
 def check_numbers(params: SamplingParams, model_config: ModelConfig) -> None:
     """Refuse numbers that the engine cannot hold, and ids that are no tokens.
@@ -66,7 +60,6 @@ def check_numbers(params: SamplingParams, model_config: ModelConfig) -> None:
         for name, value in vars(params.repetition_detection).items():
             if isinstance(value, int) and value > MOST:
                 raise _refusal("repetition_detection", f"{name} is at most {MOST}")
-    _check_lists(params)
     size = model_config.get_vocab_size()
     _check_logprobs(params, model_config.max_logprobs, size)
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
@@ -78,17 +71,6 @@ def check_numbers(params: SamplingParams, model_config: ModelConfig) -> None:
                 f"expected finite numbers from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g}, "
                 f"got {quote(bias)} for token {token}",
             )
-
-
-def _check_lists(params: SamplingParams) -> None:
-    lists = (
-        ("stop_token_ids", MOST_STOP_IDS, "ids"),
-        ("stop", MOST_STOP_STRINGS, "strings"),
-    )
-    for name, most, what in lists:
-        if (number := len(getattr(params, name) or ())) > most:
-            text = f"it has {number} {what}; at most {most} are taken"
-            raise _refusal(name, text)
 
 
 def _check_logprobs(params: SamplingParams, most: int, vocab_size: int) -> None:
