@@ -74,7 +74,8 @@ async def _refuse_unread(route: Route, body: Any, raw_request: Any, ours: bool) 
     sent = await raw_request.json() if parsed else {}
     if unread is None:
         unread = _without(sent, type(body).model_fields)
-    refuse_stray(unread, route.options, ours=ours)
+    # A batch of chats has it from chats: it is no field of its own class.
+    refuse_stray(_without(unread, (route.options,)), route.options, ours=ours)
     if route is GENERATE:
         inner = sent.get("sampling_params")
         if isinstance(inner, Mapping):

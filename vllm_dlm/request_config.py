@@ -354,9 +354,10 @@ def _request_options(
             params[name] = value
     for name in SERVER_ONLY:
         if options.get(name) is not None:
+            flag = f"--dlm-{name.replace('_', '-')}"
             raise OptionError(
-                f"{names[name]} is an option of the server (--dlm-{name.replace('_', '-')}); "
-                f"a request may set: {', '.join(REQUEST_OPTIONS)}",
+                f"{names[name]} is an option of the server ({flag}); a request may "
+                f"set: {', '.join(REQUEST_OPTIONS)}",
                 names[name],
             )
     return options, params, names

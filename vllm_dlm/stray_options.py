@@ -154,8 +154,7 @@ def refuse_stray(
         if name in unread and (key := _found_inside(name, unread[name], ours)):
             raise OptionError(
                 f"{path}{name} is not read by this route, and {quote(key)} in it would "
-                f'be ignored; put options into "{carrier}". (What a client takes as '
-                "extra_body is the body itself.)",
+                f'be ignored; put options into "{carrier}"',
                 path + name,
             )
 

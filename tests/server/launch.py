@@ -27,6 +27,8 @@ COMMAND = [
     *(VLLM, "serve", "--model", MODEL, "--dlm-strategy", "threshold", *SIZES),
     # Every run of the tests sees the same filters.
     "--no-dlm-online-learning",
+    # For /inference/v1/generate.
+    "--enable-scale-out",
 ]
 
 START_SECONDS = 300
