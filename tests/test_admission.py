@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrapped handlers: refusals come when they are called, under the client's names."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from test_client_fields import ASKED, chat, completion, messages, responses
+from test_request import MASK, model_config
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
+from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from vllm_dlm import admission
+from vllm_dlm.client_fields import CHAT, GENERATE, MESSAGES
+from vllm_dlm.messages import LONGEST_MESSAGE
+from vllm_dlm.patches import PATCHES
+
+STREAMED = {"output_kind": RequestOutputKind.DELTA}
+
+
+def autoregressive():
+    config = model_config(dlm_class=None)
+    config.is_diffusion = False
+    return config
+
+
+class RawRequest:
+    """What a handler can ask of Starlette's request."""
+
+    def __init__(self, body):
+        self._body = body
+
+    async def json(self):
+        return self._body
+
+
+def answer(route, body, sent=None, config=None, original=None):
+    """What a wrapped handler gives; the original one answers "done"."""
+
+    async def plain(self, request, raw_request=None):
+        return "done"
+
+    handler = admission._handle(route)(original or plain)
+    engine = SimpleNamespace(model_config=config or model_config())
+    raw_request = None if sent is None else RawRequest(sent)
+    return asyncio.run(handler(engine, body, raw_request))
+
+
+def refused(*args, **kwargs):
+    with pytest.raises(VLLMValidationError) as caught:
+        answer(*args, **kwargs)
+    return caught.value
+
+
+def sent_messages(**extra):
+    body = {"model": "a", "messages": ASKED, "max_tokens": 8, **extra}
+    known = {name: body[name] for name in ("vllm_xargs",) if name in body}
+    return *messages(**known), body
+
+
+def generate(params=None, **extra):
+    body = {"token_ids": [1], "sampling_params": params or {}, **extra}
+    return GENERATE, GenerateRequest(**body), body
+
+
+def batch(**extra):
+    return CHAT, BatchChatCompletionRequest(messages=[ASKED], **extra)
+
+
+@pytest.mark.parametrize("make", [completion, chat, responses, batch, sent_messages])
+def test_fields_of_a_body_that_nobody_reads(make):
+    assert answer(*make(foo=1, mode="fast", vllm_xargs={"dlm_steps": 4})) == "done"
+    error = refused(*make(gen_length=64))
+    assert error.parameter == "gen_length" and "'max_tokens'" in str(error)
+    error = refused(*make(dlm_steps=4))
+    assert error.parameter == "dlm_steps" and '"vllm_xargs"' in str(error)
+    error = refused(*make(extra_body={"dlm_steps": 4}))
+    assert error.parameter == "extra_body"
+    other = autoregressive()
+    assert answer(*make(gen_length=64, steps=4), config=other) == "done"
+    assert refused(*make(dlm_steps=4), config=other).parameter == "dlm_steps"
+
+
+def test_a_body_of_token_ids():
+    assert answer(*generate({"seed": 1, "extra_args": {"dlm_steps": 4}})) == "done"
+    for params in ({"threshold": 0.5}, {"vllm_xargs": {"dlm_steps": 4}}):
+        error = refused(*generate(params))
+        assert error.parameter == f"sampling_params.{next(iter(params))}"
+        assert "sampling_params.extra_args" in str(error)
+    assert refused(*generate(dlm_steps=4)).parameter == "dlm_steps"
+    error = refused(*generate(vllm_xargs={"dlm_steps": 4}))
+    assert error.parameter == "vllm_xargs"
+
+
+def test_options_for_a_template():
+    kwargs = {"enable_thinking": False, "steps": 3}
+    assert answer(*chat(chat_template_kwargs=kwargs)) == "done"
+    error = refused(*chat(chat_template_kwargs={"dlm_steps": 4}))
+    assert error.parameter == "chat_template_kwargs" and "dlm_steps" in str(error)
+
+
+@pytest.mark.parametrize("suffix", ["", "end"])
+def test_suffix(suffix):
+    error = refused(*completion(suffix=suffix))
+    assert error.parameter == "suffix" and "not supported" in str(error)
+    assert answer(*completion(suffix=suffix), config=autoregressive()) == "done"
+
+
+def test_what_vllm_repeats_is_cut_short():
+    async def repeats(self, request, raw_request=None):
+        ids = list(range(10**5)) + ["\ud800"]
+        raise VLLMValidationError(f"bad ids: {ids}", parameter="stop", value=ids)
+
+    error = refused(*completion(), original=repeats)
+    assert error.parameter == "stop" and len(str(error)) < LONGEST_MESSAGE + 100
+    str(error).encode("utf-8")
+
+
+def test_a_handler_that_hands_on():
+    """Fields that vLLM itself puts into the second body are not the client's."""
+
+    async def hands_on(self, request, raw_request=None):
+        inner = admission._handle(CHAT)(_refuses)
+        _, body = chat(max_completion_tokens=9, dlm_steps=4)
+        return await inner(self, body, raw_request)
+
+    async def _refuses(self, request, raw_request=None):
+        admission.request.refuse_long_request(16, 9, 8)
+
+    error = refused(*sent_messages(), original=hands_on)
+    assert error.parameter == "max_tokens"
+
+
+def ask(params, config, prompt=None, speculative=None):
+    """Call the wrapped `AsyncLLM.generate`; nothing is read from what it gives."""
+    generate = admission._generate(lambda self, prompt, params: "begun")
+    vllm_config = SimpleNamespace(model_config=config, speculative_config=speculative)
+    prompt = {"prompt_token_ids": prompt or [1]}
+    return generate(SimpleNamespace(vllm_config=vllm_config), prompt, params)
+
+
+def test_a_stream_is_refused_when_it_is_asked_for():
+    assert ask(SamplingParams(**STREAMED), model_config()) == "begun"
+    for options in ({"extra_args": {"dlm_steps": "x"}}, {"seed": 2**63}):
+        with pytest.raises(VLLMValidationError):
+            ask(SamplingParams(**STREAMED, **options), model_config())
+    for prompt in ([1, MASK], [64]):
+        with pytest.raises(VLLMValidationError):
+            ask(SamplingParams(**STREAMED), model_config(), prompt)
+
+
+@pytest.mark.parametrize("key", ["dlm", "dlm_steps", "dlm-steps", "DLM_threshold"])
+def test_our_options_of_other_models_are_refused_before_a_stream(key):
+    params = SamplingParams(**STREAMED, extra_args={key: 4})
+    with pytest.raises(VLLMValidationError, match=f"{key}: options of diffusion"):
+        ask(params, autoregressive())
+    assert ask(SamplingParams(**STREAMED), autoregressive()) == "begun"
+
+
+def test_a_drafts_limit_is_refused_before_a_stream():
+    params = SamplingParams(**STREAMED, extra_args={"dlm_draft_tokens": 4})
+    with pytest.raises(VLLMValidationError, match="no speculative decoding"):
+        ask(params, autoregressive())
+    speculative = SimpleNamespace(num_speculative_tokens=3)
+    with pytest.raises(VLLMValidationError, match="to 3, got 4"):
+        ask(params, autoregressive(), speculative=speculative)
+
+
+def test_every_handler_is_in_the_ledger():
+    wrappers = (
+        admission.WRAPPERS,
+        admission.SERVER_WRAPPERS,
+        admission.PROMPT_WRAPPERS,
+    )
+    for symbol in [symbol for table in wrappers for symbol in table]:
+        assert symbol in PATCHES
+    assert MESSAGES in admission.HANDLERS.values()
