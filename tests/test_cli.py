@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_dlm import admission, aliases, cli, front_end
+from vllm_dlm import aliases, body_guard, cli, front_end
 from vllm_dlm.config import DlmConfig
 
 
@@ -159,7 +159,7 @@ def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
         return SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
 
     create = front_end._create_engine_config(original)
-    monkeypatch.setitem(admission.process, "ours", False)
+    monkeypatch.setitem(body_guard.process, "ours", False)
     dlm_class = "A"
     args = SimpleNamespace(
         model="llada-tiny",
@@ -174,7 +174,7 @@ def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
     create(args)
     assert (args.model, args.tokenizer) == (tiny_model, tiny_model)
     assert args.served_model_name == ["llada-tiny"]
-    assert admission.process["ours"]
+    assert body_guard.process["ours"]
 
     args.additional_config = {"dlm": {"strategi": "static"}}
     with pytest.raises(ValueError, match="Did you mean 'strategy'"):
@@ -185,7 +185,7 @@ def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
         create(args)
     args.additional_config = {}
     create(args)
-    assert not admission.process["ours"]
+    assert not body_guard.process["ours"]
     # Offline mode looks the model up while EngineArgs is built.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert EngineArgs(model="llada-tiny").model == tiny_model

@@ -13,7 +13,7 @@ from vllm.sampling_params import (
     StructuredOutputsParams,
 )
 
-from vllm_dlm import admission, request
+from vllm_dlm import body_guard, request
 from vllm_dlm.config import DlmConfig
 from vllm_dlm.front_end import apply_front_end_patches
 
@@ -205,9 +205,9 @@ def test_an_output_that_does_not_fit_is_refused_not_cut(monkeypatch):
     # In a server that module is loaded before the plugins are.
     apply_front_end_patches()
     arguments = (100, 60, 50, {})
-    monkeypatch.setitem(admission.process, "ours", False)
+    monkeypatch.setitem(body_guard.process, "ours", False)
     assert api_utils.get_max_tokens(*arguments) == 50
-    monkeypatch.setitem(admission.process, "ours", True)
+    monkeypatch.setitem(body_guard.process, "ours", True)
     assert api_utils.get_max_tokens(100, 50, 50, {}) == 50
     assert api_utils.get_max_tokens(100, None, 50, {}) == 50
     with pytest.raises(VLLMValidationError, match="at most 50"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_dlm import request, step_maps
+from vllm_dlm.body_guard import process
 from vllm_dlm.client_fields import (
     CHAT,
     COMPLETION,
@@ -29,10 +30,6 @@ from vllm_dlm.spec_decode import options as spec
 from vllm_dlm.stray_options import find_stray, is_prefixed, refuse_stray
 
 Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-# Whether this process is the front end of one of our models: `get_max_tokens` is not
-# told whom it works for.
-process = {"ours": False}
 
 
 def _handle(route: Route) -> Maker:

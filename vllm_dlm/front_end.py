@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_dlm import admission, aliases, request, step_maps
+from vllm_dlm import admission, aliases, body_guard, request, step_maps
 from vllm_dlm.model_executor.cache import POLICIES
 from vllm_dlm.patches import apply_runner_choice, wrap
 from vllm_dlm.results import watched
@@ -142,6 +142,10 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
+        # An HTTP server builds its application of the same arguments, later.
+        middleware = getattr(args, "middleware", None)
+        if isinstance(middleware, list) and body_guard.MIDDLEWARE not in middleware:
+            middleware.append(body_guard.MIDDLEWARE)
         return original(cls, _prepare(args))
 
     return from_cli_args
@@ -188,7 +192,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"models that vllm-dlm serves, and {typed!r} is not one; "
                 "`vllm-dlm models` lists them"
             )
-        admission.process["ours"] = ours
+        body_guard.process["ours"] = ours
         for symbol, make in admission.PROMPT_WRAPPERS.items():
             wrap(symbol, make)
         if _SERVER_MODULE in sys.modules:

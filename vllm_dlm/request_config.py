@@ -41,6 +41,9 @@ from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
 from vllm_dlm.stray_options import refuse_unread
 
+MOST_KEYS = 256
+"""Of a request's `extra_args`, that are ours: far more than there are options."""
+
 
 @dataclass(frozen=True)
 class RequestConfig:
@@ -325,6 +328,8 @@ def _request_options(
         for key, value in extra_args.items()
         if key == "dlm" or str(key).startswith(PREFIX)
     }
+    if len(read) > MOST_KEYS:
+        raise OptionError(f"{len(read)} keys begin with dlm; at most {MOST_KEYS} do")
     if len(read) < len(extra_args):
         refuse_unread(key for key in extra_args if key not in read)
     for key, value in read.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
+from itertools import islice
 from typing import Any
 
 from vllm_dlm.config import PREFIX, REQUEST_OPTIONS, SERVER_ONLY
@@ -34,6 +35,9 @@ CARRIERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
 """Objects in which options are sent; which one is read depends on the route."""
 
 _LONGEST_NAME = 64
+_MOST_KEYS = 1000
+"""Keys of one object that are looked at; a request that was written by hand, or by a
+program that reads answers, has fewer."""
 _MOST_GUESSES = 32
 """Keys of one object that are compared with ours for misspellings."""
 _CLOSE, _VERY_CLOSE = 0.84, 0.93
@@ -99,7 +103,7 @@ def find_stray(
         everyday: whether words of everyday are taken for ours.
     """
     guesses = _MOST_GUESSES
-    for key in keys:
+    for key in islice(keys, _MOST_KEYS):
         if not isinstance(key, str):
             continue
         if not ours or len(key) > _LONGEST_NAME:
@@ -145,9 +149,12 @@ def refuse_stray(
                 f"{quote(path + key)} is not an option here: {clause(instead)}", name
             )
         place = path.rstrip(".") or "the top level of a request"
+        example = f'{{"{instead}": ...}}'
+        for level in reversed(carrier.split(".")):
+            example = f'{{"{level}": {example}}}'
         raise OptionError(
-            f"{name}: not read from {place}; put options into "
-            f'"{carrier}", as in {{"{carrier}": {{"{instead}": ...}}}}',
+            f'{name}: not read from {place}; put options into "{carrier}", as in '
+            f"{example}",
             name,
         )
     for name in CARRIERS:

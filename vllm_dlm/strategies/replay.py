@@ -43,6 +43,7 @@ class ReplayParams(Params):
     """Parameters of `Replay`."""
 
     recorded_steps: tuple[Step, ...] = Field(
+        fail_fast=True,
         description=(
             "Denoise step of every output token, from 0 over the whole request: "
             "`steps` of a step map and `beyond`, joined. Tokens without a step (-1, or "

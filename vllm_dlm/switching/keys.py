@@ -35,17 +35,24 @@ def keys_of(args: Namespace) -> list[str]:
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
+def guard(args: Namespace) -> None:
+    """Have vLLM put the guard around the application that it builds of `args`.
+
+    Later is too late: it builds the chain of its middleware, too.
+    """
+    if keys_of(args):
+        args.middleware = [*args.middleware, f"{__name__}.{KeyGuard.__name__}"]
+
+
 class KeyGuard:
     """ASGI middleware that answers 401 where a key is needed, and none is sent.
 
     Args:
-        app: what it guards.
-        keys: each of which opens every route.
+        app: what it guards; the keys are in its state's `args`.
     """
 
-    def __init__(self, app: ASGIApp, keys: list[str]) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._digests = [sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
@@ -66,5 +73,6 @@ class KeyGuard:
         scheme, _, key = sent.partition(" ")
         digest = sha256(key.encode()).digest()
         # All of them: how long it takes says nothing.
-        found = [compare_digest(digest, each) for each in self._digests]
+        keys = keys_of(scope["app"].state.args)
+        found = [compare_digest(digest, sha256(k.encode()).digest()) for k in keys]
         return scheme.lower() == "bearer" and any(found)

@@ -29,7 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm_dlm.messages import unknown
 from vllm_dlm.switching.client import PairClient
 from vllm_dlm.switching.entropy import LARGE, Model, SwitchRule
-from vllm_dlm.switching.keys import KeyGuard, keys_of
+from vllm_dlm.switching.keys import guard
 from vllm_dlm.switching.metrics import PairStatLogger
 from vllm_dlm.switching.pair import Pair, plan_pair
 from vllm_dlm.switching.responses import report_writers
@@ -69,6 +69,7 @@ async def serve(
         ValueError: options that are not valid, or models that do not fit together.
     """
     args = serve_arguments(models[LARGE], http)
+    guard(args)
     pair = plan_pair(
         models, options, stop_token_id=stop_token_id, args_class=AsyncEngineArgs
     )
@@ -86,8 +87,6 @@ async def serve(
             app = build_app(args, tasks, client.model_config)
             await init_app_state(client, app.state, args, tasks)
             keep_served(app)
-            if keys := keys_of(args):
-                app.add_middleware(KeyGuard, keys=keys)
             report_writers(app.state)
             logger.info("Serving a pair of models on %s", address)
             stopped = await serve_http(
