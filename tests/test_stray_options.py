@@ -155,6 +155,10 @@ def test_objects_that_a_route_does_not_read(body, ours):
     assert said.startswith(f"{carrier} is not read") and '"here"' in said
 
 
+def test_null_asks_for_nothing():
+    refuse_stray({"steps": None, "dlm_steps": None}, "vllm_xargs", ours=True)
+
+
 def test_other_models_have_only_what_begins_with_dlm():
     others = {name: 1 for name in (*FOREIGN, *own_names())}
     refuse_stray({**others, "extra_body": others}, "vllm_xargs", ours=False)

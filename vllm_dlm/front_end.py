@@ -145,7 +145,7 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         # An HTTP server builds its application of the same arguments, later.
         middleware = getattr(args, "middleware", None)
         if isinstance(middleware, list) and body_guard.MIDDLEWARE not in middleware:
-            middleware.append(body_guard.MIDDLEWARE)
+            args.middleware = [*middleware, body_guard.MIDDLEWARE]
         return original(cls, _prepare(args))
 
     return from_cli_args

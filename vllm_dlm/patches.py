@@ -160,7 +160,8 @@ PATCHES: dict[str, Patch] = {
             why="vLLM drops arguments that are not fields of EngineArgs.",
             how=(
                 'Folds --dlm-* into additional_config["dlm"] and resolves model '
-                "aliases; clients keep asking for the name that was typed."
+                "aliases; clients keep asking for the name that was typed. Puts our "
+                "BodyGuard into --middleware."
             ),
             upstream="no issue yet: plugins cannot register arguments",
             drop_when="general plugins may add engine arguments",

@@ -331,7 +331,8 @@ def _request_options(
     if len(read) > MOST_KEYS:
         raise OptionError(f"{len(read)} keys begin with dlm; at most {MOST_KEYS} do")
     if len(read) < len(extra_args):
-        refuse_unread(key for key in extra_args if key not in read)
+        others = (key for key in extra_args if key not in read)
+        refuse_unread(key for key in others if extra_args[key] is not None)
     for key, value in read.items():
         check_size(name_of(key), value)
     try:

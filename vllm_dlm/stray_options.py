@@ -141,6 +141,8 @@ def refuse_stray(
     Raises:
         OptionError: it names the field, and what to use.
     """
+    # What is null asks for nothing.
+    unread = {name: value for name, value in unread.items() if value is not None}
     if found := find_stray(unread, ours=ours):
         key, instead = found
         name = path + name_of(key)

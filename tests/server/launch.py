@@ -29,6 +29,8 @@ COMMAND = [
     "--no-dlm-online-learning",
     # For /inference/v1/generate.
     "--enable-scale-out",
+    # For tools: without a parser vLLM refuses them itself.
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 ]
 
 START_SECONDS = 300

@@ -316,7 +316,8 @@ NUMBERS: list[dict[str, Any]] = [
     {"logit_bias": {"5": 1e300}},
     {"logit_bias": {"128": 1}},
     {"n": 2**31, "temperature": 1},
-    {"extra_args": {"dlm_steps": 2**63}},
+    {"extra_args": {"dlm_steps": 2**64}},
+    {"extra_args": {"dlm_eotp_threshold": 1e300}},
 ]
 
 
