@@ -120,7 +120,7 @@ def validate_sampling_params(
     try:
         _check_fields(params, model_config)
         check_numbers(params, model_config)
-    except OptionError as error:
+    except ValueError as error:
         raise refusal(error) from error
     try:
         return _check_options(params, model_config)
@@ -131,15 +131,16 @@ def validate_sampling_params(
         raise refusal(OptionError(str(error), carrier)) from error
 
 
-def refusal(error: OptionError) -> VLLMValidationError:
+def refusal(error: ValueError) -> VLLMValidationError:
     """What a client is told: a text of bounded length, and the field it sent.
 
     Args:
-        error: its `field` is a sampling parameter, or a field of the request.
+        error: the `field` of an `OptionError` is a sampling parameter, or a field of
+            the request.
     """
     from vllm.exceptions import VLLMValidationError
 
-    parameter = error.field
+    parameter = getattr(error, "field", None)
     if parameter == "prompt" or parameter in _defaults():
         parameter = field_of(parameter)
     elif parameter is not None:

@@ -96,3 +96,13 @@ def test_what_an_engine_would_ignore_or_die_of_is_refused(
     with pytest.raises(openai.BadRequestError, match=message):
         server.complete(QUESTIONS[0], **options)
     assert server.text(QUESTIONS[0], max_tokens=4)
+
+
+@pytest.mark.parametrize("options", [{"dlm_steps": 4}, {REQUEST_KEY: 17}])
+def test_options_are_refused_before_a_stream(
+    server: Server, options: dict[str, object]
+):
+    for ask in (server.complete, server.chat):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(QUESTIONS[0], vllm_xargs=options, stream=True)
+        assert next(iter(options)) in str(caught.value)
