@@ -118,6 +118,42 @@ def test_what_vllm_repeats_is_cut_short():
     str(error).encode("utf-8")
 
 
+@pytest.mark.parametrize(
+    ("made", "params", "said", "parameter"),
+    [
+        (
+            chat(max_completion_tokens=8),
+            {"min_tokens": 9, "max_tokens": 8},
+            "equal to max_completion_tokens=8",
+            None,
+        ),
+        (
+            responses(),
+            {"max_tokens": 0},
+            "max_output_tokens must be",
+            "max_output_tokens",
+        ),
+        (messages(), {"stop": [""]}, "stop_sequences cannot contain", None),
+        (
+            chat(top_logprobs=0, logprobs=True),
+            {"logprobs": -2},
+            "top_logprobs must",
+            "top_logprobs",
+        ),
+    ],
+)
+def test_what_vllm_refuses_is_named_as_it_was_sent(made, params, said, parameter):
+    async def samples(self, request, raw_request=None):
+        SamplingParams(**params)
+
+    error = refused(*made, original=samples)
+    assert said in str(error) and error.parameter == parameter
+    with pytest.raises(VLLMValidationError) as unchanged:
+        SamplingParams(**params)
+    error = refused(*made, original=samples, config=autoregressive())
+    assert str(error) == str(unchanged.value)
+
+
 def test_a_handler_that_hands_on():
     """Fields that vLLM itself puts into the second body are not the client's."""
 

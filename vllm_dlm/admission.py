@@ -20,10 +20,11 @@ from vllm_dlm.client_fields import (
     MESSAGES,
     RESPONSES,
     Route,
+    in_the_clients_words,
     options_field,
     sent_by,
 )
-from vllm_dlm.messages import OptionError, bounded, name_of
+from vllm_dlm.messages import LONGEST_MESSAGE, OptionError, bounded, name_of
 from vllm_dlm.request_numbers import check_prompt
 from vllm_dlm.spec_decode import front_end as speculation
 from vllm_dlm.spec_decode import options as spec
@@ -51,8 +52,7 @@ def _handle(route: Route) -> Maker:
                 except OptionError as error:
                     raise request.refusal(error) from None
                 except VLLMValidationError as error:
-                    # vLLM repeats what was sent, twice, whatever its length.
-                    raise _shortened(error) from None
+                    raise _as_sent(error, ours) from None
 
         return handle
 
@@ -97,15 +97,23 @@ def _without(sent: Mapping[str, Any], known: Any) -> dict[str, Any]:
     return {name: value for name, value in sent.items() if name not in known}
 
 
-def _shortened(error: Any) -> Any:
-    """The same refusal, with a text that any answer may hold."""
+def _as_sent(error: Any, ours: bool) -> Any:
+    """A refusal of vLLM's in the client's words, and of a length that can be sent.
+
+    vLLM repeats what was sent, twice, whatever its length.
+    """
     from vllm.exceptions import VLLMValidationError
 
-    text = str(error)
-    if len(text) == len(bounded(text)):
+    text = str(error.args[0]) if error.args else ""
+    parameter, message = error.parameter, bounded(text)
+    if ours:
+        message = in_the_clients_words(message)
+        parameter = parameter and in_the_clients_words(parameter)
+    if (message, parameter) == (text, error.parameter) and len(
+        str(error)
+    ) <= LONGEST_MESSAGE:
         return error
-    message = bounded(str(error.args[0]) if error.args else text)
-    return VLLMValidationError(message, parameter=error.parameter)
+    return VLLMValidationError(message, parameter=parameter)
 
 
 def _get_max_tokens(original: Callable[..., Any]) -> Callable[..., Any]:

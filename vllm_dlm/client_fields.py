@@ -9,6 +9,7 @@ what runs on behalf of it asks here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -124,6 +125,14 @@ def field_of(parameter: str) -> str:
     """What the client calls a sampling parameter (or `prompt`)."""
     sent = _sent.get()
     return sent.fields.get(parameter) or sent.route.prefix + parameter
+
+
+def in_the_clients_words(text: str) -> str:
+    """A message of vLLM's about sampling parameters, with the names that were sent."""
+    for name, sent in _sent.get().fields.items():
+        if sent != name and name != "prompt":
+            text = re.sub(rf"(?<![\w.]){name}(?!\w)", sent, text)
+    return text
 
 
 def options_field() -> str:
