@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from vllm import envs
 
 from vllm_dlm.switching.keys import OPEN, guard, keys_of
 from vllm_dlm.switching.routes import SERVED, keep_served
@@ -17,8 +18,14 @@ KEY = "secret"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment_is_read_again() -> None:
+    """An engine that was started before has vLLM keep what it read."""
+    envs.disable_envs_cache()
+
+
 @pytest.fixture(scope="module")
-def app() -> FastAPI:
+def app(environment_is_read_again: None) -> FastAPI:
     """vLLM's application, as a pair has it, with every route it can have."""
     from vllm.entrypoints.launchers.app import build_app
 
