@@ -44,6 +44,12 @@ def client(monkeypatch):
         ({"logit_bias": {f"x{n}": 1 for n in range(MANY)}}, "logit_bias", "'x0'"),
         ({"logit_bias": {str(n): "a" for n in range(MANY)}}, "logit_bias", "'a'"),
         (
+            {"logit_bias": {n: 1 for n in range(300_000)}},
+            "logit_bias",
+            "at most 262144",
+        ),
+        ({"stop_token_ids": [1] * 300_000}, "stop_token_ids", "at most 262144"),
+        (
             {"sampling_params": {"allowed_token_ids": ["a"] * MANY}},
             "sampling_params.allowed_token_ids",
             "'a'",

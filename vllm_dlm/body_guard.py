@@ -25,6 +25,9 @@ LARGE = 1 << 16
 MOST_OPTIONS = 256
 """Keys of `vllm_xargs`: far more than there are options."""
 
+MOST_IDS = 1 << 18
+"""Entries of a sampling parameter: no vocabulary is larger."""
+
 process = {"ours": False}
 """Whether this process is the front end of one of our models. It is a front end's own:
 neither middleware nor `get_max_tokens` is told whom it works for."""
@@ -104,17 +107,27 @@ def _check_fields(fields: Mapping[str, Any], path: str) -> None:
     for name, (check, expected) in _LONG.items():
         value = fields.get(name)
         if isinstance(value, list):
+            if name != "token_ids":
+                _check_length(path + name, len(value))
             _check_entries(path + name, value, check, expected)
     prompt = fields.get("prompt")
     if isinstance(prompt, list) and prompt:
         _check_prompt(path + "prompt", prompt)
     bias = fields.get("logit_bias")
     if isinstance(bias, dict):
+        _check_length(path + "logit_bias", len(bias))
         _check_entries(path + "logit_bias", bias, _is_text_id, "token ids as names")
         _check_entries(path + "logit_bias", bias.values(), _is_number, "numbers")
     options = fields.get("vllm_xargs")
     if isinstance(options, dict):
         _check_options(path + "vllm_xargs", options)
+
+
+def _check_length(path: str, length: int) -> None:
+    if length > MOST_IDS:
+        raise OptionError(
+            f"{path} has {length} entries; at most {MOST_IDS} are taken", path
+        )
 
 
 def _check_options(path: str, options: Mapping[str, Any]) -> None:
