@@ -63,7 +63,9 @@ def generate_dream(
        block's first one, which has none to its left, by its own row; this is read only
        if the opening chose the mask id. Candidates are the block's masks. The rule sees
        `step` i of S, so Dream's share is 1 - t_(i+1) / t_i of the masks that are left
-       (which the opening made one fewer), and all of them in step S - 1.
+       (which the opening made one fewer), and all of them in step S - 1. An even
+       schedule, which the source does not have here, has step i's part of B in step i,
+       and in step S - 1 too all that is left.
     3. A block is over when no mask is left, or, if the rule ends by its schedule,
        after S steps: masks that stand then are text. With S = 1 that is all of the
        block but its first token. The threshold rule (the source's alg
@@ -120,10 +122,10 @@ def generate_dream(
             set_at[position] = len(rows) - 1
         return token != mask_id
 
-    def text_end() -> int | None:
-        """One past the first EOS, if no mask is left of it."""
+    def text_end(open_from: int) -> int | None:
+        """One past the first EOS, if no mask that may change is left of it."""
         for p in range(prompt_end, len(row)):
-            if row[p] == mask_id:
+            if row[p] == mask_id and p >= open_from:
                 return None
             if row[p] == eos_id and eos_stop:
                 return p + 1
@@ -138,7 +140,7 @@ def generate_dream(
         opening = predict(logits[left : left + 1], [start], 0)
         write(start, int(opening.argmax[0]))
         step = 1
-        while mask_id in row[start:end] and text_end() is None:
+        while mask_id in row[start:end] and text_end(start) is None:
             if rule.ends_by_schedule and step >= steps_per_block:
                 break
             stop = len(row) if cache == "prefix" else end
@@ -146,6 +148,9 @@ def generate_dream(
             rows.append((start, stop))
             shifted = torch.cat([logits[:1], logits[:-1]])[:block_length]
             stats = predict(shifted, list(range(start, end)), step)
+            scheduled = commits("even", block_length, steps_per_block, step, 0)
+            if step >= steps_per_block - 1:
+                scheduled = block_length
             view = View(
                 masked=torch.tensor([row[p] == mask_id for p in range(start, end)]),
                 argmax=stats.argmax,
@@ -155,9 +160,7 @@ def generate_dream(
                 probabilities=stats.probabilities,
                 first=start - prompt_end,
                 forward=len(rows) - 1,
-                scheduled=commits(
-                    "even", block_length, steps_per_block, step, block_length
-                ),
+                scheduled=scheduled,
                 step=step,
                 steps=steps_per_block,
                 tokens=torch.tensor(row[start:end]),
@@ -170,7 +173,7 @@ def generate_dream(
             step += 1
             if not any(written) and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
-        stop_at = text_end()
+        stop_at = text_end(end)
         if stop_at is not None:
             break
     else:
@@ -189,6 +192,7 @@ def generate_sub_blocks(
     sub_block_length: int,
     rule: Rule,
     steps_per_block: int | None = None,
+    shift: int = 1,
     refresh: bool = False,
     max_model_len: int | None = None,
     forbid_mask: bool = True,
@@ -223,6 +227,8 @@ def generate_sub_blocks(
             `generate_blocks`.
         rule: none that rewrites. It sees the whole block; outside of the rows that
             were computed, its statistics are 0.
+        shift: 0 is what the source does not have: no seeds, each position predicted by
+            its own row, and the same rows computed.
         refresh: compute the whole block in every step, which is what the source does
             without the option: the result is `generate_blocks`'.
         forbid_mask: ban the mask id. If False, a position that chooses it stays masked.
@@ -237,7 +243,7 @@ def generate_sub_blocks(
     steps = block_length if steps_per_block is None else steps_per_block
     if not 1 <= steps <= block_length:
         raise ValueError("steps_per_block must be from 1 to block_length")
-    if not prompt_ids:
+    if shift and not prompt_ids:
         raise ValueError("with a shift, the first token needs a prompt")
     mask_id = model.mask_id
     banned = mask_id if forbid_mask else None
@@ -292,7 +298,7 @@ def generate_sub_blocks(
         masked += [True] * new
         set_at += [-1] * new
         step = 0
-        if masked[start]:
+        if masked[start] and shift:
             assert last_logits is not None
             rows.append(finished)
             stats = row_statistics(last_logits, banned)
@@ -312,7 +318,9 @@ def generate_sub_blocks(
                 first, stop, has_keys = start, end, True
             logits = compute(first, stop, end)
             rows.append((first, stop))
-            stats = row_statistics(torch.cat([logits[:1], logits[:-1]]), banned)
+            if shift:
+                logits = torch.cat([logits[:1], logits[:-1]])
+            stats = row_statistics(logits, banned)
 
             view = View(
                 masked=torch.tensor([p in candidates for p in range(start, end)]),
