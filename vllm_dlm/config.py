@@ -85,8 +85,8 @@ class DlmConfig(BaseModel):
         ge=1,
         le=1024,
         description="Positions of a block that may be written at a time, from the "
-        "left; the whole block is computed all the same (Fast-dLLM v2). Default: the "
-        "model's own, mostly the whole block.",
+        "left; the whole block is computed all the same, unless `cache` is `dual` "
+        "(Fast-dLLM v2). Default: the model's own, mostly the whole block.",
     )
     cache: Cache = Field(
         default="none",
@@ -95,7 +95,10 @@ class DlmConfig(BaseModel):
         "until the block is done, `prefix` keeps what is left of it, `dual` both sides "
         "(Fast-dLLM, arXiv 2505.22618), `vicinity` all but some positions around it "
         "(dInfer, 2510.08666); `window` computes some positions from the first one on "
-        "that is not final (Window-Diffusion, 2601.20332). docs/caches.md",
+        "that is not final (Window-Diffusion, 2601.20332). Of block-causal models with "
+        "sub-blocks (Fast-dLLM v2, 2509.26328) `none`, or `dual`: a sub-block is "
+        "computed alone once its first token is written (use_block_cache). "
+        "docs/caches.md",
     )
     cache_config: Object = Field(
         default_factory=dict,

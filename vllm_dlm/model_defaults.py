@@ -72,9 +72,18 @@ class ModelDefaults:
         """
         return self.reuses_blocks and (self.seeds or self.shift == 1)
 
+    def begins_with_seed(self, block_start: Any, prompt_len: Any) -> Any:
+        """Whether a block's first step is its seed; of one block or, tensors, of many.
+
+        Not where the prompt ends inside the block.
+        """
+        return (block_start >= prompt_len) & self.seeds_blocks
+
     def has_seeded(self, block_start: int, num_tokens: int, prompt_len: int) -> bool:
         """Whether a block's seed is among the tokens that a request has so far."""
-        return self.seeds_blocks and num_tokens > block_start >= prompt_len
+        return num_tokens > block_start and bool(
+            self.begins_with_seed(block_start, prompt_len)
+        )
 
     def origin(self, prompt_len: int, block_length: int) -> int:
         """Position from which the blocks of a request are counted, below B."""

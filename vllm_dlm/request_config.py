@@ -94,8 +94,14 @@ class RequestConfig:
         return STRATEGIES[self.strategy].follows_schedule(self.params)
 
     def reach(self, shift: int) -> Reach:
-        """What its cache policy computes, of a model with this shift."""
-        return self.cache_policy.reach(shift, self.reads_block)
+        """What its cache policy computes, of a model with this shift; if `sized`."""
+        left = 0 if self.opens_alone else shift
+        return self.cache_policy.reach(left, self.reads_block, self.sub_block_length)
+
+    @property
+    def opens_alone(self) -> bool:
+        """With a shift: a block's first step writes its first token alone."""
+        return self.reference_exact and self.cache_policy.opens_alone
 
 
 def server_config(vllm_config: Any) -> DlmConfig:
@@ -309,10 +315,18 @@ def _check_block_causal(config: RequestConfig, trained: int | str) -> None:
             "the KV of a prompt depends on it; only the server can change it "
             "(--dlm-block-length)"
         )
-    if config.cache != "none":
+    if config.cache not in ("none", "dual"):
         raise ValueError(
             f"cache {config.cache!r} is for models with full attention; this one is "
-            "block-causal and keeps what is final in any case: leave it at 'none'"
+            "block-causal and keeps what is final in any case: leave it at 'none', or "
+            "set 'dual' if its blocks are written in sub-blocks"
+        )
+    has_parts = 0 < config.sub_block_length < config.block_length
+    if config.cache == "dual" and not has_parts:
+        raise ValueError(
+            "cache 'dual' of a block-causal model computes sub-blocks alone, and its "
+            f"blocks of {config.block_length} have none here: leave it at 'none', or "
+            f"set sub_block_length below {config.block_length}"
         )
 
 

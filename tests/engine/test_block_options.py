@@ -58,7 +58,22 @@ def configure(
             id="mask outside the vocabulary",
         ),
         pytest.param(
-            {"cache": "dual"}, {}, ["cache 'dual'", "leave it at 'none'"], id="cache"
+            {"cache": "prefix"},
+            {},
+            ["cache 'prefix'", "leave it at 'none'", "'dual' if", "sub-blocks"],
+            id="cache",
+        ),
+        pytest.param(
+            {"cache": "dual"},
+            {},
+            ["cache 'dual'", "blocks of 16 have none", "sub_block_length below 16"],
+            id="no sub-blocks",
+        ),
+        pytest.param(
+            {"cache": "dual", "sub_block_length": 16},
+            {},
+            ["cache 'dual'", "leave it at 'none'"],
+            id="a sub-block as long as the block",
         ),
         pytest.param(
             {"block_length": "canvas"},

@@ -12,6 +12,8 @@ from vllm_dlm.model_executor.cache import (
     Reach,
     canvas_width,
     next_start,
+    part_rows,
+    part_start,
     plan_rows,
     steps_per_block,
 )
@@ -46,6 +48,46 @@ def rows(
 
 def test_every_policy_has_a_name():
     assert tuple(POLICIES) == get_args(Cache)
+
+
+@pytest.mark.parametrize(
+    ("frontier", "wanted"),
+    [
+        (64, (64, 96)),  # the first sub-block's first token is missing
+        (65, (64, 72)),
+        (71, (64, 72)),
+        (72, (64, 96)),  # the second one's
+        (79, (72, 80)),
+        (89, (88, 96)),
+    ],
+)
+def test_a_sub_block_is_computed_alone_once_it_has_begun(frontier, wanted):
+    dual = POLICIES["dual"]().reach(1, reads_block=False, part=8)
+    place = {"block_start": 64, "block_end": 96, "frontier": frontier}
+    assert part_rows(dual, **place) == wanted
+    # Who reads or rewrites the block needs all of it.
+    reads = POLICIES["dual"]().reach(1, reads_block=True, part=8)
+    for whole in (reads, POLICIES["none"]().reach(1, reads_block=False, part=8)):
+        assert part_rows(whole, **place) == (64, 96)
+
+
+def test_sub_blocks_end_with_the_block():
+    dual = POLICIES["dual"]().reach(0, reads_block=False, part=7)
+    assert part_rows(dual, block_start=0, block_end=16, frontier=15) == (14, 16)
+    # And the block where the canvas does.
+    assert part_rows(dual, block_start=0, block_end=11, frontier=8) == (7, 11)
+
+
+def test_the_worker_begins_sub_blocks_where_the_scheduler_does():
+    places = [
+        (part, 32 + offset) for part in (1, 3, 8, 1 << 30) for offset in (*range(32),)
+    ]
+    parts, frontiers = torch.tensor(places).unbind(dim=1)
+    starts = part_start(Reach(part=parts), torch.tensor(32), frontiers)
+    assert starts.tolist() == [
+        part_rows(Reach(part=part), block_start=32, block_end=64, frontier=at).start
+        for part, at in places
+    ]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

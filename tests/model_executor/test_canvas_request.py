@@ -157,6 +157,46 @@ def test_who_was_preempted_computes_all_its_text_again_in_chunks():
     assert compute(request) == (16, 20, 4)
 
 
+def sub_blocks(prompt_len: int, **options: Any) -> CanvasRequest:
+    return make_request(
+        prompt_len,
+        max_tokens=20,
+        block_length=8,
+        sub_block_length=4,
+        cache="dual",
+        **options,
+    )
+
+
+def test_sub_blocks_are_computed_alone_once_begun():
+    request = sub_blocks(9)
+    rows = decode(request, [0, 1, 1, 1, 0, 1, 1, 1, 1])
+    # The prompt's last token is the first one of its sub-block.
+    assert rows[:3] == [(0, 16), (8, 12), (8, 12)]
+    # The second one's first token is written by steps of the block.
+    assert rows[3:] == [(8, 12), (8, 16), (8, 16), (12, 16), (12, 16), (12, 16)]
+    # The finished block is computed as a whole, and with it the next one's first step.
+    assert decode(request, [1, 1]) == [(8, 24), (16, 20)]
+
+
+def test_a_seed_is_no_step_of_its_block():
+    request = sub_blocks(8, shift=1)
+    assert decode(request, [1, 1, 1]) == [(0, 8), (8, 16), (8, 12)]
+
+
+def test_a_replay_of_sub_blocks_computes_the_same_rows():
+    """Tokens that were handed out say nothing of where the text stood."""
+    for model in ({}, {"shift": 1}):
+        request = sub_blocks(8, **model)
+        rows = decode(request, [1, 0, 2, 1, 1, 1])
+        request.status = RequestStatus.PREEMPTED
+        request.begin()
+        # A seed is not repeated.
+        first = 1 if model else 0
+        again = [compute(request)[:2] for _ in range(6 - first)]
+        assert again == [(0, 16), *rows[first + 1 :]]
+
+
 def test_waiting_counts_rows_and_running_counts_tokens():
     request = make_request(10)
     assert request.num_tokens == request.num_tokens_with_spec == 12

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV policies of full-attention (class A) models: which rows a step recomputes.
+"""KV policies: which rows a step recomputes.
 
-In a class A model every token's keys and values depend on the whole canvas, so only
-`none` is exact. The others compute all of it in a block's first step (a refresh), then
-less (`POLICIES`). Whatever they remember begins anew with each block, so that a
-preempted request, which replays its block, computes the same rows again.
+In a full-attention (class A) model every token's keys and values depend on the whole
+canvas, so only `none` is exact. The others compute all of it in a block's first step (a
+refresh), then less (`POLICIES`). Whatever they remember begins anew with each block, so
+that a preempted request, which replays its block, computes the same rows again.
 
-Models of the other classes need no policy: the KV of a finished block is final, and a
-forward computes what is not final yet, up to the active block's end.
+In models of the other classes the KV of a finished block is final, and a forward
+computes what is not final yet, up to the active block's end. Where a block is written
+in sub-blocks, `dual` computes less of it too (`part_rows`).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,11 +24,15 @@ FAR = 1 << 30
 class Reach(NamedTuple):
     """A policy in numbers, of one request or, as tensors [R], of many.
 
-    Step s of a block is a refresh if s is a multiple of `refresh_every`, and in the
-    request's first block also while s < `first_refreshes`. Other steps compute the rows
-    from `left` before their anchor's beginning to `right` behind its end. The anchor is
-    the active block or, with `follows`, the span from the frontier of the step before
-    to the frontier now: the first position that is not final.
+    Class A. Step s of a block is a refresh if s is a multiple of `refresh_every`, and
+    in the request's first block also while s < `first_refreshes`. Other steps compute
+    the rows from `left` before their anchor's beginning to `right` behind its end. The
+    anchor is the active block or, with `follows`, the span from the frontier of the
+    step before to the frontier now: the first position that is not final.
+
+    Other classes. A step computes the active block. If the frontier is inside a
+    sub-block of `part` positions, whose first token is written then, it computes that
+    sub-block alone; not in the block's first step.
     """
 
     refresh_every: Any = FAR
@@ -37,6 +42,8 @@ class Reach(NamedTuple):
     right: Any = FAR
     keys: Any = FAR
     """Keys that are seen behind the last row computed."""
+    part: Any = FAR
+    """Positions of a sub-block, counted from the block's start."""
 
 
 class CachePolicy(BaseModel):
@@ -44,7 +51,11 @@ class CachePolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def reach(self, shift: int, reads_block: bool) -> Reach:
+    opens_alone: ClassVar[bool] = False
+    """Whether its authors' code for models with a shift writes a block's first token
+    from the refresh, alone: then no row left of the block is computed after it."""
+
+    def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """The policy in numbers.
 
         Args:
@@ -52,6 +63,7 @@ class CachePolicy(BaseModel):
                 computed along.
             reads_block: the request's strategy reads decided positions too, or
                 rewrites them: rows must cover the block.
+            part: positions of a sub-block.
         """
         raise NotImplementedError
 
@@ -59,7 +71,7 @@ class CachePolicy(BaseModel):
 class Exact(CachePolicy):
     """Every step computes prompt and canvas: what the model defines."""
 
-    def reach(self, shift: int, reads_block: bool) -> Reach:
+    def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """See `CachePolicy`."""
         return Reach(refresh_every=1)
 
@@ -70,7 +82,9 @@ class Prefix(CachePolicy):
     Fast-dLLM, arXiv 2505.22618.
     """
 
-    def reach(self, shift: int, reads_block: bool) -> Reach:
+    opens_alone = True
+
+    def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """See `CachePolicy`."""
         return Reach(left=shift)
 
@@ -78,12 +92,15 @@ class Prefix(CachePolicy):
 class Dual(CachePolicy):
     """The block is computed; keys on both sides of it stay.
 
-    Fast-dLLM, arXiv 2505.22618.
+    Fast-dLLM, arXiv 2505.22618. Where blocks are written in sub-blocks and what is
+    finished is final, the sub-block is: Fast-dLLM v2's `use_block_cache`, 2509.26328.
     """
 
-    def reach(self, shift: int, reads_block: bool) -> Reach:
+    opens_alone = True
+
+    def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """See `CachePolicy`."""
-        return Reach(left=shift, right=0)
+        return Reach(left=shift, right=0, part=FAR if reads_block else part)
 
 
 class Vicinity(CachePolicy):
@@ -106,7 +123,7 @@ class Vicinity(CachePolicy):
         "the one that each block begins with.",
     )
 
-    def reach(self, shift: int, reads_block: bool) -> Reach:
+    def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """See `CachePolicy`."""
         return Reach(
             first_refreshes=self.warmup_steps + 1,
@@ -150,7 +167,7 @@ class Window(CachePolicy):
             )
         return self
 
-    def reach(self, shift: int, reads_block: bool) -> Reach:
+    def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """See `CachePolicy`."""
         return Reach(
             refresh_every=self.refresh_every,
@@ -234,6 +251,29 @@ def plan_rows(
         return Rows(start, canvas_end)
     end = frontiers[1] if reach.follows else block_start + block_length
     return Rows(start, min(end + reach.right, canvas_end))
+
+
+def part_start(reach: Reach, block_start: Any, frontier: Any) -> Any:
+    """First row of `part_rows`; of one request or, tensors [R], of many.
+
+    Scheduler and worker both ask here.
+    """
+    inside = (frontier - block_start) % reach.part
+    return block_start + (inside > 0) * (frontier - block_start - inside)
+
+
+def part_rows(reach: Reach, *, block_start: int, block_end: int, frontier: int) -> Rows:
+    """Rows of the active block to compute in the next forward; not in class A.
+
+    Args:
+        reach: the request's policy.
+        block_start, block_end: the block, as far as the canvas goes.
+        frontier: first position that is not final; `block_start` in the block's first
+            step, which computes it whole.
+    """
+    start = part_start(reach, block_start, frontier)
+    is_whole = (frontier - block_start) % reach.part == 0
+    return Rows(start, block_end if is_whole else min(start + reach.part, block_end))
 
 
 def block_start(num_tokens: int, block_length: int, origin: int) -> int:

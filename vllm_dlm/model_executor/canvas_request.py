@@ -20,6 +20,7 @@ from vllm_dlm.model_executor.cache import (
     Rows,
     block_start,
     canvas_width,
+    part_rows,
     plan_rows,
     text_end,
 )
@@ -135,6 +136,8 @@ class CanvasRequest(Request):
         known = len(self._all_token_ids)
         seeded = self.model.has_seeded(self.first_block, known, self.num_prompt_tokens)
         self.steps.in_block = int(seeded)
+        if self.frontiers[0] != self.first_block:
+            self.frontiers = [self.first_block]
         self.kv_final = 0
         self.rows_end = self.next_rows().end
 
@@ -159,7 +162,17 @@ class CanvasRequest(Request):
             return Rows(self.kv_final, block)
         # What is finished but not final (the block before this one, or the prompt)
         # and the block itself: no forward is spent on writing final KV alone.
-        return Rows(self.kv_final, min(block + length, self.canvas_end))
+        end = min(block + length, self.canvas_end)
+        step = self.step
+        if step <= self.model.begins_with_seed(block, self.num_prompt_tokens):
+            return Rows(self.kv_final, end)
+        # In a replay, fewer tokens than are known were there before this step.
+        frontier = len(self._all_token_ids)
+        if step < len(self.frontiers):
+            frontier = self.frontiers[step]
+        return part_rows(
+            self.reach, block_start=block, block_end=end, frontier=frontier
+        )
 
     def note_step(self) -> None:
         """A denoise step is over; its tokens are not appended yet."""
@@ -217,7 +230,7 @@ class CanvasRequest(Request):
             return end - max(start, self.num_prompt_tokens)
         self.kv_final = min(end, block)
         if end > block:
-            return end - max(block, self.num_prompt_tokens)
+            return end - max(block, start, self.num_prompt_tokens)
         seeds = self.model.seeds_blocks and len(self._all_token_ids) == end
         return int(seeds)
 

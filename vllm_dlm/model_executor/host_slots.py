@@ -48,6 +48,8 @@ class HostSlots:
         """Whether the option `eotp` is on."""
         self.keys_behind = per_slot()
         """Keys that a step sees behind its rows, in class A (`cache.Reach`)."""
+        self.opens_alone = per_slot(bool)
+        """Whether a block's first step writes its first token alone (`opening.py`)."""
         self.block_start = per_slot()
         self.canvas_end = per_slot()
         self.masked = np.zeros((slots, length), dtype=bool)

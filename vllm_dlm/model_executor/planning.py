@@ -94,11 +94,17 @@ def _plan_blocks(
     # Rows that end before the block predict its first position.
     seeds = end[:, 0] <= block_start
     is_causal = None
-    if defaults.model_class == "C":
-        # All that is finished; the active block is its request's last segment.
-        opens = np.zeros(len(starts), dtype=bool)
-        opens[rows] = ~seeds
-        is_causal = ~(opens[segments.request] & segments.is_last)
+    if defaults.reuses_blocks:
+        # The active block is its request's last segment, and sees itself whole, also
+        # where a sub-block of it is computed.
+        block_end = np.zeros(len(starts), dtype=kv_lens.dtype)
+        block_end[rows] = np.where(
+            seeds, 0, np.minimum(block_start + host.block_length[slots], canvas_end)
+        )
+        block_end = np.where(segments.is_last, block_end[segments.request], 0)
+        kv_lens = np.maximum(kv_lens, block_end)
+        if defaults.model_class == "C":
+            is_causal = block_end == 0
 
     # B of the batch is the longest request's.
     lengths = host.block_length[slots, None]
@@ -106,6 +112,10 @@ def _plan_blocks(
     positions = block_start[:, None] + offsets
     valid = (positions < canvas_end[:, None]) & (offsets < lengths)
     source = positions - np.where(seeds, 1, defaults.shift)[:, None]
+    # After an opening no row left of the block is computed: a first token that is still
+    # missing is predicted by its own row.
+    is_own = host.opens_alone[slots, None] & host.masked[slots, : len(offsets)]
+    source = np.where(is_own & (source < start), positions, source)
     readable = valid & (start <= source) & (source < end)
     is_read = readable & _rows_to_read(state, slots, valid)
     row_request, row_offset = is_read.nonzero()

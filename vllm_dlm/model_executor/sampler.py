@@ -19,11 +19,12 @@ from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.kernels.token_stats import token_stats
-from vllm_dlm.model_executor.cache import Reach, next_start
+from vllm_dlm.model_executor.cache import Reach, next_start, part_start
 from vllm_dlm.model_executor.candidates import Candidates
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
 from vllm_dlm.model_executor.logprobs import RevealedLogprobs, spread_logprobs
+from vllm_dlm.model_executor.opening import opened
 from vllm_dlm.model_executor.reply import put_canvas_end, put_head_rows
 from vllm_dlm.model_executor.safety import SafeDecision, Safety
 from vllm_dlm.model_executor.trajectory_log import open_log
@@ -106,6 +107,8 @@ class DenoisingSampler:
         logits = self.views.logits(hidden, plan)
         view = self.views.view(logits, plan)
         decided = self.groups.select(view, plan)
+        if self.state.host.opens_alone[plan.slots_np].any():
+            decided = opened(view, decided, self.state.opens_alone[plan.slots])
         decision = self.safety.hold_to_rules(view, decided, plan)
         self.logprobs.record(logits, view.step, decision, plan)
         output = self._advance(view, decision, plan)
@@ -236,19 +239,23 @@ class DenoisingSampler:
             frontier: [R] int64, first position that is not final now.
         """
         state, slots = self.state, plan.slots
-        if state.defaults.reuses_blocks:
-            return plan.positions[:, 0]
+        reach = Reach(*state.reach[slots].unbind(dim=1))
+        prompt_len, step = state.prompt_len[slots], state.step[slots]
+        block_start = state.block_start[slots]
         # In a replay, less is final than was handed out (`emitted`).
         before = state.frontier[slots]
-        state.frontier[slots] = torch.maximum(before, frontier)
-        block_start = state.block_start[slots]
-        start: torch.Tensor = next_start(
-            Reach(*state.reach[slots].unbind(dim=1)),
-            state.step[slots],
-            block_start <= state.prompt_len[slots],
-            block_start,
-            before,
-        )
+        state.frontier[slots] = now = torch.maximum(before, frontier)
+        start: torch.Tensor
+        if state.defaults.reuses_blocks:
+            # A finished block's KV is not final yet.
+            decided = plan.positions[:, 0]
+            begins = step <= state.defaults.begins_with_seed(decided, prompt_len)
+            is_whole = begins | (block_start != decided)
+            now = torch.where(is_whole, decided, torch.maximum(now, prompt_len))
+            start = part_start(reach, decided, now)
+        else:
+            is_first = block_start <= prompt_len
+            start = next_start(reach, step, is_first, block_start, before)
         return start
 
 

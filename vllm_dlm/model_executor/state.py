@@ -117,6 +117,8 @@ class DlmModelState(ModelState):
         self.eotp_threshold = per_slot(torch.float32)
         self.exact = per_slot(torch.bool)
         """`reference_exact`: the mask id may be predicted, as in the references."""
+        self.opens_alone = per_slot(torch.bool)
+        """A block's first step writes its first token alone (`opening.py`)."""
 
         self.host = HostSlots(slots, length)
         self.requests: dict[int, DlmRequest] = {}
@@ -185,6 +187,9 @@ class DlmModelState(ModelState):
         is_known = self.defaults.reuses_blocks
         host.canvas_end[slot] = host.text_end[slot] if is_known else 0
         host.keys_behind[slot] = reach.keys
+        has_opening = self.defaults.shift == 1 and not self.defaults.reuses_blocks
+        host.opens_alone[slot] = config.opens_alone and has_opening
+        self.opens_alone[slot] = config.opens_alone and has_opening
         host.predicts_end[slot] = config.eotp != "off"
         host.masked[slot, :block] = np.arange(block) >= first_mask - first_block
 

@@ -219,4 +219,6 @@ class Views:
                 )
                 state.block_masks[slots] = share
             share = share // budget + (step < share % budget).long()
-        return torch.where(step < budget, share, masked.shape[1]).clamp(min=1)
+        # An opening takes the place of step 0, and its share is left to the last step.
+        whole = budget - state.opens_alone[slots].long()
+        return torch.where(step < whole, share, masked.shape[1]).clamp(min=1)
