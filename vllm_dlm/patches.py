@@ -8,8 +8,9 @@ vLLM only when called.
 Not wrapped, but given a subclass of ours by `DiffusionStepScheduler`, because vLLM
 builds them and offers no hook: each `vllm.v1.request:Request` (how a waiting request
 counts its tokens) and its `vllm.v1.core.kv_cache_manager:KVCacheManager` (which pages
-may be shared). Set on objects of an engine's own, by `replace`: `spec_decode/worker.py`
-sets the model runner's `drafter`, `effective_drafter_max_model_len` and
+may be shared). Set on objects of an engine's own, by `replace`: `canvas_request.py`
+sets `cache_blocks` of the managers of pages in there; `spec_decode/worker.py` sets the
+model runner's `drafter`, `effective_drafter_max_model_len` and
 `_get_spec_decode_draft_probs`, and the config's `disable_padded_drafter_batch`;
 `drafter.py` its own `_last_draft_probs`, which the runner reads; `del_proposer.py` the
 runner's `use_aux_hidden_state_outputs`. And in a pair's server `switching/responses.py`

@@ -22,6 +22,7 @@ _CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "SDAR-4B-Chat-b16": ("sdar", {"max_position_embeddings": 8192}),
     "Fast_dLLM_v2_7B": ("fast_dllm_v2", {"bd_size": BLOCK}),
     "Qwen3-0.6B-diffusion-bd3lm-v0.1": ("a2d_qwen3", {}),
+    "Nemotron-Labs-Diffusion-3B": ("nemotron", {}),
 }
 """Folder -> family and entries of config.json."""
 

@@ -6,16 +6,32 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.config import DlmConfig
 from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.canvas_request import CanvasRequest
+from vllm_dlm.model_executor.canvas_request import (
+    CanvasRequest,
+    FinalBlocksKVCacheManager,
+)
 from vllm_dlm.model_executor.step_maps import StepCount
 from vllm_dlm.request_config import resolve
 
 MAX_CANVAS = 32
+PAGE = 8
+"""Tokens in a KV page."""
+
+init_none_hash(sha256)
 
 
 def make_request(
@@ -36,6 +52,7 @@ def make_request(
         prompt_token_ids=list(range(prompt_len)),
         sampling_params=SamplingParams(max_tokens=max_tokens),
         pooling_params=None,
+        block_hasher=get_request_block_hasher(PAGE, sha256),
     )
     request.__class__ = CanvasRequest
     request.model = defaults
@@ -365,6 +382,123 @@ def test_causal_context_keeps_finished_blocks_too():
     assert compute(request) == (10, 14, 4)
     write(request, 4)
     assert compute(request) == (10, 18, 4)
+
+
+# -- pages that others may find ----------------------------------------------
+
+
+def make_manager() -> FinalBlocksKVCacheManager:
+    spec = FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=1, head_size=64, dtype=torch.float32
+    )
+    config = KVCacheConfig(
+        num_blocks=9,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+    )
+    manager = KVCacheManager(
+        config, max_model_len=64, scheduler_block_size=PAGE, hash_block_size=PAGE
+    )
+    FinalBlocksKVCacheManager.take_over(manager)
+    assert isinstance(manager, FinalBlocksKVCacheManager)
+    return manager
+
+
+def published(manager: KVCacheManager, request: Request) -> int:
+    """Tokens of its pages that can be found."""
+    hits, count, _ = manager.coordinator.find_longest_cache_hit(
+        request.block_hashes, len(request.all_token_ids)
+    )
+    return count
+
+
+@pytest.mark.parametrize("delay", [False, True])
+def test_whoever_is_admitted_publishes_what_its_forward_makes_final(delay: bool):
+    manager, request = make_manager(), make_request(18)
+    # The active block is [16, 20): of three pages, two are final.
+    assert manager.allocate_slots(request, 20, delay_cache_blocks=delay)
+    assert published(manager, request) == 16
+
+
+def test_a_part_of_a_prompt_publishes_that_part():
+    manager, request = make_manager(), make_request(30)
+    assert manager.allocate_slots(request, 12)
+    assert published(manager, request) == 8
+
+
+def test_nothing_that_vllm_calls_publishes():
+    """A block that was finished just now has KV that was computed with masks."""
+    manager, request = make_manager(), make_request(10, max_tokens=16)
+    assert manager.allocate_slots(request, 12)
+    compute(request)
+    assert published(manager, request) == 8
+    write(request, 6)  # [8, 16) is a page, and known; the block [12, 16) is not final
+    (pages,) = manager.coordinator.single_type_managers
+    request.num_computed_tokens = 12
+    assert manager.allocate_slots(request, 8, delay_cache_blocks=False)
+    manager.cache_blocks(request, 16)
+    manager.coordinator.cache_blocks(request, 16)
+    pages.cache_blocks(request, 16, replay_boundaries=[])
+    assert published(manager, request) == 8
+    manager.free(request)
+    assert published(manager, request) == 8
+
+
+def test_publishing_leaves_the_active_block_out():
+    manager, request = make_manager(), make_request(10, max_tokens=16)
+    assert manager.allocate_slots(request, 12)
+    compute(request)
+    write(request, 3)
+    assert manager.allocate_slots(request, 8)
+    manager.publish(request, 16)
+    assert published(manager, request) == 8
+    write(request, 3)
+    manager.publish(request, 16)
+    assert published(manager, request) == 16
+
+
+def test_pages_of_the_second_stage_are_no_clients():
+    """Blocks of one leave other KV; a client may send any text as its salt."""
+    request = make_request(16)
+    own = [*request.block_hashes]
+    request.cache_salt = "client"
+    request.enter_second_stage(MAX_CANVAS, 1024)
+    second = [*request.block_hashes]
+    others = []
+    for salt in (None, "", "client", "client blocks of 1", " blocks of 1"):
+        request.cache_salt = salt
+        request.block_hashes = []
+        request.update_block_hashes()
+        others += request.block_hashes
+    assert others[:2] == own
+    assert not set(second) & set(others)
+
+
+# -- how many rows a forward may have ---------------------------------------
+
+
+@pytest.mark.parametrize("commit", ["fused", "separate"])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("origin", ["start", "prompt"])
+def test_two_blocks_of_rows_are_enough(origin: str, shift: int, commit: str):
+    """What the server is refused with less of, at start: nobody waits for ever."""
+    for prompt_len in range(1, 30):
+        request = make_request(
+            prompt_len, 21, block_origin=origin, shift=shift, commit=commit
+        )
+        written = 0
+        while written < 21:
+            start, end = request.next_rows()
+            request.rows_end = end
+            rows = request.whole_rows(start, min(end, start + 8))
+            assert rows > 0
+            _, end, canvas_rows = compute(request, start + rows)
+            if canvas_rows:
+                block_end = request.block_start + 4
+                seed = end == request.block_start
+                count = 1 if seed else min(block_end, end) - len(request.all_token_ids)
+                write(request, count)
+                written += count
 
 
 # -- the text's end -----------------------------------------------------------

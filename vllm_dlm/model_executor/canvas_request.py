@@ -8,6 +8,7 @@ from the prompt's end otherwise. The **canvas** ends where the request's text ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -26,6 +27,7 @@ from vllm_dlm.model_executor.cache import (
 )
 from vllm_dlm.model_executor.step_maps import StepCount
 from vllm_dlm.model_executor.tccf import Stages, one_at_a_time
+from vllm_dlm.patches import replace
 from vllm_dlm.request_config import RequestConfig
 
 
@@ -52,8 +54,9 @@ class CanvasRequest(Request):
     """Leading positions whose KV never changes again; 0 in class A."""
     rows_end: int
     """One past the last position of the rows to compute next."""
-    cache_salt: str | None
-    """vLLM's: requests share pages only if theirs are the same."""
+    cache_salt: Any
+    """vLLM's: requests share pages only if theirs are the same. A text or None, which
+    the client gives, or in the second stage of `tccf` what no client can give."""
     block_hashes: list[Any]
     """vLLM's: of its full pages."""
     steps: StepCount
@@ -63,6 +66,10 @@ class CanvasRequest(Request):
     frontiers: list[int]
     """Its tokens after each step of the active block, from before the first one on.
     Kept when it is preempted: a replay computes the same rows again."""
+    last_step: int
+    """The scheduler's step that it last took part in; -1 for none."""
+    allotted: int
+    """Rows of it that the next step may compute; of a running request."""
     commits_alone: bool
     """A finished block's KV is written by a forward of its own."""
     max_branches: int
@@ -121,7 +128,7 @@ class CanvasRequest(Request):
         self.stages = None
         self.dlm = one_at_a_time(self.dlm)
         self.origin = self.model.origin(self.num_prompt_tokens, 1)
-        self.cache_salt = f"{self.cache_salt or ''} blocks of 1"
+        self.cache_salt = ("blocks of 1", self.cache_salt)
         self.block_hashes = []
         self.update_block_hashes()
         self.open_canvas(max_canvas, max_model_len)
@@ -245,28 +252,71 @@ class CanvasRequest(Request):
 class FinalBlocksKVCacheManager(KVCacheManager):
     """Publishes a page for prefix caching once its KV is final, not before.
 
-    vLLM publishes pages as far as a request's tokens go. The tokens of a waiting
-    request count its first block, and those of the active block are not final.
+    vLLM publishes pages as far as a request's tokens go: where it allocates them, and
+    in some versions once more when tokens were appended. But the tokens of a waiting
+    request count its first block, those of the active block are not final, and those
+    of a block that was finished just now have KV that was computed with masks in it.
+    So `publish` alone publishes; whatever vLLM calls for that does nothing.
     """
 
+    _publishes: bool
+    """Whether `publish` is at work."""
+
+    @classmethod
+    def take_over(cls, manager: KVCacheManager) -> None:
+        """Make a manager that vLLM has built one of this class."""
+        manager.__class__ = cls
+        assert isinstance(manager, cls)
+        manager._publishes = False
+        # All of vLLM's ways to publish end here: in the managers of each kind of page.
+        for pages in manager.coordinator.single_type_managers:
+            replace(pages, "cache_blocks", manager._unless_vllm_calls(pages))
+
+    def _unless_vllm_calls(self, pages: Any) -> Callable[..., None]:
+        publish = pages.cache_blocks
+
+        def cache_blocks(*args: Any, **kwargs: Any) -> None:
+            if self._publishes:
+                publish(*args, **kwargs)
+
+        return cache_blocks
+
+    def publish(self, request: CanvasRequest, end: int) -> None:
+        """Let others find the full pages of a request's positions left of `end`.
+
+        Args:
+            end: up to there, KV is computed by now, or will be by the next forward;
+                what is in or behind the active block is left out in any case.
+        """
+        self._publishes = True
+        try:
+            self.cache_blocks(request, min(end, request.block_start))
+        finally:
+            self._publishes = False
+
     def allocate_slots(
-        self, request: Request, num_new_tokens: int, **kwargs: Any
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """As vLLM's, but for what is published."""
+        """As vLLM's, but for what is published, and with pages for branches."""
         assert isinstance(request, CanvasRequest)
-        kwargs["delay_cache_blocks"] = True
+        start = request.num_computed_tokens + num_new_computed_tokens
         if request.branches > 1:
-            start, rows = request.num_computed_tokens, request.branch_rows
+            rows = request.branch_rows
             page_size = page_size_of(self.kv_cache_config)
             pages = Pages.of(start, start + rows, page_size)
             end = pages.with_branches(num_new_tokens // rows) * page_size
             kwargs["num_lookahead_tokens"] = end - start - rows
             num_new_tokens = rows
-        blocks = super().allocate_slots(request, num_new_tokens, **kwargs)
+        blocks = super().allocate_slots(
+            request, num_new_tokens, num_new_computed_tokens, *args, **kwargs
+        )
         # Whoever runs may yet be preempted, by one of higher priority, before this
         # forward computes anything: the scheduler publishes its pages at the end.
         if blocks is not None and request.status != RequestStatus.RUNNING:
-            found = kwargs.get("num_new_computed_tokens", 0)
-            end = request.num_computed_tokens + found + num_new_tokens
-            self.cache_blocks(request, min(end, request.block_start))
+            self.publish(request, start + num_new_tokens)
         return blocks

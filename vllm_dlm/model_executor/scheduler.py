@@ -58,8 +58,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
         hf_config = self.vllm_config.model_config.hf_config
         self.dlm_defaults = ModelDefaults.from_hf_config(hf_config)
         self.max_canvas: int = hf_config.canvas_length
-        # vLLM builds it; only its class says which pages may be shared.
-        self.kv_cache_manager.__class__ = FinalBlocksKVCacheManager
+        # vLLM builds it; ours says which pages may be shared.
+        FinalBlocksKVCacheManager.take_over(self.kv_cache_manager)
         self._page_size = page_size_of(self.kv_cache_config)
         self._at_second_stage: list[CanvasRequest] = []
         self._canvas_rows: dict[str, int] = {}
@@ -93,6 +93,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.frontiers = [request.block_start]
             request.commits_alone = self.dlm_server.commit == "separate"
             request.max_branches = self._max_branches(request)
+            request.last_step = -1
             # Forwards and tokens per forward, on every request's output.
             request.spec_decode_metrics = RequestSpecDecodeMetrics.new(
                 request.dlm.block_length
@@ -109,10 +110,16 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.num_computed_tokens, request.rows_end = request.next_rows()
             request.branches = 1
         self._hand_out_branches()
-        output = super().schedule(throttle_prefills)
+        self._allot_rows()
+        seats = self.max_num_active_reqs
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            self.max_num_active_reqs = seats
         self._canvas_rows = {}
         for request_id, num_rows in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
+            request.last_step = self.current_step
             # vLLM has counted the rows as computed already.
             start = request.num_computed_tokens - num_rows
             branches = self._settle_branches(output, request, start, num_rows)
@@ -121,10 +128,23 @@ class DiffusionStepScheduler(DiffusionScheduler):
             if canvas_rows == 0 and request.block_start != request.first_block:
                 # vLLM counts no forward that decides nothing, as the prompt's parts.
                 request.spec_decode_metrics.observe(0, 0)
-            self.kv_cache_manager.cache_blocks(request, request.kv_final)
-        # Who sat out goes first next time. (A stable sort: False before True.)
-        self.running.sort(key=lambda r: r.request_id in output.num_scheduled_tokens)
+            self.kv_cache_manager.publish(request, request.kv_final)
         return output
+
+    def _allot_rows(self) -> None:
+        """Share the token budget out among the running requests.
+
+        Where it does not hold the rows of all, some sit this step out. Whose last step
+        is longest ago comes first, so a request sits out fewer steps in a row than
+        requests run. `running` itself stays in the order of admission: vLLM takes pages
+        from its end, that is, from who came last.
+        """
+        left = self.max_num_scheduled_tokens
+        for request in sorted(self.running, key=lambda r: r.last_step):
+            start = request.num_computed_tokens
+            end = min(start + left, request.rows_end)
+            request.allotted = request.whole_rows(start, end)
+            left -= request.allotted
 
     # -- branches (`branches.py`) ------------------------------------------
 
@@ -195,11 +215,19 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Cut rows that exceed the token budget where they may be cut.
 
         vLLM's last word on how many rows of a request a forward takes; with 0 the
-        request sits this step out.
+        request sits this step out. If it is a waiting one, nobody is admitted behind it
+        in this step: smaller requests would, step after step, take the rows that it
+        waits for. (vLLM tries the next ones, from 0.33 on.)
         """
         assert isinstance(request, CanvasRequest)
+        is_running = request.status == RequestStatus.RUNNING
+        if is_running:
+            num_new_tokens = min(num_new_tokens, request.allotted)
         end = num_computed_tokens + num_new_tokens
-        return request.whole_rows(num_computed_tokens, end)
+        rows = request.whole_rows(num_computed_tokens, end)
+        if rows == 0 and not is_running:
+            self.max_num_active_reqs = 0  # until this step is scheduled
+        return rows
 
     def update_from_output(
         self,

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who goes first where a forward does not hold the rows of all; counted in steps."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from engine.cases import make_prompt
+from engine.harness import Engine, params
+from vllm.v1.core.sched.scheduler import Scheduler
+
+BUDGET = 128
+"""Rows of a forward of these engines, which is also their context."""
+LARGE, SMALL = 90, 4
+"""Prompt tokens; with a canvas of 32 the first leaves room for no other."""
+
+
+@pytest.fixture(params=["as it is", "0.33"])
+def waiting_loop(request: pytest.FixtureRequest, monkeypatch) -> None:
+    """vLLM stops at a waiting request that gets no rows, or tries the next one."""
+    if request.param == "as it is":
+        return
+    source = inspect.getsource(Scheduler.schedule)
+    stops = "# The request cannot be scheduled.\n" + 24 * " " + "break\n"
+    tries_next = "skip_request(request_queue)\n" + 24 * " " + "continue\n"
+    if stops in source:
+        assert source.count(stops) == 1
+        source = source.replace(stops, tries_next)
+        scope = dict(Scheduler.schedule.__globals__)
+        exec(textwrap.dedent(source), scope)
+        monkeypatch.setattr(Scheduler, "schedule", scope["schedule"])
+    # Newer ones do it by themselves.
+    assert tries_next in inspect.getsource(Scheduler.schedule) or stops not in source
+
+
+@dataclass
+class Traffic:
+    """Steps an engine, and notes in which steps each request was computed."""
+
+    engine: Engine
+    steps: int = 0
+    ran: dict[str, list[int]] = field(default_factory=dict)
+    preempted: list[tuple[str, list[str]]] = field(default_factory=list)
+    """Who lost its pages, and who went on; in the order of arrival."""
+
+    def add(self, prompt: int, tokens: int, block: int = 8) -> str:
+        dlm = {"strategy": "static", "block_length": block}
+        sampling = params(tokens, dlm=dlm, ignore_eos=True)
+        name = self.engine.add(make_prompt(prompt, self.steps), sampling)
+        self.ran[name] = []
+        return name
+
+    def step(self) -> None:
+        scheduler = self.engine.scheduler
+        before = {name_of(r): r.num_preemptions for r in scheduler.running}
+        schedule = scheduler.schedule
+
+        def scheduled(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            for request_id in output.num_scheduled_tokens:
+                self.ran[request_id.rpartition("-")[0]].append(self.steps)
+            for request in scheduler.waiting:
+                if before.get(name_of(request), 99) < request.num_preemptions:
+                    running = [name_of(r) for r in scheduler.running]
+                    self.preempted.append((name_of(request), running))
+            return output
+
+        scheduler.schedule = scheduled
+        try:
+            self.engine.step()
+        finally:
+            del scheduler.schedule
+        self.steps += 1
+
+    def keep_waiting(self, count: int, prompt: int, tokens: int) -> None:
+        """Let there always be so many requests that wait."""
+        while len(self.engine.scheduler.waiting) < count:
+            self.add(prompt, tokens)
+
+    def forwards_left(self) -> int:
+        """Of the requests that run: one for each token."""
+        return sum(
+            request.max_tokens - request.num_output_tokens
+            for request in self.engine.scheduler.running
+        )
+
+    def stop(self) -> None:
+        for name in self.ran:
+            self.engine.abort(name)
+        self.engine.flush()
+
+
+def name_of(request) -> str:
+    return request.request_id.rpartition("-")[0]
+
+
+@pytest.fixture
+def traffic(busy_engine: Engine):
+    traffic = Traffic(busy_engine)
+    yield traffic
+    traffic.stop()
+
+
+def assert_turns_are_taken(traffic: Traffic) -> None:
+    """Who has begun sits out fewer steps in a row than requests may run."""
+    seats = traffic.engine.scheduler.max_num_running_reqs
+    for name, steps in traffic.ran.items():
+        gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        assert max(gaps, default=0) <= seats, (name, steps)
+
+
+def await_first_step(
+    traffic: Traffic, name: str, stream: Callable[[], None]
+) -> tuple[int, int]:
+    """Steps until a request that comes now is computed, and how many are allowed."""
+    begin, allowed = traffic.steps, traffic.forwards_left() + 1
+    while not traffic.ran[name] and traffic.steps - begin < allowed:
+        stream()
+        traffic.step()
+    return traffic.steps - begin, allowed
+
+
+@pytest.mark.usefixtures("waiting_loop")
+def test_small_requests_do_not_overtake_a_large_one(traffic: Traffic):
+    """It waits for those that ran when it came, and for no other."""
+
+    def stream() -> None:
+        traffic.keep_waiting(4, SMALL, tokens=11)
+
+    for _ in range(9):
+        stream()
+        traffic.step()
+    for request in list(traffic.engine.scheduler.waiting):
+        traffic.engine.abort(name_of(request))
+    large = traffic.add(LARGE, 32)
+    taken, allowed = await_first_step(traffic, large, stream)
+    assert traffic.ran[large], f"not computed in {allowed} steps"
+    assert taken <= 12  # those that ran wrote 11 tokens each, side by side
+
+
+@pytest.mark.usefixtures("waiting_loop")
+def test_a_large_request_goes_on_among_small_ones(traffic: Traffic):
+    large = traffic.add(LARGE, 32)
+    traffic.step()
+    while len(traffic.ran[large]) < 32:
+        traffic.keep_waiting(4, SMALL, tokens=11)
+        traffic.step()
+        assert traffic.steps <= 32 * 8
+    assert_turns_are_taken(traffic)
+
+
+@pytest.mark.usefixtures("waiting_loop")
+def test_small_requests_go_on_among_large_ones(traffic: Traffic):
+    """Each waits for those before it, and takes its turns."""
+    small = []
+    for number in range(60):
+        traffic.keep_waiting(4, LARGE, tokens=16)
+        if number % 10 == 5:
+            small.append(traffic.add(SMALL, 11))
+        traffic.step()
+    while not all(len(traffic.ran[name]) == 11 for name in small):
+        traffic.keep_waiting(4, LARGE, tokens=16)
+        traffic.step()
+        assert traffic.steps <= 1000
+    assert_turns_are_taken(traffic)
+
+
+def test_pages_are_taken_from_who_came_last(engines: Callable[..., Engine]):
+    """Eight pages, of which the large request has four; small ones grow to three.
+
+    They are computed in turns. It writes a block of 32, and would begin it anew.
+    """
+    traffic = Traffic(
+        engines(
+            dlm={"max_canvas": 32},
+            max_model_len=BUDGET,
+            num_gpu_blocks_override=9,
+            max_num_batched_tokens=BUDGET,
+        )
+    )
+    traffic.add(SMALL, 60)
+    traffic.step()
+    large = traffic.add(LARGE, 32, block=32)
+    arrived = {}
+    while len(traffic.ran[large]) < 32:
+        traffic.keep_waiting(3, SMALL, tokens=60)
+        traffic.step()
+        arrived = {name: number for number, name in enumerate(traffic.ran)}
+        assert traffic.steps <= 60 + 2 * 32
+    assert len(traffic.preempted) >= 2
+    for loser, winners in traffic.preempted:
+        assert all(arrived[winner] < arrived[loser] for winner in winners)
+    traffic.stop()
