@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 class DiffusionStepScheduler(DiffusionScheduler):
     """Schedules denoise steps; see the module docstring."""
 
+    max_num_active_reqs: int
+    """vLLM's: requests that may run; `_reserve_prefill_lookahead` ends admissions."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.dlm_server = server_config(self.vllm_config)
