@@ -1,4 +1,4 @@
-# make env | demo | test | lint | types | wheel | clean; `make help` explains each.
+# make env | demo | test | lint | types | wheel | next-vllm | clean; `make help` explains each.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -53,7 +53,7 @@ run_pip() {
 }
 endef
 
-.PHONY: help env dev demo test test-slow lint format types wheel clean
+.PHONY: help env dev demo test test-slow lint format types wheel next-vllm clean
 
 help:
 	@cat <<-'TEXT'
@@ -65,6 +65,8 @@ help:
 	make format     let ruff rewrite what lint would complain about
 	make types      mypy
 	make wheel      build the wheel and try it in an environment of its own
+	make next-vllm VERSION=X.Y.Z   a set of tests on a vLLM without a CPU wheel: its Python
+	                files over the CPU wheel in .venv  (SUITES="kernels ray", ENV_ONLY=1)
 	make clean      remove .venv and everything built
 	DEVICE=cpu or DEVICE=cuda overrides the detection, PYTHON=... names the interpreter.
 	TEXT
@@ -185,8 +187,18 @@ wheel: dev
 	  tail -n 40 example.log; exit 1; }
 	echo "==> the wheel works"
 
+# .ci/next_vllm.py says what it makes, and what it can and cannot show.
+next-vllm: dev
+	@if [[ -z "$(VERSION)" ]]; then
+	  echo "Name a released vLLM: make next-vllm VERSION=X.Y.Z" >&2
+	  exit 1
+	fi
+	$(BIN)/python .ci/next_vllm.py "$(VERSION)" --jobs $(TEST_PROCESSES) \
+	  $(if $(SUITES),--suites $(SUITES)) $(if $(ENV_ONLY),--env-only) \
+	  --pytest-args="$(PYTEST_ARGS)"
+
 clean:
-	@rm -rf $(VENV) .wheel-venv dist build packaging/vllm-metadata/build
+	@rm -rf $(VENV) .wheel-venv .next-vllm-* dist build packaging/vllm-metadata/build
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
