@@ -170,9 +170,7 @@ def make_environment(folder: Path, version: str) -> Path:
 def _lay_over(wheel: Path, site: Path, base: Path) -> None:
     """Python files of `wheel` and binaries of `base` become `site`'s vllm."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [
-            name for name in archive.namelist() if not name.endswith(_NOT_COPIED)
-        ]
+        names = [name for name in archive.namelist() if not name.endswith(_NOT_COPIED)]
         archive.extractall(site, names)
     (found,) = site.glob("vllm-*.dist-info")
     version = found.name.removeprefix("vllm-").removesuffix(".dist-info")
@@ -234,12 +232,16 @@ def run_suites(
     def run(name: str) -> Result:
         report = folder / f"{name}.xml"
         report.unlink(missing_ok=True)
+        files = [f"tests/{file}" for file in SUITES[name].split()]
         start = time.monotonic()
         with (folder / f"{name}.log").open("w") as log:
             done = subprocess.run(
-                [python, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider",
-                 *pytest_args.split(), *(f"tests/{file}" for file in SUITES[name].split())],
-                cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                [python, "-m", "pytest", f"--junitxml={report}", "-p",
+                 "no:cacheprovider", *pytest_args.split(), *files],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         result = Result(name, time.monotonic() - start, done.returncode)

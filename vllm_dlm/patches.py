@@ -80,6 +80,16 @@ PATCHES: dict[str, Patch] = {
             drop_when="vLLM asks the platform instead of HAS_TRITON",
         ),
         Patch(
+            symbol="vllm.v1.worker.gpu_worker:Worker.__init__",
+            why="The same gate again, in a worker, since vLLM 0.33.",
+            how=(
+                "For diffusion models on a CPU the module takes Triton to be there "
+                "while the worker is made; it looks at nothing but this check."
+            ),
+            upstream="no issue yet: a platform cannot say that it replaces kernels",
+            drop_when="vLLM asks the platform instead of HAS_TRITON",
+        ),
+        Patch(
             symbol="vllm.triton_utils:triton.next_power_of_2",
             why=(
                 "Runner V2 sizes its launches with triton.next_power_of_2 on the "
@@ -485,6 +495,30 @@ def apply_cpu_runner_patches() -> None:
     wrap("vllm.config.vllm:VllmConfig._validate_v2_model_runner", validate)
     wrap("vllm.triton_utils.dispatcher:_rebind_kernels", rebind_kernels)
     add("vllm.triton_utils:triton.next_power_of_2", next_power_of_2)
+
+
+def apply_cpu_worker_patches() -> None:
+    """Let workers of diffusion models be made on a CPU build without Triton.
+
+    Call it in a worker, before its class is resolved. vLLM 0.32 has no such check.
+    """
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.worker import gpu_worker
+
+    if HAS_TRITON or not hasattr(gpu_worker, "HAS_TRITON"):
+        return
+
+    def init(original: Callable[..., None]) -> Callable[..., None]:
+        def make(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            replace(gpu_worker, "HAS_TRITON", _is_diffusion(vllm_config))
+            try:
+                original(self, vllm_config, *args, **kwargs)
+            finally:
+                replace(gpu_worker, "HAS_TRITON", HAS_TRITON)
+
+        return make
+
+    wrap("vllm.v1.worker.gpu_worker:Worker.__init__", init)
 
 
 def apply_cpu_verification_patches() -> None:

@@ -86,11 +86,15 @@ def _make_platform_class() -> "type[CpuPlatform]":
         def register_triton_kernel_overrides(cls) -> None:
             """Runs in each worker before its class is resolved."""
             from vllm_dlm.kernels.runner_cpu import register
-            from vllm_dlm.patches import apply_cpu_verification_patches
+            from vllm_dlm.patches import (
+                apply_cpu_verification_patches,
+                apply_cpu_worker_patches,
+            )
 
             # First: they repair the registration, and what is registered.
             _apply_patches()
             apply_cpu_verification_patches()
+            apply_cpu_worker_patches()
             super().register_triton_kernel_overrides()
             register()
 

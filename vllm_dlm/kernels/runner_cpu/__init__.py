@@ -3,10 +3,12 @@
 
 Each function stands in for the kernel of the same name in `vllm.v1.worker`: same
 parameters in the same order, called once per launch instead of once per program.
+Those that not every supported vLLM has are optional (`fitting.py`).
 vLLM's dispatcher drops the grid, so it is read off the shapes. Loops run in numba;
-the few kernels over the vocabulary are torch. Source: vLLM 0.32.
+the few kernels over the vocabulary are torch. Source: vLLM 0.32 and 0.33.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -15,6 +17,11 @@ from vllm_dlm.kernels.runner_cpu.block_table import (
     _compute_slot_mappings_kernel,
     _gather_block_tables_kernel,
     _zero_kv_blocks_kernel,
+)
+from vllm_dlm.kernels.runner_cpu.fitting import (
+    FittedKernels,
+    kernel_parameters,
+    refusal,
 )
 from vllm_dlm.kernels.runner_cpu.input_batch import (
     _combine_sampled_and_draft_tokens_kernel,
@@ -60,19 +67,34 @@ _BY_MODULE: dict[str, tuple[Callable[..., None], ...]] = {
     "gpu.structured_outputs": (_apply_grammar_bitmask_kernel,),
 }
 
-KERNELS: dict[str, Callable[..., None]] = {
-    f"vllm.v1.worker.{module}.{kernel.__name__}": kernel
-    for module, kernels in _BY_MODULE.items()
-    for kernel in kernels
-}
-"""Full name of each replaced kernel and its replacement."""
+KERNELS = FittedKernels(
+    {
+        f"vllm.v1.worker.{module}.{kernel.__name__}": kernel
+        for module, kernels in _BY_MODULE.items()
+        for kernel in kernels
+    }
+)
 
 
 @functools.cache
 def register() -> None:
-    """Route vLLM's launches to `KERNELS`, once per process; not where Triton works."""
+    """Route vLLM's launches to `KERNELS`, once per process; not where Triton works.
+
+    Autoregressive models launch few of them or none. So what does not fit this vLLM
+    is said in the log, and ends the engine only when it is launched.
+    """
+    from vllm.logger import init_logger
     from vllm.triton_utils import HAS_TRITON
     from vllm.triton_utils.dispatcher import register_kernels
 
-    if not HAS_TRITON:
-        register_kernels(KERNELS)
+    if HAS_TRITON:
+        return
+    problems = KERNELS.problems()
+    for problem in problems.values():
+        init_logger(__name__).warning("%s", problem)
+    kernels = {name: KERNELS[name] for name in KERNELS if name not in problems}
+    for name, problem in problems.items():
+        with contextlib.suppress(RuntimeError):  # no such kernel: nothing launches it
+            kernel_parameters(name)
+            kernels[name] = refusal(problem)
+    register_kernels(kernels)

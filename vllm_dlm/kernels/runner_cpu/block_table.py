@@ -13,6 +13,8 @@ from vllm_dlm.kernels.numba_jit import jit
 
 _jit = jit()
 
+_NONE = np.empty(0, dtype=np.int32)
+
 
 @intrinsic
 def _as_pointer(typing_context: Any, address: Any) -> Any:
@@ -97,11 +99,18 @@ def _gather_block_tables_kernel(
     num_blocks_ptr: torch.Tensor,
     num_blocks_stride: int,
     num_reqs: int,
-    BLOCK_SIZE: int,
+    num_computed_tokens_ptr: torch.Tensor | None = None,
+    sliding_window_reach_ptr: torch.Tensor | None = None,
+    block_sizes_ptr: torch.Tensor | None = None,
+    MASK_SLIDING_WINDOW: bool = False,
+    BLOCK_SIZE: int = 1024,
 ) -> None:
     """Copy the block-table rows of the batch's requests to the front, per KV group.
 
-    The launch's padded rows, which Triton zeroes, exist under CUDA graphs only.
+    vLLM 0.33 launches it for more rows than there are requests, and expects zeros in
+    those that a larger batch has left; how many there are, only the grid says. Its
+    targets have room for all requests, so every row behind the batch is zeroed. In
+    vLLM 0.32 there are such rows under CUDA graphs only.
 
     Args:
         batch_idx_to_req_idx: `[num_reqs]`.
@@ -109,30 +118,66 @@ def _gather_block_tables_kernel(
             int32 `[max_num_reqs, stride]`.
         block_table_strides: int64 `[groups]`.
         num_blocks_ptr: int32 `[groups, max_num_reqs]`, used blocks of each row.
+        num_computed_tokens_ptr: int32 `[max_num_reqs]`, since 0.33, as what follows.
+        sliding_window_reach_ptr: int32 `[groups]`, how many tokens before a request's
+            first scheduled one are still read; 0 for all.
+        block_sizes_ptr: int32 `[groups]`.
+        MASK_SLIDING_WINDOW: whether blocks that lie wholly before these get the
+            null block, 0.
     """
+    if (
+        num_computed_tokens_ptr is None
+        or sliding_window_reach_ptr is None
+        or block_sizes_ptr is None
+    ):
+        computed, reach, block_sizes = _NONE, _NONE, _NONE
+        num_rows = num_reqs
+    else:
+        computed = num_computed_tokens_ptr.numpy()
+        reach = sliding_window_reach_ptr.numpy()
+        block_sizes = block_sizes_ptr.numpy()
+        num_rows = num_blocks_ptr.shape[1]
     _gather_block_tables(
         batch_idx_to_req_idx.numpy(),
         src_block_table_ptrs.numpy(),
         dst_block_table_ptrs.numpy(),
         block_table_strides.numpy(),
         num_blocks_ptr.numpy(),
+        num_rows,
+        MASK_SLIDING_WINDOW,
+        computed,
+        reach,
+        block_sizes,
     )
 
 
 @_jit
-def _gather_block_tables(slots, sources, targets, strides, num_blocks):  # type: ignore[no-untyped-def]
+def _gather_block_tables(  # type: ignore[no-untyped-def]
+    slots,
+    sources,
+    targets,
+    strides,
+    num_blocks,
+    num_rows,
+    masked,
+    computed,
+    reach,
+    block_sizes,
+):
     for group in range(strides.shape[0]):
         stride = strides[group]
         source = numba.carray(
             _as_pointer(sources[group]), (num_blocks.shape[1], stride), np.int32
         )
-        target = numba.carray(
-            _as_pointer(targets[group]), (slots.shape[0], stride), np.int32
-        )
+        target = numba.carray(_as_pointer(targets[group]), (num_rows, stride), np.int32)
         for row in range(slots.shape[0]):
             slot = slots[row]
+            null = 0
+            if masked and reach[group] > 0:
+                null = max(computed[slot] - reach[group], 0) // block_sizes[group]
             for i in range(num_blocks[group, slot]):
-                target[row, i] = source[slot, i]
+                target[row, i] = 0 if i < null else source[slot, i]
+        target[slots.shape[0] :] = 0
 
 
 def _compute_slot_mappings_kernel(

@@ -258,6 +258,9 @@ def _post_update_kernel(
     all_token_ids_ptr: torch.Tensor,
     all_token_ids_stride: int,
     total_len_ptr: torch.Tensor,
+    draft_tokens_ptr: torch.Tensor | None = None,
+    draft_tokens_out_ptr: torch.Tensor | None = None,
+    num_draft_tokens: int = 0,
     num_warps: int = 1,
 ) -> None:
     """Append sampled tokens to their requests and advance their counters.
@@ -271,6 +274,9 @@ def _post_update_kernel(
         num_sampled_ptr, num_rejected_ptr: int `[num_reqs]`.
         query_start_loc_ptr: int32 `[num_reqs + 1]`; None counts no query tokens.
         all_token_ids_ptr: int32 `[max_num_reqs, max_model_len]`.
+        draft_tokens_ptr: `[num_reqs, num_draft_tokens]` or None, as in vLLM 0.32.
+        draft_tokens_out_ptr: `[max_num_reqs, num_draft_tokens]`, gets the drafts of
+            each request in its row.
         num_warps: a launch option of Triton's, unused.
     """
     counts = output_bin_counts_ptr
@@ -288,6 +294,9 @@ def _post_update_kernel(
         all_token_ids_ptr.numpy(),
         total_len_ptr.numpy(),
     )
+    if draft_tokens_ptr is not None and draft_tokens_out_ptr is not None:
+        kept = idx_mapping_ptr >= 0
+        draft_tokens_out_ptr[idx_mapping_ptr[kept]] = draft_tokens_ptr[kept]
 
 
 @_jit
