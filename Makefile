@@ -19,7 +19,8 @@ TEST_PROCESSES ?= $(if $(filter cuda,$(DEVICE)),1,2)
 
 # cuda where a GPU answers, cpu elsewhere; `make DEVICE=cpu ...` overrides.
 DEVICE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu)
-CUDA_VLLM := vllm==0.32.0
+# The newest of TESTED_VLLM (vllm_dlm/plugin.py).
+CUDA_VLLM := vllm==0.33.0
 
 # A stamp is named after what it was made from: a changed lock file makes a new one.
 checksum = $(shell cat $(1) 2>/dev/null | cksum | cut -d' ' -f1)

@@ -3,6 +3,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 # vLLM reads these when it is imported: an engine in this process, a small KV cache,
@@ -18,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import slow_order
 from hypothesis import HealthCheck, settings
 
 # No limits of time: on shared cores they say nothing. CI repeats the same examples
@@ -56,6 +58,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _skip_without_gpus(items)
+
+
+def _skip_without_gpus(items: list[pytest.Item]) -> None:
     marked = [item for item in items if any(map(item.get_closest_marker, GPUS_NEEDED))]
     if not marked:
         return
@@ -67,3 +73,49 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if present < needed:
             reason = f"needs {needed} CUDA GPU(s), this machine has {present}"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+class SlowTests:
+    """Where time may not suffice for all: their order, and which were not reached.
+
+    Args:
+        run: number of the run.
+        report: file that names what was not reached, right at any time.
+    """
+
+    def __init__(self, run: int, report: Path) -> None:
+        self._run = run
+        self._report = report
+        self._tests: list[tuple[str, str]] = []
+        self._reached: set[str] = set()
+
+    @pytest.hookimpl(trylast=True)  # what is not chosen has gone by then
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files = slow_order.order([_file_of(item) for item in items], self._run)
+        place = {file: i for i, file in enumerate(files)}
+        items.sort(key=lambda item: place[_file_of(item)])
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._tests = [(_file_of(item), item.nodeid) for item in session.items]
+        self._write()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # At its end, which an interrupted test does not come to.
+        if report.when == "teardown":
+            self._reached.add(report.nodeid)
+            self._write()
+
+    def _write(self) -> None:
+        lines = slow_order.unreached(self._tests, self._reached)
+        self._report.write_text("".join(f"{line}\n" for line in lines))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "SLOW_TESTS_RUN" in os.environ:
+        run = int(os.environ["SLOW_TESTS_RUN"])
+        report = Path(os.environ["SLOW_TESTS_UNREACHED"])
+        config.pluginmanager.register(SlowTests(run, report), "slow_tests")

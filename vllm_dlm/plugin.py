@@ -15,6 +15,11 @@ from importlib import import_module
 from typing import Any
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
+"""Accepted: what others are, a warning says. pyproject.toml requires the same."""
+
+TESTED_VLLM = ("0.32.0", "0.33.0")
+"""Versions that the tests were run on; how, docs/compatibility.md says. The last one
+is what `make env` installs where a GPU answers."""
 
 _MODELS = "vllm_dlm.model_executor.models"
 

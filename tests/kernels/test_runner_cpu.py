@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model runner V2's kernels for a CPU.
 
-The references below are the Triton programs of vLLM 0.32 read one program at a time,
-in plain Python on flat lists: no shared code with `vllm_dlm.kernels.runner_cpu`.
+The references below are the Triton programs of vLLM 0.32 and 0.33 read one program at a
+time, in plain Python on flat lists: no shared code with `vllm_dlm.kernels.runner_cpu`.
 """
 
 import inspect
@@ -20,6 +20,12 @@ import torch
 
 from vllm_dlm.kernels.numba_jit import jit
 from vllm_dlm.kernels.runner_cpu import KERNELS, block_table, input_batch, vocabulary
+from vllm_dlm.kernels.runner_cpu.fitting import (
+    FittedKernels,
+    fit,
+    kernel_parameters,
+    refusal,
+)
 
 SEEDS = range(4)
 MAX_REQS = 7
@@ -30,13 +36,45 @@ DRAFTS = 8
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_parameters_are_those_of_the_triton_kernel(name):
-    from vllm.triton_utils.dispatcher import _kernel_arg_names, _resolve_kernel
-
-    host, attribute = _resolve_kernel(name)
-    expected = _kernel_arg_names(getattr(host, attribute))
     given = tuple(inspect.signature(KERNELS[name]).parameters)
+    expected = kernel_parameters(name)
     assert given[: len(expected)] == expected
     assert given[len(expected) :] in ((), ("num_warps",))
+
+
+def test_a_replacement_is_fitted_to_either_list():
+    def replacement(first, since=None, last=0, num_warps=1):
+        seen.append((first, since, last))
+
+    seen: list = []
+    older = fit(replacement, "kernel", ("first", "last"))
+    older(1, 2, num_warps=4)
+    older(1, last=2)
+    assert fit(replacement, "kernel", ("first", "since", "last")) is replacement
+    replacement(1, 3, 2)
+    assert seen == [(1, None, 2), (1, None, 2), (1, 3, 2)]
+    assert tuple(inspect.signature(older).parameters) == ("first", "last")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        (("first", "since", "scale", "last"), "has 'scale', unlike"),
+        (("since", "last"), "lacks 'first', unlike"),
+        (("start", "last"), "has 'start' and lacks 'first', unlike"),
+    ],
+)
+def test_a_kernel_with_other_parameters_is_refused(parameters, said):
+    def replacement(first, since=None, last=0):
+        raise AssertionError
+
+    with pytest.raises(RuntimeError, match=f"the kernel a.b of vLLM .* {said}"):
+        fit(replacement, "a.b", parameters)
+    kernels = FittedKernels({"vllm.v1.worker.gpu.input_batch.no_kernel": replacement})
+    (problem,) = kernels.problems().values()
+    assert "has no kernel vllm.v1.worker.gpu.input_batch.no_kernel" in problem
+    with pytest.raises(RuntimeError, match=r"has no kernel.*`vllm-dlm doctor` lists"):
+        refusal(problem)(1, BLOCK_SIZE=2)
 
 
 def test_jit_works_where_no_cache_can_be_written():
@@ -165,6 +203,45 @@ def test_gather_block_tables(seed):
         num_blocks,
         num_blocks.stride(0),
         batch.num_reqs,
+        BLOCK_SIZE=1024,
+    )
+    assert [target.tolist() for target in targets] == expected
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gather_block_tables_of_vllm_0_33(seed, masked):
+    """Rows that a larger batch has left are zeroed, blocks behind a window nulled."""
+    batch = Batch(seed)
+    widths, reach, block_sizes = (4, 7), (0, 9), (16, 8)
+    sources = [batch.ints(1, 99, MAX_REQS, width) for width in widths]
+    targets = [torch.full((MAX_REQS, width), 7).int() for width in widths]
+    num_blocks = torch.stack([batch.ints(0, width + 1, MAX_REQS) for width in widths])
+    expected = [target.tolist() for target in targets]
+    for group, width in enumerate(widths):
+        for row in range(MAX_REQS):
+            if row >= batch.num_reqs:
+                expected[group][row] = [0] * width
+                continue
+            slot, null = int(batch.idx_mapping[row]), 0
+            if masked and reach[group] > 0:
+                past = max(int(batch.computed[slot]) - reach[group], 0)
+                null = past // block_sizes[group]
+            for i in range(int(num_blocks[group, slot])):
+                block = int(sources[group][slot, i])
+                expected[group][row][i] = 0 if i < null else block
+    block_table._gather_block_tables_kernel(
+        batch.idx_mapping,
+        addresses(sources),
+        addresses(targets),
+        torch.tensor(widths),
+        num_blocks,
+        num_blocks.stride(0),
+        batch.num_reqs,
+        batch.computed,
+        torch.tensor(reach).int(),
+        torch.tensor(block_sizes).int(),
+        MASK_SLIDING_WINDOW=masked,
         BLOCK_SIZE=1024,
     )
     assert [target.tolist() for target in targets] == expected
@@ -430,6 +507,34 @@ def test_post_update(seed, dtype, with_queries, with_counts):
         num_warps=1,
     )
     assert [t.tolist() for t in tensors] == [computed, last, tokens, totals, *tallies]
+
+
+def test_post_update_of_vllm_0_33_keeps_drafts():
+    batch = Batch(0)
+    batch.idx_mapping = torch.tensor([4, -1, 2])  # the second is filtered
+    drafts = torch.arange(1, 7).view(3, 2)
+    kept = torch.zeros(MAX_REQS, 2, dtype=torch.int64)
+    none = torch.zeros(3).int()
+    input_batch._post_update_kernel(
+        batch.idx_mapping,
+        batch.computed,
+        torch.zeros(MAX_REQS, 1, dtype=torch.int64),
+        None,
+        0,
+        torch.zeros(3, 1, dtype=torch.int64),
+        1,
+        none,
+        none,
+        None,
+        batch.token_ids,
+        batch.token_ids.stride(0),
+        batch.ints(1, 9, MAX_REQS),
+        drafts,
+        kept,
+        2,
+        num_warps=1,
+    )
+    assert kept.tolist() == [[0, 0], [0, 0], [5, 6], [0, 0], [1, 2], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -11,6 +11,7 @@ accepts or rejects reads the probability of token -1, by which the scheduler mar
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +142,29 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": without_offsets,
 }
 """Entries of the ledger -> makers of their replacement."""
+
+
+def misfits() -> list[str]:
+    """One sentence for each symbol whose first parameters are not what ours takes."""
+    from vllm import __version__
+
+    from vllm_dlm.patches import find
+
+    found = []
+    for symbol, make in WRAPPERS.items():
+        try:
+            original = inspect.unwrap(find(symbol)[2])
+        except RuntimeError:
+            continue  # the ledger's own check says so
+        theirs = list(inspect.signature(original).parameters)
+        ours = [
+            name
+            for name, parameter in inspect.signature(make(original)).parameters.items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+        if theirs[: len(ours)] != ours:
+            found.append(
+                f"{symbol} of vLLM {__version__} takes {', '.join(theirs)}, and "
+                f"vllm-dlm's own begins with {', '.join(ours)}"
+            )
+    return found

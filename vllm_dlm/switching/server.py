@@ -15,11 +15,6 @@ from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import (
-    FrontendArgs,
-    make_arg_parser,
-    validate_parsed_serve_args,
-)
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.logger import init_logger
@@ -34,6 +29,19 @@ from vllm_dlm.switching.metrics import PairStatLogger
 from vllm_dlm.switching.pair import Pair, plan_pair
 from vllm_dlm.switching.responses import report_writers
 from vllm_dlm.switching.routes import keep_served
+
+try:
+    from vllm.entrypoints.common.cli_args import (
+        FrontendArgs,
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
+except ModuleNotFoundError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import (
+        FrontendArgs,
+        make_arg_parser,
+        validate_parsed_serve_args,
+    )
 
 logger = init_logger(__name__)
 
