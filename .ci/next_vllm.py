@@ -87,7 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     start = time.monotonic()
     folder = ROOT / f".next-vllm-{options.version}"
-    python = make_environment(folder, options.version)
+    try:
+        python = make_environment(folder, options.version)
+    except metadata.PackageNotFoundError:
+        print("It takes the binaries of a CPU environment: make DEVICE=cpu dev")
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"{' '.join(map(str, error.cmd))}: failed, as said above")
+        return 2
     print(f"==> {python}, after {time.monotonic() - start:.0f} s")
     if options.env_only:
         return 0

@@ -74,7 +74,12 @@ def test_a_vllm_that_fits():
 def test_a_vllm_that_does_not_fit():
     status, findings = doctor(UNFIT)
     assert status == 1
-    problems = [line for line in findings if line.startswith("BAD")]
+    problems = [
+        line
+        for line in findings
+        # The missing module is one that wrapped symbols need as well.
+        if line.startswith("BAD") and not line.startswith("BAD patched")
+    ]
     said = (
         "BAD module: vllm_dlm.switching.server: Module.*vllm.entrypoints.launchers",
         "BAD kernel: .*_prepare_pos_seq_lens_kernel of vLLM .* has 'scale_ptr', unlike",

@@ -140,6 +140,31 @@ def test_wrap_refuses_what_is_not_in_the_ledger_or_not_in_vllm(monkeypatch):
         patches.wrap(symbol, lambda original: original)
 
 
+def test_a_workers_gate_opens_for_diffusion_models_only(monkeypatch):
+    from vllm.v1.worker import gpu_worker
+
+    def look(self, vllm_config, rank=0):
+        seen.append(gpu_worker.HAS_TRITON)
+        if rank:
+            raise ValueError("no such rank")
+
+    seen: list = []
+    monkeypatch.setattr(patches, "_applied", [])
+    monkeypatch.setattr(gpu_worker.Worker, "__init__", look)
+    # vLLM 0.32 has no gate there.
+    monkeypatch.setattr(gpu_worker, "HAS_TRITON", False, raising=False)
+    patches.apply_cpu_worker_patches()
+    diffusion, other = (
+        SimpleNamespace(model_config=SimpleNamespace(is_diffusion=is_diffusion))
+        for is_diffusion in (True, False)
+    )
+    gpu_worker.Worker(diffusion)
+    gpu_worker.Worker(vllm_config=other, rank=0)
+    with pytest.raises(ValueError, match="no such rank"):
+        gpu_worker.Worker(diffusion, 1)
+    assert seen == [True, False, True] and gpu_worker.HAS_TRITON is False
+
+
 def test_replace_refuses_what_vllm_does_not_read():
     runner = SimpleNamespace(longest=7)
     patches.replace(runner, "longest", 9)

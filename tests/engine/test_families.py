@@ -135,6 +135,7 @@ def test_the_warm_up_of_vllm(serve: Callable, served: Served):
     engine, _ = serve(served)
     prompts = [make_prompt(length) for length in (5, 40)]
     texts = engine.run(prompts, params(12))
+    engine.flush()
     worker = engine.worker
     warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
     assert not engine.runner.model_state.requests
