@@ -8,7 +8,7 @@ config.json may override each of them by the same name. The engine reads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -18,15 +18,6 @@ DEFAULT_MAX_CANVAS = 1024
 ModelClass: TypeAlias = Literal["A", "B", "C"]
 """What a position sees. A: everything. B: all blocks up to its own, the prompt's
 included. C: the prompt and finished text causally, its own block whole."""
-
-_VALID = {
-    "dlm_class": ("A", "B", "C"),
-    "dlm_shift": (0, 1),
-    "dlm_seeds": (False, True),
-    "dlm_block_origin": ("start", "prompt"),
-    "dlm_schedule": ("even", "rounded"),
-    "dlm_reference_confidence": ("model", "drawn"),
-}
 
 
 @dataclass(frozen=True)
@@ -92,8 +83,6 @@ class ModelDefaults:
     @classmethod
     def from_hf_config(cls, hf_config: Any) -> ModelDefaults:
         """Read the `dlm_*` attributes of one of our HF config classes."""
-        eos = getattr(hf_config, "eos_token_id", None)
-        ends = eos if isinstance(eos, list) else [eos]
         return cls(
             strategy=getattr(hf_config, "dlm_strategy", "threshold"),
             block_length=getattr(hf_config, "dlm_block_length", 32),
@@ -102,7 +91,9 @@ class ModelDefaults:
             max_canvas=getattr(hf_config, "dlm_max_canvas", None) or DEFAULT_MAX_CANVAS,
             # vLLM takes a config's end of text from its generation_config.json only.
             stop_ids=tuple(
-                sorted({*getattr(hf_config, "dlm_stop_ids", ()), *ends} - {None})
+                id_
+                for id_ in declared_stop_ids(hf_config)
+                if 0 <= id_ < hf_config.vocab_size
             ),
             shift=getattr(hf_config, "dlm_shift", 0),
             seeds=getattr(hf_config, "dlm_seeds", False),
@@ -114,6 +105,22 @@ class ModelDefaults:
             ),
             strategy_config=getattr(hf_config, "dlm_strategy_config", {}),
         )
+
+
+def declared_stop_ids(hf_config: Any) -> list[int]:
+    """The ids that end a text by `dlm_stop_ids` and `eos_token_id`, in order.
+
+    Some may lie outside the vocabulary: a family's own where the vocabulary is smaller.
+    """
+    fields = (getattr(hf_config, n, None) for n in ("dlm_stop_ids", "eos_token_id"))
+    return sorted({id_ for ids in fields for id_ in as_ids(ids)})
+
+
+def as_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
+    """Token ids as config files have them: one, several, or none."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def declare(
@@ -138,11 +145,8 @@ def declare(
 
     Args:
         config: the config being built.
-        given: the config's remaining keyword arguments; declarations in it win, and
-            are taken out of it.
-
-    Raises:
-        ValueError: config.json declares something that does not exist.
+        given: the config's remaining keyword arguments, which `read` has checked;
+            declarations in it win, and are taken out of it.
     """
     declared: dict[str, Any] = {
         "dlm_class": dlm_class,
@@ -163,12 +167,6 @@ def declare(
         value = given.pop(name, None)
         if value is not None:
             declared[name] = value
-    for name, valid in _VALID.items():
-        if declared[name] not in valid:
-            raise ValueError(
-                f"{name} {declared[name]!r} in the model's config is not one of "
-                f"{', '.join(map(str, valid))}"
-            )
     for name, value in declared.items():
         setattr(config, name, value)
     # vLLM takes a model for a diffusion model exactly when this is set.

@@ -41,7 +41,10 @@ ARCHITECTURES = {
 
 HF_CONFIGS = {
     "llada": f"{_MODELS}.llada_config:LLaDAConfig",
+    # As dllm's trainer calls LLaDA-MoE, and dFactory's LLaDA2 with stacked experts.
+    "lladamoe": f"{_MODELS}.llada_moe_config:LLaDAMoEConfig",
     "llada2_moe": f"{_MODELS}.llada2_config:LLaDA2MoeConfig",
+    "llada2_moe_veomni": f"{_MODELS}.llada2_config:LLaDA2MoeConfig",
     "Dream": f"{_MODELS}.dream_config:DreamConfig",
     "sdar": f"{_MODELS}.sdar_config:SDARConfig",
     "sdar_moe": f"{_MODELS}.sdar_config:SDARMoeConfig",

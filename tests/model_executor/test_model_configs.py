@@ -165,7 +165,7 @@ def test_a2d_without_a_telling_name(read):
         (LLADA, {"include_qkv_bias": True}, "include_qkv_bias"),
         (LLADA_MOE, {"shared_expert_intermediate_size": 512}, "shared_expert"),
         (LLADA_MOE, {"moe_router_enable_expert_bias": True}, "expert_bias"),
-        (LLADA_MOE, {"moe_layer_freq": [0] + [1] * 15}, "dense layers"),
+        (LLADA_MOE, {"moe_layer_freq": [0] + [1] * 15}, "moe_layer_freq"),
         (LLADA2, {"use_sliding_window": True}, "use_sliding_window"),
         (NEMOTRON, {"attention_bias": True}, "attention_bias"),
         (NEMOTRON, {"sliding_window": 4096}, "sliding_window"),
@@ -181,7 +181,6 @@ def test_what_is_not_implemented_is_refused(read, released, fields, message):
     [
         (SDAR, {"vocab_size": 151669}, "mask_token_id 151669 is outside"),
         (DREAM, {"mask_token_id": -5}, "mask_token_id -5 is outside"),
-        (LLADA2, {"dlm_block_length": 0}, "dlm_block_length 0"),
         (
             A2D_QWEN3
             | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"},

@@ -10,15 +10,16 @@ one whole prompt plus canvas, for the others KV pages made of whole blocks.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_dlm.config import DlmConfig
-from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.model_defaults import ModelDefaults, as_ids, declared_stop_ids
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
+from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.request import check_strategy, refuse_server_options
 from vllm_dlm.request_config import resolve, server_config
@@ -78,11 +79,12 @@ class DlmModelConfig(VerifyAndUpdateConfig):
 
         hf_config = model_config.hf_config
         check_declarations(hf_config)
+        _name_modules(hf_config)
         _limit_context(model_config)
         # Validated here once and read by the API process at admission.
         server = server_config(vllm_config)
         defaults = ModelDefaults.from_hf_config(hf_config)
-        _check_stop_ids(model_config, defaults)
+        _check_stop_ids(model_config)
         hf_config.dlm_server = server.model_dump()
         canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
         hf_config.canvas_length = canvas
@@ -163,22 +165,44 @@ def _limit_context(model_config: ModelConfig) -> None:
         model_config.max_model_len = WIDEST_DEFAULT_CONTEXT
 
 
-def _check_stop_ids(model_config: ModelConfig, defaults: ModelDefaults) -> None:
+def _name_modules(hf_config: Any) -> None:
+    """Let a quantised checkpoint's lists of modules name them as vLLM does."""
+    names = hf_config.family.module_names
+    quantisation = getattr(hf_config, "quantization_config", None)
+    if names is not None and isinstance(quantisation, dict):
+        hf_config.quantization_config = names.translate(
+            quantisation, hf_config.num_hidden_layers
+        )
+
+
+def _check_stop_ids(model_config: ModelConfig) -> None:
     """Some token must end a text, or each request writes all of its `max_tokens`.
 
+    Ids outside the vocabulary cannot be written: they are left out, with a warning.
+
     Raises:
-        ValueError: config.json, generation_config.json and the family name none.
+        ValueError: config.json, generation_config.json and the family name none, or
+            what generation_config.json names is no id.
     """
     hf_config = model_config.hf_config
-    sources = (hf_config.to_dict(), model_config.try_get_generation_config())
-    ids = {*defaults.stop_ids}
-    for eos in (source.get("eos_token_id") for source in sources):
-        ids.update(eos if isinstance(eos, list) else [eos])
-    if not any(i is not None and 0 <= i < hf_config.vocab_size for i in ids):
+    eos = model_config.try_get_generation_config().get("eos_token_id")
+    check_kind("eos_token_id", eos, "generation_config.json")
+    ids = {*declared_stop_ids(hf_config), *as_ids(eos)}
+    size = hf_config.vocab_size
+    outside = sorted(i for i in ids if not 0 <= i < size)
+    if outside:
+        logger.warning(
+            "Leaving out the ids %s, which should end a text and are outside the "
+            "vocabulary of %d: dlm_stop_ids and eos_token_id in config.json, and "
+            "eos_token_id in generation_config.json, set them.",
+            ", ".join(map(str, outside)),
+            size,
+        )
+    if len(outside) == len(ids):
         raise ValueError(
             "no token ends a text of this model: neither config.json nor "
             "generation_config.json has an eos_token_id of its vocabulary of "
-            f"{hf_config.vocab_size}; set it there, or with "
+            f"{size}; set it there, or with "
             "--hf-overrides '{\"eos_token_id\": ID}'"
         )
 

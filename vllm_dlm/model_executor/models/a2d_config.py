@@ -18,8 +18,14 @@ from vllm_dlm.model_defaults import declare
 from vllm_dlm.model_executor.models.declarations import (
     UNKNOWN_MASK_ID,
     checkpoint_name,
-    fill,
     stop_ids,
+)
+from vllm_dlm.model_executor.models.reading import (
+    ON_OR_OFF,
+    QWEN2_BIASES,
+    Family,
+    FamilyConfig,
+    read,
 )
 
 A2D_QWEN3_MASK_ID = 151669
@@ -28,34 +34,53 @@ QWEN_STOP_IDS = (151645, 151643)
 """`<|im_end|>` and `<|endoftext|>`."""
 
 
-class A2DQwen3Config(Qwen3Config):
+class A2DQwen3Config(FamilyConfig, Qwen3Config):
     """A2D from Qwen3."""
 
     model_type = "a2d-qwen3"
+    family = Family(
+        "A2D from Qwen3",
+        ("A2DQwen3LMHeadModel",),
+        computes={"use_qk_norm": (True,)},
+        rope_theta=1e6,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
-        fill(kwargs, rope_theta=1e6)
+        read(self.family, kwargs)
         _declare_a2d(self, kwargs, A2D_QWEN3_MASK_ID, QWEN_STOP_IDS)
         super().__init__(**kwargs)
 
 
-class A2DQwen2Config(Qwen2Config):
+class A2DQwen2Config(FamilyConfig, Qwen2Config):
     """A2D from Qwen2.5."""
 
     model_type = "a2d-qwen2"
+    family = Family(
+        "A2D from Qwen2.5",
+        ("A2DQwen2LMHeadModel",),
+        computes=QWEN2_BIASES,
+        rope_theta=1e6,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
-        fill(kwargs, rope_theta=1e6)
+        read(self.family, kwargs)
         _declare_a2d(self, kwargs, A2D_QWEN2_MASK_ID, QWEN_STOP_IDS)
         super().__init__(**kwargs)
 
 
-class A2DLlamaConfig(LlamaConfig):
+class A2DLlamaConfig(FamilyConfig, LlamaConfig):
     """A2D from Llama; the checkpoint has to name its mask token."""
 
     model_type = "a2d-llama"
+    family = Family(
+        "A2D from Llama",
+        ("A2DLlamaLMHeadModel",),
+        computes={"attention_bias": ON_OR_OFF, "mlp_bias": ON_OR_OFF},
+        windows_are_off=False,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
+        read(self.family, kwargs)
         _declare_a2d(self, kwargs, UNKNOWN_MASK_ID, ())
         super().__init__(**kwargs)
 

@@ -7,6 +7,8 @@ import os
 from pathlib import PurePath
 from typing import Any
 
+from vllm_dlm.model_executor.models.config_fields import KINDS
+
 UNKNOWN_MASK_ID = -1
 """Mask id of a family whose checkpoints must name it themselves."""
 
@@ -18,17 +20,13 @@ def fill(given: dict[str, Any], **defaults: Any) -> None:
             given[name] = value
 
 
-def refuse(family: str, given: dict[str, Any], *names: str) -> None:
-    """Refuse a config that turns on one of `names`.
+def set_fields(config: Any, given: dict[str, Any]) -> None:
+    """Set `given` on a config whose parent has no such fields.
 
-    Raises:
-        ValueError: one of the fields is true or not zero.
+    Transformers looks at some of them (heads, context, RoPE) while it is still made.
     """
-    if wrong := sorted(name for name in names if given.get(name)):
-        raise ValueError(
-            f"this {family} config sets {', '.join(wrong)}, which no released "
-            f"{family} checkpoint uses and vllm-dlm does not implement"
-        )
+    for name in KINDS.keys() & given.keys() - {"dtype", "torch_dtype"}:
+        setattr(config, name, given[name])
 
 
 def stop_ids(
@@ -63,14 +61,14 @@ def check_declarations(hf_config: Any) -> None:
             field, and how to set it.
     """
     model_class = hf_config.dlm_class
-    mask, block = hf_config.mask_token_id, hf_config.dlm_block_length
+    mask = hf_config.mask_token_id
     if model_class not in ("A", "B", "C"):
         problem = (
             f"dlm_class is {model_class!r}, not A, B or C: neither config.json nor the "
             "checkpoint's name says what its positions see"
         )
         example = '{"dlm_class": "A"}'
-    elif not isinstance(mask, int) or mask == UNKNOWN_MASK_ID:
+    elif mask == UNKNOWN_MASK_ID:
         problem = "mask_token_id is not known: config.json does not name it"
         example = '{"mask_token_id": ID}'
     elif not 0 <= mask < hf_config.vocab_size:
@@ -78,9 +76,6 @@ def check_declarations(hf_config: Any) -> None:
             f"mask_token_id {mask} is outside the vocabulary of {hf_config.vocab_size}"
         )
         example = '{"mask_token_id": ID}'
-    elif not isinstance(block, int) or block < 1:
-        problem = f"dlm_block_length {block!r} is not a positive number of tokens"
-        example = '{"dlm_block_length": 32}'
     else:
         return
     raise ValueError(

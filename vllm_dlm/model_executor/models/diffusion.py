@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from vllm_dlm.model_executor.models.experts import unstack
 
 if TYPE_CHECKING:
     from vllm_dlm.kernels.shards import VocabShard
@@ -16,6 +21,11 @@ class DiffusionModelMixin:
 
     lm_head: Any
     logits_processor: Any
+    config: Any
+
+    names_in_files: ClassVar[WeightsMapper | None] = None
+    """From the names in checkpoints to vLLM's, in families that have their own."""
+    _is_loaded = False
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -31,6 +41,36 @@ class DiffusionModelMixin:
         which needs them a tile at a time only.
         """
         return hidden_states
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint, all of it at the first call.
+
+        Later calls, and those of a server that began without weights (load format
+        `dummy`), bring new weights in parts of any size: they are not compared with
+        what the model needs.
+
+        Raises:
+            ValueError: tensors are missing, left over or do not fit.
+        """
+        vllm_config = get_current_vllm_config_or_none()
+        if self._is_loaded or (
+            vllm_config is not None and vllm_config.load_config.load_format == "dummy"
+        ):
+            return self._load(unstack(weights))
+        from vllm_dlm.model_executor.models.weights import WeightCheck
+
+        check = WeightCheck(self)
+        with check.naming_tensors():
+            loaded = self._load(check.used(weights))
+        check.finish()
+        self._is_loaded = True
+        return loaded
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if self.names_in_files is None:
+            loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
+            return loaded
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.names_in_files)
 
     # -- lm_head, for the sampler (`logits.Head`) --------------------------
 

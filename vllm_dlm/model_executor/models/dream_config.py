@@ -12,13 +12,19 @@ from transformers import Qwen2Config
 
 from vllm_dlm.model_defaults import declare
 from vllm_dlm.model_executor.models.declarations import fill, stop_ids
+from vllm_dlm.model_executor.models.reading import (
+    QWEN2_BIASES,
+    Family,
+    FamilyConfig,
+    read,
+)
 
 DREAM_MASK_ID = 151666
 DREAM_STOP_IDS = (151645, 151643)
 """`<|im_end|>` and `<|endoftext|>`."""
 
 
-class DreamConfig(Qwen2Config):
+class DreamConfig(FamilyConfig, Qwen2Config):
     """Dream's configuration: Qwen2's, and what the released one leaves to its class.
 
     Raises:
@@ -27,6 +33,7 @@ class DreamConfig(Qwen2Config):
     """
 
     model_type = "Dream"
+    family = Family("Dream", ("DreamModel",), computes=QWEN2_BIASES, rope_theta=1e6)
 
     def __init__(self, **kwargs: Any) -> None:
         if "DreamForCausalLM" in (kwargs.get("architectures") or ()):
@@ -35,7 +42,8 @@ class DreamConfig(Qwen2Config):
                 "vllm-dlm does not implement: it shares the model type of Dream, but "
                 "not the network; Dream-v0, Dream-Coder and DiffuCoder are supported"
             )
-        fill(kwargs, rope_theta=1e6, eos_token_id=151643, pad_token_id=151643)
+        read(self.family, kwargs)
+        fill(kwargs, eos_token_id=151643, pad_token_id=151643)
         declare(
             self,
             kwargs,

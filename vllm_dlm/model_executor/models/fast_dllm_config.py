@@ -12,21 +12,33 @@ from transformers import Qwen2Config
 
 from vllm_dlm.model_defaults import declare
 from vllm_dlm.model_executor.models.declarations import fill, stop_ids
+from vllm_dlm.model_executor.models.reading import (
+    QWEN2_BIASES,
+    Family,
+    FamilyConfig,
+    read,
+)
 
 FAST_DLLM_MASK_ID = 151665
 FAST_DLLM_STOP_ID = 151645
 
 
-class FastDLLMQwenConfig(Qwen2Config):
+class FastDLLMQwenConfig(FamilyConfig, Qwen2Config):
     """Fast-dLLM v2's configuration; `bd_size` is its block length."""
 
     model_type = "Fast_dLLM_Qwen"
+    family = Family(
+        "Fast-dLLM v2",
+        ("Fast_dLLM_QwenForCausalLM",),
+        computes=QWEN2_BIASES,
+        rope_theta=1e6,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
+        read(self.family, kwargs)
         fill(
             kwargs,
             bd_size=32,
-            rope_theta=1e6,
             eos_token_id=FAST_DLLM_STOP_ID,
             pad_token_id=FAST_DLLM_STOP_ID,
         )

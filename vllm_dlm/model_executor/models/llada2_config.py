@@ -16,7 +16,17 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from vllm_dlm.model_defaults import declare
-from vllm_dlm.model_executor.models.declarations import checkpoint_name, fill, refuse
+from vllm_dlm.model_executor.models.declarations import (
+    checkpoint_name,
+    fill,
+    set_fields,
+)
+from vllm_dlm.model_executor.models.reading import (
+    ON_OR_OFF,
+    Family,
+    FamilyConfig,
+    read,
+)
 
 LLADA2_MASK_ID = 156895
 LLADA2_EOS_ID = 156892
@@ -42,8 +52,6 @@ _MINI = {
 _COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 600000.0,
-    "partial_rotary_factor": 0.5,
     "use_qk_norm": True,
     "use_bias": False,
     "use_qkv_bias": False,
@@ -60,25 +68,48 @@ _COMMON = {
 }
 
 
-class LLaDA2MoeConfig(PretrainedConfig):
-    """LLaDA2.0 and LLaDA2.1."""
+class LLaDA2MoeConfig(FamilyConfig, PretrainedConfig):
+    """LLaDA2.0 and LLaDA2.1.
+
+    Raises:
+        ValueError: `rotary_dim` is not what the rotary factor makes of a head, or the
+            groups of experts do not add up.
+    """
 
     model_type = "llada2_moe"
+    family = Family(
+        "LLaDA2",
+        ("LLaDA2MoeModelLM",),
+        computes={
+            "use_qk_norm": ON_OR_OFF,
+            "use_rmsnorm": (True,),
+            "partial_rotary_factor": None,
+            "num_experts": None,
+            "num_shared_experts": None,
+            "first_k_dense_replace": None,
+            "n_group": None,
+            "topk_group": None,
+            "routed_scaling_factor": None,
+            "score_function": ("sigmoid",),
+            "moe_router_enable_expert_bias": (True,),
+            "norm_topk_prob": (True,),
+            "router_dtype": ("fp32", "float32"),
+            "topk_method": ("noaux_tc",),
+        },
+        rope_theta=600000.0,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
-        refuse("LLaDA2", kwargs, "use_sliding_window")
+        read(self.family, kwargs)
         fill(kwargs, **_MINI, **_COMMON)
         fill(kwargs, head_dim=kwargs["hidden_size"] // kwargs["num_attention_heads"])
-        fill(
-            kwargs,
-            rotary_dim=int(kwargs["head_dim"] * kwargs["partial_rotary_factor"]),
-        )
+        _settle_rotary_dim(kwargs)
+        _check_groups(kwargs)
+        kwargs["router_dtype"] = "fp32"
         # Announced in the released config, and switched off there.
         kwargs["sliding_window"] = None
         # Without it vLLM takes q and k norms for LayerNorm.
         kwargs["use_rmsnorm"] = True
-        # Transformers merges rope_theta and the rotary factor into it.
-        self.rope_parameters = kwargs.pop("rope_parameters", None) or {}
         strategy, strategy_config = _strategy(checkpoint_name(kwargs))
         declare(
             self,
@@ -90,7 +121,39 @@ class LLaDA2MoeConfig(PretrainedConfig):
             dlm_strategy=strategy,
             dlm_strategy_config=strategy_config,
         )
+        set_fields(self, kwargs)
         super().__init__(**kwargs)
+
+
+def _settle_rotary_dim(given: dict[str, Any]) -> None:
+    """Say twice, as vLLM's class reads it, how much of a head is rotated."""
+    rope, head = given["rope_parameters"], given["head_dim"]
+    size, factor = given.get("rotary_dim"), rope.get("partial_rotary_factor")
+    if size is None:
+        size = int(head * (factor if factor is not None else 0.5))
+    elif size > head or (factor is not None and size != int(head * factor)):
+        raise ValueError(
+            f"rotary_dim in the LLaDA2 config is {size}, and partial_rotary_factor "
+            f"{factor} of a head of {head}: leave one of them out"
+        )
+    given["rotary_dim"] = size
+    given["partial_rotary_factor"] = rope["partial_rotary_factor"] = size / head
+
+
+def _check_groups(given: dict[str, Any]) -> None:
+    experts, groups = given["num_experts"], given["n_group"]
+    kept, chosen = given["topk_group"], given["num_experts_per_tok"]
+    if not groups or experts % groups or not 0 < kept <= groups:
+        raise ValueError(
+            f"the LLaDA2 config has {experts} num_experts, n_group {groups} and "
+            f"topk_group {kept}: experts come in n_group equal groups, of which "
+            "topk_group are kept"
+        )
+    if chosen > experts // groups * kept:
+        raise ValueError(
+            f"num_experts_per_tok in the LLaDA2 config is {chosen}, more than the "
+            f"{experts // groups * kept} experts of topk_group {kept} groups"
+        )
 
 
 def _strategy(name: str) -> tuple[str, dict[str, Any]]:

@@ -13,11 +13,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from vllm_dlm.model_defaults import declare
-from vllm_dlm.model_executor.models.declarations import refuse, stop_ids
+from vllm_dlm.model_executor.models.config_fields import NAMES
+from vllm_dlm.model_executor.models.declarations import fill, set_fields, stop_ids
 from vllm_dlm.model_executor.models.llada_moe_config import (
     LLADA_MOE_ARCHITECTURES,
     LLaDAMoEConfig,
 )
+from vllm_dlm.model_executor.models.names import LLADA_NAMES
+from vllm_dlm.model_executor.models.reading import Family, FamilyConfig, read
 
 LLADA_MASK_ID = 126336
 LLADA_EOT_ID = 126348
@@ -25,7 +28,7 @@ LLADA_EOT_ID = 126348
 LLADA_VOCAB_SIZE = 126464
 
 
-class LLaDAConfig(PretrainedConfig):
+class LLaDAConfig(FamilyConfig, PretrainedConfig):
     """LLaDA's configuration, OLMo names mapped to Llama's.
 
     LLaDA-MoE checkpoints have the same model type: `from_dict`, which every loader
@@ -33,6 +36,13 @@ class LLaDAConfig(PretrainedConfig):
     """
 
     model_type = "llada"
+    family = Family(
+        "LLaDA",
+        ("LLaDAModelLM",),
+        rope_theta=500000.0,
+        module_names=LLADA_NAMES,
+        windows_are_off=False,
+    )
     attribute_map = {
         "d_model": "hidden_size",
         "n_layers": "num_hidden_layers",
@@ -42,47 +52,28 @@ class LLaDAConfig(PretrainedConfig):
         "max_sequence_length": "max_position_embeddings",
     }
 
-    def __init__(
-        self,
-        d_model: int = 4096,
-        n_layers: int = 32,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        mlp_hidden_size: int | None = None,
-        mlp_ratio: int = 4,
-        max_sequence_length: int = 4096,
-        vocab_size: int = LLADA_VOCAB_SIZE,
-        embedding_size: int | None = None,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 500000.0,
-        weight_tying: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        refuse(
-            "LLaDA",
+    def __init__(self, **kwargs: Any) -> None:
+        read(self.family, kwargs)
+        fill(
             kwargs,
-            "attention_layer_norm",
-            "alibi",
-            "scale_logits",
-            "input_emb_norm",
-            "include_qkv_bias",
-            "include_bias",
+            hidden_size=4096,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            max_position_embeddings=4096,
+            vocab_size=LLADA_VOCAB_SIZE,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
         )
-        self.hidden_size = d_model
-        self.num_hidden_layers = n_layers
-        self.num_attention_heads = n_heads
-        self.num_key_value_heads = n_kv_heads or n_heads
-        self.intermediate_size = mlp_hidden_size or mlp_ratio * d_model
-        self.head_dim = d_model // n_heads
-        self.hidden_act = "silu"
-        self.max_position_embeddings = max_sequence_length
+        size, heads = kwargs["hidden_size"], kwargs["num_attention_heads"]
+        fill(
+            kwargs,
+            num_key_value_heads=heads,
+            intermediate_size=int(kwargs.pop("mlp_ratio", 4) * size),
+            head_dim=size // heads,
+        )
         # The embedding may be padded beyond the tokenizer's vocabulary.
-        self.vocab_size = embedding_size or vocab_size
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
-        self.attention_bias = False
-        self.mlp_bias = False
+        kwargs["vocab_size"] = kwargs.pop("embedding_size", kwargs["vocab_size"])
+        kwargs.update(hidden_act="silu", attention_bias=False, mlp_bias=False)
         declare(
             self,
             kwargs,
@@ -90,12 +81,13 @@ class LLaDAConfig(PretrainedConfig):
             mask_token_id=LLADA_MASK_ID,
             dlm_stop_ids=stop_ids(kwargs, LLADA_MASK_ID, (LLADA_EOT_ID,)),
         )
-        kwargs.setdefault("tie_word_embeddings", weight_tying)
+        set_fields(self, kwargs)
         super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of a dense LLaDA or a LLaDA-MoE, by `architectures`."""
-        if LLADA_MOE_ARCHITECTURES & set(config_dict.get("architectures") or ()):
+        named = config_dict.get("architectures")
+        if NAMES.accepts(named) and set(LLADA_MOE_ARCHITECTURES) & set(named or ()):
             return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)

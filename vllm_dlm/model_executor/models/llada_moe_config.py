@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """HF config of LLaDA-MoE-7B-A1B in the names vLLM's Qwen3-MoE reads.
 
-The checkpoint's model type is that of dense LLaDA; `LLaDAConfig.from_dict` tells them
-apart. Field values follow third-party copies of the released config (dllm, dInfer).
+The released checkpoint's model type is that of dense LLaDA; `LLaDAConfig.from_dict`
+tells them apart. Trainers write `lladamoe`. Field values follow third-party copies of
+the released config (dllm, dInfer).
 """
 
 from __future__ import annotations
@@ -12,28 +13,32 @@ from typing import Any
 from transformers import Qwen3MoeConfig
 
 from vllm_dlm.model_defaults import declare
-from vllm_dlm.model_executor.models.declarations import fill, refuse
+from vllm_dlm.model_executor.models.declarations import fill
+from vllm_dlm.model_executor.models.reading import Family, FamilyConfig, read
 
-LLADA_MOE_ARCHITECTURES = {"LLaDAMoEModelLM", "LLaDAMoEModel"}
+LLADA_MOE_ARCHITECTURES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
 LLADA_MOE_MASK_ID = 156895
 LLADA_MOE_EOS_ID = 156892
 
 
-class LLaDAMoEConfig(Qwen3MoeConfig):
+class LLaDAMoEConfig(FamilyConfig, Qwen3MoeConfig):
     """LLaDA-MoE's configuration: every layer sparse, no shared expert."""
 
     model_type = "llada"
+    family = Family(
+        "LLaDA-MoE",
+        LLADA_MOE_ARCHITECTURES,
+        computes={
+            "use_qk_norm": (True,),
+            "num_experts": None,
+            "decoder_sparse_step": (1,),
+        },
+        rope_theta=50000.0,
+        windows_are_off=False,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
-        refuse(
-            "LLaDA-MoE",
-            kwargs,
-            "shared_expert_intermediate_size",
-            "moe_router_enable_expert_bias",
-            "include_bias",
-            "include_qkv_bias",
-        )
-        _refuse_other_layers(kwargs)
+        read(self.family, kwargs)
         fill(
             kwargs,
             vocab_size=157184,
@@ -43,10 +48,9 @@ class LLaDAMoEConfig(Qwen3MoeConfig):
             num_key_value_heads=kwargs.get("num_attention_heads") or 16,
             max_position_embeddings=8192,
             rms_norm_eps=1e-5,
-            rope_theta=50000.0,
             num_experts=64,
             num_experts_per_tok=8,
-            moe_intermediate_size=kwargs.pop("expert_intermediate_size", None) or 1024,
+            moe_intermediate_size=1024,
             eos_token_id=LLADA_MOE_EOS_ID,
         )
         kwargs.update(
@@ -59,20 +63,3 @@ class LLaDAMoEConfig(Qwen3MoeConfig):
         )
         declare(self, kwargs, dlm_class="A", mask_token_id=LLADA_MOE_MASK_ID)
         super().__init__(**kwargs)
-
-
-def _refuse_other_layers(given: dict[str, Any]) -> None:
-    frequency = given.get("moe_layer_freq")
-    has_dense = 0 in frequency if isinstance(frequency, list) else frequency == 0
-    wrong = {
-        "dense layers (moe_layer_freq)": has_dense,
-        "moe_router_score_function": given.get("moe_router_score_function", "softmax")
-        != "softmax",
-        "qk_layernorm": given.get("qk_layernorm") is False,
-        "partial_rotary_factor": given.get("partial_rotary_factor", 1.0) != 1.0,
-    }
-    if names := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(
-            f"this LLaDA-MoE config differs from the released ones in "
-            f"{', '.join(names)}, which vllm-dlm does not implement"
-        )

@@ -16,24 +16,29 @@ from typing import Any
 from transformers import Ministral3Config
 
 from vllm_dlm.model_defaults import declare
-from vllm_dlm.model_executor.models.declarations import fill, refuse
+from vllm_dlm.model_executor.models.declarations import fill
+from vllm_dlm.model_executor.models.names import NEMOTRON_NAMES
+from vllm_dlm.model_executor.models.reading import Family, FamilyConfig, read
 
 NEMOTRON_MASK_ID = 100
 
 
-class NemotronLabsDiffusionConfig(Ministral3Config):
+class NemotronLabsDiffusionConfig(FamilyConfig, Ministral3Config):
     """Nemotron-Labs-Diffusion's configuration; `block_size` is its block length."""
 
     model_type = "nemotron_labs_diffusion"
+    family = Family(
+        "Nemotron-Labs-Diffusion",
+        ("NemotronLabsDiffusionModel",),
+        # Ministral-3's, where the config says nothing.
+        rope_theta=None,
+        module_names=NEMOTRON_NAMES,
+        rope_extra=("llama_4_scaling_beta",),
+        windows_are_off=False,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
-        refuse(
-            "Nemotron-Labs-Diffusion",
-            kwargs,
-            "attention_bias",
-            "mlp_bias",
-            "sliding_window",
-        )
+        read(self.family, kwargs)
         fill(kwargs, block_size=32)
         declare(
             self,

@@ -19,6 +19,11 @@ from vllm_dlm.model_executor.models.declarations import (
     fill,
     stop_ids,
 )
+from vllm_dlm.model_executor.models.reading import (
+    Family,
+    FamilyConfig,
+    read,
+)
 
 SDAR_MASK_ID = 151669
 SDAR_STOP_IDS = (151645, 151643)
@@ -28,22 +33,36 @@ _NAMED_BLOCK_LENGTHS = {"TDAR": 16}
 _BLOCK_SUFFIX = re.compile(r"-b(\d+)(?!\w)")
 
 
-class SDARConfig(Qwen3Config):
+class SDARConfig(FamilyConfig, Qwen3Config):
     """SDAR, TraDo and TDAR."""
 
     model_type = "sdar"
+    family = Family(
+        "SDAR",
+        ("SDARForCausalLM",),
+        computes={"use_qk_norm": (True,)},
+        rope_theta=1e6,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
+        read(self.family, kwargs)
         _declare_sdar(self, kwargs)
         super().__init__(**kwargs)
 
 
-class SDARMoeConfig(Qwen3MoeConfig):
+class SDARMoeConfig(FamilyConfig, Qwen3MoeConfig):
     """SDAR-30B-A3B."""
 
     model_type = "sdar_moe"
+    family = Family(
+        "SDAR-MoE",
+        ("SDARMoeForCausalLM",),
+        computes={"use_qk_norm": (True,), "num_experts": None},
+        rope_theta=1e6,
+    )
 
     def __init__(self, **kwargs: Any) -> None:
+        read(self.family, kwargs)
         # Released as true; the default of Qwen3-MoE is false.
         fill(kwargs, norm_topk_prob=True)
         _declare_sdar(self, kwargs)
@@ -64,12 +83,7 @@ def block_length(given: dict[str, Any]) -> int:
 
 
 def _declare_sdar(config: Any, given: dict[str, Any]) -> None:
-    if given.get("use_regular_causal"):
-        raise ValueError(
-            "this SDAR config sets use_regular_causal: its prompt is read causally, "
-            "which vllm-dlm does not implement for SDAR; use a checkpoint without it"
-        )
-    fill(given, rope_theta=1e6, eos_token_id=151643)
+    fill(given, eos_token_id=151643)
     declare(
         config,
         given,
