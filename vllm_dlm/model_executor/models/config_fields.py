@@ -99,6 +99,9 @@ COUNT_OR_NONE = Kind(
 SIZE = Kind(
     "a positive number", lambda value: is_number(value) and 0 < value <= _LARGEST
 )
+FRACTION = Kind(
+    "a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1
+)
 NUMBER = Kind("a finite number", is_number)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 NAME = Kind("a string", lambda value: isinstance(value, str))
@@ -190,7 +193,6 @@ KINDS: dict[str, Kind] = {
             "attention_dropout",
             "embedding_dropout",
             "output_dropout",
-            "initializer_range",
             "router_aux_loss_coef",
         ),
         NUMBER,
@@ -221,6 +223,7 @@ KINDS: dict[str, Kind] = {
         TABLE,
     ),
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
+    "initializer_range": FRACTION,
     "mlp_only_layers": LAYERS,
     "moe_layer_freq": EACH_LAYER,
     "dlm_class": one_of("A", "B", "C"),

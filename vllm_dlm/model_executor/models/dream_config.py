@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Qwen2Config
 
 from vllm_dlm.model_defaults import declare
+from vllm_dlm.model_executor.models.config_fields import NAMES
 from vllm_dlm.model_executor.models.declarations import fill, stop_ids
 from vllm_dlm.model_executor.models.reading import (
     QWEN2_BIASES,
@@ -36,7 +37,8 @@ class DreamConfig(FamilyConfig, Qwen2Config):
     family = Family("Dream", ("DreamModel",), computes=QWEN2_BIASES, rope_theta=1e6)
 
     def __init__(self, **kwargs: Any) -> None:
-        if "DreamForCausalLM" in (kwargs.get("architectures") or ()):
+        named = kwargs.get("architectures")
+        if NAMES.accepts(named) and "DreamForCausalLM" in named:
             raise ValueError(
                 "this checkpoint is a DreamReasoner (DreamForCausalLM), which "
                 "vllm-dlm does not implement: it shares the model type of Dream, but "

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from vllm_dlm.model_defaults import declare
-from vllm_dlm.model_executor.models.config_fields import NAMES
+from vllm_dlm.model_executor.models.config_fields import NAMES, OTHER_NAMES
 from vllm_dlm.model_executor.models.declarations import fill, set_fields, stop_ids
 from vllm_dlm.model_executor.models.llada_moe_config import (
     LLADA_MOE_ARCHITECTURES,
@@ -86,8 +86,18 @@ class LLaDAConfig(FamilyConfig, PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a dense LLaDA or a LLaDA-MoE, by `architectures`."""
+        """The config of a dense LLaDA or a LLaDA-MoE.
+
+        `architectures` decides; without it, whether there are experts.
+        """
         named = config_dict.get("architectures")
-        if NAMES.accepts(named) and set(LLADA_MOE_ARCHITECTURES) & set(named or ()):
+        experts = ("num_experts", *OTHER_NAMES["num_experts"])
+        if named is None:
+            is_mixture = any(config_dict.get(name) for name in experts)
+        else:
+            is_mixture = NAMES.accepts(named) and not set(named).isdisjoint(
+                LLADA_MOE_ARCHITECTURES
+            )
+        if is_mixture:
             return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from vllm_dlm.model_executor.models.config_fields import (
+    FRACTION,
     KINDS,
+    NUMBER,
     OTHER_NAMES,
+    SIZE,
     check_kind,
     shown,
 )
@@ -139,6 +142,9 @@ def read(family: Family, given: dict[str, Any]) -> None:
     spelled = _rename(family, given)
     for name, value in given.items():
         check_kind(name, value, family.source, spelled.get(name))
+        if KINDS.get(name) in (SIZE, NUMBER, FRACTION):
+            # Transformers takes no integer for a float.
+            given[name] = float(value)
     _check_architecture(family, given)
     _check_values(family, given, spelled)
     _check_sizes(family, given)
@@ -180,7 +186,7 @@ def _check_architecture(family: Family, given: dict[str, Any]) -> None:
 
 
 def _check_values(
-    family: Family, given: Mapping[str, Any], spelled: Mapping[str, str]
+    family: Family, given: dict[str, Any], spelled: Mapping[str, str]
 ) -> None:
     for name, value in given.items():
         values = family.computes.get(name, _PLAIN_LLAMA.get(name))
@@ -195,7 +201,8 @@ def _check_values(
             f"{spelled.get(name, name)} in {family.source} is {shown(value)}, which "
             f"vllm-dlm does not implement for this family; it has to be {valid}"
         )
-    if layers := set(given.get("layer_types") or ()) - {"full_attention"}:
+    # The classes count the layers themselves: all are of the one kind.
+    if layers := set(given.pop("layer_types", ())) - {"full_attention"}:
         raise ValueError(
             f"layer_types in {family.source} has {', '.join(sorted(layers))}, which "
             "vllm-dlm does not implement; all layers have to be full_attention"

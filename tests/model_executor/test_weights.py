@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family's tensors: all used, all there, or the start ends and names them.
+
+No engine: vLLM's model classes, built as a worker builds them, and their loaders.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from reference.checkpoints import write_checkpoint
+from reference.families import FAMILIES
+from reference.llada import write_random_checkpoint
+from safetensors.torch import load_file
+
+NAMES = {
+    "llada": "LLaDA-8B",
+    "a2d_qwen3": "Qwen3-0.6B-diffusion-mdlm-v0.1",
+    "a2d_qwen2": "Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1",
+    "a2d_llama": "Llama-diffusion-mdlm-v0.1",
+}
+ALL = ["llada", *FAMILIES]
+MIXTURES = ["llada_moe", "llada2", "sdar_moe"]
+
+
+def write(family: str, folder: Path, **changes) -> Path:
+    folder = folder / NAMES.get(family, family)
+    if family == "llada":
+        return write_random_checkpoint(folder, seed=1, **changes)
+    return write_checkpoint(family, folder, seed=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def build():
+    """`build(folder)`: the model that a worker would fill, and its checkpoint."""
+    import os
+
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.network_utils import get_open_port
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    contexts = []
+
+    def make(folder: Path, **options):
+        config = EngineArgs(
+            model=str(folder), dtype="float32", enforce_eager=True, **options
+        ).create_engine_config()
+        context = set_current_vllm_config(config)
+        context.__enter__()
+        contexts.append(context)
+        if not torch.distributed.is_initialized():
+            os.environ["VLLM_CPU_SIM_MULTI_NUMA"] = "0"
+            init_distributed_environment(
+                1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, backend="gloo"
+            )
+        destroy_model_parallel()
+        ensure_model_parallel_initialized(1, 1)
+        with set_default_torch_dtype(torch.float32):
+            model = initialize_model(config)
+        return model
+
+    yield make
+    for context in reversed(contexts):
+        context.__exit__(None, None, None)
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+@pytest.fixture(scope="module")
+def built(build, tmp_path_factory):
+    """`built(family)`: its tiny model and the tensors of its checkpoint."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            folder = write(family, tmp_path_factory.mktemp("weights"))
+            made[family] = (build(folder), load_file(folder / "model.safetensors"))
+        return made[family]
+
+    return get
+
+
+def load(model, tensors) -> None:
+    model._is_loaded = False
+    model.load_weights(tensors.items())
+
+
+def kinds(tensors) -> dict[str, str]:
+    """A tensor of each kind: that of the last layer and expert."""
+    return {re.sub(r"\d+", "N", name): name for name in tensors}
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_kind_of_tensor_is_missed(built, family):
+    model, tensors = built(family)
+    load(model, tensors)
+    for name in kinds(tensors).values():
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        with pytest.raises(ValueError) as error:
+            load(model, rest)
+        if ".query_key_value" not in name:
+            assert f"missing: {name}" in str(error.value)
+        assert "left over" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_misnamed_and_left_over_tensors_are_named(built, family):
+    model, tensors = built(family)
+    for name in kinds(tensors).values():
+        wrong = name.replace(".weight", "_.weight").replace(".bias", "_.bias")
+        wrong = wrong if wrong != name else name + "_"
+        renamed = {
+            (wrong if other == name else other): tensor
+            for other, tensor in tensors.items()
+        }
+        with pytest.raises(ValueError) as error:
+            load(model, renamed)
+        assert f"missing: {name}; left over: {wrong}" in str(error.value)
+    for extra in ("model.layers.0.self_attn.q_lora.weight", "transformer.h.0.weight"):
+        with pytest.raises(ValueError, match=f"left over: {extra}$"):
+            load(model, tensors | {extra: torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_other_shapes_are_named(built, family):
+    """Larger ones too, of which vLLM's loaders would take a part."""
+    model, tensors = built(family)
+    for name in kinds(tensors).values():
+        tensor = tensors[name]
+        for other in (torch.cat([tensor, tensor]), tensor[:-1], tensor[None]):
+            with pytest.raises(ValueError, match="of another shape: ") as error:
+                load(model, tensors | {name: other})
+            assert f"{name} ({list(other.shape)} where" in str(error.value)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_what_says_nothing_may_be_left_over(built, family):
+    model, tensors = built(family)
+    name = next(name for name in tensors if ".0." in name)
+    layer = name[: name.index(".0.") + 3]
+    harmless = {
+        f"{layer}self_attn.rotary_emb.inv_freq": torch.ones(16),
+        "model.rotary_emb.inv_freq": torch.ones(16),
+        f"{layer}rotary_emb.cos_cached": torch.ones(16),
+        "model.embeddings.position_ids": torch.arange(16),
+        # GPTQ's files have such.
+        name.replace(".weight", ".bias"): torch.zeros(4),
+    }
+    load(model, {**harmless, **tensors})
+
+
+def test_long_lists_are_shortened(built):
+    model, tensors = built("llada2")
+    few = {name: t for name, t in tensors.items() if "experts" not in name}
+    many = {f"x.{number}": torch.ones(1) for number in range(1000)}
+    with pytest.raises(ValueError) as error:
+        load(model, few | many)
+    assert len(str(error.value)) < 2000
+    assert "this LLaDA2 model" in str(error.value)
+    assert "(1000 in all)" in str(error.value)
+
+
+def stacked(tensors, layout):
+    """The same weights, experts stacked: per projection, or gate and up in one."""
+    names: dict[str, dict[int, torch.Tensor]] = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"(.*\.experts)\.(\d+)\.(.*)\.weight", name)
+        if match is None:
+            rest[name] = tensor
+        else:
+            names.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+    stacks = {
+        name: torch.stack([parts[number] for number in range(len(parts))])
+        for name, parts in names.items()
+    }
+    if layout == "gate and up":
+        for name in [name for name in stacks if name.endswith(".gate_proj")]:
+            up = stacks.pop(name.replace("gate_proj", "up_proj"))
+            both = torch.cat([stacks.pop(name), up], dim=1)
+            stacks[name.replace("gate_proj", "gate_up_proj")] = both
+    assert stacks
+    return rest | stacks
+
+
+@pytest.mark.parametrize("layout", ["per projection", "gate and up"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_stacked_experts(built, family, layout):
+    model, tensors = built(family)
+    load(model, tensors)
+    wanted = {name: p.clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    stacks = stacked(tensors, layout)
+    load(model, stacks)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], rtol=0, atol=0)
+    # And what comes later, in parts, is not compared, but unstacked too.
+    part = next(name for name in stacks if "experts" in name and "shared" not in name)
+    model.load_weights([(part, stacks[part])])
+
+    for name in kinds(stacks).values():
+        rest = {other: t for other, t in stacks.items() if other != name}
+        with pytest.raises(ValueError, match="missing: "):
+            load(model, rest)
+        if "experts." in name and "shared" not in name:
+            for other in (stacks[name][:-1], stacks[name][:, :-1]):
+                with pytest.raises(ValueError, match=r"missing|of another shape"):
+                    load(model, stacks | {name: other})
+
+
+@pytest.mark.parametrize("family", ["a2d_qwen3", "a2d_qwen2"])
+def test_tied_embeddings(built, family):
+    """A head beside them is the same, or it is not tied."""
+    model, tensors = built(family)
+    embedding = tensors["model.embed_tokens.weight"]
+    load(model, tensors | {"lm_head.weight": embedding.clone()})
+    with pytest.raises(ValueError, match=r"lm_head.weight .*tie_word_embeddings"):
+        load(model, tensors | {"lm_head.weight": embedding + 1})
