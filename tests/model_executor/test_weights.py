@@ -5,74 +5,13 @@ No engine: vLLM's model classes, built as a worker builds them, and their loader
 """
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from reference.checkpoints import write_checkpoint
-from reference.families import FAMILIES
-from reference.llada import write_random_checkpoint
+from model_cases import ALL, load, write
 from safetensors.torch import load_file
 
-NAMES = {
-    "llada": "LLaDA-8B",
-    "a2d_qwen3": "Qwen3-0.6B-diffusion-mdlm-v0.1",
-    "a2d_qwen2": "Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1",
-    "a2d_llama": "Llama-diffusion-mdlm-v0.1",
-}
-ALL = ["llada", *FAMILIES]
 MIXTURES = ["llada_moe", "llada2", "sdar_moe"]
-
-
-def write(family: str, folder: Path, **changes) -> Path:
-    folder = folder / NAMES.get(family, family)
-    if family == "llada":
-        return write_random_checkpoint(folder, seed=1, **changes)
-    return write_checkpoint(family, folder, seed=1, **changes)
-
-
-@pytest.fixture(scope="module")
-def build():
-    """`build(folder)`: the model that a worker would fill, and its checkpoint."""
-    import os
-
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-        ensure_model_parallel_initialized,
-        init_distributed_environment,
-    )
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.network_utils import get_open_port
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    contexts = []
-
-    def make(folder: Path, **options):
-        config = EngineArgs(
-            model=str(folder), dtype="float32", enforce_eager=True, **options
-        ).create_engine_config()
-        context = set_current_vllm_config(config)
-        context.__enter__()
-        contexts.append(context)
-        if not torch.distributed.is_initialized():
-            os.environ["VLLM_CPU_SIM_MULTI_NUMA"] = "0"
-            init_distributed_environment(
-                1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, backend="gloo"
-            )
-        destroy_model_parallel()
-        ensure_model_parallel_initialized(1, 1)
-        with set_default_torch_dtype(torch.float32):
-            model = initialize_model(config)
-        return model
-
-    yield make
-    for context in reversed(contexts):
-        context.__exit__(None, None, None)
-    destroy_model_parallel()
-    destroy_distributed_environment()
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +26,6 @@ def built(build, tmp_path_factory):
         return made[family]
 
     return get
-
-
-def load(model, tensors) -> None:
-    model._is_loaded = False
-    model.load_weights(tensors.items())
 
 
 def kinds(tensors) -> dict[str, str]:
