@@ -285,6 +285,7 @@ def vllm_config(options, **hf_config):
         dlm_block_length=32,
         mask_token_id=9,
         eos_token_id=[8, 7],
+        vocab_size=128,
         **hf_config,
     )
     model_config = SimpleNamespace(hf_config=hf, max_model_len=256)

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         "SDAR-4B-Chat",
         {"use_regular_causal": True},
         {},
-        ["use_regular_causal", "use a checkpoint without it"],
+        ["use_regular_causal in the SDAR config is true", "has to be false"],
     ),
     "two ranks share a prompt": (
         "sdar",
@@ -105,6 +105,55 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         {"override_generation_config": {"repetition_penalty": 1.2}},
         ["repetition_penalty", "--override-generation-config"],
     ),
+    "a canvas of no number": (
+        "dream",
+        "Dream-v0-Instruct-7B",
+        {"dlm_max_canvas": "x"},
+        {},
+        ["dlm_max_canvas in the Dream config is 'x'", "a positive whole number"],
+    ),
+    "an override of no number": (
+        "llada2",
+        "LLaDA2.0-mini",
+        {},
+        {"hf_overrides": {"eos_token_id": "x"}},
+        ["eos_token_id in the LLaDA2 config is 'x'", "a list of token ids"],
+    ),
+    "an override of a number by an object": (
+        "sdar",
+        "SDAR-4B-Chat",
+        {},
+        {"hf_overrides": {"hidden_size": {"a": 1}}},
+        ["hidden_size in the SDAR config is {'a': 1}", "a positive whole number"],
+    ),
+    "an override of RoPE": (
+        "llada_moe",
+        "LLaDA-MoE-7B-A1B-Instruct",
+        {},
+        {"hf_overrides": {"rope_scaling": {"type": "dynamic", "factor": 2}}},
+        ["'dynamic'", "default, linear, llama3, yarn"],
+    ),
+    "a strategy of no such parameter": (
+        "sdar",
+        "SDAR-4B-Chat",
+        {"dlm_strategy_config": {"threshold": "x"}},
+        {},
+        ["threshold", "'x'"],
+    ),
+    "a strategy that does not exist": (
+        "sdar",
+        "SDAR-4B-Chat",
+        {"dlm_strategy": "x"},
+        {},
+        ["'x'", "threshold"],
+    ),
+    "sub-blocks that divide nothing": (
+        "fast_dllm_v2",
+        "Fast_dLLM_v2_7B",
+        {"dlm_sub_block_length": 5},
+        {},
+        ["dlm_sub_block_length", "5", "32"],
+    ),
     "DreamReasoner": (
         "dream",
         "DreamReasoner-7B",
@@ -133,6 +182,66 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path, name: str):
         EngineArgs(str(folder), dtype="float32", **arguments).create_engine_config()
     message = str(caught.value)
     assert not [part for part in fragments if part not in message], message
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, [1, "x"], True, {"a": 1}])
+def test_an_end_of_text_of_no_number(tmp_path: Path, value: Any):
+    """In generation_config.json, of which it is read."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = write("sdar", tmp_path / "SDAR-4B-Chat", {})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"eos_token_id in generation_config\.json is"):
+        EngineArgs(str(folder), dtype="float32").create_engine_config()
+
+
+def test_ends_of_text_outside_the_vocabulary_are_left_out(tmp_path: Path, caplog):
+    """A family's own ids, an override, generation_config.json: one warning for all."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_dlm.model_defaults import ModelDefaults
+    from vllm_dlm.plugin import share_logging
+
+    share_logging()
+    folder = write("sdar", tmp_path / "SDAR-4B-Chat", {})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 777}))
+    overrides = {"dlm_stop_ids": [4, 128, -3], "eos_token_id": [5, 999]}
+    with caplog.at_level("WARNING", logger="vllm_dlm.model_executor.config_hook"):
+        logger = __import__("logging").getLogger("vllm_dlm.model_executor.config_hook")
+        logger.addHandler(caplog.handler)
+        try:
+            config = EngineArgs(
+                str(folder), dtype="float32", hf_overrides=overrides
+            ).create_engine_config()
+        finally:
+            logger.removeHandler(caplog.handler)
+    hf_config = config.model_config.hf_config
+    assert ModelDefaults.from_hf_config(hf_config).stop_ids == (4, 5)
+    warnings = {r.getMessage() for r in caplog.records if "outside" in r.getMessage()}
+    (warning,) = warnings
+    assert "-3, 128, 777, 999" in warning
+
+
+def test_an_override_is_read_as_config_json_is(tmp_path: Path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = write("llada2", tmp_path / "LLaDA2.0-mini", {})
+    overrides = {
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+        "dlm_strategy_config": {"threshold": 0.5},
+        "block_size": 16,
+    }
+    config = EngineArgs(
+        str(folder), dtype="float32", hf_overrides=overrides
+    ).create_engine_config()
+    assert config.model_config.hf_config.rope_parameters == {
+        "rope_type": "yarn",
+        "rope_theta": 600000.0,
+        "partial_rotary_factor": 0.5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }
+    assert config.model_config.hf_config.dlm_strategy_config == {"threshold": 0.5}
 
 
 @pytest.mark.parametrize(("asked", "served"), [(None, 8192), (16384, 16384)])

@@ -38,7 +38,7 @@ class DreamConfig(FamilyConfig, Qwen2Config):
 
     def __init__(self, **kwargs: Any) -> None:
         named = kwargs.get("architectures")
-        if NAMES.accepts(named) and "DreamForCausalLM" in named:
+        if NAMES.accepts(named) and "DreamForCausalLM" in (named or ()):
             raise ValueError(
                 "this checkpoint is a DreamReasoner (DreamForCausalLM), which "
                 "vllm-dlm does not implement: it shares the model type of Dream, but "
