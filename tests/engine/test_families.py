@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from engine.block_cases import BlockCase
 from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
 from engine.harness import Engine, finished, params
 from reference.checkpoints import write_checkpoint
+from reference.llada import TinyLLaDA, write_random_checkpoint
 from reference.network import TinyModel, block_causal, causal_context
+from reference.quantised import quantise
 
 
 @dataclass(frozen=True)
@@ -189,9 +192,34 @@ def test_logits(serve: Callable, served: Served):
     )
 
 
-def unbanned(logits: torch.Tensor, oracle: TinyModel) -> torch.Tensor:
+def test_a_partly_quantised_checkpoint(engines: Callable, tmp_path: Path):
+    """Int8 but for some layers, which config.json names as LLaDA does."""
+    folder = write_random_checkpoint(tmp_path / "LLaDA-int8", seed=2)
+    left = ("blocks.0.attn_out", "blocks.1.ff_out", "transformer.ff_out", ".wte")
+    ignore = [
+        "model.transformer.blocks.0.attn_out",
+        r"re:.*blocks\.1\.ff_out$",
+        "model.transformer.ff_out",
+    ]
+    weights = quantise(folder, lambda module: module.endswith(left), ignore)
+    config = json.loads((folder / "config.json").read_text())
+    oracle = TinyLLaDA(config, weights)
+    engine = engines(model=str(folder))
+    prompt = list(make_prompt(9))
+    with first_logits(engine) as seen:
+        output = engine.outputs([prompt], Case(tuple(prompt), max_tokens=16).params())
+    wanted = oracle.forward(prompt + [oracle.mask_id] * 16)[9:25]
+    got = unbanned(seen[0], oracle)
+    # Activations are rounded to 8 bits too.
+    both = torch.stack([got.flatten(), unbanned(wanted, oracle).flatten()])
+    both = both[:, both[0] > -1e3]
+    assert torch.corrcoef(both)[0, 1] > 0.99
+    assert output[0].outputs[0].token_ids
+
+
+def unbanned(logits: torch.Tensor, oracle: Any) -> torch.Tensor:
     """Without the column of the mask id, which the engine bans in place."""
-    logits = logits[:, : oracle.vocab_size].clone()
+    logits = logits[:, : oracle.config["vocab_size"]].clone()
     logits[:, oracle.mask_id] = -1e3
     return logits
 
