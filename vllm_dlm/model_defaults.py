@@ -167,6 +167,7 @@ def declare(
         value = given.pop(name, None)
         if value is not None:
             declared[name] = value
+    declared["dlm_stop_ids"] = list(as_ids(declared["dlm_stop_ids"]))
     for name, value in declared.items():
         setattr(config, name, value)
     # vLLM takes a model for a diffusion model exactly when this is set.

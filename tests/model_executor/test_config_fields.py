@@ -183,7 +183,6 @@ def test_values_of_other_networks_are_refused(family):
         ("llada2", {"num_experts_per_tok": 200}, "num_experts_per_tok"),
         ("llada2", {"rotary_dim": 32}, "rotary_dim"),
         ("llada2", {"use_qkv_bias": True}, "use_qkv_bias"),
-        ("llada2", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
         ("llada_moe", {"num_experts_per_tok": 65}, "num_experts_per_tok"),
         ("llada_moe", {"moe_router_score_function": "sigmoid"}, "score_function"),
         ("llada_moe", {"qk_layernorm": False}, "qk_layernorm"),

@@ -65,6 +65,10 @@ def test_config_json_wins(read, name):
     assert {field: getattr(config, field) for field in own} == own
 
 
+def test_one_stop_id(read):
+    assert read(SDAR | {"dlm_stop_ids": 3}).dlm_stop_ids == [3]
+
+
 def test_another_mask_id_means_another_tokenizer(read):
     assert read(SDAR | {"mask_token_id": 7}).dlm_stop_ids == []
 

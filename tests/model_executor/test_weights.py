@@ -160,3 +160,44 @@ def test_tied_embeddings(built, family):
     load(model, tensors | {"lm_head.weight": embedding.clone()})
     with pytest.raises(ValueError, match=r"lm_head.weight .*tie_word_embeddings"):
         load(model, tensors | {"lm_head.weight": embedding + 1})
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_of_other_ranks_may_be_absent(built, family, monkeypatch):
+    """With expert parallelism vLLM does not even read them; this rank's are needed."""
+    from vllm_dlm.model_executor.models.weights import WeightCheck
+
+    model, tensors = built(family)
+    layer = next(m for m in model.modules() if hasattr(m, "ckpt_gate_proj_name"))
+    places = torch.full((layer.moe_config.num_experts,), -1)
+    places[2], places[5] = 0, 1
+    monkeypatch.setattr(type(layer), "expert_map", property(lambda self: places))
+
+    def check(kept):
+        watch = WeightCheck(model)
+        handed_on = dict(watch.used(kept.items()))
+        watch.finish()
+        return handed_on
+
+    def is_of(name, *numbers):
+        match = re.search(r"\.experts\.(\d+)\.", name)
+        return match is None or int(match[1]) in numbers
+
+    own = {name: t for name, t in tensors.items() if is_of(name, 2, 5)}
+    assert set(check(own)) == set(own)
+    assert set(check(tensors)) == set(tensors)
+    with pytest.raises(ValueError, match=r"missing: .*experts\.5\."):
+        check({name: t for name, t in tensors.items() if is_of(name, 2)})
+
+
+def test_weights_that_are_sent_in_parts(built, monkeypatch):
+    """To a server that began without: what comes is loaded, and not compared."""
+    from vllm.config import get_current_vllm_config
+
+    model, tensors = built("llada")
+    monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
+    name = "model.transformer.blocks.1.ff_out.weight"
+    monkeypatch.setattr(model, "_is_loaded", False)
+    model.load_weights([(name, tensors[name] + 1)])
+    loaded = model.model.layers[1].mlp.down_proj.weight
+    torch.testing.assert_close(loaded.data, tensors[name] + 1)

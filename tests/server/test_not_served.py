@@ -227,8 +227,8 @@ def test_an_override_is_read_as_config_json_is(tmp_path: Path):
 
     folder = write("llada2", tmp_path / "LLaDA2.0-mini", {})
     overrides = {
-        "rope_scaling": {"type": "yarn", "factor": 4.0},
         "dlm_strategy_config": {"threshold": 0.5},
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
         "block_size": 16,
     }
     config = EngineArgs(

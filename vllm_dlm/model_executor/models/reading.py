@@ -84,7 +84,6 @@ _PLAIN_LLAMA: Mapping[str, tuple[Any, ...]] = {
     "topk_group": (0, 1),
     "topk_method": ("greedy",),
     "routed_scaling_factor": (1,),
-    "num_nextn_predict_layers": _NONE,
     # Other networks
     "vision_config": (),
     "audio_config": (),
@@ -237,6 +236,9 @@ def _check_sizes(family: Family, given: Mapping[str, Any]) -> None:
         )
 
 
+_OVERRIDDEN_WHOLE = ("rope_parameters", "rope_scaling", "dlm_strategy_config")
+
+
 class FamilyConfig:
     """What every config class of ours does besides its parent; put it before that.
 
@@ -288,11 +290,13 @@ class FamilyConfig:
         self.__dict__.update(fresh.__dict__)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field of a config that is complete: checked, and RoPE read anew."""
+        """Set a field of a config that is complete: checked, or read anew.
+
+        Overrides whose values are dictionaries come this way, and not by `update`.
+        """
         if "_said" in self.__dict__:
-            if name in ("rope_parameters", "rope_scaling") and value is not (
-                self.__dict__.get("rope_parameters")
-            ):
+            is_new = value is not self.__dict__.get("rope_parameters")
+            if name in _OVERRIDDEN_WHOLE and is_new:
                 self.update({name: value})
                 return
             if name in KINDS:

@@ -267,7 +267,7 @@ class WeightCheck:
         Raises:
             ValueError: tensors are missing, left over, or of another shape.
         """
-        missing = [name for name in self._expected if self._is_missing(name)]
+        missing = self._missing()
         if self._head is not None:
             name, head = self._head
             if self._embedding is None or not torch.equal(head, self._embedding):
@@ -289,16 +289,16 @@ class WeightCheck:
                 + "; ".join(found)
             )
 
-    def _is_missing(self, name: str) -> bool:
-        if name in self._found or name.startswith(self._elsewhere):
-            return False
-        if self._expected[name] is not None:
-            return True
-        field = name.rpartition(".")[2]
+    def _missing(self) -> list[str]:
         # What no layer has, quantisation makes itself, or does without.
-        return field in ESSENTIAL or any(
-            other.endswith(f".{field}") for other in self._found
-        )
+        fields = ESSENTIAL | {name.rpartition(".")[2] for name in self._found}
+        return [
+            name
+            for name, shape in self._expected.items()
+            if name not in self._found
+            and not name.startswith(self._elsewhere)
+            and (shape is not None or name.rpartition(".")[2] in fields)
+        ]
 
     def _in_file(self, name: str) -> str:
         module, _, field = name.rpartition(".")
