@@ -42,7 +42,6 @@ os.path.exists = lambda path: "/node/node" not in str(path) and exists(path)
 """
 
 ENGINES = """
-import sys
 from vllm import LLM, SamplingParams
 
 # README.md's, offline.
@@ -50,12 +49,11 @@ ENGINES = {
     "llada-tiny": {},
     "llama-tiny": {"speculative_config": {"method": "deer", "model": "deer-tiny"}},
 }
-greedy = SamplingParams(temperature=0, max_tokens=8)
+greedy = SamplingParams(temperature=0, max_tokens=16)
+question = [{"role": "user", "content": "Reverse [Ada, Ben, Carl]"}]
 for model, options in ENGINES.items():
     llm = LLM(model, enforce_eager=True, max_num_seqs=4, **options)
-    print("text", model, llm.generate(["Copy [Ada]"], greedy)[0].outputs[0].text)
-    cache = llm.llm_engine.vllm_config.cache_config
-    print("cache", model, cache.kv_cache_memory_bytes)
+    print("text", model, llm.chat(question, greedy)[0].outputs[0].text)
     del llm
 
 from vllm_dlm import EntropyRouter
@@ -68,7 +66,7 @@ router = EntropyRouter(
     small_options=options,
     large_options=options,
 )
-print("text pair", router.generate(["Copy [Ada]"], greedy)[0].outputs[0].text)
+print("text pair", router.chat(question, greedy)[0].outputs[0].text)
 del router
 
 # What the user says holds, be it too much.
@@ -137,5 +135,5 @@ def test_built_in_models_start_on_a_busy_machine(tmp_path: Path) -> None:
     found = {line.split()[1]: line for line in lines if line.startswith("text ")}
     assert set(found) == {"llada-tiny", "llama-tiny", "pair"}
     for line in found.values():
-        assert "Ada" in line
+        assert "Carl" in line
     assert "refused True" in lines
