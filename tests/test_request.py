@@ -32,6 +32,7 @@ def model_config(server=None, **hf_config):
         dlm_block_length=32,
         mask_token_id=MASK,
         eos_token_id=8,
+        vocab_size=64,
         dlm_server=DlmConfig(**(server or {})).model_dump(),
     )
     vars(hf).update(hf_config)

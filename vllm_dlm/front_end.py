@@ -15,7 +15,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_dlm import admission, aliases, body_guard, request, step_maps
+from vllm_dlm import (
+    admission,
+    aliases,
+    body_guard,
+    broken_logits,
+    request,
+    step_maps,
+)
 from vllm_dlm.model_executor.cache import POLICIES
 from vllm_dlm.patches import apply_runner_choice, wrap
 from vllm_dlm.results import watched
@@ -222,6 +229,21 @@ def _get_model_path(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_model_path
 
 
+def _raise_if_error(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.exceptions import GenerationError
+
+    def check(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(self, *args, **kwargs)
+        except GenerationError as error:
+            if not request.is_ours(self.model_config.hf_config):
+                raise
+            # All else that ends a request in an error is refused at admission.
+            raise type(error)(broken_logits.REASON) from None
+
+    return check
+
+
 def _completion_response(original: Callable[..., Any]) -> Callable[..., Any]:
     def respond(self: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
         response = original(self, results, *args, **kwargs)
@@ -273,6 +295,9 @@ WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 
 SERVER_WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "vllm.entrypoints.cli.serve:ServeSubcommand.validate": _validate_serve,
+    "vllm.entrypoints.generate.base.serving:GenerateBaseServing._raise_if_error": (
+        _raise_if_error
+    ),
     "vllm.v1.engine.core:EngineCoreProc.run_busy_loop": _run_busy_loop,
     "vllm.v1.engine.core:DPEngineCoreProc.run_busy_loop": _run_busy_loop,
     **admission.SERVER_WRAPPERS,

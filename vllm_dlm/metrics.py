@@ -2,7 +2,7 @@
 """Counters of the work that a server does, beside vLLM's own on `/metrics`.
 
 vLLM's `vllm:diffusion_*` counters have denoise steps, canvas positions and final
-tokens. These two have what steps cost: rows through the network, and rows through
+tokens. Two of these have what steps cost: rows through the network, and rows through
 lm_head, of which only positions that a strategy reads have one. Entry point of
 `vllm.stat_logger_plugins`; models that are not ours count nothing.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COUNTERS = {
     "dlm:rows": "Rows (positions) that went through the network.",
     "dlm:lm_head_rows": "Rows that went through lm_head.",
+    "dlm:broken_requests": "Requests that ended in an error: no usable logits.",
 }
 """Name on `/metrics`, without its `_total`, and help; in the order of `work_done`."""
 
@@ -34,7 +35,7 @@ def _counters() -> list[prometheus_client.Counter]:
 
 
 def work_done(stats: Any) -> list[int]:
-    """Rows and lm_head rows of a scheduler's step, [] for other models' stats.
+    """A scheduler's step in the order of `COUNTERS`, [] for other models' stats.
 
     They travel in a field that vLLM keeps for drafts of autoregressive models.
 

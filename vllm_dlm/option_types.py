@@ -57,8 +57,13 @@ def _check_block_length(value: Any) -> Any:
     )
 
 
-TokenIds = Annotated[list[Count], Field(min_length=1, fail_fast=True)]
-Text = Annotated[str, Field(min_length=1)] | TokenIds
+MOST_OF_TEXT = 4096
+"""Characters or token ids of a text of `tccf`, whose tokens `tccf.py` counts."""
+
+TokenIds = Annotated[
+    list[Count], Field(min_length=1, max_length=MOST_OF_TEXT, fail_fast=True)
+]
+Text = Annotated[str, Field(min_length=1, max_length=MOST_OF_TEXT)] | TokenIds
 BlockLength = Annotated[int | Literal["canvas"], BeforeValidator(_check_block_length)]
 
 

@@ -90,6 +90,16 @@ PATCHES: dict[str, Patch] = {
             drop_when="vLLM asks the platform instead of HAS_TRITON",
         ),
         Patch(
+            symbol="vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",
+            why=(
+                "Attention on a CPU reads a page to its end: NaNs that one request "
+                "has left there are the next one's."
+            ),
+            how="True in processes that serve one of our models on a CPU.",
+            upstream="no issue yet: vLLM empties pages for mixed kinds of caches only",
+            drop_when="the CPU's attention kernel does not read behind the keys",
+        ),
+        Patch(
             symbol="vllm.triton_utils:triton.next_power_of_2",
             why=(
                 "Runner V2 sizes its launches with triton.next_power_of_2 on the "
@@ -290,6 +300,16 @@ PATCHES: dict[str, Patch] = {
         ),
         Patch(
             symbol=(
+                "vllm.entrypoints.generate.base.serving:GenerateBaseServing"
+                "._raise_if_error"
+            ),
+            why="It says `Internal server error`, whatever ended a request.",
+            how="Says of our models that the logits were no numbers.",
+            upstream="no issue yet: an output's stop_reason is not looked at",
+            drop_when="the error of an output with finish_reason error names a reason",
+        ),
+        Patch(
+            symbol=(
                 "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
                 "._generate_with_builtin_tools"
             ),
@@ -457,6 +477,13 @@ def apply_cpu_runner_patches() -> None:
     from vllm.triton_utils import HAS_TRITON
 
     apply_runner_choice()
+
+    from vllm_dlm.model_executor.clean_pages import needs_kv_cache_zeroing
+
+    wrap(
+        "vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",
+        needs_kv_cache_zeroing,
+    )
     if HAS_TRITON:
         return
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.client_fields import field_of, options_field
 from vllm_dlm.messages import OptionError, bounded, name_of, quote
+from vllm_dlm.request_bounds import check_bounds
 from vllm_dlm.request_numbers import check_numbers
 
 if TYPE_CHECKING:
@@ -81,9 +82,6 @@ REFUSED: dict[str, str] = {
 }
 """Fields that are refused when set, and why."""
 
-MOST_STOP_IDS = 128
-"""Per request: each position of a step's blocks is compared with all of them."""
-
 DIFFUSION_GEMMA = "diffusion_"
 """Prefix of the `extra_args` keys of vLLM's own diffusion model."""
 
@@ -120,6 +118,7 @@ def validate_sampling_params(
     try:
         _check_fields(params, model_config)
         check_numbers(params, model_config)
+        check_bounds(params, model_config)
     except ValueError as error:
         raise refusal(error) from error
     try:
@@ -164,20 +163,6 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
             f"{reason}. Remove it from the request.",
             name,
         )
-    num_stop_ids = len(params.stop_token_ids or ())
-    if num_stop_ids > MOST_STOP_IDS:
-        raise OptionError(
-            f"{field_of('stop_token_ids')} has {num_stop_ids} ids; at most "
-            f"{MOST_STOP_IDS} are taken",
-            "stop_token_ids",
-        )
-    mask = model_config.hf_config.mask_token_id
-    if params.allowed_token_ids and set(params.allowed_token_ids) == {mask}:
-        raise OptionError(
-            f"{field_of('allowed_token_ids')} holds only the mask token ({mask}), "
-            "which is never written; add a token",
-            "allowed_token_ids",
-        )
 
 
 def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
@@ -217,17 +202,23 @@ def _check_options(params: SamplingParams, model_config: ModelConfig) -> Request
             "tccf cannot be combined with logprobs or step_map: the check text is not "
             "the model's; ask for one or the other"
         )
-    check_strategy(config, server, model_config)
+    check_strategy(
+        config, server, model_config, params.max_tokens or model_config.max_model_len
+    )
     return config
 
 
 def check_strategy(
-    config: RequestConfig, server: DlmConfig, model_config: ModelConfig
+    config: RequestConfig,
+    server: DlmConfig,
+    model_config: ModelConfig,
+    max_tokens: int | None = None,
 ) -> None:
     """What a strategy itself asks of the model, the cache policy and files.
 
     Args:
         config: of a request, `sized`.
+        max_tokens: of the request; None for what is not one.
 
     Raises:
         ValueError: its parameters do not fit them.
@@ -237,16 +228,21 @@ def check_strategy(
     from vllm_dlm.strategies import STRATEGIES
     from vllm_dlm.strategies.base import Context
 
-    context = Context(
-        device=torch.device("cpu"),
-        model=model_config.model,
-        model_class=model_config.hf_config.dlm_class,
-        cache=config.cache,
-        options=server.strategy_options(),
-    )
     # The second stage of `tccf` is decoded in blocks of one.
     lengths = {config.block_length, 1} if config.tccf else {config.block_length}
     for length in sorted(lengths, reverse=True):
+        positions = None
+        if max_tokens is not None:
+            positions = -(-min(max_tokens, model_config.max_model_len) // length)
+            positions *= length
+        context = Context(
+            device=torch.device("cpu"),
+            model=model_config.model,
+            model_class=model_config.hf_config.dlm_class,
+            cache=config.cache,
+            options=server.strategy_options(),
+            positions=positions,
+        )
         STRATEGIES[config.strategy].validate(config.params, length, context)
 
 

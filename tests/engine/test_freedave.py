@@ -19,6 +19,8 @@ from reference.checkpoints import write_checkpoint
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from vllm_dlm import step_map
+
 LLADA_TINY = files("vllm_dlm") / "assets" / "llada-tiny"
 
 
@@ -35,7 +37,11 @@ class Asked:
     seed: int = 0
 
     def by(self, strategy: str, **config: Any) -> SamplingParams:
-        dlm: dict[str, Any] = {"strategy": strategy, "strategy_config": config}
+        dlm: dict[str, Any] = {
+            "strategy": strategy,
+            "strategy_config": config,
+            "step_map": True,
+        }
         if self.block is not None:
             dlm["block_length"] = self.block
         return params(
@@ -71,9 +77,13 @@ def static(one: Asked) -> SamplingParams:
 def assert_nothing_is_lost(
     asked: Sequence[Asked], got: Sequence[Finished], wanted: Sequence[Finished]
 ) -> None:
-    """Tokens, their log-probabilities, and no more forwards."""
+    """Tokens, their steps and log-probabilities, and no more forwards."""
     for one, result, expected in zip(asked, got, wanted, strict=True):
         assert result.tokens == expected.tokens, one
+        ours, theirs = step_map(result.output), step_map(expected.output)
+        assert ours.steps == theirs.steps, one
+        assert ours.beyond == theirs.beyond, one
+        assert not any(ours.edited)
         assert result.forwards <= expected.forwards, one
         for ours, theirs in zip(
             result.output.logprobs, expected.output.logprobs, strict=True
@@ -151,6 +161,18 @@ def test_with_a_threshold_it_follows_threshold(engine: Engine, threshold: float)
     assert_nothing_is_lost(asked, got, wanted)
     alone = one_by_one(engine, asked, lambda o: o.drafted(threshold=threshold))
     assert_nothing_is_lost(asked, alone, wanted)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_its_map_is_replayed(engine: Engine, temperature: float):
+    asked = full_attention_sample(temperature)
+    got = run(engine, asked, Asked.drafted)
+    replays = []
+    for one, result in zip(asked, got, strict=True):
+        found = step_map(result.output)
+        replays.append(one.by("replay", recorded_steps=found.steps + found.beyond))
+    again = engine.run([one.prompt for one in asked], replays)
+    assert [one.tokens for one in again] == [one.tokens for one in got]
 
 
 def test_llada_tiny(engines: Callable[..., Engine]):
@@ -320,23 +342,32 @@ def test_drafts_fit_into_the_context(small_engine: Engine):
         assert_nothing_is_lost([asked], got, wanted)
 
 
-def preempted_while(engine: Engine, asked: Sequence[Asked]) -> list[list[int]]:
-    """Tokens of requests of which some lose their pages on the way."""
+def preempted_while(engine: Engine, asked: Sequence[Asked]) -> list[Finished]:
+    """What requests finish with, of which some lose their pages on the way."""
     number_of = {
         engine.add(one.prompt, one.drafted()): number
         for number, one in enumerate(asked)
     }
-    tokens: dict[int, list[int]] = {}
+    done: dict[int, Finished] = {}
     preempted = False
     while engine.busy:
         for output in engine.step():
             if output.finished:
-                number = number_of[output.request_id]
-                tokens[number] = list(output.outputs[0].token_ids)
+                done[number_of[output.request_id]] = finished(output.outputs[0])
         waiting = engine.scheduler.waiting
         preempted |= any(request.num_preemptions for request in waiting)
     assert preempted
-    return [tokens[number] for number in range(len(asked))]
+    return [done[number] for number in range(len(asked))]
+
+
+def assert_same_texts_and_steps(
+    got: Sequence[Finished], wanted: Sequence[Finished]
+) -> None:
+    """But for forwards, of which those that were preempted have had more."""
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.tokens == theirs.tokens
+        assert step_map(ours.output).steps == step_map(theirs.output).steps
+        assert step_map(ours.output).beyond == step_map(theirs.output).beyond
 
 
 def test_few_pages_in_full_attention(small_engine: Engine):
@@ -346,7 +377,7 @@ def test_few_pages_in_full_attention(small_engine: Engine):
     ]
     wanted = one_by_one(small_engine, asked, static)
     free = small_engine.free_pages
-    assert preempted_while(small_engine, asked) == [one.tokens for one in wanted]
+    assert_same_texts_and_steps(preempted_while(small_engine, asked), wanted)
     small_engine.flush()
     assert small_engine.free_pages == free
 
@@ -359,7 +390,7 @@ def test_few_pages_block_after_block(serve: Serve, name: str):
         for length in (9, 64, 71, 95, 96, 100, 130, 150)
     ]
     wanted = one_by_one(engine, asked, static)
-    assert preempted_while(engine, asked) == [one.tokens for one in wanted]
+    assert_same_texts_and_steps(preempted_while(engine, asked), wanted)
 
 
 # -- what looks at every step ----------------------------------------------------

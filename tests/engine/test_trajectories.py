@@ -122,5 +122,24 @@ def test_blocks_with_seeds(
         assert_agrees(output, trajectory)
 
 
+def test_steps_that_share_a_forward_have_lines_of_their_own(
+    logging_engine: Engine, folder: Path
+):
+    """Drafts: steps of the log are those of the map, one token each."""
+    dlm = {"strategy": "freedave", "block_length": 16, "step_map": True}
+    prompts = [make_prompt(9 + i) for i in range(2)]
+    sampling = [params(32, dlm=dlm, ignore_eos=True)] * 2
+    outputs, logged, _ = run(logging_engine, folder / "A", prompts, sampling)
+    for output, trajectory in zip(outputs, logged, strict=True):
+        steps = list(trajectory.steps())
+        assert all(len(step.changed) == 1 for step in steps)
+        assert [step.number for step in steps] == list(range(32))
+        number_of = {i: step.number for step in steps for i in step.changed}
+        found = step_map(output).steps
+        assert [number_of[i] for i in range(32)] == found
+        metrics = output.outputs[0].spec_decode_metrics
+        assert sum(metrics.histogram) < 32
+
+
 def test_none_without_the_option(engine: Engine):
     assert engine.runner.sampler.trajectories is None

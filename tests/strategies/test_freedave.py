@@ -129,20 +129,28 @@ def decode(
     width: int,
     strategy: FreeDave,
     room: Callable[[], int] = lambda: 16,
+    steps: list[int | None] | None = None,
 ) -> tuple[Canvas, int]:
     """Decode one block; its tokens, and the forwards it took.
 
     Args:
         room: how many branches the engine makes at most, asked before each forward.
+        steps: takes the step that each token is said to be written in.
     """
+    done = 0
     canvas: Canvas = (None,) * width
     drafts: list[tuple[int, int]] = []
     forwards = 0
     while None in canvas:
         count = min(len(drafts) + 1, strategy.params.drafts, room())
         branches = evaluate(model, canvas, drafts, count)
-        writes, drafts = made(select(strategy, view_of(branches)), 0)
-        assert writes
+        decision = select(strategy, view_of(branches))
+        writes, drafts = made(decision, 0)
+        assert writes and decision.step_ahead is not None
+        ahead = decision.step_ahead[0].tolist()
+        for i in writes if steps is not None else ():
+            steps[i] = done + ahead[i]
+        done += 1 + max(ahead[i] for i in writes)
         canvas = tuple(
             writes[i][0] if i in writes else token for i, token in enumerate(canvas)
         )
@@ -272,11 +280,22 @@ def test_loses_nothing_and_needs_no_more_forwards(seed, moodiness, drafts, thres
 
 
 @given(seed=st.integers(0, 2**20), threshold=thresholds)
-def test_room_for_branches_does_not_show_in_the_text(seed, threshold):
+def test_room_for_branches_shows_neither_in_the_text_nor_in_its_steps(seed, threshold):
     model, source = moody(seed, 0.1), random.Random(seed)
     strategy = freedave(drafts=8, threshold=threshold)
-    tokens, _ = decode(model, 8, strategy, lambda: source.randint(1, 8))
-    assert tokens == followed(model, 8, threshold)[0]
+    steps: list[int | None] = [None] * 8
+    tokens, _ = decode(model, 8, strategy, lambda: source.randint(1, 8), steps)
+    canvas: Canvas = (None,) * 8
+    wanted: list[int | None] = [None] * 8
+    number = 0
+    while None in canvas:
+        candidate, confidence = model(canvas)
+        masked = [i for i, token in enumerate(canvas) if token is None]
+        for i in step_of(masked, confidence, threshold):
+            wanted[i] = number
+            canvas = (*canvas[:i], candidate[i], *canvas[i + 1 :])
+        number += 1
+    assert (tokens, steps) == (canvas, wanted)
 
 
 # -- one step -------------------------------------------------------------------

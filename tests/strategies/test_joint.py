@@ -196,7 +196,7 @@ def test_registered_with_bounds():
         {"edit_threshold": -0.1},
         {"edit_threshold": None},
         {"max_post_steps": -1},
-        {"max_post_steps": 1025},
+        {"max_post_steps": 65},
     ):
         with pytest.raises(ValidationError):
             JointParams(**bad)

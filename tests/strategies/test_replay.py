@@ -124,9 +124,19 @@ def test_a_block_has_room_for_all_recorded_steps():
 
 
 def test_steps_that_no_recording_has():
-    Replay.validate(ReplayParams(recorded_steps=[71, 0]), 8, CPU)
-    with pytest.raises(ValueError, match="at most 71 is accepted"):
-        Replay.validate(ReplayParams(recorded_steps=[72, 0]), 8, CPU)
+    # Two blocks, each of 8 steps, as many that rewrite, 64 edits and one more.
+    Replay.validate(ReplayParams(recorded_steps=[161, 0]), 8, CPU)
+    with pytest.raises(ValueError, match="at most 161 is accepted"):
+        Replay.validate(ReplayParams(recorded_steps=[162, 0]), 8, CPU)
+
+
+def test_only_what_the_request_may_write_counts():
+    """However long the map: a token does not wait for the steps of a book."""
+    params = ReplayParams(recorded_steps=[500_000, *range(131_000)])
+    short = replace(CPU, positions=32)
+    with pytest.raises(ValueError, match="at most 257 is accepted"):
+        Replay.validate(params, 32, short)
+    Replay.validate(ReplayParams(recorded_steps=range(131_000)), 32, short)
 
 
 def test_registered_with_bounds():

@@ -15,7 +15,6 @@ Rows of plain greedy requests cost nothing here: their candidate is the argmax.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,13 +23,17 @@ import torch
 from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered
 from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
 from vllm_dlm.model_executor.bad_words import MASKED
-from vllm_dlm.model_executor.restrictions import Restriction
+from vllm_dlm.model_executor.choice import Choice, Tile
+from vllm_dlm.model_executor.restrictions import Restriction, known_ids
 
 if TYPE_CHECKING:
     from vllm_dlm.kernels.shards import VocabShard
-    from vllm_dlm.model_executor.logits import Logits
     from vllm_dlm.model_executor.segments import BlockRows
     from vllm_dlm.model_executor.state import DlmModelState
+
+
+FEW_STOP_IDS = 2
+"""Stop ids per request that there is always room for."""
 
 
 class Sampling(NamedTuple):
@@ -46,66 +49,6 @@ class Sampling(NamedTuple):
         return Sampling(*(values[rows] for values in self))
 
 
-class Choice(NamedTuple):
-    """The tokens that a step may write: of rows [N] or, `spread`, of blocks [R, B]."""
-
-    candidate: torch.Tensor
-    """int64."""
-    confidence: torch.Tensor
-    """float32: the candidate's probability."""
-    logsumexp: torch.Tensor
-    """[N] float64, of the rows' logits, also where the rest is spread."""
-    entropy: torch.Tensor | None
-    """float32, nats; None if not asked for."""
-    margin: torch.Tensor | None
-    """float32; None if not asked for."""
-
-    @classmethod
-    def of_nothing(cls, device: torch.device, needs: set[str]) -> Choice:
-        """No rows."""
-        none = torch.empty(0, device=device)
-        return cls(
-            none.long(),
-            none,
-            none.double(),
-            none if "entropy" in needs else None,
-            none if "margin" in needs else None,
-        )
-
-    @classmethod
-    def joined(cls, parts: list[Choice]) -> Choice:
-        """The rows of one part after the other."""
-
-        def join(*tensors: torch.Tensor | None) -> torch.Tensor | None:
-            there = [tensor for tensor in tensors if tensor is not None]
-            return torch.cat(there) if there else None
-
-        return cls(*map(join, *parts))  # type: ignore[arg-type]
-
-    def spread(self, blocks: BlockRows) -> Choice:
-        """The rows of some blocks at their places, 0 where no row is read."""
-        return Choice(
-            blocks.spread(self.candidate),
-            blocks.spread(self.confidence),
-            self.logsumexp,
-            None if self.entropy is None else blocks.spread(self.entropy),
-            None if self.margin is None else blocks.spread(self.margin),
-        )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Some rows of a step's logits."""
-
-    logits: Logits
-    values: torch.Tensor
-    """[n, V]: this rank's part of them."""
-    rows: slice
-    """Which rows of `logits` these are."""
-    own: slice
-    """Which rows of the blocks that are being decided."""
-
-
 class Candidates:
     """Draws candidates and knows which of them end a text."""
 
@@ -118,7 +61,7 @@ class Candidates:
         self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
         self._min_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._stop_ids = torch.full((slots, 2), -1, dtype=torch.int64, device=device)
+        self._stop_ids = self._no_stop_ids()
 
         def flags() -> np.ndarray:
             return np.zeros(slots, dtype=bool)
@@ -127,8 +70,23 @@ class Candidates:
         self._draws, self._truncates = flags(), flags()
         self._measures_drawn, self._seeds_greedily = flags(), flags()
         self._restrictions: dict[int, Restriction] = {}
+        self._with_many_stop_ids: set[int] = set()
+        """Slots of requests with more than `FEW_STOP_IDS`."""
         self._restricted_until = np.zeros(slots, dtype=np.int64)
         """[slots]: the position where a request's restriction ends, 0 without one."""
+
+    def _no_stop_ids(self) -> torch.Tensor:
+        """[slots, K] int64: room for the ids that end each request's text; -1."""
+        shape = self.state.max_num_reqs, FEW_STOP_IDS
+        return torch.full(shape, -1, dtype=torch.int64, device=self.state.device)
+
+    def remove(self, slot: int) -> None:
+        """A request has left: its lists of tokens are not kept."""
+        self._restrictions.pop(slot, None)
+        self._restricted_until[slot] = 0
+        self._with_many_stop_ids.discard(slot)
+        if not self._with_many_stop_ids and self._stop_ids.shape[1] > FEW_STOP_IDS:
+            self._stop_ids = self._stop_ids[:, :FEW_STOP_IDS].clone()
 
     def add(self, slot: int) -> None:
         """Take over a new request's sampling parameters."""
@@ -141,15 +99,20 @@ class Candidates:
         vocab_size = self.state.model_config.get_vocab_size()
         self._top_k[slot] = min(max(params.top_k, 0), vocab_size)
         self._seed[slot] = request.seed
-        self._min_tokens[slot] = params.min_tokens
-        missing = len(request.stop_ids) - self._stop_ids.shape[1]
+        # A text is never longer; the number may be.
+        min_tokens = min(params.min_tokens, self.state.max_model_len)
+        self._min_tokens[slot] = min_tokens
+        ends = known_ids(request.stop_ids, vocab_size)
+        if len(ends) > FEW_STOP_IDS:
+            self._with_many_stop_ids.add(slot)
+        missing = len(ends) - self._stop_ids.shape[1]
         if missing > 0:
             more = self._stop_ids.new_full((self._stop_ids.shape[0], missing), -1)
             self._stop_ids = torch.cat([self._stop_ids, more], dim=1)
         self._stop_ids[slot] = -1
-        if request.stop_ids:
-            self._stop_ids[slot, : len(request.stop_ids)] = torch.tensor(
-                request.stop_ids, device=self.state.device
+        if ends:
+            self._stop_ids[slot, : len(ends)] = torch.tensor(
+                ends, device=self.state.device
             )
 
         draws = params.temperature > 0
@@ -161,12 +124,11 @@ class Candidates:
         exact = request.config.reference_exact
         # Fast-dLLM v2 never draws a block's first token.
         self._seeds_greedily[slot] = is_seeding_family and exact
-        self._restrictions.pop(slot, None)
-        restriction = Restriction.of(request, self.state.device)
+        restriction = Restriction.of(request, vocab_size, self.state.device)
         self._restricted_until[slot] = 0
         if restriction is not None:
             self._restrictions[slot] = restriction
-            end = self.state.host.prompt_len[slot] + params.min_tokens
+            end = self.state.host.prompt_len[slot] + min_tokens
             for_ever = np.iinfo(np.int64).max
             self._restricted_until[slot] = end if restriction.is_early else for_ever
 
@@ -188,7 +150,12 @@ class Candidates:
             step: [R] int64: which noise is drawn with.
         """
         choice = Choice(
-            stats.argmax, stats.confidence, stats.logsumexp, stats.entropy, stats.margin
+            stats.argmax,
+            stats.confidence,
+            stats.logsumexp,
+            stats.entropy,
+            stats.margin,
+            broken=~stats.logsumexp.isfinite(),
         )
         slots = blocks.row_slots[tile.own]
         restricts = self._restricts()
@@ -239,7 +206,12 @@ class Candidates:
             # A copy, also of float32: what is restricted must not move the confidence.
             processed = raw.to(torch.float32, copy=True)
             self._restrict(processed, some + tile.own.start, blocks)
-            argmax = token_stats(processed).argmax
+            left = token_stats(processed)
+            argmax = left.argmax
+            # What is written already needs no token.
+            stuck = (left.logsumexp == -torch.inf) & masked[at]
+            broken = choice.broken.index_copy(0, at, choice.broken[at] | stuck)
+            choice = choice._replace(broken=broken)
         owners = blocks.row_requests[tile.own][at]
         sampling = self._sampling(blocks.slots[owners])
         cut = self._truncates[slots]

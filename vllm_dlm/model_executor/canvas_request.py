@@ -142,7 +142,7 @@ class CanvasRequest(Request):
         # A replay does not repeat a block's seed, if it was handed out.
         known = len(self._all_token_ids)
         seeded = self.model.has_seeded(self.first_block, known, self.num_prompt_tokens)
-        self.steps.in_block = int(seeded)
+        self.steps.in_block, self.steps.joined = int(seeded), 0
         if self.frontiers[0] != self.first_block:
             self.frontiers = [self.first_block]
         self.kv_final = 0

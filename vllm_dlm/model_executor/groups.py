@@ -189,8 +189,11 @@ class StrategyGroups:
         # Clients may send ever new parameters: what nobody uses is not kept for ever.
         busy = {id(group) for group in self._group_of.values()}
         idle = [key for key, group in self._groups.items() if id(group) not in busy]
-        for key in idle[: max(len(idle) - MOST_IDLE_GROUPS, 0)]:
-            del self._groups[key]
+        spare = [key for key in idle if self._groups[key].strategy.is_shared]
+        kept = set(spare[-MOST_IDLE_GROUPS:])
+        for key in idle:
+            if key not in kept:
+                del self._groups[key]
 
     def strategy_of(self, slot: int) -> Strategy:
         """The strategy that decides a slot."""
@@ -308,6 +311,7 @@ def _merge(
         "idle": torch.zeros_like(view.step, dtype=torch.bool),
         "truncate_at": torch.full_like(view.step, -1),
         "branch": torch.zeros_like(view.candidate),
+        "step_ahead": torch.zeros_like(view.candidate),
         "draft_tokens": view.candidate,
         "draft_rank": torch.full_like(view.candidate, NOT_DRAFTED),
     }

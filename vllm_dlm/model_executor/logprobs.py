@@ -40,7 +40,11 @@ class RevealedLogprobs:
         """[slots]: how many tokens they want besides the chosen one."""
         self._maps = np.zeros(state.max_num_reqs, dtype=bool)
         """[slots]: whether they want a step map."""
-        self._free: list[int] = []
+        self._make_seats()
+
+    def _make_seats(self) -> None:
+        """None yet: what nobody asks for takes no memory."""
+        state, self._free = self.state, list[int]()
         length = state.tokens.shape[1]
 
         def seats(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -72,6 +76,8 @@ class RevealedLogprobs:
         if self._seat[slot] >= 0:
             self._free.append(int(self._seat[slot]))
             self._seat[slot] = -1
+            if len(self._free) == len(self._ids):
+                self._make_seats()
 
     def _add_seats(self) -> None:
         """Twice as many."""
@@ -125,9 +131,10 @@ class RevealedLogprobs:
         if self._maps[slots].any():
             # A predicted mask (reference_exact) writes nothing.
             noted = maps[which].bool() & (tokens != self.state.mask_id)
-            note_writes(
-                self._step_maps, seats[noted], positions[noted], step[requests[noted]]
-            )
+            steps = step[requests]
+            if decision.step_ahead is not None:
+                steps = steps + decision.step_ahead[requests, offsets]
+            note_writes(self._step_maps, seats[noted], positions[noted], steps[noted])
 
     def emit(
         self, old: torch.Tensor, new: torch.Tensor, plan: SegmentPlan

@@ -4,7 +4,8 @@
 vLLM's reply has fixed fields, made for autoregressive models. From worker to scheduler:
 
 - where the canvas ends now: a negative number behind a request's tokens;
-- rows through lm_head: `num_nans_in_logits`, of which vLLM reads nothing by default;
+- rows through lm_head, and which requests' logits are broken: `num_nans_in_logits`, of
+  which vLLM reads nothing by default;
 - step maps: columns of the log-probabilities (`step_maps.py`).
 
 From the scheduler on (`scheduler.py`): step maps as `routed_experts` of each output,
@@ -50,13 +51,41 @@ def take_canvas_end(tokens: list[int]) -> int | None:
     return -tokens.pop() - 1 if tokens and tokens[-1] < 0 else None
 
 
-def put_head_rows(output: SamplerOutput, rows: int) -> None:
-    """Say how many rows went through lm_head. vLLM wants numbers by request: a sum."""
-    output.num_nans = torch.zeros_like(output.num_sampled)
-    output.num_nans[0] = rows
+BROKEN = 1 << 30
+"""Added to a request's number: its logits left no token to choose."""
 
 
-def take_head_rows(reply: ModelRunnerOutput) -> int:
-    """Take the rows through lm_head off the reply, in place."""
-    by_request, reply.num_nans_in_logits = reply.num_nans_in_logits or {}, None
-    return sum(by_request.values())
+def put_health(
+    output: SamplerOutput, broken: torch.Tensor, head_rows: int | None
+) -> None:
+    """Say which requests' logits are broken, and how many rows went through lm_head.
+
+    vLLM wants numbers by request: of the rows, a sum.
+
+    Args:
+        broken: [R] bool.
+        head_rows: None where vLLM looks for NaNs (`VLLM_COMPUTE_NANS_IN_LOGITS`): then
+            the numbers are its own, above 0 where there are some.
+    """
+    if head_rows is None:
+        output.num_nans = broken.int()
+        return
+    output.num_nans = broken.int() * BROKEN
+    output.num_nans[0] += head_rows
+
+
+def take_health(reply: ModelRunnerOutput, for_vllm: bool) -> tuple[list[str], int]:
+    """Take off the reply, in place, what `put_health` has said.
+
+    Args:
+        for_vllm: vLLM looks for NaNs: the numbers stay.
+
+    Returns:
+        The requests whose logits are broken, and the rows through lm_head.
+    """
+    by_request = reply.num_nans_in_logits or {}
+    if for_vllm:
+        return [name for name, number in by_request.items() if number], 0
+    reply.num_nans_in_logits = None
+    broken = [name for name, number in by_request.items() if number >= BROKEN]
+    return broken, sum(by_request.values()) - BROKEN * len(broken)

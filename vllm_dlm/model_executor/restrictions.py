@@ -7,6 +7,7 @@ the request is admitted, and applied to its rows of logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,18 @@ from vllm_dlm.model_executor.bad_words import BadWords
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.state import DlmRequest
+
+
+def known_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Those that the model has tokens for, each once.
+
+    The others are never written. The configs of a model and of its tokenizer may name
+    some, as ends of text say, and so may words that are cut into tokens.
+
+    Args:
+        vocab_size: columns of the logits.
+    """
+    return sorted({token for token in ids if 0 <= token < vocab_size})
 
 
 @dataclass(frozen=True)
@@ -36,23 +49,34 @@ class Restriction:
     """[k] int64: the bad words that are one token."""
 
     @classmethod
-    def of(cls, request: DlmRequest, device: torch.device) -> Restriction | None:
-        """None where every token is as good as the model finds it."""
+    def of(
+        cls, request: DlmRequest, vocab_size: int, device: torch.device
+    ) -> Restriction | None:
+        """None where every token is as good as the model finds it.
+
+        Args:
+            vocab_size: columns of the logits.
+        """
         params = request.params
-        words = params.bad_words_token_ids or []
-        allowed, ending = params.allowed_token_ids, set[int]()
-        if params.min_tokens:
-            ending = {*params.all_stop_token_ids, *request.stop_ids}
-        if not (params.logit_bias or allowed or params.min_tokens or words):
+        words = [
+            word
+            for word in params.bad_words_token_ids or []
+            if len(known_ids(word, vocab_size)) == len(set(word))
+        ]
+        allowed = known_ids(params.allowed_token_ids or (), vocab_size)
+        ends = {*params.all_stop_token_ids, *request.stop_ids}
+        ending = known_ids(ends, vocab_size) if params.min_tokens else []
+        biases = params.logit_bias or {}
+        bias = {token: biases[token] for token in known_ids(biases, vocab_size)}
+        if not (bias or allowed or ending or words):
             return None
-        bias = params.logit_bias or {}
         bad_words = BadWords(words) if words else None
         single = bad_words.single if bad_words else []
         return cls(
             torch.tensor(list(bias), dtype=torch.int64, device=device),
             torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
             torch.tensor(allowed, device=device) if allowed else None,
-            torch.tensor(sorted(ending), dtype=torch.int64, device=device),
+            torch.tensor(ending, dtype=torch.int64, device=device),
             bad_words,
             torch.tensor(single, dtype=torch.int64, device=device),
         )

@@ -34,6 +34,12 @@ class SafeDecision(Decision):
     keeps_masks: torch.Tensor
     """[R] bool: the block ends, and what is masked in it is text."""
 
+    def steps(self) -> torch.Tensor | int:
+        """[R] int64: steps of the block that this forward has done."""
+        if self.step_ahead is None:
+            return 1
+        return 1 + torch.where(self.commit, self.step_ahead, 0).amax(dim=1)
+
 
 class Safety:
     """Holds decisions to the rules of decoding; see the module docstring."""
@@ -95,6 +101,7 @@ class Safety:
             keeps_masks=keeps_masks[:, 0],
             truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
             branch=decision.branch,
+            step_ahead=decision.step_ahead,
             draft_tokens=decision.draft_tokens,
             draft_rank=decision.draft_rank,
         )

@@ -25,7 +25,7 @@ from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
 from vllm_dlm.model_executor.logprobs import RevealedLogprobs, spread_logprobs
 from vllm_dlm.model_executor.opening import opened
-from vllm_dlm.model_executor.reply import put_canvas_end, put_head_rows
+from vllm_dlm.model_executor.reply import put_canvas_end, put_health
 from vllm_dlm.model_executor.safety import SafeDecision, Safety
 from vllm_dlm.model_executor.trajectory_log import open_log
 from vllm_dlm.model_executor.views import Views
@@ -72,6 +72,7 @@ class DenoisingSampler:
         state.on_remove = self._forget
 
     def _forget(self, slot: int) -> None:
+        self.candidates.remove(slot)
         self.learning.remove(slot)
         self.logprobs.remove(slot)
         self.groups.remove(slot)
@@ -105,15 +106,14 @@ class DenoisingSampler:
         if plan is None or not len(plan.slots_np):
             return _nothing_sampled(input_batch.num_reqs, hidden.device)
         logits = self.views.logits(hidden, plan)
-        view = self.views.view(logits, plan)
+        view, broken = self.views.view(logits, plan)
         decided = self.groups.select(view, plan)
         if self.state.host.opens_alone[plan.slots_np].any():
             decided = opened(view, decided, self.state.opens_alone[plan.slots])
         decision = self.safety.hold_to_rules(view, decided, plan)
         self.logprobs.record(logits, view.step, decision, plan)
-        output = self._advance(view, decision, plan)
-        if self._counts_rows:
-            put_head_rows(output, logits.computed)
+        output = self._advance(view, decision, broken, plan)
+        put_health(output, broken, logits.computed if self._counts_rows else None)
         if self.trajectories is not None:
             self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
@@ -125,12 +125,21 @@ class DenoisingSampler:
         token_stats(logits, need_entropy=True, need_margin=True)
 
     def _advance(
-        self, view: View, decision: SafeDecision, plan: SegmentPlan
+        self,
+        view: View,
+        decision: SafeDecision,
+        broken: torch.Tensor,
+        plan: SegmentPlan,
     ) -> SamplerOutput:
-        """Write the decision to the canvas and tell runner and scheduler."""
+        """Write the decision to the canvas and tell runner and scheduler.
+
+        Args:
+            broken: [R] bool: of requests that end with this step, in an error.
+        """
         canvas = self._write_canvas(view, decision, plan)
         frontier = self._move_on(view, decision, canvas, plan)
-        written = torch.where(canvas.open | ~canvas.exists, -1, canvas.tokens)
+        unknown = canvas.open | ~canvas.exists | broken[:, None]
+        written = torch.where(unknown, -1, canvas.tokens)
         self.learning.record(view, written, plan)
         return self._reply(frontier, canvas.end, plan)
 
@@ -181,7 +190,7 @@ class DenoisingSampler:
         frontier = torch.where(waits & ~plan.seeds, block_start, frontier)
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block
-        state.step[slots] = torch.where(done, 0, view.step + 1)
+        state.step[slots] = torch.where(done, 0, view.step + decision.steps())
         self._tell_host(next_block, canvas.end, plan)
         return frontier
 

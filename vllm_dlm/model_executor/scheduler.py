@@ -23,6 +23,8 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
@@ -30,14 +32,21 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_dlm import broken_logits
 from vllm_dlm.model_defaults import ModelDefaults
 from vllm_dlm.model_executor.branches import Pages, Wish, page_size_of, share_out
 from vllm_dlm.model_executor.canvas_request import (
     CanvasRequest,
     FinalBlocksKVCacheManager,
 )
-from vllm_dlm.model_executor.reply import take_canvas_end, take_head_rows
-from vllm_dlm.model_executor.step_maps import StepCount, request_rows, take_columns
+from vllm_dlm.model_executor.clean_pages import note_device
+from vllm_dlm.model_executor.reply import take_canvas_end, take_health
+from vllm_dlm.model_executor.step_maps import (
+    StepCount,
+    request_rows,
+    take_columns,
+    up_to_the_end,
+)
 from vllm_dlm.model_executor.tccf import Stages
 from vllm_dlm.request import stop_ids
 from vllm_dlm.request_config import resolve, server_config
@@ -48,6 +57,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
+logger = init_logger(__name__)
+
 
 class DiffusionStepScheduler(DiffusionScheduler):
     """Schedules denoise steps; see the module docstring."""
@@ -55,8 +66,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
     max_num_active_reqs: int
     """vLLM's: requests that may run; `_reserve_prefill_lookahead` ends admissions."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        note_device(vllm_config.device_config.device_type)
+        super().__init__(vllm_config, *args, **kwargs)
         self.dlm_server = server_config(self.vllm_config)
         hf_config = self.vllm_config.model_config.hf_config
         self.dlm_defaults = ModelDefaults.from_hf_config(hf_config)
@@ -67,8 +79,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self._at_second_stage: list[CanvasRequest] = []
         self._canvas_rows: dict[str, int] = {}
         """Canvas rows that each request of the step in flight evaluates."""
-        self._work = [0, 0]
-        """Rows, and rows through lm_head, since the last statistics (`metrics.py`)."""
+        self._work = [0, 0, 0]
+        """Since the last statistics, in the order of `metrics.COUNTERS`."""
+        self._broken: set[str] = set()
+        """Requests of the step in flight whose logits are broken."""
+        self._reports = broken_logits.Reports(
+            self.vllm_config.model_config.served_model_name
+        )
 
     # -- admission ---------------------------------------------------------
 
@@ -239,10 +256,15 @@ class DiffusionStepScheduler(DiffusionScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
         self._work[0] += scheduler_output.total_num_scheduled_tokens
-        self._work[1] += take_head_rows(model_runner_output)
+        broken, head_rows = take_health(
+            model_runner_output, for_vllm=envs.VLLM_COMPUTE_NANS_IN_LOGITS
+        )
+        self._work[1] += head_rows
+        self._note_broken(broken)
         logprobs, columns = take_columns(model_runner_output.logprobs)
         model_runner_output.logprobs = logprobs
         step_maps = {}
+        drafting: set[str] = set()
         for row, tokens in enumerate(model_runner_output.sampled_token_ids or ()):
             request = self.requests.get(model_runner_output.req_ids[row])
             if request is None or not tokens:
@@ -256,10 +278,16 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 before = request.output_token_ids
                 del tokens[request.stages.first_stage(before, tokens) :]
             request.note_step()
+            if request.request_id in self._broken:
+                # Nothing of it is handed out; vLLM looks at a request that got tokens.
+                tokens[:] = [0]
+                continue
             if request.dlm.step_map and logprobs is not None and columns is not None:
-                step_maps[request.request_id] = request_rows(
-                    columns, logprobs, row, request.steps.before
-                )
+                rows = request_rows(columns, logprobs, row, request.steps.before)
+                step_maps[request.request_id] = rows
+                if request.max_branches > 1:
+                    request.steps.note_rows(rows)
+                    drafting.add(request.request_id)
         # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
         # that its diffusion metrics and the per-request ones are right.
         scheduler_output.scheduled_spec_decode_tokens = {
@@ -271,10 +299,15 @@ class DiffusionStepScheduler(DiffusionScheduler):
         if step_maps:
             for of_client in outputs.values():
                 for output in of_client.outputs:
-                    rows = step_maps.get(output.request_id)
-                    if rows is not None:
-                        end = None if output.finished else len(output.new_token_ids)
-                        output.routed_experts = rows[:end]
+                    found = step_maps.get(output.request_id)
+                    if found is None:
+                        continue
+                    count = len(output.new_token_ids)
+                    if not output.finished:
+                        found = found[:count]
+                    elif output.request_id in drafting:
+                        found = up_to_the_end(found, count)
+                    output.routed_experts = found
         for request in self.running:
             request.note_frontier()
             if request.num_tokens == request.canvas_end:
@@ -292,6 +325,11 @@ class DiffusionStepScheduler(DiffusionScheduler):
         at a block's end drops padding only: without a stop token the text goes on, on a
         further canvas.
         """
+        if request.request_id in self._broken:
+            request.status = RequestStatus.FINISHED_ERROR
+            request.resumable = False
+            request.stop_reason = broken_logits.REASON
+            return [], True
         new_token_ids, stopped = super()._update_request_with_output(
             request, new_token_ids, is_stale
         )
@@ -311,6 +349,14 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.status = RequestStatus.FINISHED_STOPPED
             stopped = True
         return new_token_ids, stopped
+
+    def _note_broken(self, request_ids: list[str]) -> None:
+        """These requests end with this step, in an error (`reply.py`)."""
+        self._broken = {name for name in request_ids if name in self.requests}
+        self._work[2] += len(self._broken)
+        line = self._reports.add(len(self._broken))
+        if line is not None:
+            logger.error(line)
 
     def _begin_second_stages(self) -> None:
         """Preempt what goes on in blocks of one (`tccf.py`): its KV is another."""
@@ -352,7 +398,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             if spec_decoding_stats is None:
                 spec_decoding_stats = SpecDecodingStats.new(0)
             spec_decoding_stats.num_draft_tokens_per_pos = self._work
-            self._work = [0, 0]
+            self._work = [0, 0, 0]
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:

@@ -31,6 +31,7 @@ from vllm_dlm.model_executor.cache import (
     block_start,
     text_end,
 )
+from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.eotp import MODES
 from vllm_dlm.model_executor.host_slots import HostSlots
 from vllm_dlm.model_executor.logits import tile_rows
@@ -61,6 +62,7 @@ class DlmModelState(ModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        note_device(device.type)
         self.server = server_config(vllm_config)
         hf_config = self.model_config.hf_config
         self.defaults = ModelDefaults.from_hf_config(hf_config)

@@ -54,14 +54,26 @@ class StepCount:
     before: int = 0
     """Steps of all finished blocks."""
     in_block: int = 0
-    """Steps so far of the block that began at `block`."""
+    """Forwards so far of the block that began at `block`: a step each, but for"""
+    joined: int = 0
+    """steps that shared a forward with an earlier one (`Decision.step_ahead`), as far
+    as a step map needs them."""
     block: int = -1
 
     def enter(self, block: int) -> None:
         """The active block begins at this position; what it is not is finished."""
         if block != self.block:
-            self.before += self.in_block
-            self.in_block, self.block = 0, block
+            self.before += self.in_block + self.joined
+            self.in_block, self.joined, self.block = 0, 0, block
+
+    def note_rows(self, rows: np.ndarray) -> None:
+        """Count what a step map says of the block, as `request_rows` gives it.
+
+        What was written last is among these rows: until then a mask was before it.
+        """
+        written = rows[:, 0][rows[:, 0] != NEVER]
+        if len(written):
+            self.joined = int(written.max()) + 1 - self.before - self.in_block
 
 
 def take_columns(
@@ -81,6 +93,22 @@ def take_columns(
         logprobs._replace(logprob_token_ids=ids[:, :-COLUMNS]),
         ids[:, -COLUMNS:],
     )
+
+
+def up_to_the_end(rows: np.ndarray, num_tokens: int) -> np.ndarray:
+    """A finished text's rows, without what steps after its last one have written.
+
+    A forward that does several steps (`Decision.step_ahead`) may do some of those, or
+    may not: that depends on how many drafts it evaluates.
+
+    Args:
+        rows: [rest of the block, 3] as of `request_rows`.
+        num_tokens: how many of them are the text's; the last step wrote one of these.
+    """
+    rows = rows.copy()
+    behind = rows[num_tokens:, 0]
+    behind[behind > rows[:num_tokens, 0].max(initial=NEVER)] = NEVER
+    return rows
 
 
 def request_rows(

@@ -19,6 +19,9 @@ from vllm_dlm.messages import quote
 from vllm_dlm.option_types import ThinkCoarse
 from vllm_dlm.request_config import RequestConfig
 
+MOST_TOKENS = {"trigger": 64, "check": 1024}
+"""The trigger is looked for behind every token; the check text is computed as such."""
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -70,14 +73,7 @@ def one_at_a_time(config: RequestConfig) -> RequestConfig:
 
 def _token_ids(name: str, text: str | list[int], model_config: Any) -> tuple[int, ...]:
     if not isinstance(text, str):
-        size = model_config.get_vocab_size()
-        beyond = [token for token in text if not 0 <= token < size]
-        if beyond:
-            raise ValueError(
-                f"tccf: {name} has ids that are no tokens of this model: "
-                f"{quote(beyond)}; valid are 0 to {size - 1}"
-            )
-        return tuple(text)
+        return _checked(name, tuple(text), model_config)
     from vllm.tokenizers import cached_tokenizer_from_config
 
     tokenizer = cached_tokenizer_from_config(model_config)
@@ -88,4 +84,20 @@ def _token_ids(name: str, text: str | list[int], model_config: Any) -> tuple[int
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     if not ids:
         raise ValueError(f"tccf: {name} {quote(text)} has no tokens")
+    return _checked(name, ids, model_config)
+
+
+def _checked(name: str, ids: tuple[int, ...], model_config: Any) -> tuple[int, ...]:
+    """The ids, if the model has tokens for them and they are not too many."""
+    size, most = model_config.get_vocab_size(), MOST_TOKENS[name]
+    if len(ids) > most:
+        raise ValueError(
+            f"tccf: {name} has {len(ids)} tokens; at most {most} are taken"
+        )
+    beyond = next((token for token in ids if not 0 <= token < size), None)
+    if beyond is not None:
+        raise ValueError(
+            f"tccf: {name} has the id {quote(beyond)}, which is no token of this "
+            f"model; valid are 0 to {size - 1}"
+        )
     return ids

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_dlm.trajectories import PATTERN
 
 if TYPE_CHECKING:
-    import torch
-
     from vllm_dlm.model_executor.safety import SafeDecision
     from vllm_dlm.model_executor.segments import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
@@ -74,27 +74,34 @@ class TrajectoryLog:
         width = plan.valid.sum(dim=1)
         end = state.canvas_end[slots] - state.prompt_len[slots]
         ends = (outputs[:, 0] + width).minimum(end)
+        ahead = torch.zeros_like(tokens)
+        if decision.step_ahead is not None:
+            ahead = torch.where(decision.commit, decision.step_ahead, 0)
         rows = zip(
             plan.slots_np.tolist(),
             outputs[:, 0].clamp(min=0).tolist(),
             ends.tolist(),
             step.tolist(),
             (changed & plan.valid).cpu(),
+            ahead.cpu(),
             outputs.cpu(),
             tokens.cpu(),
             strict=True,
         )
         lines = []
-        for slot, first, last, number, where, position, token in rows:
-            pairs = zip(position[where].tolist(), token[where].tolist(), strict=True)
-            lines.append(
-                {
-                    "request": state.requests[slot].id,
-                    "block": [first, last],
-                    "step": number,
-                    "writes": [list(pair) for pair in pairs if pair[0] < last],
-                }
-            )
+        for slot, first, last, number, where, later, position, token in rows:
+            # Where steps share a forward (drafts), each has its line all the same.
+            for nth in range(int(later.max()) + 1):
+                now = where & (later == nth)
+                pairs = zip(position[now].tolist(), token[now].tolist(), strict=True)
+                lines.append(
+                    {
+                        "request": state.requests[slot].id,
+                        "block": [first, last],
+                        "step": number + nth,
+                        "writes": [list(pair) for pair in pairs if pair[0] < last],
+                    }
+                )
         self._append(lines)
 
     def _append(self, lines: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from vllm_dlm.kernels.draw import uniform
 from vllm_dlm.kernels.token_stats import token_stats
-from vllm_dlm.model_executor.candidates import Choice, Tile
+from vllm_dlm.model_executor.choice import Choice, Tile
 from vllm_dlm.model_executor.logits import Logits
 from vllm_dlm.strategies.base import Branches, View
 from vllm_dlm.strategies.probabilities import Probabilities
@@ -59,8 +59,11 @@ class Views:
             may_predict_mask[requests],
         )
 
-    def view(self, logits: Logits, plan: SegmentPlan) -> View:
-        """Statistics of the active blocks, [R, B]."""
+    def view(self, logits: Logits, plan: SegmentPlan) -> tuple[View, torch.Tensor]:
+        """Statistics of the active blocks, [R, B].
+
+        And [R] bool: which requests' logits leave no token to choose somewhere.
+        """
         state, slots = self.state, plan.slots
         output_positions = plan.positions - state.prompt_len[slots][:, None]
         # The prompt's last tokens may share the block: they stay.
@@ -90,7 +93,7 @@ class Views:
         # What was handed out stays, whatever the model thinks of it now.
         stays = (decided & self.handed_out(plan)) | ~plan.has_row
         candidate = torch.where(stays, tokens, choice.candidate)
-        return View(
+        view = View(
             tokens=tokens,
             masked=masked,
             valid=plan.valid,
@@ -110,6 +113,7 @@ class Views:
             probabilities=probabilities,
             branches=branches,
         )
+        return view, choice.broken.any(dim=1)
 
     def _measure(
         self,
@@ -174,6 +178,9 @@ class Views:
             step = noise_step[layout.parents] + layout.numbers
             own_rows = len(plan.row_places)
             drafted = self._measure(logits, own_rows, left, step, blocks, set())
+            # Drafts that break the logits were not evaluated: if they are right, the
+            # canvas will have them, and break.
+            left &= ~drafted.broken.any(dim=1, keepdim=True)
             masked = layout.by_branch(masked[:, 0], left)
             masked &= (layout.index >= 0)[..., None]
             candidate = layout.by_branch(choice.candidate, drafted.candidate)

@@ -179,6 +179,9 @@ class Decision:
     """name of `Strategy.state` -> [R, ...]: to remember; what is missing stays."""
     branch: torch.Tensor | None = None
     """[R, B] int64: the branch in which each committed token was predicted; or 0."""
+    step_ahead: torch.Tensor | None = None
+    """[R, B] int64: which step each token was committed in, where one forward does
+    several steps of the procedure that is followed (drafts); the first is 0."""
     draft_tokens: torch.Tensor | None = None
     """[R, B] int64: tokens to evaluate the next canvas with (`Strategy.branches`)."""
     draft_rank: torch.Tensor | None = None
@@ -220,6 +223,9 @@ class Strategy:
     """Whether it follows the step schedule, which the options `steps` and
     `steps_per_block` set: reads `View.scheduled` or `View.steps`. A mapping names the
     parameters with which it does. Who sets the options for another is refused."""
+    is_shared: ClassVar[bool] = True
+    """Whether requests to come are likely to have the same parameters: then an object
+    without requests is kept for them. Not where each request sends its own."""
 
     def __init__(self, params: AnyParams, block_length: int, context: Context) -> None:
         """Build the strategy of one group of requests.
@@ -316,6 +322,8 @@ class Context:
     """KV policy that is served: a name of `model_executor/cache.py`."""
     options: Mapping[str, Any] | None = None
     """Server-level options (folder for learned filters, ...)."""
+    positions: int | None = None
+    """Output positions that the request may write, whole blocks; where it is known."""
     agreed: Callable[[Any], Any] = _of_this_worker
     """The first worker's value of what each worker finds for itself, on disks that may
     differ. All tensor-parallel workers must call it when a strategy is built."""

@@ -95,7 +95,7 @@ class FreeDave(Strategy):
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         branches = given(view.branches, "branches")
         writes = _step(branches, row_params["threshold"])
-        best, commit, source = _verify(branches, writes)
+        best, commit, source, ahead, moves = _verify(branches, writes)
 
         rows = torch.arange(len(best), device=best.device)
         candidate = branches.candidate[rows, best]
@@ -108,6 +108,7 @@ class FreeDave(Strategy):
             commit=commit,
             new_tokens=tokens,
             branch=torch.where(last, best[:, None], source),
+            step_ahead=torch.where(last, moves[:, None], ahead),
             draft_tokens=candidate,
             draft_rank=torch.where(left, rank, NOT_DRAFTED),
         )
@@ -123,15 +124,16 @@ def _step(branches: Branches, threshold: torch.Tensor) -> torch.Tensor:
 
 def _verify(
     branches: Branches, writes: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Follow the chain of branches that the procedure goes through.
 
     Args:
         writes: [R, K, B] bool, its step on each branch.
 
     Returns:
-        The last branch of the chain [R] int64; the drafts on the way [R, B] bool, and
-        the branch that confirmed each of them, [R, B] int64.
+        The last branch of the chain [R] int64; the drafts on the way [R, B] bool; the
+        branch that confirmed each of them, and the number of its step, both [R, B]
+        int64; how many steps these are, [R] int64.
     """
     rows, count, _ = writes.shape
     rank, evaluated = branches.rank[:, None], branches.masked.any(dim=2)
@@ -146,10 +148,14 @@ def _verify(
     best = torch.zeros(rows, dtype=torch.int64, device=rank.device)
     commit = torch.zeros_like(writes[:, 0])
     source = torch.zeros_like(branches.rank)
+    ahead = torch.zeros_like(branches.rank)
+    steps = torch.zeros_like(best)
     for branch in range(count):
         here = (best == branch) & moves[:, branch]
         best = torch.where(here, following[:, branch], best)
         taken = drafts[:, branch] & here[:, None]
         commit = commit | taken
         source = torch.where(taken, branch, source)
-    return best, commit, source
+        ahead = torch.where(taken, steps[:, None], ahead)
+        steps = steps + here
+    return best, commit, source, ahead, steps

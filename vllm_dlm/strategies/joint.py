@@ -36,6 +36,9 @@ PRESETS = {
     "speed": {"mask_threshold": 0.5, "edit_threshold": 0.0},
 }
 
+MOST_POST_STEPS = 64
+"""Edits that go back and forth would go on for as long as a request may ask."""
+
 
 class JointParams(Params):
     """Parameters of `Joint`."""
@@ -75,7 +78,7 @@ class JointParams(Params):
     max_post_steps: int = Field(
         default=16,
         ge=0,
-        le=1024,
+        le=MOST_POST_STEPS,
         description=(
             "Forwards that a block may take after its last mask, for edits only. It "
             "bounds edits that go back and forth."

@@ -29,14 +29,21 @@ from vllm_dlm.strategies.base import (
     View,
     best_of,
 )
+from vllm_dlm.strategies.joint import MOST_POST_STEPS
 
 Step = Annotated[Count, Field(ge=-1, le=1_000_000)]
 
 LONGEST_MAP = 131_072
 """Tokens; it is sent with the request and kept on the device."""
-STEPS_PER_POSITION = 4
-"""A recording has at most that many steps per position of its blocks, idle ones and
-those of strategies that rewrite included. More would be a request that only waits."""
+
+
+def most_steps(block_length: int) -> int:
+    """Steps that a block of a recording has at most.
+
+    One per position, as many again where it was rewritten, and those for edits alone.
+    More would be a request that only waits.
+    """
+    return 2 * block_length + MOST_POST_STEPS + 1
 
 
 class ReplayParams(Params):
@@ -69,6 +76,7 @@ class Replay(Strategy):
     paper = "none: replays the option step_map"
     summary = "each token in the step that a step map names"
     Params = ReplayParams
+    is_shared = False
 
     params: ReplayParams
 
@@ -86,12 +94,16 @@ class Replay(Strategy):
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
         """Refuse steps that no recording has."""
         assert isinstance(params, ReplayParams)
-        limit = STEPS_PER_POSITION * (len(params.recorded_steps) + 2 * block_length)
-        if max(params.recorded_steps) >= limit:
+        # What is beyond the request's positions is never waited for.
+        reached = params.recorded_steps[: context.positions]
+        # One more than they fill: the prompt's last tokens may share the first.
+        blocks = -(-len(reached) // block_length) + 1
+        limit = blocks * most_steps(block_length)
+        if max(reached) >= limit:
             raise ValueError(
-                f"recorded_steps: step {max(params.recorded_steps)} is more than a "
-                f"recording of {len(params.recorded_steps)} tokens in blocks of "
-                f"{block_length} has; at most {limit - 1} is accepted"
+                f"recorded_steps: step {max(reached)} is more than a recording of "
+                f"{len(reached)} positions in blocks of {block_length} has; at most "
+                f"{limit - 1} is accepted"
             )
 
     def step_limit(self, params: AnyParams) -> int:
