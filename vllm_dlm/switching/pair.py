@@ -111,9 +111,8 @@ def _engine_args(
     sized = ("gpu_memory_utilization", "kv_cache_memory_bytes")
     legacy_size = current_platform.is_cpu() and os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     # On a CPU, built-in models take what their requests can use (`cpu_memory.py`).
-    fits_itself = current_platform.is_cpu() and aliases.is_built_in(
-        aliases.resolve(name)
-    )
+    folder = aliases.resolve(name, options.get("revision"))
+    fits_itself = current_platform.is_cpu() and aliases.is_built_in(folder)
     is_sized = any(options.get(key) is not None for key in sized)
     if not legacy_size and not fits_itself and not is_sized:
         share = defaults["gpu_memory_utilization"] = MEMORY_SHARES[model]
@@ -126,7 +125,7 @@ def _engine_args(
         )
     try:
         return args_class(
-            model=aliases.resolve(name, options.get("revision")),
+            model=folder,
             additional_config=additional,
             logits_processors=processors,
             **{**defaults, **options},
