@@ -140,11 +140,10 @@ def test_prompts():
         check_prompt(prompt, model_config())
     assert prompt_error([1, 64]).startswith("prompt: 64 is no token")
     assert "-1 is no token" in prompt_error([1, -1])
+    assert prompt_error([64], CHAT).startswith("messages: ")
+    assert prompt_error([64], GENERATE).startswith("token_ids: ")
 
 
-def test_masks_in_a_prompt_are_not_filled_in():
-    said = prompt_error([1, 2, MASK, 3, MASK])
-    assert f"the mask token ({MASK}), first at position 2" in said
-    assert "not supported yet" in said
-    assert prompt_error([MASK], CHAT).startswith("messages: ")
-    assert prompt_error([MASK], GENERATE).startswith("token_ids: ")
+def test_a_mask_in_a_prompt_is_text():
+    """What it does there is said in docs/models.md, and shown in test_canvas.py."""
+    check_prompt({"prompt_token_ids": [1, MASK]}, model_config())

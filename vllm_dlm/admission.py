@@ -2,8 +2,8 @@
 """What the wrapped functions on a request's way to the engine do: refuse, in time.
 
 A request that cannot be honoured is a 400 before any work is done for it, and before a
-streamed reply has begun. As in `front_end.py`, `SERVER_WRAPPERS`, `PROMPT_WRAPPERS` and
-`WRAPPERS` map entries of the ledger (`patches.py`) to makers.
+streamed reply has begun. As in `front_end.py`, `WRAPPERS` and `SERVER_WRAPPERS` map
+entries of the ledger (`patches.py`) to makers.
 """
 
 from __future__ import annotations
@@ -224,25 +224,10 @@ def _check(prompt: Any, sampling_params: Any, vllm_config: Any) -> None:
         return
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
-    _check_prompt(prompt, model_config)
-
-
-def _check_prompt(prompt: Any, model_config: Any) -> None:
     try:
         check_prompt(prompt, model_config)
     except OptionError as error:
         raise request.refusal(error) from None
-
-
-def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_inputs(
-        self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if request.is_ours(self.model_config.hf_config):
-            _check_prompt(prompt, self.model_config)
-        return original(self, request_id, prompt, *args, **kwargs)
-
-    return process_inputs
 
 
 _OPENAI = "vllm.entrypoints.openai"
@@ -275,11 +260,6 @@ SERVER_WRAPPERS: dict[str, Maker] = {
     **{symbol: _handle(route) for symbol, route in HANDLERS.items()},
 }
 """Only where the HTTP server's module is loaded: importing it costs seconds."""
-
-PROMPT_WRAPPERS: dict[str, Maker] = {
-    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": _process_inputs,
-}
-"""Where an engine is about to be made, which imports it."""
 
 WRAPPERS: dict[str, Maker] = {
     "vllm.sampling_params:SamplingParams._validate_diffusion": _validate_diffusion,

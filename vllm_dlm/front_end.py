@@ -200,8 +200,6 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 "`vllm-dlm models` lists them"
             )
         body_guard.process["ours"] = ours
-        for symbol, make in admission.PROMPT_WRAPPERS.items():
-            wrap(symbol, make)
         if _SERVER_MODULE in sys.modules:
             # The server imports them next; its requests are checked when they come,
             # for models of vLLM's own too.

@@ -262,16 +262,6 @@ PATCHES: dict[str, Patch] = {
             )
         ),
         Patch(
-            symbol="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-            why=(
-                "A prompt's masks would be read as tokens, and its ids are compared "
-                "with the larger of two vocabularies."
-            ),
-            how="Refuses both for our models.",
-            upstream="no issue yet: admission does not ask the model about a prompt",
-            drop_when="our engine fills in masks, and vLLM checks the model's own size",
-        ),
-        Patch(
             symbol="vllm.config.vllm:VllmConfig._check_supports_watermarking",
             why="Beam search reaches the engine as one-token requests.",
             how="Called first by both ways of beam search; refuses it for our models.",

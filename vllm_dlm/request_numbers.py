@@ -109,14 +109,17 @@ def check_ids(name: str, ids: Iterable[Any], vocab_size: int) -> None:
 
 
 def check_prompt(prompt: Any, model_config: ModelConfig) -> None:
-    """Refuse a prompt whose ids the model has no row for, or that holds its mask.
+    """Refuse a prompt with ids that the model has no embedding for.
+
+    vLLM compares them with the larger of the model's and the tokenizer's vocabulary,
+    and only when a streamed answer has begun.
 
     Args:
         prompt: as the engine takes it; only one of token ids is checked.
         model_config: of one of our models.
 
     Raises:
-        OptionError: it says which id, and where it is.
+        OptionError: it says which id.
     """
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if ids is None or len(ids) == 0:
@@ -124,14 +127,6 @@ def check_prompt(prompt: Any, model_config: ModelConfig) -> None:
     size = model_config.get_vocab_size()
     if min(ids) < 0 or max(ids) >= size:
         check_ids("prompt", ids, size)
-    mask = model_config.hf_config.mask_token_id
-    if mask in ids:
-        position = list(ids).index(mask)
-        raise _refusal(
-            "prompt",
-            f"it holds the mask token ({mask}), first at position {position}. "
-            "Filling in masks of a prompt is not supported yet; remove them",
-        )
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

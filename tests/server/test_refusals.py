@@ -149,10 +149,6 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "too many logprobs": ({"logprobs": 21}, ["21", "20"]),
     "logit bias outside": ({"logit_bias": {"500": 1}}, ["500", "Vocabulary size"]),
     "prompt outside": ({"prompt": [5, 500]}, ["prompt: 500", "ids go from 0 to 127"]),
-    "mask in the prompt": (
-        {"prompt": "Copy <|mdm_mask|>"},
-        ["prompt", "mask token", "not supported yet"],
-    ),
     "suffix": ({"suffix": "end"}, ["suffix", "not supported"]),
 }
 
