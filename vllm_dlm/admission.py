@@ -109,9 +109,8 @@ def _as_sent(error: Any, ours: bool) -> Any:
     if ours:
         message = in_the_clients_words(message)
         parameter = parameter and in_the_clients_words(parameter)
-    if (message, parameter) == (text, error.parameter) and len(
-        str(error)
-    ) <= LONGEST_MESSAGE:
+    is_short = len(str(error)) <= LONGEST_MESSAGE
+    if is_short and (message, parameter) == (text, error.parameter):
         return error
     return VLLMValidationError(message, parameter=parameter)
 
