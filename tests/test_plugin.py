@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,13 @@ def test_a_step_that_fails_is_recorded_and_the_rest_goes_on(monkeypatch):
     plugin.register()
     assert steps == ["front end"]
     assert plugin.problems == ["fail: no such symbol"]
+
+
+@pytest.mark.parametrize(("model", "warms_up"), [("llada", False), ("llama", True)])
+def test_vllms_warm_up_is_left_out_for_diffusion_models(model, warms_up):
+    """It schedules what they do not serve; a GPU's worker runs it by default."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    folder = Path(plugin.__file__).parent / f"assets/{model}-tiny"
+    config = EngineArgs(str(folder)).create_engine_config()
+    assert config.kernel_config.enable_jit_warmup is warms_up

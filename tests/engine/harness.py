@@ -100,13 +100,9 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
-    def worker(self) -> Any:
-        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
-        return executor.driver_worker.worker
-
-    @property
     def runner(self) -> Any:
-        return self.worker.model_runner
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return executor.driver_worker.worker.model_runner
 
     @property
     def free_pages(self) -> int:

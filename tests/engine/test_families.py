@@ -17,7 +17,7 @@ import torch
 from engine import block_cases
 from engine.block_cases import BlockCase
 from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
-from engine.harness import Engine, finished, params
+from engine.harness import Engine, finished
 from reference.checkpoints import write_checkpoint
 from reference.llada import TinyLLaDA, write_random_checkpoint
 from reference.network import TinyModel, block_causal, causal_context
@@ -118,33 +118,6 @@ def first_logits(engine: Engine):
     )
     yield seen
     hook.remove()
-
-
-WARMED_UP = tuple(
-    next(served for served in REUSES_BLOCKS + FULL_ATTENTION if served.family == family)
-    for family in ("llada_moe", "dream", "sdar", "fast_dllm_v2", "nemotron")
-)
-"""Class A, the same with a shift, class B, the same with a shift, class C."""
-
-
-@pytest.mark.parametrize("served", WARMED_UP, ids=names(WARMED_UP))
-def test_the_warm_up_of_vllm(serve: Callable, served: Served):
-    """A GPU's worker runs it at start, and since vLLM 0.33 a CPU's; texts stay.
-
-    It schedules what our scheduler does not: a prompt alone, and a row with one draft.
-    """
-    from vllm.v1.worker.gpu.warmup import warmup_kernels
-
-    engine, _ = serve(served)
-    prompts = [make_prompt(length) for length in (5, 40)]
-    texts = engine.run(prompts, params(12))
-    engine.flush()
-    worker = engine.worker
-    warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
-    assert not engine.runner.model_state.requests
-    # It has written to pages that were found by it.
-    assert engine.llm.reset_prefix_cache()
-    assert engine.run(prompts, params(12)) == texts
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,10 @@ class DlmModelConfig(VerifyAndUpdateConfig):
             _serve_full_attention(vllm_config, server)
         scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
         vllm_config.attention_config.use_non_causal = True
+        # vLLM's warm-up of kernels, on a GPU and since 0.33 on a CPU, schedules what
+        # our models do not serve: one row with a draft, grammars, log-probabilities of
+        # a prompt. Kernels are compiled when they are first used.
+        vllm_config.kernel_config.enable_jit_warmup = False
         if current_platform.is_cpu():
             size_kv_cache(vllm_config)
 

@@ -39,8 +39,6 @@ def plan_forward(state: DlmModelState, input_batch: Any, page_size: int) -> Segm
     if input_batch.num_draft_tokens_per_req is not None:
         # What vLLM takes for a number of draft tokens (`scheduler.py`).
         branches += input_batch.num_draft_tokens_per_req
-        # vLLM's warm-up schedules a row with a draft, which makes no second canvas.
-        branches[branches > input_batch.num_scheduled_tokens] = 1
     ends = starts + input_batch.num_scheduled_tokens // branches
     host, slots = state.host, input_batch.idx_mapping_np
     first_blocks = host.first_block[slots]
@@ -89,9 +87,7 @@ def _plan_blocks(
     else:
         # A canvas' first forward covers it, as wide as the scheduler has opened it.
         canvas_end = np.where(canvas_end <= block_start, end[:, 0], canvas_end)
-        # Only vLLM's warm-up computes a prompt alone: those rows see one another.
-        seen = ends.copy()
-        seen[rows] = np.minimum(end[:, 0] + host.keys_behind[slots], canvas_end)
+        seen = np.minimum(end[:, 0] + host.keys_behind[slots], canvas_end)
         kv_lens = seen[segments.request]
     host.canvas_end[slots] = canvas_end
 

@@ -45,8 +45,11 @@ def fit(
     Raises:
         RuntimeError: it takes others, and would do something else than the kernel.
     """
-    own = inspect.signature(replacement).parameters
-    own = {k: v for k, v in own.items() if k not in _LAUNCH_OPTIONS}
+    own = {
+        own_name: parameter
+        for own_name, parameter in inspect.signature(replacement).parameters.items()
+        if own_name not in _LAUNCH_OPTIONS
+    }
     unknown = [repr(p) for p in parameters if p not in own]
     absent = [
         repr(p)
