@@ -147,13 +147,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["'x'", "threshold"],
     ),
-    "sub-blocks that divide nothing": (
-        "fast_dllm_v2",
-        "Fast_dLLM_v2_7B",
-        {"dlm_sub_block_length": 5},
-        {},
-        ["dlm_sub_block_length", "5", "32"],
-    ),
     "DreamReasoner": (
         "dream",
         "DreamReasoner-7B",
@@ -200,21 +193,18 @@ def test_ends_of_text_outside_the_vocabulary_are_left_out(tmp_path: Path, caplog
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_dlm.model_defaults import ModelDefaults
-    from vllm_dlm.plugin import share_logging
+    from vllm_dlm.model_executor import config_hook
 
-    share_logging()
     folder = write("sdar", tmp_path / "SDAR-4B-Chat", {})
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 777}))
     overrides = {"dlm_stop_ids": [4, 128, -3], "eos_token_id": [5, 999]}
-    with caplog.at_level("WARNING", logger="vllm_dlm.model_executor.config_hook"):
-        logger = __import__("logging").getLogger("vllm_dlm.model_executor.config_hook")
-        logger.addHandler(caplog.handler)
-        try:
-            config = EngineArgs(
-                str(folder), dtype="float32", hf_overrides=overrides
-            ).create_engine_config()
-        finally:
-            logger.removeHandler(caplog.handler)
+    config_hook.logger.addHandler(caplog.handler)
+    try:
+        config = EngineArgs(
+            str(folder), dtype="float32", hf_overrides=overrides
+        ).create_engine_config()
+    finally:
+        config_hook.logger.removeHandler(caplog.handler)
     hf_config = config.model_config.hf_config
     assert ModelDefaults.from_hf_config(hf_config).stop_ids == (4, 5)
     warnings = {r.getMessage() for r in caplog.records if "outside" in r.getMessage()}
