@@ -62,9 +62,11 @@ def doubling_length(masks: int) -> int:
 
 
 def doubling_count(step: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """[R] int64: tokens of step `step` [R] of such a block; in the last, the rest.
+    """[R] int64: tokens of step `step` [R] of such a block.
 
-    The rest is given as `masks`, which is at least that.
+    In its last step the rest; later all that is left, where not all could be seen.
     """
     last = doubling_steps(masks) - 1
-    return torch.where(step < last, 2 ** torch.minimum(step, last), masks)
+    before = 2 ** torch.minimum(step, last)
+    count = torch.where(step < last, before, masks - before + 1)
+    return torch.where(step > last, masks, count)
