@@ -148,9 +148,12 @@ def test_whole_texts_are_the_published_loops(served: tuple[Engine, TinyModel]):
             )
         except NeverEnds:
             continue
+        # Where masks come and go for longer than a block may take, it is cut short.
+        if max(forwards) > 2 * BLOCK + options["max_post_steps"]:
+            continue
         ended += 1
         assert result.tokens == wanted, (prompt, options)
-        assert result.forwards <= forwards  # a text may end inside a block
+        assert result.forwards <= sum(forwards)
     assert ended >= 20
     alone = [engine.run([p], [ask_exactly(options)])[0] for p, options in cases[:6]]
     assert alone == got[:6]

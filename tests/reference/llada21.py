@@ -26,7 +26,7 @@ def generate_llada21(
     edit_threshold: float,
     max_post_steps: int,
     stops: bool = True,
-) -> tuple[list[int], int]:
+) -> tuple[list[int], list[int]]:
     """Decode one request greedily; the mask id may be chosen.
 
     Blocks are counted from position 0; the prompt's last tokens share the first one and
@@ -46,15 +46,15 @@ def generate_llada21(
         stops: the text ends with its first end-of-text token, when that block is over.
 
     Returns:
-        The tokens, at most `max_tokens`, and the forwards up to the end of the last
-        block that was begun.
+        The tokens, at most `max_tokens`, and the forwards of each block.
     """
     row = list(prompt_ids)
     start = len(row) // block_length * block_length
-    forwards = 0
+    forwards: list[int] = []
     while len(row) < len(prompt_ids) + max_tokens:
         row += [model.mask_id] * (start + block_length - len(row))
         post_steps = 0
+        forwards.append(0)
         while True:
             masks = [p for p in range(start, len(row)) if row[p] == model.mask_id]
             masks = [p for p in masks if p >= len(prompt_ids)]
@@ -65,7 +65,7 @@ def generate_llada21(
             visible = block_causal(len(row), block_length)
             logits = model.forward(row, visible=visible)[start:]
             found = row_statistics(logits, None)
-            forwards += 1
+            forwards[-1] += 1
             token = dict(enumerate(found.argmax.tolist(), start))
             sure = dict(enumerate(found.confidence, start))
 
@@ -84,7 +84,7 @@ def generate_llada21(
                 row[p] = token[p]
             if not masks and not edited:
                 break
-            if row == before:
+            if row == before or forwards[-1] > 100 * block_length:
                 raise NeverEnds
         output = row[len(prompt_ids) :]
         start += block_length
