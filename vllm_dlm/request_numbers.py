@@ -8,7 +8,7 @@ does not fit its tensor would end the engine, and with it everybody's requests.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from vllm_dlm.client_fields import field_of
@@ -65,7 +65,7 @@ def check_numbers(params: SamplingParams, model_config: ModelConfig) -> None:
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         check_ids(name, getattr(params, name) or (), size)
     for token, bias in (params.logit_bias or {}).items():
-        if not isinstance(bias, Real) or not abs(float(bias)) <= LARGEST_BIAS:
+        if not isinstance(bias, int | float) or not abs(bias) <= LARGEST_BIAS:
             raise _refusal(
                 "logit_bias",
                 f"expected finite numbers from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g}, "
