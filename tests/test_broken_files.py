@@ -252,7 +252,7 @@ class Stranger:
         {"output.weight": torch.zeros(2, 8)},
         Stranger(),
     ],
-    ids=str,
+    ids=lambda state: type(state).__name__,
 )
 def test_pickled_heads_of_another_type(state: Any, tmp_path: Path) -> None:
     torch.save(state, path := tmp_path / "head.bin")
