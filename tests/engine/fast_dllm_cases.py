@@ -133,7 +133,7 @@ def step_by_step(
     with counting(engine) as counts:
         while engine.busy:
             if len(places) == preempt_after:
-                preempt(engine, request)
+                preempt(engine, request.request_id)
             places.append((request.block_start, request.step))
             for output in engine.step():
                 tokens = list(output.outputs[0].token_ids)
