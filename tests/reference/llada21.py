@@ -7,6 +7,8 @@ and `block_procedures`, which it is compared with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from reference.network import TinyModel, block_causal
 from reference.procedures import row_statistics
@@ -26,6 +28,7 @@ def generate_llada21(
     edit_threshold: float,
     max_post_steps: int,
     stops: bool = True,
+    observe: Callable[[float], None] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Decode one request greedily; the mask id may be chosen.
 
@@ -44,6 +47,8 @@ def generate_llada21(
 
     Args:
         stops: the text ends with its first end-of-text token, when that block is over.
+        observe: called after each forward with about the least change of a probability
+            that would have led to another decision.
 
     Returns:
         The tokens, at most `max_tokens`, and the forwards of each block.
@@ -79,6 +84,16 @@ def generate_llada21(
                 and token[p] != row[p]
                 and sure[p] > torch.tensor(edit_threshold)
             ]
+            if observe is not None:
+                margin = dict(enumerate(found.margin.tolist(), start))
+                best = sorted(float(sure[p]) for p in masks)[-2:]
+                gaps = [best[1] - best[0]] if len(best) == 2 else []
+                for p in range(max(start, len(prompt_ids)), len(row)):
+                    bound = mask_threshold if p in masks else edit_threshold
+                    gaps.append(abs(float(sure[p]) - bound))
+                    if p in filled or (p not in masks and sure[p] > bound):
+                        gaps.append(margin[p])
+                observe(min(gaps))
             before = list(row)
             for p in [*filled, *edited]:
                 row[p] = token[p]
