@@ -86,25 +86,25 @@ class Klass:
     """KLASS: sure tokens whose distribution has moved little for some steps.
 
     Else the scheduled number of the best. Of the last distribution it knows the `KEPT`
-    most probable tokens; the others are one.
+    most probable tokens; the others are one. It looks at positions that may be written:
+    in sub-blocks, a position's steps are those of its own.
     """
 
     threshold: float = 0.9
     kl_threshold: float = 0.01
     history: int = 2
-    last: list[list[float]] = field(default_factory=list)
-    moved: list[list[float]] = field(default_factory=list)
+    last: dict[int, list[float]] = field(default_factory=dict)
+    moved: dict[int, list[float]] = field(default_factory=dict)
     """Per position: the divergences so far."""
 
     def decide(self, view: View) -> dict[int, int]:
-        now: list[list[float]] = view.probabilities.double().tolist()
-        if self.last:
-            for i, (p, q) in enumerate(zip(now, self.last, strict=True)):
-                self.moved[i].append(divergence(p, q))
-        else:
-            self.moved = [[] for _ in now]
-        self.last = now
         candidates = view.masked_offsets()
+        now = {i: view.probabilities[i].double().tolist() for i in candidates}
+        for i in candidates:
+            moved = self.moved.setdefault(i, [])
+            if i in self.last:
+                moved.append(divergence(now[i], self.last[i]))
+        self.last = now
         ready = []
         for i in candidates:
             recent = self.moved[i][-self.history :]
