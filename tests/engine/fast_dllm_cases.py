@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, dict[str, Any], Callable[[], Rule]]] = {
         {"threshold": 0.4, "strict": True, "at_least": "best"},
         lambda: threshold(0.4, strict=True),
     ),
+    "threshold/one": ("threshold", {"threshold": 1.5}, lambda: threshold(1.5)),
     "static": ("static", {}, static),
     "factor": ("factor", {"factor": 1.0}, lambda: factor(1.0)),
 }

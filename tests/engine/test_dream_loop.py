@@ -49,7 +49,7 @@ def dream_oracle(dream_folder: Path) -> TinyModel:
 def dream_cases(count: int, seed: str) -> list[Loop]:
     source = random.Random(seed)
     cases = []
-    rules = [name for name in RULES if name != "factor"]
+    rules = [name for name in RULES if name not in ("factor", "threshold/one")]
     for number in range(count):
         block = source.choice((1, 2, 3, 4, 8, 16, 20, 32))
         rule = rules[number % len(rules)]

@@ -103,6 +103,43 @@ def test_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel):
     assert [one.tokens for one in whole] != [one.tokens for one in wanted]
 
 
+SEEDS_OF_MASKS = (47, 226, 262)
+"""Prompts of 32 tokens behind which the mask id is the most probable."""
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_seed_that_is_the_mask_id(
+    v2_engine: Engine, v2_oracle: TinyModel, cache: str
+):
+    """With `reference_exact`: then the first position's own row predicts it."""
+    cases = [
+        Loop(make_prompt(32, seed), 64, rule, steps=steps)
+        for seed in SEEDS_OF_MASKS
+        for rule, steps in (
+            ("static", None),
+            ("static", 3),
+            ("threshold/strict", None),
+            ("threshold/one", None),
+        )
+    ]
+    options = {"forbid_mask": False, "refresh": cache == "none"}
+    wanted = [v2_wanted(case, v2_oracle, **options) for case in cases]
+    assert all(one.step_of_position[0] > 0 for one in wanted)
+    exact = {"cache": cache, "reference_exact": True}
+    assert_equal(cases, run_v2(v2_engine, cases, **exact), wanted)
+    alone = [run_v2(v2_engine, [case], **exact)[0] for case in cases[:2]]
+    assert_equal(cases[:2], alone, wanted[:2])
+
+
+def test_a_replay_after_a_seed_that_is_the_mask_id(v2_engine: Engine):
+    for rule in ("static", "threshold/strict"):
+        case = Loop(make_prompt(32, SEEDS_OF_MASKS[0]), 60, rule, "none", mask=True)
+        sampling = case.params(0, reference_exact=True)
+        tokens, _, places = step_by_step(v2_engine, case.prompt, sampling)
+        for stop in range(1, len(places), 3):
+            assert step_by_step(v2_engine, case.prompt, sampling, stop)[0] == tokens
+
+
 @pytest.mark.parametrize("length", [3, 32, 45, 57])
 def test_rows_of_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel, length: int):
     for seed, rule in enumerate(("static", "threshold/strict"), start=200):

@@ -62,7 +62,9 @@ def generate_blocks(
         seeds: a block whose first position is masked begins with a forward over the
             finished blocks alone, whose last row predicts that position (the seed). It
             is the block's step 0 and writes one token, whatever the rule; `observe`
-            sees it as a view of one position. The default is with a shift only.
+            sees it as a view of one position. If it chose the mask id, the block's
+            other steps predict that position from its own row. The default is with a
+            shift only.
         sub_block_length: only masks of the leftmost part of this length (counted from
             the block's start) that has any are candidates; None is the whole block.
         schedule: commits in step j of a block. "even": B // S, and one more in the
@@ -118,8 +120,10 @@ def generate_blocks(
         else:
             visible = block_causal(row_end, block_length, first_border)
         logits = model.forward(row[:row_end], visible=visible)
-        left = 1 if row_end == first else shift  # a seed's row ends before it
-        sources = [max(p - left, 0) for p in range(first, stop)]
+        left, lowest = shift, first if seeds else 0
+        if row_end == first:  # a seed's row ends before it
+            left, lowest = 1, 0
+        sources = [max(p - left, lowest) for p in range(first, stop)]
         return row_statistics(logits[sources], banned)
 
     def final_end() -> int | None:
@@ -148,7 +152,7 @@ def generate_blocks(
             if not forbid_mask and rule.ends_by_schedule and step >= steps:
                 break
             masks = [p for p in range(start, end) if masked[p]]
-            is_seed = seeds and masks[:1] == [start]
+            is_seed = seeds and step == 0 and masks[0] == start
             if is_seed:
                 first, stop = start, start + 1
                 stats = predict(first, stop, row_end=start)
@@ -176,7 +180,7 @@ def generate_blocks(
                     [p >= prompt_end and not masked[p] for p in range(first, stop)]
                 ),
             )
-            if is_seed:
+            if is_seed and int(stats.argmax[0]) != mask_id:
                 seeded = True
                 open_to_change.discard(start)
             decision = Step([0]) if is_seed else rule.step(view)
@@ -202,7 +206,8 @@ def generate_blocks(
                 masked[first + offset] = True
             forwards += 1
             step += 1
-            if masks and not written and not rule.ends_by_schedule:
+            is_stuck = masks and not written and not is_seed
+            if is_stuck and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
             if step > FOREVER * block_length:
                 raise RuntimeError("no end: masks come and go")

@@ -162,8 +162,10 @@ class CanvasRequest(Request):
                 frontiers=(self.frontiers[max(step - 1, 0)], self.frontiers[step]),
                 canvas_end=self.canvas_end,
             )
-        if self.model.seeds_blocks and len(self._all_token_ids) == block:
-            # The rows left of the block, finished now, predict its first token.
+        is_new = self.step == 0 and len(self._all_token_ids) == block
+        if self.model.seeds_blocks and is_new:
+            # The rows left of the block, finished now, predict its first token. It is
+            # not repeated where they predict the mask id (`reference_exact`).
             return Rows(self.kv_final, block)
         if self.commits_alone and self.kv_final < block != self.first_block:
             return Rows(self.kv_final, block)

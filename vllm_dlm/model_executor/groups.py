@@ -168,7 +168,10 @@ class StrategyGroups:
         self._group_number[slot] = group.number
         group.admit(slot)
         self.may_rewrite[slot] = group.strategy.may_rewrite
-        self.step_limit[slot] = group.strategy.step_limit(config.params)
+        # A seed that is the mask id (`reference_exact`) is a step that writes nothing.
+        wasted = config.reference_exact and self.state.defaults.seeds_blocks
+        limit = group.strategy.step_limit(config.params)
+        self.step_limit[slot] = limit + int(wasted)
         steps = None
         if config.reference_exact:
             scheduled = config.block_steps(

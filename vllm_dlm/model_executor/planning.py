@@ -112,9 +112,10 @@ def _plan_blocks(
     positions = block_start[:, None] + offsets
     valid = (positions < canvas_end[:, None]) & (offsets < lengths)
     source = positions - np.where(seeds, 1, defaults.shift)[:, None]
-    # After an opening no row left of the block is computed: a first token that is still
-    # missing is predicted by its own row.
-    is_own = host.opens_alone[slots, None] & host.masked[slots, : len(offsets)]
+    # After an opening or a seed no row left of the block is computed: a first token
+    # that is still missing is predicted by its own row.
+    is_over = ~seeds if defaults.seeds_blocks else host.opens_alone[slots]
+    is_own = is_over[:, None] & host.masked[slots, : len(offsets)]
     source = np.where(is_own & (source < start), positions, source)
     readable = valid & (start <= source) & (source < end)
     is_read = readable & _rows_to_read(state, slots, valid)

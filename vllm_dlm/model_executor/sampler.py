@@ -19,7 +19,7 @@ from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.kernels.token_stats import token_stats
-from vllm_dlm.model_executor.cache import Reach, next_start, part_start
+from vllm_dlm.model_executor.cache import FAR, Reach, next_start, part_start
 from vllm_dlm.model_executor.candidates import Candidates
 from vllm_dlm.model_executor.groups import StrategyGroups
 from vllm_dlm.model_executor.learning import Learning
@@ -185,14 +185,28 @@ class DenoisingSampler:
         done = ~open_.any(dim=1) & ~decision.hold
         frontier = torch.minimum(block_start + first_open, block_end)
         # What may be rewritten, and what is held, is not final before its block is.
-        waits = (self.groups.may_rewrite[slots] | decision.hold) & ~done
-        # A seed goes out at once: by it the scheduler knows that there was one.
-        frontier = torch.where(waits & ~plan.seeds, block_start, frontier)
+        waits = self.groups.may_rewrite[slots] | decision.hold | self._lacks_seed(plan)
+        # A seed goes out at once: by it a replay knows that there was one.
+        frontier = torch.where(waits & ~done & ~plan.seeds, block_start, frontier)
         next_block = torch.where(done, block_end, block_start)
         state.block_start[slots] = next_block
         state.step[slots] = torch.where(done, 0, view.step + decision.steps())
         self._tell_host(next_block, canvas.end, plan)
         return frontier
+
+    def _lacks_seed(self, plan: SegmentPlan) -> torch.Tensor:
+        """[R] bool: blocks whose seed was the mask id (`reference_exact`).
+
+        A replay would take the first token of such a block for its seed, so none is
+        handed out before the block is over. But where a step computes a sub-block, by
+        what was handed out the scheduler knows which.
+        """
+        state, slots = self.state, plan.slots
+        block_start, prompt_len = plan.positions[:, 0], state.prompt_len[slots]
+        has_seed = prompt_len + state.emitted[slots] > block_start
+        is_whole = state.reach[slots, Reach._fields.index("part")] == FAR
+        begins = state.defaults.begins_with_seed(block_start, prompt_len)
+        return begins & ~has_seed & is_whole
 
     def _reply(
         self, frontier: torch.Tensor, canvas_end: torch.Tensor, plan: SegmentPlan
