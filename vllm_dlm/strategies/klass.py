@@ -5,8 +5,8 @@ Written are the masked i with c_i > threshold, c_i the probability of the token 
 which each of the block's last `history` steps moved the distribution p by less than
 kl_threshold: KL(p_now || p_before), in nats. Where there is none, as many of the most
 confident are written as the step schedule has. A block's first step has nothing to
-compare with, so this is the rule of its first `history` steps. In sub-blocks it is so of
-each: only positions that may be written are looked at.
+compare with, so this is the rule of its first `history` steps. In sub-blocks it is so
+of each: only positions that may be written are looked at.
 
 Of p_before only the 64 most probable tokens are remembered, and the divergence is taken
 over these and one rest: it is never more than the true one, and the same if the
