@@ -103,6 +103,29 @@ def test_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel):
     assert [one.tokens for one in whole] != [one.tokens for one in wanted]
 
 
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_masks_that_a_schedule_leaves(
+    v2_engine: Engine, v2_oracle: TinyModel, cache: str
+):
+    """A block is over with its steps, also where sub-blocks were not reached."""
+    cases = [
+        Loop(
+            make_prompt(length, seed=length),
+            max_tokens=70,
+            rule=("static", "dream/maskgit_plus", "dream/topk_margin")[number % 3],
+            block=SUB_BLOCKS[number % len(SUB_BLOCKS)],
+            steps=(1, 2, 3, 5, 7)[number % 5],
+        )
+        for number, length in enumerate((*range(1, 34, 3), 63, 64, 65, 96))
+    ]
+    options = {"forbid_mask": False, "refresh": cache == "none"}
+    wanted = [v2_wanted(case, v2_oracle, **options) for case in cases]
+    got = run_v2(v2_engine, cases, cache=cache, reference_exact=True)
+    assert_equal(cases, got, wanted)
+    mask_id = v2_oracle.mask_id
+    assert sum(mask_id in one.tokens for one in wanted) > len(cases) // 2
+
+
 SEEDS_OF_MASKS = (47, 226, 262)
 """Prompts of 32 tokens behind which the mask id is the most probable."""
 

@@ -84,7 +84,7 @@ class Safety:
         last, keeps_masks = (ends[:, None] for ends in self.groups.ends(slots))
         new_tokens = torch.where(keeps_masks & ~commit, state.mask_id, new_tokens)
         # A further sub-block, whose rows were not read, ends in the next step.
-        rest = view.masks & plan.readable & (plan.has_row | keeps_masks)
+        rest = view.masks & ((plan.readable & plan.has_row) | keeps_masks)
         commit = torch.where(last, rest, commit)
         edit, remask = edit & ~last, remask & ~last
         # An edit may choose the mask id (`reference_exact`): so it is in LLaDA2.1's.
