@@ -61,6 +61,7 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
             # anywhere in them; enough for all 8 requests.
             "block_size": 32,
             "num_gpu_blocks_override": 80,
+            "dtype": "float32",
         } | options
         key = repr(sorted(options.items()))
         if key not in started:
@@ -69,7 +70,6 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
             destroy_model_parallel()
             started[key] = Engine(
                 LLM(
-                    dtype="float32",
                     enforce_eager=True,
                     disable_log_stats=True,
                     **options,
