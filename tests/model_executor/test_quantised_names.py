@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that a quantised checkpoint names: each of every family, in every format."""
 
+import itertools
+import re
+
 import pytest
 from model_cases import ALL, load, write
 from reference.quantised import quantise
@@ -98,8 +101,6 @@ def test_ways_of_naming_modules(listed, meant):
 
 
 def test_rules_of_gptq():
-    import re
-
     rules = {"-:.*ff_out": {}, r"+:.*blocks\.0\.attn_out": {"bits": 4}}
     (no, rule), (yes, more) = LLADA_NAMES.translate({"dynamic": rules}, 2)[
         "dynamic"
@@ -133,8 +134,19 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if "moe" not in name])
-@pytest.mark.parametrize("way", ["name", "re"])
+# Those with names or layers of their own; the rest are vLLM's classes.
+QUICK = [("llada", "name"), ("llada", "re"), ("nemotron", "re"), ("llada2", "name")]
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(
+            [name for name in ALL if "moe" not in name], ("name", "re")
+        )
+    ],
+)
 def test_partly_quantised_checkpoints(build, tmp_path, family, way):
     """Which layers are quantised, and that all their tensors are used and needed."""
     folder = write(family, tmp_path)
