@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ class School:
         state.server = SimpleNamespace(
             online_learning=True, record_traces=False, filters_path=lambda: folder
         )
-        state.context = lambda cache: CPU
+        state.context = lambda cache: replace(CPU, model_key="no-such-model")
         # Without a filter for ever, as if what is saved could not be read.
         strategy = Learn2PD(Learn2PDParams(), WIDTH, CPU)
         groups: Any = SimpleNamespace(
