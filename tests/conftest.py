@@ -41,6 +41,14 @@ def log_reaches_caplog() -> None:
     logging.getLogger("vllm").propagate = True
 
 
+@pytest.fixture
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that is refused is refused at once; vLLM reads it again after 2 s."""
+    from vllm.transformers_utils import config
+
+    monkeypatch.setattr(config, "with_retry", lambda call, *args, **options: call())
+
+
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's: unknown with `-p no:xdist`
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests run in several processes (`make test`), a folder's stay together.

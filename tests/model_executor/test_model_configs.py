@@ -28,7 +28,7 @@ from vllm_dlm.strategies import STRATEGIES
 
 
 @pytest.fixture
-def read(tmp_path):
+def read(tmp_path, no_retries):
     """Writes a config.json and reads it as vLLM does, without remote code."""
     from vllm.transformers_utils.config import get_config
 

@@ -12,6 +12,8 @@ from reference.checkpoints import write_checkpoint
 
 from vllm_dlm.request import validate_sampling_params
 
+pytestmark = pytest.mark.usefixtures("no_retries")
+
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
     # id: (family, folder, entries of config.json, arguments, what the message holds)
     "pages of half a block": (
