@@ -12,11 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm.logger import init_logger
-
 from vllm_dlm.model_executor.models.config_fields import is_number, shown
-
-logger = init_logger(__name__)
 
 READ = {
     "default": (),
@@ -104,7 +100,10 @@ def read_rope(
     if kind == "yarn" and longest is not None:
         reach = parameters["factor"] * parameters["original_max_position_embeddings"]
         if longest > reach:
-            logger.warning_once(
+            # Not above: vLLM loads the config classes while it is half imported.
+            from vllm.logger import init_logger
+
+            init_logger(__name__).warning_once(
                 "%s reach %d positions, factor times original_max_position_embeddings, "
                 "not the %d of max_position_embeddings: that is the longest context.",
                 source,
