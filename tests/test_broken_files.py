@@ -3,10 +3,9 @@
 
 import json
 import os
-import signal
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,8 @@ from vllm_dlm.files import (
 )
 from vllm_dlm.training.teacher import load_prompts, read_answers
 
-
-@pytest.fixture(autouse=True)
-def _nothing_waits() -> Iterator[None]:
-    """Opening a pipe, or counting to 99999999, would take for ever."""
-
-    def give_up(*_: object) -> None:
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+# Opening a pipe, or counting to 99999999, would take for ever.
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,19 +37,8 @@ from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
 
 SHAPE = LLaDAShape(vocab_size=11, d_model=8, n_layers=2, n_heads=2, mlp_hidden_size=8)
 
-
-@pytest.fixture(autouse=True)
-def _nothing_waits() -> Iterator[None]:
-    """Opening a pipe, or counting to 99999999, would take for ever."""
-
-    def give_up(*_: object) -> None:
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+# Opening a pipe, or counting to 99999999, would take for ever.
+pytestmark = pytest.mark.timeout(120)
 
 
 # Writing --------------------------------------------------------------------------
