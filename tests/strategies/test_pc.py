@@ -192,19 +192,19 @@ def test_the_models_own_table_is_found(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "table",
+    ("table", "fragment"),
     [
-        torch.tensor([0.5, 0.0]),
-        torch.tensor([0.5, 1.5]),
-        torch.tensor([0.5, torch.nan]),
-        torch.ones(2, 2),
-        torch.ones(0),
+        (torch.tensor([0.5, 0.0]), "holds 0; expected a share over 0 of every token"),
+        (torch.tensor([0.5, 1.5]), "holds 1.5; expected at most 1"),
+        (torch.tensor([0.5, torch.nan]), "holds NaN or infinite values"),
+        (torch.ones(2, 2), r"its shape is \[2, 2\]; expected \[V\]"),
+        (torch.ones(0), "nothing is in it"),
     ],
 )
-def test_a_wrong_table_is_refused_at_admission(tmp_path, table):
+def test_a_wrong_table_is_refused_at_admission(tmp_path, table, fragment):
     path = tmp_path / "wrong.safetensors"
     save_frequencies(path, table, {})
-    with pytest.raises(ValueError, match="one number per token id"):
+    with pytest.raises(ValueError, match=f"wrong.safetensors: frequencies.*{fragment}"):
         PcSampler.validate(PcSamplerParams(frequencies=str(path)), 8, CPU)
 
 
