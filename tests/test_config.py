@@ -292,14 +292,6 @@ def vllm_config(options, **hf_config):
     return SimpleNamespace(additional_config=options, model_config=model_config)
 
 
-def test_a_separate_commit_is_for_models_that_keep_blocks():
-    separate = {"dlm": {"commit": "separate"}}
-    refused(lambda: server_config(vllm_config(separate)), "commit 'separate'", "leave")
-    config = vllm_config(separate)
-    config.model_config.hf_config.dlm_class = "B"
-    assert server_config(config).commit == "separate"
-
-
 def test_server_config_reads_additional_config():
     assert server_config(vllm_config({})) == DlmConfig()
     assert server_config(vllm_config({"dlm": {"steps": "4"}})).steps == 4

@@ -117,11 +117,6 @@ def server_config(vllm_config: Any) -> DlmConfig:
     if model_config is not None and hasattr(model_config.hf_config, "dlm_class"):
         defaults = ModelDefaults.from_hf_config(model_config.hf_config)
         resolved = resolve(config, None, defaults)
-        if config.commit == "separate" and not defaults.reuses_blocks:
-            raise ValueError(
-                "commit 'separate' is for block-causal models: with full attention no "
-                "block's keys and values are final; leave it out"
-            )
         limit = config.canvas_limit(model_config.max_model_len, defaults.max_canvas)
         if resolved.block_length > limit:
             bound = "max_canvas"
