@@ -106,6 +106,8 @@ def test_end_of_text_prediction_is_the_strategys_unless_set():
     for unread in (base, server()):
         ignored = "eotp_threshold would be ignored: eotp is 'off'"
         refused(partial(modes, unread, dlm_eotp_threshold=0.8), ignored)
+        explicit = modes(unread, dlm_eotp="off", dlm_eotp_threshold=0.8)
+        assert explicit == ("off", 0.8)
     nested = {"strategy": "learn2pd", "strategy_config": {"eotp": "off"}}
     refused(lambda: modes(base, dlm=nested), "'eotp'", "beside strategy_config")
 

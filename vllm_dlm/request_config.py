@@ -214,7 +214,8 @@ def resolve(
         ),
         step_map=request.step_map if "step_map" in is_set else server.step_map,
     )
-    if "eotp_threshold" in is_set and config.eotp == "off":
+    # A request that says `off` itself is not misunderstood.
+    if "eotp_threshold" in is_set and not request.eotp and config.eotp == "off":
         raise OptionError(
             f"{names['eotp_threshold']} would be ignored: eotp is 'off'; set it to "
             "'block' or 'token', or leave the threshold out",
