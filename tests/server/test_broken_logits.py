@@ -25,7 +25,8 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("broken")
     model = damage(write_random_checkpoint(folder / "model", seed=2))
     command = [VLLM, "serve", str(model), *SIZES, "--max-model-len", "256"]
-    command += ["--served-model-name", "damaged-one"]
+    # For tokens in, tokens out.
+    command += ["--served-model-name", "damaged-one", "--enable-scale-out"]
     with running_server(command, folder / "log", "damaged-one") as server:
         yield server
 
