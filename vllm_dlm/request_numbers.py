@@ -31,7 +31,8 @@ RANGES: dict[str, tuple[int, int]] = {
     "n": (1, MOST_TOKENS),
     "max_tokens": (1, MOST_TOKENS),
     "min_tokens": (0, MOST_TOKENS),
-    "top_k": (-1, MOST),
+    # More than there are tokens is all of them: as much as a message holds.
+    "top_k": (-1, 2**64 - 1),
     "logprobs": (-1, MOST_TOKENS),
     "stream_interval": (1, MOST),
 }

@@ -62,17 +62,10 @@ def test_a_recycled_slot_remembers_nothing(small_engine: Engine, rule: str):
 
 
 def test_strategies_that_nobody_uses_are_dropped(wide_engine: Engine):
-    """Each step map makes a group of its own: clients may send ever new ones."""
+    """Each block length makes a group of its own."""
     sampling = [
-        params(
-            2,
-            dlm={
-                "strategy": "replay",
-                "strategy_config": {"recorded_steps": [0, number]},
-                "block_length": 64,
-            },
-        )
-        for number in range(MOST_IDLE_GROUPS + 20)
+        params(2, dlm={"strategy": "threshold", "block_length": length})
+        for length in range(1, MOST_IDLE_GROUPS + 21)
     ]
     wide_engine.run([make_prompt(3)] * len(sampling), sampling)
     wide_engine.flush()

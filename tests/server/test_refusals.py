@@ -303,7 +303,7 @@ NUMBERS: list[dict[str, Any]] = [
     {"seed": 2**63},
     {"seed": -(2**63) - 1},
     {"seed": 2**64},
-    {"top_k": 2**63, "temperature": 1},
+    {"top_k": 2**64, "temperature": 1},
     {"max_tokens": 2**31},
     {"max_tokens": 2**40, "min_tokens": 2**39},
     {"logprobs": 2**31},

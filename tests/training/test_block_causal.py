@@ -87,6 +87,7 @@ def test_tied_weights_and_a_block_length_of_the_name(tmp_path):
     for name in list(written):
         if name.startswith("dlm_") or name == "block_size":
             del written[name]
+    written["architectures"] = ["SDARForCausalLM"]
     file.write_text(json.dumps(written))
     drafter = load_drafter(source)
     assert drafter.network.config.dlm_block_length == 8

@@ -160,7 +160,7 @@ def test_an_existing_drafter_goes_on(tmp_path, drafter):
         ({"alpha": 0.9}, "alpha must be at least 1"),
         ({"block_length": 0}, "block_length must be above 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"prompts": "missing.txt"}, "no file of prompts missing.txt"),
+        ({"prompts": "missing.txt"}, "cannot read the prompts missing.txt"),
     ],
 )
 def test_refusals(tmp_path, arguments, message):
