@@ -160,6 +160,20 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
         )
 
 
+def _validate_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate(
+        self: Any, token_ids: Any, *args: Any, parameter: str | None = None
+    ) -> None:
+        original(self, token_ids, *args, parameter=parameter)
+        if request.is_ours(self.model_config.hf_config):
+            try:
+                check_prompt({"prompt_token_ids": token_ids}, self.model_config)
+            except OptionError as error:
+                raise request.refusal(error) from None
+
+    return validate
+
+
 def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate(self: Any, speculative_config: Any) -> None:
         speculation.check_request(self, speculative_config)
@@ -261,6 +275,7 @@ SERVER_WRAPPERS: dict[str, Maker] = {
 """Only where the HTTP server's module is loaded: importing it costs seconds."""
 
 WRAPPERS: dict[str, Maker] = {
+    "vllm.renderers.base:BaseRenderer.validate_token_ids": _validate_token_ids,
     "vllm.sampling_params:SamplingParams._validate_diffusion": _validate_diffusion,
     "vllm.sampling_params:SamplingParams._validate_spec_decode": _validate_spec_decode,
     "vllm.config.vllm:VllmConfig._check_supports_watermarking": (

@@ -269,6 +269,16 @@ PATCHES: dict[str, Patch] = {
             drop_when="vLLM refuses beam search for diffusion models",
         ),
         Patch(
+            symbol="vllm.renderers.base:BaseRenderer.validate_token_ids",
+            why=(
+                "Prompts may have any id that the tokenizer knows, and without one any "
+                "at all; the model may have no embedding for it, which ends the engine."
+            ),
+            how="Refuses such ids for our models.",
+            upstream="no issue yet: placeholders of other media lie out there",
+            drop_when="vLLM checks prompts of text against the model's vocabulary",
+        ),
+        Patch(
             symbol="vllm.entrypoints.serve.utils.api_utils:get_max_tokens",
             why="The HTTP server cuts max_tokens to what fits and does not say so.",
             how="Refuses an explicit max_tokens that does not fit, for our models.",

@@ -39,7 +39,7 @@ def careless(
     ends = {"eos_token_id": [121, 200, 4096, 126081]}
     (folder / "generation_config.json").write_text(json.dumps(ends))
     return engines(
-        model=str(folder), hf_overrides={"dlm_stop_ids": [11, 128, 126348, 2**70]}
+        model=str(folder), hf_overrides={"dlm_stop_ids": [11, 128, 126348, 2**31 - 1]}
     )
 
 

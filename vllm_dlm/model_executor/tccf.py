@@ -94,10 +94,10 @@ def _checked(name: str, ids: tuple[int, ...], model_config: Any) -> tuple[int, .
         raise ValueError(
             f"tccf: {name} has {len(ids)} tokens; at most {most} are taken"
         )
-    beyond = next((token for token in ids if not 0 <= token < size), None)
-    if beyond is not None:
+    beyond = [token for token in ids if not 0 <= token < size]
+    if beyond:
         raise ValueError(
-            f"tccf: {name} has the id {quote(beyond)}, which is no token of this "
-            f"model; valid are 0 to {size - 1}"
+            f"tccf: {name} has ids that are no tokens of this model: {quote(beyond)}; "
+            f"valid are 0 to {size - 1}"
         )
     return ids
