@@ -167,7 +167,9 @@ def make_environment(folder: Path, version: str) -> Path:
     ):
         program = folder / "bin" / name
         program.write_text(
-            f"#!{python}\nimport sys\nfrom {target} import main\nsys.exit(main())\n"
+            # Guarded: vLLM's processes import it again.
+            f"#!{python}\nimport sys\nfrom {target} import main\n"
+            'if __name__ == "__main__":\n    sys.exit(main())\n'
         )
         program.chmod(0o755)
     stamp.write_text(made_from)
