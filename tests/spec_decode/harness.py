@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
-from vllm.distributed.parallel_state import destroy_model_parallel
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import (
+    destroy_model_parallel,
+    ensure_model_parallel_initialized,
+    model_parallel_is_initialized,
+)
 
 MAX_MODEL_LEN = 128
 
@@ -67,6 +72,11 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams],
     ) -> list[list[int]]:
         """Decode all prompts together; the tokens of each."""
+        if not model_parallel_is_initialized():
+            # vLLM 0.33 destroys the process's groups with any engine in it, one that
+            # was refused at its start included.
+            with set_current_vllm_config(self.llm.llm_engine.vllm_config):
+                ensure_model_parallel_initialized(1, 1)
         results = self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             params,
