@@ -138,7 +138,7 @@ $(DEV_STAMP): $(VLLM_STAMP)
 	touch $@
 
 demo: env
-	@$(BIN)/python -m vllm_dlm.demo
+	@$(BIN)/python -m vllm_dlm.cli.demo
 
 test: dev
 	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) $(PYTEST_ARGS)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dlm.aliases import resolve
-from vllm_dlm.training.tasks import sample_problems
+from vllm_dlm.config.aliases import resolve
+from vllm_dlm.tasks.problems import sample_problems
 
 TARGET = "llama-tiny"
 MAX_TOKENS = 64
@@ -102,7 +102,7 @@ def answer(
 
 def count_corpus(workload: Workload, folder: Path) -> Path:
     """Write the tri-grams of the target's answers to other questions."""
-    from vllm_dlm.cli import main as command
+    from vllm_dlm.cli.command import main as command
 
     texts = folder / "answers.jsonl"
     questions = workload.corpus_questions

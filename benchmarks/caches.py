@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from benchmarks.engine import start_engine
 from benchmarks.strategies import hardware
-from vllm_dlm.model_executor.cache import POLICIES
-from vllm_dlm.training.evaluation import Served, evaluate_served
-from vllm_dlm.training.tasks import sample_problems
+from vllm_dlm.config.cache import POLICIES
+from vllm_dlm.tasks.evaluation import Served, evaluate_served
+from vllm_dlm.tasks.problems import sample_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUESTS_AT_A_TIME = 32

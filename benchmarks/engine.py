@@ -38,10 +38,10 @@ def _count_tokens(folder: Path) -> Path:
     """Write the token frequencies of answers to the tasks' training questions."""
     from transformers import PreTrainedTokenizerFast
 
-    from vllm_dlm.aliases import resolve
+    from vllm_dlm.config.aliases import resolve
     from vllm_dlm.strategies.token_frequencies import save_frequencies
-    from vllm_dlm.training.tasks import sample_problems
-    from vllm_dlm.training.token_counts import count_tokens, smoothed
+    from vllm_dlm.tasks.problems import sample_problems
+    from vllm_dlm.training.counts.token_counts import count_tokens, smoothed
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(MODEL))
     answers = [problem.answer for problem in sample_problems(COUNTED_ANSWERS, seed=0)]

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from benchmarks.answers import TARGET, engine
 from benchmarks.speculation import counting
 from benchmarks.strategies import hardware
-from vllm_dlm.aliases import resolve
 from vllm_dlm.bench.report import check_plotting
-from vllm_dlm.training.tasks import TASKS, sample_problems
+from vllm_dlm.config.aliases import resolve
+from vllm_dlm.tasks.problems import TASKS, sample_problems
 
 if TYPE_CHECKING:
-    from vllm_dlm.spec_decode.del_proposer import Round
+    from vllm_dlm.spec_decode.del_exit.proposer import Round
 
 MAX_TOKENS = 64
 

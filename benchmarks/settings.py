@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.training.tasks import FREE_TASKS
+from vllm_dlm.tasks.problems import FREE_TASKS
 
 
 @dataclass(frozen=True)

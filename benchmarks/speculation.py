@@ -34,7 +34,7 @@ from benchmarks.answers import (
     from_file,
 )
 from benchmarks.strategies import hardware
-from vllm_dlm.aliases import resolve
+from vllm_dlm.config.aliases import resolve
 
 DRAFT = "llama-tiny-draft"
 

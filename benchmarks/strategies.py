@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from benchmarks.engine import start_engine
 from benchmarks.settings import LEFT_OUT, SETTINGS, WORKLOADS, Setting, Workload
-from vllm_dlm.training.evaluation import Served, evaluate_served
-from vllm_dlm.training.tasks import Problem, sample_problems
+from vllm_dlm.tasks.evaluation import Served, evaluate_served
+from vllm_dlm.tasks.problems import Problem, sample_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUESTS_AT_A_TIME = 32

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.strategies import hardware
 from vllm_dlm.bench.report import check_plotting
-from vllm_dlm.training.tasks import Problem, sample_problems
+from vllm_dlm.tasks.problems import Problem, sample_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_TOKENS = 64
@@ -193,7 +193,7 @@ def _speculative_row(args: argparse.Namespace, problems: Sequence[Problem]) -> R
     """The same two models in vLLM's own speculative decoding."""
     from vllm import LLM, SamplingParams
 
-    from vllm_dlm.aliases import resolve
+    from vllm_dlm.config.aliases import resolve
 
     llm = LLM(
         args.large,

@@ -13,7 +13,7 @@ import sys
 import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from vllm_dlm.aliases import resolve
+from vllm_dlm.config.aliases import resolve
 from vllm_dlm.ray_cluster import connect
 
 

@@ -16,19 +16,23 @@ from safetensors.torch import save_file
 
 from vllm_dlm import trajectories
 from vllm_dlm.bench.cells import Results
-from vllm_dlm.files import (
+from vllm_dlm.files.whole_files import (
     write_json,
     write_text,
 )
-from vllm_dlm.model_executor.traces import Traces
-from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
-from vllm_dlm.spec_decode.trigram_table import TrigramCounts, load_table, save_table
+from vllm_dlm.learn2pd.collect import load_traces, save_traces
+from vllm_dlm.learn2pd.recorder import Traces
+from vllm_dlm.spec_decode.aded.trigram_table import (
+    TrigramCounts,
+    load_table,
+    save_table,
+)
+from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 from vllm_dlm.strategies.learn2pd_filter import Filter, load_filter
 from vllm_dlm.strategies.token_frequencies import load_frequencies, save_frequencies
+from vllm_dlm.training.counts.token_counts import read_texts
+from vllm_dlm.training.drafters.teacher import RecordedAnswers, read_answers
 from vllm_dlm.training.progress import Progress, read_progress, write_progress
-from vllm_dlm.training.teacher import RecordedAnswers, read_answers
-from vllm_dlm.training.token_counts import read_texts
-from vllm_dlm.training.traces import load_traces, save_traces
 
 # What is written, and how it is read ---------------------------------------------
 

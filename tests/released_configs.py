@@ -4,7 +4,7 @@
 Fields that no release has are missing here too.
 """
 
-from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.config.model import ModelDefaults
 
 COUNTED = {"strict": True, "at_least": "scheduled"}
 

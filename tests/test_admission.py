@@ -12,10 +12,10 @@ from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateReque
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from vllm_dlm import admission
-from vllm_dlm.client_fields import CHAT, GENERATE, MESSAGES
+from vllm_dlm.admission.client_fields import CHAT, GENERATE, MESSAGES
 from vllm_dlm.messages import LONGEST_MESSAGE
-from vllm_dlm.patches import PATCHES
+from vllm_dlm.patches import admission
+from vllm_dlm.patches.ledger import PATCHES
 
 STREAMED = {"output_kind": RequestOutputKind.DELTA}
 

@@ -6,7 +6,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from vllm_dlm import aliases, plugin
+from vllm_dlm import plugin
+from vllm_dlm.config import aliases
 
 
 @pytest.fixture

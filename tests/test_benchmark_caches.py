@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dlm.config import DlmConfig
-from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.cache import POLICIES
-from vllm_dlm.request_config import resolve
+from vllm_dlm.config.cache import POLICIES
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve
 
 # No part of the package: found beside it, for this import only.
 sys.path.append(str(Path(__file__).parent.parent))

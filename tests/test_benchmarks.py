@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dlm.config import DlmConfig
-from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.request_config import resolve
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve
 from vllm_dlm.strategies import STRATEGIES
 
 # They are no part of the package: found beside it, for this import only.

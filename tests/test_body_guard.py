@@ -9,8 +9,8 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
-from vllm_dlm import body_guard
-from vllm_dlm.body_guard import LARGE, MIDDLEWARE, BodyGuard, check_body
+from vllm_dlm.admission import body_guard
+from vllm_dlm.admission.body_guard import LARGE, MIDDLEWARE, BodyGuard, check_body
 from vllm_dlm.messages import OptionError
 
 MANY = 10**5
@@ -115,7 +115,7 @@ def test_nothing_is_built_of_the_other_entries():
 
 
 def test_a_servers_arguments_name_it_once():
-    from vllm_dlm.front_end import _from_cli_args
+    from vllm_dlm.patches.front_end import _from_cli_args
 
     args = argparse.Namespace(middleware=["own.Middleware"], model="a")
     from_cli_args = _from_cli_args(lambda cls, args: args.middleware)

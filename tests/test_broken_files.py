@@ -32,11 +32,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_dlm import trajectories
-from vllm_dlm.files import (
+from vllm_dlm.files.whole_files import (
     BadFile,
     read_lines,
 )
-from vllm_dlm.training.teacher import load_prompts, read_answers
+from vllm_dlm.training.drafters.teacher import load_prompts, read_answers
 
 # Opening a pipe, or counting to 99999999, would take for ever.
 pytestmark = pytest.mark.timeout(120)
@@ -377,7 +377,7 @@ def test_a_folder_of_logs_with_a_pipe_in_it(tmp_path: Path) -> None:
 
 
 def test_a_line_that_does_not_end(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("vllm_dlm.files.LINE_CHARACTERS", 100)
+    monkeypatch.setattr("vllm_dlm.files.whole_files.LINE_CHARACTERS", 100)
     path = tmp_path / "texts"
     path.write_text("x" * 99 + "\n" + "x" * 100 + "\n")
     with pytest.raises(BadFile, match="line 2 is longer than 100 characters"):

@@ -19,8 +19,8 @@ pytest.importorskip("vllm")
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_dlm import aliases
-from vllm_dlm.engine_keys import SWITCHING
+from vllm_dlm.config import aliases
+from vllm_dlm.config.engine_keys import SWITCHING
 from vllm_dlm.model_executor import cpu_memory
 
 if not current_platform.is_cpu():

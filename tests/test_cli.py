@@ -8,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_dlm import aliases, body_guard, cli, front_end
-from vllm_dlm.config import DlmConfig
+from vllm_dlm.admission import body_guard
+from vllm_dlm.cli import command as cli
+from vllm_dlm.config import aliases
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.patches import front_end
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +197,7 @@ def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
 def test_llm_folds_its_keywords(monkeypatch):
     import vllm
 
-    from vllm_dlm.llm import LLM
+    from vllm_dlm.entrypoints.llm import LLM
 
     seen = {}
     monkeypatch.setattr(
@@ -212,7 +215,7 @@ def test_llm_folds_its_keywords(monkeypatch):
 def test_every_option_is_a_keyword_of_llm():
     import inspect
 
-    from vllm_dlm.llm import LLM
+    from vllm_dlm.entrypoints.llm import LLM
 
     names = inspect.signature(LLM.__init__).parameters
     keywords = {name for name in names if name.startswith("dlm_")}

@@ -10,8 +10,8 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from vllm_dlm import request
-from vllm_dlm.client_fields import (
+from vllm_dlm.admission import sampling_params as request
+from vllm_dlm.admission.client_fields import (
     CHAT,
     COMPLETION,
     GENERATE,

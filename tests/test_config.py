@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 from pydantic import Field
 
-from vllm_dlm.config import (
+from vllm_dlm.config.cache import Vicinity, Window
+from vllm_dlm.config.model import DEFAULT_MAX_CANVAS, ModelDefaults
+from vllm_dlm.config.options import (
     REQUEST_OPTIONS,
     SERVER_PARAMETER,
     DlmConfig,
     served_config,
 )
-from vllm_dlm.model_defaults import DEFAULT_MAX_CANVAS, ModelDefaults
-from vllm_dlm.model_executor.cache import Vicinity, Window
-from vllm_dlm.request_config import resolve, server_config
+from vllm_dlm.config.request import resolve, server_config
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dlm.cli import make_parser
-from vllm_dlm.config import DlmConfig
+from vllm_dlm.cli.command import make_parser
+from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent

@@ -46,7 +46,7 @@ def doctor(change: str) -> tuple[int, list[str]]:
     """Exit status and findings, one each, after `change` was made to vLLM."""
     code = (
         f"import inspect, sys\nimport vllm\n{change}\n"
-        "from vllm_dlm.cli import main\nsys.exit(main(['doctor']))"
+        "from vllm_dlm.cli.command import main\nsys.exit(main(['doctor']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

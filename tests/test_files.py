@@ -18,7 +18,7 @@ from file_kinds import CELL, ENVIRONMENT, KINDS, a_filter, file_of, write_filter
 
 from vllm_dlm import trajectories
 from vllm_dlm.bench.cells import Results, digest
-from vllm_dlm.files import (
+from vllm_dlm.files.whole_files import (
     BadFile,
     make_folder,
     open_file,
@@ -28,12 +28,12 @@ from vllm_dlm.files import (
     replacing,
     write_text,
 )
-from vllm_dlm.model_executor.trajectory_log import TrajectoryLog
-from vllm_dlm.spec_decode.specdec_pp import HEAD_FILE, AcceptanceHead
+from vllm_dlm.learn2pd.train import filter_path
+from vllm_dlm.model_executor.sampling.trajectory_log import TrajectoryLog
+from vllm_dlm.spec_decode.specdec_pp.head import HEAD_FILE, AcceptanceHead
 from vllm_dlm.strategies.learn2pd_filter import Filter
-from vllm_dlm.training.export import export
-from vllm_dlm.training.filter import filter_path
-from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.training.tiny.export import export
+from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
 
 SHAPE = LLaDAShape(vocab_size=11, d_model=8, n_layers=2, n_heads=2, mlp_hidden_size=8)
 
@@ -269,7 +269,7 @@ def test_options_that_name_no_file_have_a_digest(text: str) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', "[" * 100_000])
 def test_damaged_tokenizers(content: str, tmp_path: Path) -> None:
-    from vllm_dlm.training.teacher import load_tokenizer
+    from vllm_dlm.training.drafters.teacher import load_tokenizer
 
     export(LLaDAModel(SHAPE), tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)

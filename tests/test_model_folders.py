@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from file_kinds import EVERYWHERE, WHOLE
 
-from vllm_dlm.files import (
+from vllm_dlm.files.whole_files import (
     write_json,
 )
 from vllm_dlm.model_executor.model_key import weights_digest
-from vllm_dlm.training.drafters import load_drafter
-from vllm_dlm.training.evaluation import load_model
-from vllm_dlm.training.export import export
-from vllm_dlm.training.llama_modeling import LlamaModel, export_llama, load_llama
-from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.tasks.evaluation import load_model
+from vllm_dlm.training.drafters.networks import load_drafter
+from vllm_dlm.training.tiny.export import export
+from vllm_dlm.training.tiny.llama_modeling import LlamaModel, export_llama, load_llama
+from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
 
 SHAPE = LLaDAShape(vocab_size=11, d_model=8, n_layers=2, n_heads=2, mlp_hidden_size=8)
 

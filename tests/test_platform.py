@@ -19,7 +19,7 @@ if not vllm_version_matches_substr("cpu"):
 
 import torch
 
-from vllm_dlm import patches
+from vllm_dlm.patches import ledger as patches
 from vllm_dlm.platform import platform_plugin
 
 
@@ -67,7 +67,7 @@ def test_platform_is_vllms_cpu_platform_with_a_ray_device():
 
 def test_importing_the_package_is_cheap():
     code = (
-        "import sys, vllm_dlm, vllm_dlm.platform, vllm_dlm.patches;"
+        "import sys, vllm_dlm, vllm_dlm.platform, vllm_dlm.patches.ledger;"
         "print(sorted({'torch', 'vllm', 'numba'} & set(sys.modules)))"
     )
     assert run_python(code) == "[]"

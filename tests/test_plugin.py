@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dlm import patches, plugin
+from vllm_dlm import plugin
+from vllm_dlm.patches import ledger as patches
 
 
 def run_python(code, **env):
@@ -78,7 +79,7 @@ def test_disabled_registers_nothing(monkeypatch):
 
 def test_importing_the_plugin_is_light():
     heavy = run_python(
-        "import sys, vllm_dlm, vllm_dlm.plugin, vllm_dlm.cli\n"
+        "import sys, vllm_dlm, vllm_dlm.plugin, vllm_dlm.cli.command\n"
         "print(*sys.modules.keys() & {'torch', 'vllm', 'transformers', 'pydantic'})"
     )
     assert heavy == []

@@ -13,9 +13,10 @@ from vllm.sampling_params import (
     StructuredOutputsParams,
 )
 
-from vllm_dlm import body_guard, request
-from vllm_dlm.config import DlmConfig
-from vllm_dlm.front_end import apply_front_end_patches
+from vllm_dlm.admission import body_guard
+from vllm_dlm.admission import sampling_params as request
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.patches.front_end import apply_front_end_patches
 
 MASK = 9
 

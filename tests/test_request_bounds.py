@@ -13,8 +13,8 @@ from test_request import MASK, model_config, verify
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_dlm.front_end import apply_front_end_patches
-from vllm_dlm.request_bounds import MOST_STOP_STRINGS
+from vllm_dlm.admission.bounds import MOST_STOP_STRINGS
+from vllm_dlm.patches.front_end import apply_front_end_patches
 
 SIZE = 64
 """Tokens of `model_config()`'s model."""

@@ -10,11 +10,11 @@ from test_request import MASK, model_config, verify
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 
-from vllm_dlm import request
-from vllm_dlm.client_fields import CHAT, GENERATE, sent_by
-from vllm_dlm.front_end import apply_front_end_patches
+from vllm_dlm.admission import sampling_params as request
+from vllm_dlm.admission.client_fields import CHAT, GENERATE, sent_by
+from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.messages import LONGEST_MESSAGE, OptionError
-from vllm_dlm.request_numbers import check_prompt
+from vllm_dlm.patches.front_end import apply_front_end_patches
 
 VOCABULARY = 64
 INT64 = (-(2**63), 2**63 - 1)

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import pytest
 
-from vllm_dlm.config import SERVER_PARAMETER, DlmConfig
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import SERVER_PARAMETER, DlmConfig
+from vllm_dlm.config.request import resolve
 from vllm_dlm.messages import values_of
-from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.request_config import resolve
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Strategy, numeric_fields
 

@@ -15,17 +15,17 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 
-from vllm_dlm.config import DlmConfig
-from vllm_dlm.foreign_names import FOREIGN, plain
-from vllm_dlm.messages import OptionError
-from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.stray_options import (
+from vllm_dlm.admission.stray_options import (
     EVERYDAY,
     find_stray,
     own_names,
     refuse_stray,
     refuse_unread,
 )
+from vllm_dlm.config.foreign_names import FOREIGN, plain
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.messages import OptionError
+from vllm_dlm.strategies import STRATEGIES
 
 BODIES = (
     CompletionRequest,
@@ -168,7 +168,7 @@ def test_other_models_have_only_what_begins_with_dlm():
 
 
 def test_many_and_long_keys_cost_little(monkeypatch):
-    from vllm_dlm import stray_options
+    from vllm_dlm.admission import stray_options
 
     compared = []
     monkeypatch.setattr(stray_options, "closest", lambda *a: compared.append(a))

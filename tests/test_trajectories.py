@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dlm.config import DlmConfig
+from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.trajectories import Step, Trajectory, read
 
 ONE = {"request": "one", "prompt": [7, 8], "mask": 99}

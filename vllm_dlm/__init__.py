@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_dlm.llm import LLM
-    from vllm_dlm.step_maps import StepMap, step_map
+    from vllm_dlm.entrypoints.llm import LLM
+    from vllm_dlm.entrypoints.step_maps import StepMap, step_map
     from vllm_dlm.switching.router import EntropyRouter
 
 try:
@@ -23,7 +23,7 @@ __all__ = ["LLM", "EntropyRouter", "StepMap", "__version__", "step_map"]
 
 def __getattr__(name: str) -> Any:
     if name == "LLM":
-        from vllm_dlm.llm import LLM
+        from vllm_dlm.entrypoints.llm import LLM
 
         return LLM
     if name == "EntropyRouter":
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return EntropyRouter
     if name in ("StepMap", "step_map"):
-        from vllm_dlm import step_maps
+        from vllm_dlm.entrypoints import step_maps
 
         return getattr(step_maps, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

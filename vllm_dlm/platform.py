@@ -75,7 +75,7 @@ def _make_platform_class() -> "type[CpuPlatform]":
             """Runs in the engine core, which unpickles its config, before its
             scheduler asks which model runner serves it. Elsewhere there may be no
             config."""
-            from vllm_dlm.patches import require_cpu_verification
+            from vllm_dlm.patches.ledger import require_cpu_verification
 
             _apply_patches()
             if vllm_config is not None and vllm_config.speculative_config is not None:
@@ -86,7 +86,7 @@ def _make_platform_class() -> "type[CpuPlatform]":
         def register_triton_kernel_overrides(cls) -> None:
             """Runs in each worker before its class is resolved."""
             from vllm_dlm.kernels.runner_cpu import register
-            from vllm_dlm.patches import (
+            from vllm_dlm.patches.ledger import (
                 apply_cpu_verification_patches,
                 apply_cpu_worker_patches,
             )
@@ -108,7 +108,7 @@ def _fit_built_in_model(vllm_config: "VllmConfig") -> None:
 
     Diffusion models have been here already, by their config hook.
     """
-    from vllm_dlm.aliases import is_built_in
+    from vllm_dlm.config.aliases import is_built_in
 
     model_config = vllm_config.model_config
     if model_config is not None and is_built_in(model_config.model):
@@ -118,7 +118,7 @@ def _fit_built_in_model(vllm_config: "VllmConfig") -> None:
 
 
 def _apply_patches() -> None:
-    from vllm_dlm.patches import apply_cpu_runner_patches
+    from vllm_dlm.patches.ledger import apply_cpu_runner_patches
 
     apply_cpu_runner_patches()
 

@@ -27,7 +27,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
-from vllm_dlm.files import checked, make_folder, parse_json, read_lines
+from vllm_dlm.files.whole_files import checked, make_folder, parse_json, read_lines
 
 PATTERN = "trajectories-*.jsonl"
 

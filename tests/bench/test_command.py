@@ -236,14 +236,14 @@ def test_the_plot_is_written(tmp_path):
 
 
 def test_answers_from_a_file_are_judged(bench, tmp_path):
-    from vllm_dlm.training.tasks import sample_problems
+    from vllm_dlm.tasks.problems import sample_problems
 
     path = tmp_path / "questions.jsonl"
     problems = sample_problems(2, 0, "heldout", ["copy"])
     lines = [{"prompt": p.question, "answer": p.answer} for p in problems]
     lines.append({"prompt": problems[0].question, "answer": "something else"})
     path.write_text("\n".join(map(json.dumps, lines)))
-    from vllm_dlm.aliases import resolve
+    from vllm_dlm.config.aliases import resolve
 
     data = bench(
         *("--model", resolve("llada-tiny"), "--prompts", str(path), "--requests", "3"),

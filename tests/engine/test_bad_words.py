@@ -12,7 +12,7 @@ from engine.block_engines import BLOCK, BlockEngines
 from engine.cases import follows_schedule, make_prompt
 from engine.harness import Engine, Finished, params
 
-from vllm_dlm.model_executor.bad_words import BadWords
+from vllm_dlm.model_executor.sampling.bad_words import BadWords
 from vllm_dlm.strategies import STRATEGIES
 
 PROMPTS = [make_prompt(3 + 5 * number, number) for number in range(8)]

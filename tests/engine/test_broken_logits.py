@@ -19,8 +19,8 @@ from engine.harness import Engine, params
 from reference.checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from vllm_dlm.broken_logits import REASON, Reports
-from vllm_dlm.model_executor.traces import IGNORED
+from vllm_dlm.admission.broken_logits import REASON, Reports
+from vllm_dlm.learn2pd.recorder import IGNORED
 from vllm_dlm.strategies import STRATEGIES
 
 BAD, HUGE = 115, 116

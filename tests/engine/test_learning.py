@@ -6,9 +6,9 @@ import shutil
 import pytest
 from vllm import LLM, SamplingParams
 
-from vllm_dlm.aliases import resolve
+from vllm_dlm.config.aliases import resolve
 from vllm_dlm.strategies.learn2pd_filter import Filter
-from vllm_dlm.training.tasks import sample_problems
+from vllm_dlm.tasks.problems import sample_problems
 
 pytestmark = pytest.mark.slow
 

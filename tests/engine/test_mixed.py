@@ -8,7 +8,7 @@ from engine.cases import RULES, Case, make_prompt
 from engine.harness import Engine, params
 from vllm import SamplingParams
 
-from vllm_dlm.model_executor.groups import MOST_IDLE_GROUPS, Group
+from vllm_dlm.model_executor.sampling.groups import MOST_IDLE_GROUPS, Group
 
 Request = tuple[tuple[int, ...], SamplingParams]
 

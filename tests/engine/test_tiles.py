@@ -14,8 +14,8 @@ from engine.harness import Engine, Finished
 from engine.test_mixed import make_request, one_per_strategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_dlm.model_executor.logits import tile_rows
-from vllm_dlm.model_executor.sampler import DenoisingSampler
+from vllm_dlm.model_executor.sampling.logits import tile_rows
+from vllm_dlm.model_executor.sampling.sampler import DenoisingSampler
 
 ROWS = 7
 """Of a tile: fewer than a block has, and no divisor of it."""

@@ -11,7 +11,7 @@ import torch
 from engine.cases import make_prompt
 from engine.harness import Engine, params
 
-from vllm_dlm.config import SERVER_PARAMETER
+from vllm_dlm.config.options import SERVER_PARAMETER
 from vllm_dlm.option_types import WHOLE_CANVAS
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import numeric_fields

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dlm.model_executor.bad_words import MASKED, BadWords
+from vllm_dlm.model_executor.sampling.bad_words import MASKED, BadWords
 
 VOCAB = 3
 words = st.lists(

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dlm.model_executor.branches import (
+from vllm_dlm.model_executor.planning.branches import (
     Drafts,
     Pages,
     Wish,
     plan_branches,
     share_out,
 )
-from vllm_dlm.model_executor.segments import BlockRows, Cells, cut_segments
+from vllm_dlm.model_executor.planning.segments import BlockRows, Cells, cut_segments
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 
 MASK_ID = 99

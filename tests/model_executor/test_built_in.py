@@ -5,7 +5,7 @@ import pytest
 from model_cases import load
 from safetensors.torch import load_file
 
-from vllm_dlm import aliases
+from vllm_dlm.config import aliases
 
 BUILT_IN = [
     name

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from vllm_dlm.model_executor.cache import (
+from vllm_dlm.config.cache import (
     POLICIES,
     Cache,
     Reach,

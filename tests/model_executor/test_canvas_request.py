@@ -18,14 +18,14 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_dlm.config import DlmConfig
-from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.canvas_request import (
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve
+from vllm_dlm.model_executor.scheduling.canvas_request import (
     CanvasRequest,
     FinalBlocksKVCacheManager,
 )
 from vllm_dlm.model_executor.step_maps import StepCount
-from vllm_dlm.request_config import resolve
 
 MAX_CANVAS = 32
 PAGE = 8

@@ -8,7 +8,7 @@ import pytest
 from family_configs import CONFIGS, read, refusal
 from released_configs import LLADA2, LLADA_MOE, RELEASED, SDAR
 
-from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.model_executor.models.config_fields import KINDS, OTHER_NAMES
 from vllm_dlm.model_executor.models.declarations import check_declarations
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.views import C8, make_view, random_view
 
-from vllm_dlm.model_executor.eotp import MODES, canvas_cut, end_of_text
+from vllm_dlm.model_executor.sampling.eotp import MODES, canvas_cut, end_of_text
 from vllm_dlm.strategies.base import View
 
 

@@ -13,11 +13,12 @@ import torch
 from reference.recording import Batch
 from reference.views import CPU, make_view
 
-from vllm_dlm.model_executor import learning, traces
+from vllm_dlm.learn2pd import online as learning
+from vllm_dlm.learn2pd import recorder as traces
+from vllm_dlm.learn2pd import train as training
+from vllm_dlm.learn2pd.train import Report
 from vllm_dlm.strategies.learn2pd import Learn2PD, Learn2PDParams
 from vllm_dlm.strategies.learn2pd_filter import Filter
-from vllm_dlm.training import filter as training
-from vllm_dlm.training.filter import Report
 
 WIDTH = 4
 REQUESTS = 32

@@ -16,14 +16,15 @@ from released_configs import (
     SDAR,
 )
 
-from vllm_dlm import aliases, plugin
-from vllm_dlm.config import DlmConfig
-from vllm_dlm.model_defaults import ModelDefaults
+from vllm_dlm import plugin
+from vllm_dlm.config import aliases
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve
 from vllm_dlm.model_executor.models.declarations import (
     check_declarations,
     checkpoint_name,
 )
-from vllm_dlm.request_config import resolve
 from vllm_dlm.strategies import STRATEGIES
 
 

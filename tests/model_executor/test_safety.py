@@ -12,9 +12,9 @@ import pytest
 import torch
 from reference.views import make_view
 
-from vllm_dlm.model_executor.groups import NEVER, StrategyGroups
-from vllm_dlm.model_executor.safety import SafeDecision, Safety
-from vllm_dlm.model_executor.views import Views
+from vllm_dlm.model_executor.sampling.groups import NEVER, StrategyGroups
+from vllm_dlm.model_executor.sampling.safety import SafeDecision, Safety
+from vllm_dlm.model_executor.sampling.views import Views
 from vllm_dlm.strategies.base import Decision, View
 
 MASK = 99

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_dlm.model_defaults import ModelClass
-from vllm_dlm.model_executor.segments import Segments, cut_segments
+from vllm_dlm.config.model import ModelClass
+from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_dlm.model_executor.tccf import Stages
+from vllm_dlm.config.tccf import Stages
 from vllm_dlm.option_types import ThinkCoarse
 
 STAGES = Stages(trigger=(5, 6), check=(1, 2))

@@ -13,8 +13,8 @@ from reference.recording import Batch
 from reference.views import make_view
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT, WRONG, TraceRecorder
 from vllm_dlm.model_executor.host_slots import BLOCK
-from vllm_dlm.model_executor.traces import IGNORED, RIGHT, WRONG, TraceRecorder
 
 
 def following(requests: int, width: int) -> tuple[Batch, TraceRecorder]:

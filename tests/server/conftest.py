@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """The served model's tokenizer."""
-    from vllm_dlm.aliases import local_folder
+    from vllm_dlm.config.aliases import local_folder
 
     return Tokenizer.from_file(f"{local_folder(MODEL)}/tokenizer.json")
 

@@ -13,7 +13,7 @@ import pytest
 from server.launch import MODEL, Server
 from tokenizers import Tokenizer
 
-from vllm_dlm.training.tasks import NAMES
+from vllm_dlm.tasks.problems import NAMES
 
 QUESTION = "Sort [Eva, Rosa, Hana, Hugo, Liam]"
 NO_END = {"0": -100, "5": -100}

@@ -15,7 +15,7 @@ from engine.test_broken_logits import BAD, damage
 from reference.llada import write_random_checkpoint
 from server.launch import SIZES, VLLM, Server, running_server
 
-from vllm_dlm.broken_logits import REASON
+from vllm_dlm.admission.broken_logits import REASON
 
 HEALTHY, DAMAGED = list(make_prompt(9)), [*make_prompt(9), BAD]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from reference.checkpoints import write_checkpoint
 
-from vllm_dlm.request import validate_sampling_params
+from vllm_dlm.admission.sampling_params import validate_sampling_params
 
 pytestmark = pytest.mark.usefixtures("no_retries")
 
@@ -194,7 +194,7 @@ def test_ends_of_text_outside_the_vocabulary_are_left_out(tmp_path: Path, caplog
     """A family's own ids, an override, generation_config.json: one warning for all."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_dlm.model_defaults import ModelDefaults
+    from vllm_dlm.config.model import ModelDefaults
     from vllm_dlm.model_executor import config_hook
 
     folder = write("sdar", tmp_path / "SDAR-4B-Chat", {})

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import aded as reference
 
-from vllm_dlm.spec_decode import trigram_search
-from vllm_dlm.spec_decode.aded import AdaptiveTrigrams
-from vllm_dlm.spec_decode.options import Aded
-from vllm_dlm.spec_decode.trigram_table import (
+from vllm_dlm.spec_decode.aded import trigram_search
+from vllm_dlm.spec_decode.aded.drafting import AdaptiveTrigrams
+from vllm_dlm.spec_decode.aded.trigram_table import (
     TrigramCounts,
     TrigramTable,
     empty_table,
 )
+from vllm_dlm.spec_decode.options import Aded
 
 VOCAB = 6
 sequences = st.lists(st.integers(0, VOCAB - 1), max_size=40)

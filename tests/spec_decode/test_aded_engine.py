@@ -16,8 +16,8 @@ from spec_decode.harness import (
     ragged_prompts,
 )
 
-from vllm_dlm.spec_decode import aded_proposer
-from vllm_dlm.spec_decode.trigram_table import TrigramCounts, save_table
+from vllm_dlm.spec_decode.aded import proposer as aded_proposer
+from vllm_dlm.spec_decode.aded.trigram_table import TrigramCounts, save_table
 
 FEW = list(range(3, 9))
 """Allowed tokens, so few that a text's tri-grams come again."""

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from reference.aded import corpus_weights
 from safetensors.numpy import load_file, save_file
 
-from vllm_dlm.spec_decode import trigram_table
-from vllm_dlm.spec_decode.trigram_table import (
+from vllm_dlm.spec_decode.aded import trigram_table
+from vllm_dlm.spec_decode.aded.trigram_table import (
     TrigramCounts,
     TrigramTable,
     empty_table,

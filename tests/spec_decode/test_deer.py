@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.network import block_causal, causal_context
 
-from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.spec_decode import deer
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.spec_decode.deer import drafting as deer
 
 
 def declared(model_class: str, **changes: Any) -> ModelDefaults:

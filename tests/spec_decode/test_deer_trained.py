@@ -11,9 +11,9 @@ import pytest
 from spec_decode.deer_reference import Steps, TrainedReference, speculative
 from spec_decode.harness import Engine, Rounds, params
 
-from vllm_dlm.aliases import resolve
-from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.tasks import sample_problems
+from vllm_dlm.config.aliases import resolve
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks.problems import sample_problems
 
 TARGET, DRAFTER = "llama-tiny", "deer-tiny-block"
 MASKS = 32

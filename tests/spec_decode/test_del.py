@@ -28,12 +28,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from vllm_dlm.aliases import resolve
-from vllm_dlm.spec_decode.del_exit import ExitStatistics
-from vllm_dlm.spec_decode.del_proposer import EarlyExit, Round
+from vllm_dlm.config.aliases import resolve
+from vllm_dlm.spec_decode.del_exit.exits import ExitStatistics
+from vllm_dlm.spec_decode.del_exit.proposer import EarlyExit, Round
 from vllm_dlm.spec_decode.options import REQUEST_KEY
-from vllm_dlm.training.tasks import sample_problems
-from vllm_dlm.training.tokenizer import encode_prompt
+from vllm_dlm.tasks.problems import sample_problems
+from vllm_dlm.tasks.tokenizer import encode_prompt
 
 NUM_LAYERS = 6
 DEL: dict[str, Any] = {"method": "del"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.exits import Phase, accepted, main, plot, table
-from vllm_dlm.spec_decode.del_exit import Choice
-from vllm_dlm.spec_decode.del_proposer import Round
+from vllm_dlm.spec_decode.del_exit.exits import Choice
+from vllm_dlm.spec_decode.del_exit.proposer import Round
 
 
 def entry(num_tokens: int, exit: int, tokens: list[int]) -> Round:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dlm.spec_decode.del_exit import (
+from vllm_dlm.spec_decode.del_exit.exits import (
     ExitStatistics,
     choose,
     resolve_exits,

@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerFast
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_dlm.spec_decode import options as spec
+from vllm_dlm.spec_decode.aded.trigram_table import TrigramCounts, save_table
 from vllm_dlm.spec_decode.drafter import Batch, Drafts
 from vllm_dlm.spec_decode.sampling import draw_drafts
-from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
-from vllm_dlm.spec_decode.trigram_table import TrigramCounts, save_table
+from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 
 SIZES = {"vocab_size": joint.VOCAB, "num_layers": 2, "hidden_size": 64, "spread": 0.3}
 MANY = {"max_num_seqs": 64, "num_gpu_blocks_override": 80}

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
-from vllm_dlm.aliases import resolve
+from vllm_dlm.config.aliases import resolve
 from vllm_dlm.spec_decode import options as spec
 
 

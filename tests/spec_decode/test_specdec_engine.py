@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from vllm_dlm.spec_decode.sampling import draw_drafts
-from vllm_dlm.spec_decode.specdec_pp import HEAD_FILE, AcceptanceHead
+from vllm_dlm.spec_decode.specdec_pp.head import HEAD_FILE, AcceptanceHead
 
 THRESHOLD = 0.6
 MIN_TOKENS = 2

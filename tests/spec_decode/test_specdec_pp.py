@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_dlm.spec_decode.specdec_pp import (
+from vllm_dlm.spec_decode.specdec_pp.head import (
     HEAD_FILE,
     TRAIN_COMMAND,
     AcceptanceHead,

@@ -21,7 +21,7 @@ from reference.views import (
 )
 from safetensors.torch import save_file
 
-from vllm_dlm.config import SERVER_PARAMETER
+from vllm_dlm.config.options import SERVER_PARAMETER
 from vllm_dlm.strategies import STRATEGIES, pc
 from vllm_dlm.strategies.base import Context, View, numeric_fields
 from vllm_dlm.strategies.pc import PcSampler, PcSamplerParams

@@ -19,7 +19,7 @@ from reference.views import (
     select,
 )
 
-from vllm_dlm.config import parse_params
+from vllm_dlm.config.options import parse_params
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import View, numeric_fields
 from vllm_dlm.strategies.replay import LONGEST_MAP, Replay, ReplayParams

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from switching.reference import write_llama
 
-from vllm_dlm.cli import main
+from vllm_dlm.cli.command import main
 from vllm_dlm.switching.server import serve_arguments
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.deer_data import Recipe, make_batch
-from vllm_dlm.training.drafters import load_drafter, make_drafter
-from vllm_dlm.training.teacher import Answered
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.training.drafters.deer_data import Recipe, make_batch
+from vllm_dlm.training.drafters.networks import load_drafter, make_drafter
+from vllm_dlm.training.drafters.teacher import Answered
 
 
 def losses(folder: Path, attention_block: int | None = None) -> tuple[float, float]:

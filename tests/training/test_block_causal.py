@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
 from vllm_dlm.training.loop import LoopOptions
 
 torch = pytest.importorskip("torch")
@@ -14,8 +14,8 @@ BLOCK = 4
 
 
 def tiny_network():
-    from vllm_dlm.training.block_causal import make_block_causal
-    from vllm_dlm.training.modeling import LLaDAShape
+    from vllm_dlm.training.drafters.block_causal import make_block_causal
+    from vllm_dlm.training.tiny.modeling import LLaDAShape
 
     torch.manual_seed(0)
     shape = LLaDAShape(
@@ -51,7 +51,10 @@ def test_the_folder_is_sdars(tmp_path):
     """Its logits are those of the oracle's SDAR, which is written from the papers."""
     from reference.network import TinyModel, block_causal
 
-    from vllm_dlm.training.block_causal import export_block_causal, load_block_causal
+    from vllm_dlm.training.drafters.block_causal import (
+        export_block_causal,
+        load_block_causal,
+    )
 
     network = tiny_network()
     export_block_causal(network, tmp_path)
@@ -73,7 +76,7 @@ def test_tied_weights_and_a_block_length_of_the_name(tmp_path):
     """As of a released SDAR: what is not in config.json is not lost."""
     from transformers import Qwen3ForCausalLM
 
-    from vllm_dlm.training.drafters import load_drafter
+    from vllm_dlm.training.drafters.networks import load_drafter
 
     fresh = tiny_network()
     config = fresh.config
@@ -105,7 +108,7 @@ def test_it_learns_and_an_engine_drafts_with_it(tmp_path):
     from spec_decode.harness import Engine, Rounds, params
     from training.drafter_losses import losses
 
-    from vllm_dlm.training import deer
+    from vllm_dlm.training.drafters import deer
 
     options = LoopOptions(steps=6, compile_model=False, eval_steps=6)
     assert deer.train(

@@ -6,11 +6,16 @@ import random
 
 import pytest
 
-from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.acceptance import measure_acceptance
-from vllm_dlm.training.deer_data import Recipe, make_batch, stage_one_row, stage_two_row
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.training.drafters.acceptance import measure_acceptance
+from vllm_dlm.training.drafters.deer_data import (
+    Recipe,
+    make_batch,
+    stage_one_row,
+    stage_two_row,
+)
+from vllm_dlm.training.drafters.teacher import Answered
 from vllm_dlm.training.loop import LoopOptions
-from vllm_dlm.training.teacher import Answered
 
 torch = pytest.importorskip("torch")
 
@@ -117,7 +122,7 @@ def options(steps):
 def test_a_fresh_drafter_learns_and_loads(tmp_path):
     from training.drafter_losses import losses
 
-    from vllm_dlm.training import deer
+    from vllm_dlm.training.drafters import deer
 
     assert deer.train(tmp_path, options(6), num_prompts=60, max_tokens=24)
     kept = json.loads((tmp_path / "answers.json").read_text())
@@ -132,8 +137,8 @@ def test_a_fresh_drafter_learns_and_loads(tmp_path):
 def test_an_existing_drafter_goes_on(tmp_path, drafter):
     from safetensors.torch import load_file
 
-    from vllm_dlm.aliases import resolve
-    from vllm_dlm.training import deer
+    from vllm_dlm.config.aliases import resolve
+    from vllm_dlm.training.drafters import deer
 
     assert deer.train(
         tmp_path, options(2), drafter=drafter, num_prompts=20, max_tokens=24
@@ -164,14 +169,14 @@ def test_an_existing_drafter_goes_on(tmp_path, drafter):
     ],
 )
 def test_refusals(tmp_path, arguments, message):
-    from vllm_dlm.training import deer
+    from vllm_dlm.training.drafters import deer
 
     with pytest.raises(ValueError, match=message):
         deer.train(tmp_path, options(1), num_prompts=4, **arguments)
 
 
 def test_another_networks_checkpoint_is_refused(tmp_path):
-    from vllm_dlm.training import deer
+    from vllm_dlm.training.drafters import deer
 
     sizes = {"num_prompts": 4, "max_tokens": 8, "block_length": 4}
     deer.train(tmp_path, options(1), **sizes)
@@ -181,7 +186,7 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["deer", "llama-tiny-draft", "llada-tiny"])
 def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
-    from vllm_dlm import cli
+    from vllm_dlm.cli import command as cli
 
     command = ["train", name, "--output-dir", str(tmp_path)]
     with pytest.raises(SystemExit):
@@ -192,7 +197,7 @@ def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
 
 
 def test_another_vocabulary_is_refused(tmp_path):
-    from vllm_dlm.training.teacher import check_same_vocabulary
+    from vllm_dlm.training.drafters.teacher import check_same_vocabulary
 
     tiny_tokenizer.save_tokenizer(tmp_path)
     check_same_vocabulary("llama-tiny", str(tmp_path))
@@ -203,7 +208,7 @@ def test_another_vocabulary_is_refused(tmp_path):
 
 
 def test_prompts_of_a_file(tmp_path):
-    from vllm_dlm.training.teacher import load_prompts, load_tokenizer
+    from vllm_dlm.training.drafters.teacher import load_prompts, load_tokenizer
 
     tokenizer = load_tokenizer("llama-tiny")
     expected = tiny_tokenizer.encode_prompt("Copy [Ada, Ben]", chat=False)
@@ -225,9 +230,9 @@ def test_prompts_of_a_file(tmp_path):
 @pytest.mark.parametrize("name", ["deer-tiny", "deer-tiny-block"])
 def test_the_shipped_drafters_are_accepted(name):
     """In one step they draft more than one forward of the draft model could."""
-    from vllm_dlm.training.drafters import load_drafter
-    from vllm_dlm.training.tasks import sample_problems
-    from vllm_dlm.training.teacher import generate_answers, load_causal_lm
+    from vllm_dlm.tasks.problems import sample_problems
+    from vllm_dlm.training.drafters.networks import load_drafter
+    from vllm_dlm.training.drafters.teacher import generate_answers, load_causal_lm
 
     prompts = [
         tiny_tokenizer.encode_prompt(problem.question, chat=index % 2 == 0)

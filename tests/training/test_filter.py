@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_dlm.model_executor.traces import IGNORED, RIGHT, WRONG, Traces
+from vllm_dlm.learn2pd.collect import load_traces, save_traces
+from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT, WRONG, Traces
+from vllm_dlm.learn2pd.train import THRESHOLD, filter_path, train_filter
 from vllm_dlm.strategies.base import Context
 from vllm_dlm.strategies.learn2pd_filter import find_filter
-from vllm_dlm.training.filter import THRESHOLD, filter_path, train_filter
-from vllm_dlm.training.traces import load_traces, save_traces
 
 WIDTH = 8
 

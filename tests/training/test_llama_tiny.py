@@ -5,20 +5,20 @@ from functools import partial
 
 import pytest
 
-from vllm_dlm.training import llama_tiny
-from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.llama_data import make_batch
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
 from vllm_dlm.training.loop import LoopOptions
+from vllm_dlm.training.tiny import llama_tiny
+from vllm_dlm.training.tiny.llama_data import make_batch
 
 torch = pytest.importorskip("torch")
 
-from vllm_dlm.training.llama_modeling import (  # noqa: E402
+from vllm_dlm.training.tiny.llama_modeling import (  # noqa: E402
     LlamaModel,
     decode_greedy,
     export_llama,
     load_llama,
 )
-from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape  # noqa: E402
+from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape  # noqa: E402
 
 TINY = LLaDAShape(
     vocab_size=tiny_tokenizer.VOCAB_SIZE,
@@ -167,7 +167,7 @@ def test_options_out_of_range(fields, message):
 
 @pytest.fixture(scope="module")
 def shipped():
-    from vllm_dlm.aliases import resolve
+    from vllm_dlm.config.aliases import resolve
 
     return {
         name: load_llama(resolve(name)) for name in ("llama-tiny", "llama-tiny-draft")
@@ -175,7 +175,7 @@ def shipped():
 
 
 def test_the_shipped_models_answer_held_out_problems(shipped):
-    from vllm_dlm.training.evaluation import exact_match
+    from vllm_dlm.tasks.evaluation import exact_match
 
     shares = {}
     for name, model in shipped.items():
@@ -188,9 +188,9 @@ def test_the_shipped_models_answer_held_out_problems(shipped):
 
 
 def test_the_exits_agree_more_the_higher_they_are(shipped):
-    from vllm_dlm.training.llama_card import exit_agreement
-    from vllm_dlm.training.tasks import sample_problems
-    from vllm_dlm.training.teacher import Answered
+    from vllm_dlm.tasks.problems import sample_problems
+    from vllm_dlm.training.drafters.teacher import Answered
+    from vllm_dlm.training.tiny.llama_card import exit_agreement
 
     model = shipped["llama-tiny"]
     prompts = [

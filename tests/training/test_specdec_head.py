@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from vllm_dlm.training import specdec_data, specdec_head
-from vllm_dlm.training.teacher import Answered
+from vllm_dlm.training.drafters import specdec_data, specdec_head
+from vllm_dlm.training.drafters.teacher import Answered
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -45,14 +45,14 @@ def test_loss():
 
 @pytest.fixture(scope="module")
 def models():
-    from vllm_dlm.training.teacher import load_causal_lm
+    from vllm_dlm.training.drafters.teacher import load_causal_lm
 
     return load_causal_lm("llama-tiny"), load_causal_lm("llama-tiny-draft")
 
 
 @pytest.fixture(scope="module")
 def answered(models):
-    from vllm_dlm.training.teacher import (
+    from vllm_dlm.training.drafters.teacher import (
         generate_answers,
         load_prompts,
         load_tokenizer,
@@ -116,7 +116,7 @@ def test_the_state_at_a_token_judges_that_token(models):
 
 
 def test_training_beats_a_constant_verdict(models, answered):
-    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+    from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 
     sequences = collect(models, answered)
     head = specdec_head.train_head(models[1], sequences, epochs=12)
@@ -130,7 +130,7 @@ def test_training_beats_a_constant_verdict(models, answered):
 
 
 def test_the_command_writes_a_head(tmp_path):
-    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+    from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Copy [Ada, Ben, Carl]\nSort [Dan, Ada]\nAdd 12+34\n" * 4)
@@ -167,8 +167,8 @@ def test_refusals(tmp_path, changes, message):
 
 
 def test_the_shipped_head_knows_its_draft_model(models, answered):
-    from vllm_dlm.aliases import resolve
-    from vllm_dlm.spec_decode.specdec_pp import AcceptanceHead
+    from vllm_dlm.config.aliases import resolve
+    from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 
     head = AcceptanceHead.load(resolve("llama-tiny-draft"), hidden_size=96)
     sequences = collect(models, answered)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from vllm_dlm.training import tasks as tiny_tasks
-from vllm_dlm.training import tokenizer as tiny_tokenizer
-from vllm_dlm.training.tasks import TASKS, Problem, sample_problems
+from vllm_dlm.tasks import problems as tiny_tasks
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks.problems import TASKS, Problem, sample_problems
 
 NUM_PROBLEMS = 300
 
@@ -115,7 +115,7 @@ def test_unknown_text_gives_unk(saved_tokenizer):
 
 def test_batches_depend_on_seed_and_step_alone():
     torch = pytest.importorskip("torch")
-    from vllm_dlm.training.llada_tiny import make_batch
+    from vllm_dlm.training.tiny.llada_tiny import make_batch
 
     first, again = make_batch(5, 100, 1), make_batch(5, 100, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -129,9 +129,9 @@ def test_batches_depend_on_seed_and_step_alone():
 
 def test_export_and_decode(tmp_path):
     torch = pytest.importorskip("torch")
-    from vllm_dlm.training.evaluation import decode_static, load_model
-    from vllm_dlm.training.export import export
-    from vllm_dlm.training.modeling import LLaDAModel, LLaDAShape
+    from vllm_dlm.tasks.evaluation import decode_static, load_model
+    from vllm_dlm.training.tiny.export import export
+    from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
 
     torch.manual_seed(0)
     shape = LLaDAShape(
@@ -158,7 +158,7 @@ def test_export_and_decode(tmp_path):
 
 def test_bad_canvas_is_refused():
     pytest.importorskip("torch")
-    from vllm_dlm.training.evaluation import decode_static
+    from vllm_dlm.tasks.evaluation import decode_static
 
     with pytest.raises(ValueError, match="no multiple"):
         decode_static(None, [[1]], canvas=40, block_length=32)

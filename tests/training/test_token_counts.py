@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 
-from vllm_dlm import aliases, cli
+from vllm_dlm.cli import command as cli
+from vllm_dlm.config import aliases
 from vllm_dlm.strategies.token_frequencies import load_frequencies
-from vllm_dlm.training.token_counts import count_tokens, smoothed
+from vllm_dlm.training.counts.token_counts import count_tokens, smoothed
 
 
 class Words:

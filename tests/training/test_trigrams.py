@@ -6,14 +6,15 @@ import re
 
 import pytest
 
-from vllm_dlm import aliases, cli
-from vllm_dlm.spec_decode.trigram_table import (
+from vllm_dlm.cli import command as cli
+from vllm_dlm.config import aliases
+from vllm_dlm.spec_decode.aded.trigram_table import (
     TrigramTable,
     empty_table,
     fingerprint,
     load_table,
 )
-from vllm_dlm.training.trigrams import count_trigrams
+from vllm_dlm.training.counts.trigrams import count_trigrams
 
 
 class Words:
@@ -28,7 +29,7 @@ class Words:
 
 
 def successors(table: TrigramTable, first: int, second: int) -> dict[int, float]:
-    from vllm_dlm.spec_decode.aded import AdaptiveTrigrams
+    from vllm_dlm.spec_decode.aded.drafting import AdaptiveTrigrams
     from vllm_dlm.spec_decode.options import Aded
 
     return dict(AdaptiveTrigrams(table, Aded()).successors(first, second))

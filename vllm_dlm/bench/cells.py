@@ -17,7 +17,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from vllm_dlm.files import checked, open_file, parse_json, read_text, write_json
+from vllm_dlm.files.whole_files import (
+    checked,
+    open_file,
+    parse_json,
+    read_text,
+    write_json,
+)
 from vllm_dlm.model_executor.model_key import weights_digest
 
 VERSION = 1

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from vllm_dlm.bench.shapes import RandomModel, Shape
-from vllm_dlm.files import write_json
-from vllm_dlm.tensor_files import write_safetensors
+from vllm_dlm.files.tensor_files import write_safetensors
+from vllm_dlm.files.whole_files import write_json
 
 LONGEST = 8192
 """Positions that the configs allow."""

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vllm_dlm.arguments import count
 from vllm_dlm.bench.cells import Results, without_folders
 from vllm_dlm.bench.engine import load_adapter
 from vllm_dlm.bench.environment import record
-from vllm_dlm.config import DlmConfig, parse_params, parse_policy
-from vllm_dlm.model_executor.cache import POLICIES
+from vllm_dlm.cli.arguments import count
+from vllm_dlm.config.cache import POLICIES
+from vllm_dlm.config.options import DlmConfig, parse_params, parse_policy
 from vllm_dlm.strategies import STRATEGIES
 
 Setting: TypeAlias = tuple[str, dict[str, Any]]

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_dlm.aliases import resolve
 from vllm_dlm.bench.engine import Answer, Counts, Unsupported, Work
 from vllm_dlm.bench.plain_model import KeysValues, PlainModel
+from vllm_dlm.config.aliases import resolve
 
 STRATEGIES = ("static", "threshold")
 CACHES = ("none", "prefix", "dual")

@@ -19,8 +19,13 @@ from torch import Tensor, nn
 
 from vllm_dlm.bench.checkpoints import llada_name
 from vllm_dlm.bench.shapes import Shape
-from vllm_dlm.files import BadFile
-from vllm_dlm.model_folders import WEIGHTS, Config, check_weights, read_all_weights
+from vllm_dlm.files.model_folders import (
+    WEIGHTS,
+    Config,
+    check_weights,
+    read_all_weights,
+)
+from vllm_dlm.files.whole_files import BadFile
 
 ARCHITECTURES = ("LLaDAModelLM", "SDARForCausalLM")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dlm.files import replacing
+from vllm_dlm.files.whole_files import replacing
 
 Result = Mapping[str, Any]
 

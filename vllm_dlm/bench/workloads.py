@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dlm.aliases import resolve
 from vllm_dlm.bench.checkpoints import write_random
 from vllm_dlm.bench.shapes import RandomModel, Shape
-from vllm_dlm.files import parse_json, read_lines
+from vllm_dlm.config.aliases import resolve
+from vllm_dlm.files.whole_files import parse_json, read_lines
 
 BUILT_IN = "llada-tiny"
 
@@ -132,8 +132,8 @@ def _random_prompts(
 
 
 def _tiny_tasks(num: int, seed: int) -> Workload:
-    from vllm_dlm.training.tasks import sample_problems
-    from vllm_dlm.training.tokenizer import decode, encode_prompt
+    from vllm_dlm.tasks.problems import sample_problems
+    from vllm_dlm.tasks.tokenizer import decode, encode_prompt
 
     problems = sample_problems(num, seed, "heldout")
     return Workload(

@@ -16,13 +16,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_dlm.config import DlmConfig
-from vllm_dlm.model_defaults import ModelDefaults, as_ids, declared_stop_ids
+from vllm_dlm.admission.sampling_params import check_strategy, refuse_server_options
+from vllm_dlm.config.model import ModelDefaults, as_ids, declared_stop_ids
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve, server_config
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
 from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
-from vllm_dlm.request import check_strategy, refuse_server_options
-from vllm_dlm.request_config import resolve, server_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -38,7 +38,7 @@ NO_PENALTIES = {
     "frequency_penalty": 0.0,
 }
 
-SCHEDULER = "vllm_dlm.model_executor.scheduler.DiffusionStepScheduler"
+SCHEDULER = "vllm_dlm.model_executor.scheduling.scheduler.DiffusionStepScheduler"
 
 
 class DlmModelConfig(VerifyAndUpdateConfig):

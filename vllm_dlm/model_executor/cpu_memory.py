@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from vllm.logger import init_logger
 
-from vllm_dlm.engine_keys import SWITCHING
+from vllm_dlm.config.engine_keys import SWITCHING
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_dlm.files import open_file
+from vllm_dlm.files.whole_files import open_file
 
 _SHAPE_FIELDS = (
     "hidden_size",

@@ -24,23 +24,23 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_dlm.model_defaults import ModelDefaults
-from vllm_dlm.model_executor.branches import Drafts, page_size_of
-from vllm_dlm.model_executor.cache import (
+from vllm_dlm.admission.sampling_params import stop_ids
+from vllm_dlm.config.cache import (
     Reach,
     block_start,
     text_end,
 )
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.request import RequestConfig, resolve, server_config
+from vllm_dlm.config.tccf import Stages, one_at_a_time
 from vllm_dlm.model_executor.clean_pages import note_device
-from vllm_dlm.model_executor.eotp import MODES
 from vllm_dlm.model_executor.host_slots import HostSlots
-from vllm_dlm.model_executor.logits import tile_rows
 from vllm_dlm.model_executor.model_key import model_key
-from vllm_dlm.model_executor.planning import plan_forward
-from vllm_dlm.model_executor.segments import SegmentPlan
-from vllm_dlm.model_executor.tccf import Stages, one_at_a_time
-from vllm_dlm.request import stop_ids
-from vllm_dlm.request_config import RequestConfig, resolve, server_config
+from vllm_dlm.model_executor.planning.branches import Drafts, page_size_of
+from vllm_dlm.model_executor.planning.segments import SegmentPlan
+from vllm_dlm.model_executor.planning.step_plan import plan_forward
+from vllm_dlm.model_executor.sampling.eotp import MODES
+from vllm_dlm.model_executor.sampling.logits import tile_rows
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Context
 
@@ -325,7 +325,7 @@ class DlmModelState(ModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Ours replaces vLLM's; there is no rejection sampling."""
-        from vllm_dlm.model_executor.sampler import DenoisingSampler
+        from vllm_dlm.model_executor.sampling.sampler import DenoisingSampler
 
         return DenoisingSampler(self, sampler.req_states), None
 

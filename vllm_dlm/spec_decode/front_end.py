@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_dlm import aliases
-from vllm_dlm.engine_keys import SPECULATION
+from vllm_dlm.config import aliases
+from vllm_dlm.config.engine_keys import SPECULATION
 from vllm_dlm.spec_decode import options as spec
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def check(config: Any) -> None:
     speculative = config.speculative_config
     _warn_of_cut_drafts(config.scheduler_config, speculative.num_speculative_tokens)
     if config.additional_config[SPECULATION]["method"] == "deer":
-        from vllm_dlm.spec_decode.deer import check_drafter
+        from vllm_dlm.spec_decode.deer.drafting import check_drafter
 
         hf_config = speculative.draft_model_config.hf_config
         check_drafter(hf_config, speculative.num_speculative_tokens)

@@ -69,7 +69,7 @@ class Deer(WithDrafter):
 
     summary = "a diffusion language model drafts a block in one denoising step"
     paper = "DEER, arXiv 2512.15176 (a reconstruction: no code is public)"
-    proposer = "vllm_dlm.spec_decode.deer_proposer:DeerProposer"
+    proposer = "vllm_dlm.spec_decode.deer.proposer:DeerProposer"
 
     num_speculative_tokens: Count = Field(
         default=32,
@@ -90,7 +90,7 @@ class SpecDecPlusPlus(WithDrafter):
 
     summary = "a small model drafts until a trained head expects a rejection"
     paper = "SpecDec++, arXiv 2405.19715"
-    proposer = "vllm_dlm.spec_decode.specdec_pp_proposer:SpecDecPlusPlusProposer"
+    proposer = "vllm_dlm.spec_decode.specdec_pp.proposer:SpecDecPlusPlusProposer"
 
     num_speculative_tokens: Count = Field(
         default=20,
@@ -130,7 +130,7 @@ class Del(Options):
 
     summary = "the model's own lower layers draft; exit and length adapt to the text"
     paper = "DEL, arXiv 2504.05598"
-    proposer = "vllm_dlm.spec_decode.del_proposer:DelProposer"
+    proposer = "vllm_dlm.spec_decode.del_exit.proposer:DelProposer"
 
     num_speculative_tokens: Count = Field(
         default=18,
@@ -161,7 +161,7 @@ class Aded(Options):
 
     summary = "tri-grams of a corpus and of the text itself draft; no model is needed"
     paper = "ADED, arXiv 2407.12021"
-    proposer = "vllm_dlm.spec_decode.aded_proposer:AdedProposer"
+    proposer = "vllm_dlm.spec_decode.aded.proposer:AdedProposer"
 
     corpus: str | None = Field(
         default=None,

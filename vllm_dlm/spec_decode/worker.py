@@ -15,8 +15,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
 
-from vllm_dlm.engine_keys import SPECULATION
-from vllm_dlm.patches import replace
+from vllm_dlm.config.engine_keys import SPECULATION
+from vllm_dlm.patches.ledger import replace
 from vllm_dlm.plugin import load
 from vllm_dlm.spec_decode.options import METHODS
 

@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vllm_dlm.files import MIB, BadFile, remembered
-from vllm_dlm.strategies.base import Context
-from vllm_dlm.tensor_files import (
+from vllm_dlm.files.tensor_files import (
     Rule,
     check_tensors,
     number_of,
     read_safetensors,
     write_safetensors,
 )
+from vllm_dlm.files.whole_files import MIB, BadFile, remembered
+from vllm_dlm.strategies.base import Context
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_dlm import aliases
-from vllm_dlm.engine_keys import SWITCHING
+from vllm_dlm.config import aliases
+from vllm_dlm.config.engine_keys import SWITCHING
 from vllm_dlm.switching.entropy import LARGE, SMALL, Model
 from vllm_dlm.switching.entropy_stop import CLASS_NAME
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_dlm.results import watched
+from vllm_dlm.entrypoints.results import watched
 from vllm_dlm.switching.client import PairClient
 from vllm_dlm.switching.text import PairOutput, Segment
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_dlm.arguments import count, output_folder
+from vllm_dlm.cli.arguments import count, output_folder
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:

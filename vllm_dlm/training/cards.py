@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vllm_dlm.training import tasks as tiny_tasks
-from vllm_dlm.training import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import problems as tiny_tasks
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
 
 EVALUATION_SEED = 2024
 HEAD = """\

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 
-from vllm_dlm.files import BadFile, checked
-from vllm_dlm.model_folders import check_weights
-from vllm_dlm.tensor_files import read_checkpoint, write_checkpoint
+from vllm_dlm.files.model_folders import check_weights
+from vllm_dlm.files.tensor_files import read_checkpoint, write_checkpoint
+from vllm_dlm.files.whole_files import BadFile, checked
 
 CHECKPOINT = "training.pt"
 """In the folder of the model that is trained."""

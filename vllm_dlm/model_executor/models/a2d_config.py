@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from vllm_dlm.model_defaults import declare
+from vllm_dlm.config.model import declare
 from vllm_dlm.model_executor.models.declarations import (
     UNKNOWN_MASK_ID,
     checkpoint_name,

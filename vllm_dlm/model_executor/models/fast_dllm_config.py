@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from vllm_dlm.model_defaults import declare
+from vllm_dlm.config.model import declare
 from vllm_dlm.model_executor.models.declarations import fill, stop_ids
 from vllm_dlm.model_executor.models.reading import (
     QWEN2_BIASES,

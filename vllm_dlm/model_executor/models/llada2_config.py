@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from vllm_dlm.model_defaults import declare
+from vllm_dlm.config.model import declare
 from vllm_dlm.model_executor.models.declarations import (
     checkpoint_name,
     fill,

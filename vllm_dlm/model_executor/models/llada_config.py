@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from vllm_dlm.model_defaults import declare
+from vllm_dlm.config.model import declare
 from vllm_dlm.model_executor.models.config_fields import NAMES, OTHER_NAMES
 from vllm_dlm.model_executor.models.declarations import fill, set_fields, stop_ids
 from vllm_dlm.model_executor.models.llada_moe_config import (

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import Ministral3Config
 
-from vllm_dlm.model_defaults import declare
+from vllm_dlm.config.model import declare
 from vllm_dlm.model_executor.models.declarations import fill
 from vllm_dlm.model_executor.models.names import NEMOTRON_NAMES
 from vllm_dlm.model_executor.models.reading import Family, FamilyConfig, read

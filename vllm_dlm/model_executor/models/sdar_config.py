@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from vllm_dlm.model_defaults import declare
+from vllm_dlm.config.model import declare
 from vllm_dlm.model_executor.models.declarations import (
     checkpoint_name,
     fill,

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds on what multiplies a request's work: how many ids, words and strings it has.
+
+`docs/serving.md` lists these and those that are set elsewhere. What each number and id
+may be is `request_numbers.py`'s.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_dlm.admission.client_fields import field_of
+from vllm_dlm.messages import OptionError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.sampling_params import SamplingParams
+
+MOST_STOP_IDS = 128
+"""Each position of a step's blocks is compared with all of them."""
+MOST_STOP_STRINGS = 128
+LONGEST_STOP_STRING = 1024
+"""Characters. The front end looks for all of them behind every token."""
+MOST_BAD_WORDS = 128
+"""As in vLLM, which counts the ways to cut them into tokens as well."""
+LONGEST_BAD_WORD = 256
+MOST_BAD_CHARACTERS = 2048
+"""Of one word, and of all together: a token is compared with each word that has its
+neighbour, as often as it has it."""
+
+
+def check_bounds(params: SamplingParams, model_config: ModelConfig) -> None:
+    """Refuse more than that, and what leaves no token to write.
+
+    Raises:
+        OptionError: it names the parameter as the client did, and what is taken.
+    """
+    stops = [params.stop] if isinstance(params.stop, str) else params.stop or []
+    words = params.bad_words or []
+    _at_most(MOST_STOP_IDS, len(params.stop_token_ids or ()), "stop_token_ids", "ids")
+    _at_most(MOST_STOP_STRINGS, len(stops), "stop", "strings")
+    longest = max(map(len, stops), default=0)
+    _at_most(LONGEST_STOP_STRING, longest, "stop", "characters in a string")
+    _at_most(MOST_BAD_WORDS, len(words), "bad_words", "words")
+    longest = max(map(len, words), default=0)
+    _at_most(LONGEST_BAD_WORD, longest, "bad_words", "characters in a word")
+    total = sum(map(len, words))
+    _at_most(MOST_BAD_CHARACTERS, total, "bad_words", "characters")
+    allowed = len(params.allowed_token_ids or ())
+    _at_most(model_config.get_vocab_size(), allowed, "allowed_token_ids", "ids")
+    _check_something_is_allowed(params, model_config)
+
+
+def _at_most(most: int, count: int, parameter: str, unit: str) -> None:
+    if count > most:
+        raise OptionError(
+            f"{field_of(parameter)} has {count} {unit}; at most {most} are taken",
+            parameter,
+        )
+
+
+def _check_something_is_allowed(
+    params: SamplingParams, model_config: ModelConfig
+) -> None:
+    from vllm_dlm.config.model import ModelDefaults
+
+    if not params.allowed_token_ids:
+        return
+    defaults = ModelDefaults.from_hf_config(model_config.hf_config)
+    mask = defaults.mask_token_id
+    left = set(params.allowed_token_ids) - {mask}
+    name = field_of("allowed_token_ids")
+    if not left:
+        raise OptionError(
+            f"{name} holds only the mask token ({mask}), which is never written; add "
+            "a token",
+            "allowed_token_ids",
+        )
+    ends = {*(params.stop_token_ids or ()), *defaults.stop_ids}
+    if params.min_tokens and left <= ends:
+        raise OptionError(
+            f"{name} holds only tokens that end the text, and "
+            f"{field_of('min_tokens')} forbids to end it; add a token, or leave the "
+            "latter out",
+            "allowed_token_ids",
+        )

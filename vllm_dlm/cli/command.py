@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `vllm-dlm` command; each subcommand imports what it needs when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from rich.table import Table
+
+    from vllm_dlm.config.aliases import Alias
+    from vllm_dlm.strategies import Strategy
+
+DESCRIPTION = """\
+Serve diffusion language models on stock vLLM. Serving itself is vLLM's own command:
+
+  vllm serve llada-tiny --dlm-strategy learn2pd    a server (llada-tiny is built in)
+  vllm serve --help=DlmConfig                      all flags of this package
+
+The commands below show what there is, check the installation, and train.
+"""
+
+TRAINABLE = {
+    "llada-tiny": ("vllm_dlm.training.tiny.llada_tiny", "the built-in diffusion model"),
+    "llama-tiny": (
+        "vllm_dlm.training.tiny.llama_tiny",
+        "the built-in autoregressive model, for speculative decoding",
+    ),
+    "llama-tiny-draft": (
+        "vllm_dlm.training.tiny.llama_tiny_draft",
+        "the built-in draft model of llama-tiny",
+    ),
+    "deer": (
+        "vllm_dlm.training.drafters.deer",
+        "a diffusion drafter for an autoregressive model (method deer)",
+    ),
+    "specdec-head": (
+        "vllm_dlm.training.drafters.specdec_head",
+        "the acceptance head of a draft model (method specdec++)",
+    ),
+}
+"""What `vllm-dlm train` trains -> module with `add_arguments` and `run`, and a
+summary."""
+
+TOOLS = {
+    "bench": (
+        "vllm_dlm.bench.command",
+        "measure speed and accuracy, and compare with other engines",
+    ),
+    "count-tokens": (
+        "vllm_dlm.training.counts.token_counts",
+        "count how often tokens occur in texts, for the strategy pc",
+    ),
+    "count-trigrams": (
+        "vllm_dlm.training.counts.trigrams",
+        "count the tri-grams of texts, for speculative decoding by ADED",
+    ),
+    "serve-pair": (
+        "vllm_dlm.switching.serve_pair",
+        "serve two models that write one text together",
+    ),
+    "traces": (
+        "vllm_dlm.learn2pd.collect",
+        "record what a model decides, to train a filter on",
+    ),
+    "train-filter": (
+        "vllm_dlm.learn2pd.train",
+        "train the learned filter of the strategy learn2pd",
+    ),
+}
+"""Further subcommands -> module with `add_arguments` and `run`, and a summary."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `vllm-dlm`; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = make_parser(argv).parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, OSError) as error:
+        print(f"vllm-dlm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vllm-dlm: interrupted", file=sys.stderr)
+        return 130
+
+
+def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of `vllm-dlm`.
+
+    Args:
+        argv: the command line; only modules of the subcommand named in it are
+            imported for their arguments.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vllm-dlm",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    strategies = commands.add_parser(
+        "strategies",
+        help="list the decoding strategies, or one's parameters",
+        description="List the decoding strategies. With NAME: its parameters, which go "
+        "into --dlm-strategy-config or a request's `strategy_config`.",
+    )
+    strategies.add_argument("name", nargs="?", metavar="NAME", help="a strategy")
+    strategies.set_defaults(run=lambda args: _show_strategies(args.name))
+
+    speculation = commands.add_parser(
+        "speculation",
+        help="list the speculative methods, or one's options",
+        description="List the methods that draft for autoregressive models. With "
+        "METHOD: its options, which go into vLLM's --speculative-config.",
+    )
+    speculation.add_argument(
+        "method", nargs="?", metavar="METHOD", help="a method of the list"
+    )
+    speculation.set_defaults(run=lambda args: _show_speculation(args.method))
+
+    models = commands.add_parser(
+        "models",
+        help="list the models with a short name, and where they are found",
+        description="List the models with a short name. Any other checkpoint of "
+        "these families is served by its folder or hub id. Nothing is downloaded.",
+    )
+    models.set_defaults(run=lambda args: _show_models())
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that vLLM loads this package, and show what it changes",
+        description="Check that vLLM loads this package: versions, plugins, platform, "
+        "patched symbols, models, strategies. Exit status 1 if something is wrong.",
+    )
+    doctor.set_defaults(run=lambda args: _run_doctor())
+
+    train = commands.add_parser(
+        "train",
+        help="train a built-in model, or a drafter for a model of your own",
+        description="Train a built-in model from scratch, or what drafts for an "
+        "autoregressive model; an interrupted run resumes.",
+    )
+    trainable = train.add_subparsers(metavar="MODEL", required=True)
+    for name, (module, summary) in TRAINABLE.items():
+        is_chosen = argv[:2] == ["train", name]
+        _add_tool(trainable, name, module, f"train {summary}", is_chosen)
+    for name, (module, summary) in TOOLS.items():
+        if find_spec(module) is not None:
+            _add_tool(commands, name, module, summary, argv[:1] == [name])
+    return parser
+
+
+def _add_tool(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    module: str,
+    summary: str,
+    is_chosen: bool,
+) -> None:
+    tool = commands.add_parser(name, help=summary, description=f"{summary}.")
+    if is_chosen:
+        imported = import_module(module)
+        imported.add_arguments(tool)
+        run: Callable[[argparse.Namespace], int | None] = imported.run
+        tool.set_defaults(run=run)
+
+
+def _show_strategies(name: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vllm_dlm.strategies import STRATEGIES
+
+    console = Console()
+    if name is not None:
+        _show_strategy(name, STRATEGIES[name])
+        return
+    table = Table("strategy", "summary", "source", box=None, pad_edge=False)
+    for known in STRATEGIES:
+        strategy = STRATEGIES[known]
+        table.add_row(known, strategy.summary, strategy.paper)
+    console.print(table)
+    console.print("\nParameters of one: vllm-dlm strategies NAME", highlight=False)
+
+
+def _show_strategy(name: str, strategy: type[Strategy]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(
+        Text(
+            f"{name}: {strategy.summary}\nSource: {strategy.paper}\n"
+            f"Options steps, steps_per_block: {_use_of_steps(strategy)}\n"
+        )
+    )
+    fields = strategy.Params.model_fields
+    if not fields:
+        console.print("It has no parameters.")
+        return
+    console.print(_table_of(fields, "parameter"))
+    console.print(
+        Text(
+            f"\nvllm serve MODEL --dlm-strategy {name} "
+            f"--dlm-strategy-config.{next(iter(fields))} VALUE"
+        )
+    )
+
+
+def _use_of_steps(strategy: type[Strategy]) -> str:
+    """Whether a strategy follows the step schedule."""
+    from vllm_dlm.messages import with_parameters
+
+    if isinstance(strategy.schedule, bool):
+        return "followed" if strategy.schedule else "not for it, and refused"
+    return f"followed with {with_parameters(strategy.schedule)}, else refused"
+
+
+def _show_speculation(method: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_dlm.messages import unknown
+    from vllm_dlm.spec_decode.options import METHODS
+
+    console = Console(highlight=False)
+    if method is None:
+        table = Table("method", "summary", "source", box=None, pad_edge=False)
+        for name, kind in METHODS.items():
+            table.add_row(name, kind.summary, kind.paper)
+        console.print(table)
+        console.print("\nOptions of one: vllm-dlm speculation METHOD")
+        return
+    if method not in METHODS:
+        raise ValueError(unknown(method, METHODS))
+    kind = METHODS[method]
+    fields = kind.model_fields
+    console.print(Text(f"{method}: {kind.summary}\nSource: {kind.paper}\n"))
+    console.print(_table_of(fields, "option"))
+    drafter = '"model": "DRAFTER", ' if "model" in fields else ""
+    console.print(
+        Text(
+            "\nvllm serve TARGET --speculative-config "
+            f'\'{{"method": "{method}", {drafter}'
+            f'"num_speculative_tokens": {fields["num_speculative_tokens"].default}}}\''
+        )
+    )
+
+
+def _table_of(fields: Mapping[str, FieldInfo], what: str) -> Table:
+    """A row for each field of a pydantic model."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_dlm.messages import values_of
+
+    table = Table(what, "values", "default", "meaning", box=None, pad_edge=False)
+    for name, field in fields.items():
+        default = "required" if field.is_required() else str(field.default)
+        cells = (name, values_of(field), default, field.description or "")
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _show_models() -> None:
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vllm_dlm import plugin
+    from vllm_dlm.config import aliases
+
+    # Names are for copying: rather let the terminal break a line than cut one.
+    console = Console(highlight=False, width=160)
+    present = []
+    by_family = groupby(aliases.ALIASES.items(), lambda item: item[1].family)
+    for family, members in by_family:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for name, alias in members:
+            folder = aliases.local_folder(name)
+            if folder is not None:
+                present.append(f"{name} in {folder}")
+            cells = (
+                f"  {name}",
+                *_describe_model(alias, folder),
+                "built in" if alias.built_in else alias.target,
+                alias.summary,
+            )
+            table.add_row(*map(Text, cells))
+        console.print(Text(f"{family.name} ({family.architecture})"))
+        console.print(table)
+    console.print(
+        Text(
+            "\nClass A sees everything, B all blocks up to its own, C what is finished "
+            "causally. Strategy and block are the model's defaults.\nAny other "
+            "checkpoint of these architectures is served by its folder or hub id: "
+            f"{', '.join(plugin.ARCHITECTURES)}.\n"
+            f"On this machine: {'; '.join(present) or 'none of them'}."
+        )
+    )
+
+
+def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
+    """Class, block and strategy of a model, as the table shows them."""
+    from vllm_dlm import plugin
+    from vllm_dlm.config.model import ModelDefaults
+
+    family = alias.family
+    if not family.is_diffusion:
+        return "autoregressive", "", ""
+    config_class = plugin.load(plugin.HF_CONFIGS[family.model_type])
+    if folder is not None:
+        try:
+            config = config_class.from_pretrained(folder, name_or_path=folder)
+        except (OSError, ValueError, TypeError):
+            return "its config.json cannot be read", "", ""
+    else:
+        known = {"architectures": [family.architecture]}
+        config = config_class.from_dict(known, name_or_path=alias.target)
+    defaults = ModelDefaults.from_hf_config(config)
+    shift = ", shifted" if defaults.shift else ""
+    return (
+        f"class {defaults.model_class}{shift}",
+        f"block {defaults.block_length}",
+        defaults.strategy,
+    )
+
+
+def _run_doctor() -> int:
+    from vllm_dlm.cli.doctor import run
+
+    return run()

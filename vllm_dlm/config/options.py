@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a server or a request may set, validated once and in one place.
+
+A server's options arrive as `additional_config["dlm"]` (flags, `LLM(dlm_*=...)` or a
+plain dict), a request's as `SamplingParams.extra_args`; `request_config.py` merges.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from vllm_dlm import trajectories
+from vllm_dlm.config.cache import POLICIES, Cache, CachePolicy
+from vllm_dlm.config.foreign_names import advice, plain
+from vllm_dlm.config.model import DEFAULT_MAX_CANVAS
+from vllm_dlm.messages import LONGEST_QUOTE, OptionError, explain, first_field, unknown
+from vllm_dlm.option_types import BlockLength, Count, Number, Object, Stages
+from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import Params, numeric_fields
+
+EndOfText = Literal["off", "block", "token"]
+
+SERVER_ONLY = (
+    "max_canvas",
+    "commit",
+    "online_learning",
+    "filter_dir",
+    "record_traces",
+    "trajectory_dir",
+)
+"""Options a request cannot change."""
+
+SERVER_PARAMETER = {"server_only": True}
+"""`json_schema_extra` of a strategy parameter that no request may set (paths, say)."""
+
+LONGEST_REQUEST_BLOCK = 256
+"""Positions; a request may not ask for longer blocks, unless the server's are longer.
+
+Each takes a row of logits per position, memory that vLLM did not set aside at start.
+"""
+
+LARGEST_NUMBER = 1e18
+"""Of a strategy's numeric parameter: the engine keeps them as float32 and int64."""
+
+PREFIX = "dlm_"
+"""Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
+
+
+class DlmConfig(BaseModel):
+    """Options of a server; a request may set those not in `SERVER_ONLY`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strategy: str | None = Field(
+        default=None,
+        description="Decoding strategy: which masked positions are written in a step. "
+        "`vllm-dlm strategies` lists them. Default: the model's own.",
+    )
+    strategy_config: Object = Field(
+        default_factory=dict,
+        description="The strategy's own parameters, as a JSON object; "
+        "`vllm-dlm strategies NAME` lists them.",
+    )
+    block_length: BlockLength | None = Field(
+        default=None,
+        description="Positions decoded together before the next block begins, from 1 "
+        "to 1024, or `canvas`: the whole output is one block. Block-causal models are "
+        "trained for one length, which only the server may change. Default: the "
+        "model's own.",
+    )
+    sub_block_length: Count | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Positions of a block that may be written at a time, from the "
+        "left; the whole block is computed all the same, unless `cache` is `dual` "
+        "(Fast-dLLM v2). Default: the model's own, mostly the whole block.",
+    )
+    cache: Cache = Field(
+        default="none",
+        description="KV policy of models with full attention: `none` recomputes "
+        "everything in each step and is exact. The others are faster and approximate: "
+        "until the block is done, `prefix` keeps what is left of it, `dual` both sides "
+        "(Fast-dLLM, arXiv 2505.22618), `vicinity` all but some positions around it "
+        "(dInfer, 2510.08666); `window` computes some positions from the first one on "
+        "that is not final (Window-Diffusion, 2601.20332). Of block-causal models with "
+        "sub-blocks (Fast-dLLM v2, 2509.26328) `none`, or `dual`: a sub-block is "
+        "computed alone once its first token is written (use_block_cache). "
+        "docs/caches.md",
+    )
+    cache_config: Object = Field(
+        default_factory=dict,
+        description="The cache policy's own parameters, as a JSON object: of "
+        "`vicinity` look_back, look_ahead, warmup_steps; of `window` active_window, "
+        "external_window, refresh_every.",
+    )
+    steps: Count | None = Field(
+        default=None,
+        ge=1,
+        description="Denoise steps of a request over its whole canvas, spread evenly "
+        "over its blocks, for strategies that follow a schedule: `vllm-dlm strategies "
+        "NAME` says whether one does. A server's are for these alone; a request that "
+        "sets them for another is refused. Default: one token per step.",
+    )
+    steps_per_block: Count | None = Field(
+        default=None,
+        ge=1,
+        description="The same per block, as block-causal models' own code counts.",
+    )
+    eotp: EndOfText | None = Field(
+        default=None,
+        description="End-of-text prediction: as soon as the active block has an "
+        "end-of-text token, written or predicted, drop the blocks after it (`block`), "
+        "or all that is right of the token (`token`), or nothing (`off`) (Learn2PD, "
+        "arXiv 2509.25188). Default: the strategy's own: `block` with learn2pd, else "
+        "`off`.",
+    )
+    eotp_threshold: Number = Field(
+        default=0.9,
+        ge=0.0,
+        le=2.0,
+        description="Least probability of an end-of-text token that counts for `eotp` "
+        "before it is written; above 1 only written ones do.",
+    )
+    tccf: Stages = Field(
+        default=None,
+        description="Think coarse, critic fine (TDAR, arXiv 2602.09555), of block-"
+        "causal models: decode in blocks up to a `trigger` (`</think>`), write a "
+        "`check` text behind it, and go on token by token. A JSON object of both, each "
+        "a text or a list of token ids.",
+    )
+    reference_exact: bool = Field(
+        default=False,
+        description="Decode as the published reference code does, quirks included: the "
+        "mask token may be predicted, and where that code measures confidence after "
+        "temperature and top-k/p, so is it here. To compare with it, not to serve.",
+    )
+    step_map: bool = Field(
+        default=False,
+        description="Give each finished output its step map: per token the denoise "
+        "step that wrote it, its log-probability in that step, and whether it was "
+        "edited. Not for streamed requests.",
+    )
+    max_canvas: Count | None = Field(
+        default=None,
+        ge=1,
+        description="Most positions a request's canvas may have at a time; longer "
+        "outputs continue on a further canvas. Default: "
+        f"the model's own, or {DEFAULT_MAX_CANVAS}, at most the context length.",
+    )
+    commit: Literal["fused", "separate"] = Field(
+        default="fused",
+        description="Of block-causal models: when a finished block's keys and values "
+        "are written for good. `fused`: in the next block's first step, at no forward "
+        "of their own. `separate`: by one forward more per block, as other engines do; "
+        "the same tokens, to measure what the difference is.",
+    )
+    online_learning: bool = Field(
+        default=True,
+        description="Let strategies with a learned part (learn2pd) learn in the "
+        "background from finished requests; no text is stored.",
+    )
+    filter_dir: str | None = Field(
+        default=None,
+        description="Folder where learned filters are kept. Default: "
+        "vllm-dlm/filters in $XDG_CACHE_HOME or ~/.cache.",
+    )
+    record_traces: bool = Field(
+        default=False,
+        description="Keep confidences of finished requests in memory, whatever their "
+        "strategy; `vllm-dlm traces` reads them. No text is kept.",
+    )
+    trajectory_dir: str | None = Field(
+        default=None,
+        description="Folder for a log of every step of every request, prompts and "
+        "texts included; `vllm_dlm.trajectories.read` reads it. Default: no log.",
+    )
+
+    @model_validator(mode="after")
+    def _count_steps_once(self) -> Self:
+        if self.steps and self.steps_per_block:
+            raise ValueError("set steps or steps_per_block, not both")
+        return self
+
+    @field_validator("strategy")
+    @classmethod
+    def _check_strategy(cls, name: str | None) -> str | None:
+        return None if name is None else STRATEGIES.check(name)
+
+    @classmethod
+    def from_mapping(cls, mapping: Any, *, where: str) -> DlmConfig:
+        """Validate options.
+
+        Args:
+            mapping: option name -> value; None means "not set". Strings are taken for
+                numbers and JSON where those are expected.
+            where: names the source in error messages.
+
+        Raises:
+            ValueError: unknown names, wrong types, values out of range; the message
+                says what is valid.
+        """
+        config = parse_options(mapping, where=where)
+        if config.strategy is not None:
+            parse_params(config.strategy, config.strategy_config, where=where)
+        parse_policy(config.cache, config.cache_config, where=where)
+        if config.trajectory_dir is not None:
+            trajectories.check_folder(config.trajectory_dir, where=where)
+        return config
+
+    def canvas_limit(
+        self, max_model_len: int, default: int = DEFAULT_MAX_CANVAS
+    ) -> int:
+        """Most positions of a canvas.
+
+        Args:
+            max_model_len: the model's context length, in tokens.
+            default: the model's `ModelDefaults.max_canvas`.
+        """
+        return min(self.max_canvas or default, max_model_len)
+
+    def filters_path(self) -> Path:
+        """Folder of learned filters; it need not exist yet."""
+        if self.filter_dir is not None:
+            return Path(self.filter_dir).expanduser()
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(cache) / "vllm-dlm" / "filters"
+
+    def strategy_options(self) -> dict[str, Any]:
+        """`Context.options` of the strategies this server builds."""
+        return {
+            "filter_dir": str(self.filters_path()),
+            "online_learning": self.online_learning,
+        }
+
+
+REQUEST_OPTIONS = tuple(
+    name for name in DlmConfig.model_fields if name not in SERVER_ONLY
+)
+"""Options a request may set."""
+
+
+def served_config(hf_config: Any) -> DlmConfig:
+    """The server's options as our config hook left them in `hf_config.dlm_server`."""
+    stored = getattr(hf_config, "dlm_server", None)
+    if isinstance(stored, DlmConfig):
+        return stored
+    return DlmConfig.model_validate(stored or {})
+
+
+Names = Mapping[str, str]
+"""Option or parameter -> the name that somebody set it under, for messages."""
+
+
+def parse_params(
+    strategy: str, values: Mapping[str, Any], *, where: str, names: Names | None = None
+) -> Params:
+    """Validate a strategy's parameters.
+
+    Args:
+        strategy: whose they are.
+        values: parameter -> value; None means "not set".
+        where: names the source in error messages.
+        names: of those that were set under another name.
+
+    Raises:
+        ValueError: unknown or wrong parameters; the message lists the valid ones.
+    """
+    params, names = STRATEGIES[strategy].Params, names or {}
+    where = f"{where} (strategy {strategy!r})"
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in given:
+        if name not in params.model_fields:
+            hint = _hint(name)
+            if name in DlmConfig.model_fields:
+                hint = (
+                    "It is an option of every strategy: put it beside strategy_config."
+                )
+            raise OptionError(
+                f"{where}: {unknown(name, params.model_fields, hint=hint)}",
+                names.get(name),
+            )
+    for name in numeric_fields(params):
+        if isinstance(given.get(name), bool):
+            set_as = names.get(name, name)
+            raise OptionError(
+                f"{where}: {set_as}: expected a number, not a boolean", set_as
+            )
+    try:
+        parsed = params.model_validate(given)
+    except ValidationError as error:
+        raise _explained(error, where, names) from None
+    for name in numeric_fields(params):
+        if abs(getattr(parsed, name)) > LARGEST_NUMBER:
+            set_as = names.get(name, name)
+            raise OptionError(
+                f"{where}: {set_as}: at most {LARGEST_NUMBER:g} is accepted", set_as
+            )
+    return parsed
+
+
+def parse_policy(
+    cache: Cache, values: Mapping[str, Any], *, where: str, names: Names | None = None
+) -> CachePolicy:
+    """Validate a cache policy's parameters.
+
+    Args:
+        cache: whose they are.
+        values: parameter -> value; None means "not set".
+        where: names the source in error messages.
+        names: under "cache_config", how that was set.
+
+    Raises:
+        ValueError: unknown or wrong parameters; the message lists the valid ones.
+    """
+    policy = POLICIES[cache]
+    set_as = (names or {}).get("cache_config", "cache_config")
+    where = f"{where} (cache {cache!r}): {set_as}"
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        if name not in policy.model_fields:
+            text = unknown(name, policy.model_fields, hint=_hint(name))
+            raise OptionError(f"{where}: {text}", set_as)
+        if isinstance(value, bool):
+            raise OptionError(
+                f"{where}: {name}: expected a number, not a boolean", set_as
+            )
+    try:
+        return policy.model_validate(given)
+    except ValidationError as error:
+        raise OptionError(f"{where}: {explain(error)}", set_as) from None
+
+
+def parse_options(
+    mapping: Any,
+    *,
+    where: str,
+    valid: Iterable[str] = tuple(DlmConfig.model_fields),
+    names: Names | None = None,
+) -> DlmConfig:
+    """Validate options one by one, not yet a strategy's parameters.
+
+    Args:
+        mapping: option name -> value; None means "not set".
+        where: names the source in error messages.
+        valid: the options that may be set here.
+        names: of those that were set under another name.
+
+    Raises:
+        ValueError: as `DlmConfig.from_mapping`.
+    """
+    names = names or {}
+    if not isinstance(mapping, Mapping):
+        raise ValueError(
+            f"{where}: expected a mapping of options, got {type(mapping).__name__}"
+        )
+    given = {name: value for name, value in mapping.items() if value is not None}
+    for name in given:
+        if name not in valid:
+            strategy, hint = given.get("strategy"), _hint(name)
+            if strategy in STRATEGIES:
+                fields = STRATEGIES[str(strategy)].Params.model_fields
+                if name in fields:
+                    hint = (
+                        f"It is a parameter of {strategy!r}: put it in strategy_config."
+                    )
+            raise OptionError(
+                f"{where}: {unknown(name, valid, hint=hint)}", names.get(name)
+            )
+    try:
+        return DlmConfig.model_validate(given)
+    except ValidationError as error:
+        raise _explained(error, where, names) from None
+
+
+def _explained(error: ValidationError, where: str, names: Names) -> OptionError:
+    return OptionError(f"{where}: {explain(error, names)}", first_field(error, names))
+
+
+def _hint(name: object) -> str:
+    """What another server's option is called here, if `name` is one."""
+    found = advice(plain(str(name)[:LONGEST_QUOTE]))
+    if found is None or " " in found:
+        return found or ""
+    return f"It is {found.removeprefix(PREFIX)!r} here."

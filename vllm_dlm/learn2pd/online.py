@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learn2PD without a filter: learn one from one's own finished requests.
+
+A server that finds no filter decodes by the threshold rule and records traces. A
+background thread trains a filter on them now and then. Once its false positives on
+held-out traces are within the bound and it is about as fast as the threshold rule, it
+is saved where the next start finds it, and requests that begin later use it. With
+tensor parallelism the first worker learns, and the filter is only saved: the workers
+could not change over in one step.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.logger import init_logger
+
+from vllm_dlm.learn2pd.recorder import TraceRecorder, Traces
+from vllm_dlm.strategies.base import Context
+from vllm_dlm.strategies.learn2pd import Learn2PD
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.sampling.groups import StrategyGroups
+    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.strategies.base import View
+
+logger = init_logger(__name__)
+
+FIRST_ROWS = 1024
+"""Trace rows before the first training; after one in vain, half as many more."""
+FALSE_POSITIVE_BOUND = 0.01
+"""Largest share of wrong positions that a learned filter may accept."""
+SLOWER_BY = 0.01
+"""How much fewer of the final tokens it may accept than the threshold rule does: that
+rule's traces call right whatever it wrote, so it looks better on them than it is."""
+
+
+class Learning:
+    """Follows requests that can teach a filter, and teaches it."""
+
+    def __init__(self, state: DlmModelState, groups: StrategyGroups) -> None:
+        self.state = state
+        self.groups = groups
+        self.recorder = TraceRecorder(state)
+        self._wanted: dict[tuple[int, str], int] = {}
+        """Block length, cache policy -> rows at which the next training begins."""
+        self._learned: set[tuple[int, str]] = set()
+        self._training: Training | None = None
+
+    def add(self, slot: int) -> None:
+        """Decide whether a new request is recorded."""
+        request = self.state.requests[slot]
+        if request.params.temperature > 0:
+            return  # what was drawn is not what the model was sure of
+        config = request.config
+        if config.block_length != self.state.default_config.block_length:
+            return  # clients may ask for many lengths; memory is for the served one
+        learns = self._learns_from(slot)
+        if learns or self.state.server.record_traces:
+            self.recorder.follow(slot)
+        if learns:
+            self._wanted.setdefault((config.block_length, config.cache), FIRST_ROWS)
+
+    def _learns_from(self, slot: int) -> bool:
+        """Whether a filter is to be learned from this request, by this worker."""
+        config = self.state.requests[slot].config
+        strategy = self.groups.strategy_of(slot)
+        return (
+            self.state.server.online_learning
+            and isinstance(strategy, Learn2PD)
+            and not strategy.has_filter
+            and (config.block_length, config.cache) not in self._learned
+            and get_tensor_model_parallel_rank() == 0
+        )
+
+    def remove(self, slot: int) -> None:
+        """A request has left."""
+        self.recorder.forget(slot)
+
+    def record(self, view: View, written: torch.Tensor, plan: SegmentPlan) -> None:
+        """After a step, as `TraceRecorder.record`; train if there are enough rows."""
+        self.take_over()
+        if self._training is None:
+            self._train_if_enough()
+        self.recorder.record(view, written, plan)
+
+    def _train_if_enough(self) -> None:
+        for (block_length, cache), wanted in self._wanted.items():
+            rows = self.recorder.rows(block_length, cache)
+            if rows >= wanted:
+                # Of all rows so far, of which only the newest are kept.
+                self._wanted[block_length, cache] = 3 * rows // 2
+                self._training = Training(
+                    self.recorder.traces(block_length, cache),
+                    self.state.context(cache),
+                    self.state.server.filters_path(),
+                )
+                self._training.start()
+                return
+
+    def take_over(self) -> None:
+        """Let requests to come use a filter that has been learned meanwhile."""
+        training = self._training
+        if training is None or training.is_alive():
+            return
+        self._training = None
+        if not training.learned:
+            return
+        key = training.traces.block_length, training.context.cache
+        del self._wanted[key]
+        self._learned.add(key)
+        if get_tensor_model_parallel_world_size() > 1:
+            logger.info("Learn2PD: what was learned is used from the next start on")
+        else:
+            self.groups.renew("learn2pd")
+            logger.info("Learn2PD: new requests use what was learned")
+
+
+class Training(threading.Thread):
+    """One training, beside the engine's own thread.
+
+    Args:
+        traces: a copy of the rows to learn from.
+        context: facts of the model and the cache policy that they come from.
+        folder: for learned filters.
+    """
+
+    def __init__(self, traces: Traces, context: Context, folder: Path) -> None:
+        super().__init__(name="vllm-dlm-learn2pd", daemon=True)
+        self.traces = traces
+        self.context = context
+        self.folder = folder
+        self.learned = False
+        """Whether a filter has been saved."""
+
+    def run(self) -> None:
+        try:
+            self.learned = self._train()
+        except Exception as error:  # whatever it is, requests go on as before
+            logger.warning(
+                "Learn2PD: learning failed, going on without: %s", error, exc_info=True
+            )
+
+    def _train(self) -> bool:
+        from vllm_dlm.learn2pd.train import filter_path, train_filter
+
+        # Half the bound, so that blocks it was not calibrated on stay within it too.
+        filter, report = train_filter(self.traces, bound=FALSE_POSITIVE_BOUND / 2)
+        slower = report.accepted < report.accepted_by_threshold - SLOWER_BY
+        if report.false_positive_rate > FALSE_POSITIVE_BOUND or slower:
+            logger.info("Learn2PD: not taken over yet: %s", report)
+            return False
+        filter = replace(
+            filter,
+            model_key=self.context.model_key,
+            cache=self.context.cache,
+            source=f"{report.rows} steps of finished requests",
+        )
+        path = filter_path(self.folder, filter)
+        filter.save(path)
+        logger.info("Learn2PD: saved the filter %s: %s", path, report)
+        return True

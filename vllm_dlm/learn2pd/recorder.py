@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TraceRecorder: what the model was sure of in each step, and whether it was right.
+
+A trace row is one denoise step of one block: the confidences of its B positions and,
+for each position still masked then, whether its best token was the one finally written.
+That is all Learn2PD's filter is trained on (arXiv 2509.25188); no token, let alone any
+text, is kept. Memory is bounded: the newest rows replace the oldest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_dlm.model_executor.host_slots import BLOCK, ToHost
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.strategies.base import View
+
+CAPACITY = 1 << 16
+"""Trace rows kept per block length and KV policy; 32-position blocks take 10 MB."""
+
+WRONG, RIGHT, IGNORED = 0, 1, 2
+"""Labels: the best token was not the final one; it was; decided before, or unknown."""
+
+
+@dataclass(frozen=True)
+class Traces:
+    """N trace rows of one block length B."""
+
+    confidence: np.ndarray
+    """[N, B] float32; positions past the canvas count as 1."""
+    label: np.ndarray
+    """[N, B] int8: `WRONG`, `RIGHT` or `IGNORED`."""
+    block: np.ndarray
+    """[N] int64: rows of one decoded block share a number (to split by)."""
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+    @property
+    def block_length(self) -> int:
+        """B."""
+        return int(self.confidence.shape[1])
+
+
+class _Ring:
+    """The newest `CAPACITY` rows of one block length."""
+
+    def __init__(self, block_length: int) -> None:
+        self.confidence = np.ones((CAPACITY, block_length), dtype=np.float32)
+        self.label = np.full((CAPACITY, block_length), IGNORED, dtype=np.int8)
+        self.block = np.zeros(CAPACITY, dtype=np.int64)
+        self.rows = 0
+
+    def append(self, confidence: np.ndarray, label: np.ndarray, block: int) -> None:
+        where = np.arange(self.rows, self.rows + len(label)) % CAPACITY
+        self.confidence[where] = confidence
+        self.label[where] = label
+        self.block[where] = block
+        self.rows += len(label)
+
+    def copy(self) -> Traces:
+        count = min(self.rows, CAPACITY)
+        return Traces(
+            self.confidence[:count].copy(),
+            self.label[:count].copy(),
+            self.block[:count].copy(),
+        )
+
+
+class TraceRecorder:
+    """Collects trace rows of the requests it is told to follow.
+
+    A step of the whole batch goes to the host in one piece, behind the step's own work,
+    and is taken apart when the next one has been planned: nothing waits for it. What is
+    kept are the rows of followed requests, until their block ends.
+    """
+
+    def __init__(self, state: DlmModelState) -> None:
+        self.state = state
+        self._rings: dict[tuple[int, str], _Ring] = {}
+        self._steps: dict[int, list[np.ndarray]] = {}
+        """slot -> [3, B] int32 for each step of its block, as `record` packs them."""
+        self._arriving: tuple[np.ndarray, np.ndarray, ToHost] | None = None
+        self._blocks = 0
+
+    def follow(self, slot: int) -> None:
+        """Record a new request from now on, decided positions too."""
+        self._steps[slot] = []
+        self.state.host.reads[slot] = BLOCK
+
+    def forget(self, slot: int) -> None:
+        """End of a request: label what its unfinished block has decided so far."""
+        self._receive()
+        if slot in self._steps:
+            self._close(slot)
+            del self._steps[slot]
+
+    def record(self, view: View, written: torch.Tensor, plan: SegmentPlan) -> None:
+        """Note one step: how sure the model was of which tokens, and what was written.
+
+        Args:
+            view: of the step.
+            written: [R, B] int64: tokens of the blocks after it; -1 where still masked
+                or past the canvas.
+        """
+        self._receive()
+        slots = plan.slots_np
+        followed = [slot for slot in slots.tolist() if slot in self._steps]
+        if not followed:
+            return
+        width = self.state.host.block_length[followed].max()
+        confidence = torch.where(view.valid, view.confidence, 1.0)
+        step = [
+            confidence.float().view(torch.int32),
+            torch.where(view.masked, view.candidate, -1).int(),
+            written.int(),
+        ]
+        packed = torch.stack([part[:, :width] for part in step], dim=1)
+        begins = self.state.host.block_start[slots]
+        self._arriving = slots, begins, ToHost(packed)
+
+    def _receive(self) -> None:
+        """Take the last step apart, once it is known which blocks it ended."""
+        if self._arriving is None:
+            return
+        (slots, begins, sent), self._arriving = self._arriving, None
+        packed, host = sent.numpy(), self.state.host
+        host.settle()
+        ended = host.block_start[slots] != begins
+        for row, slot in enumerate(slots.tolist()):
+            if slot in self._steps:
+                width = host.block_length[slot]
+                self._steps[slot].append(packed[row, :, :width].copy())
+                if ended[row]:
+                    self._close(slot)
+
+    def _close(self, slot: int) -> None:
+        """Label the steps of a block by what is written there now."""
+        steps, self._steps[slot] = self._steps[slot], []
+        if not steps:
+            return
+        packed = np.stack(steps)
+        candidate, final = packed[:, 1], packed[-1, 2]
+        label = np.where(candidate == final, RIGHT, WRONG)
+        label[(candidate < 0) | (final < 0)] = IGNORED
+        width, policy = len(final), self.state.requests[slot].config.cache
+        if (width, policy) not in self._rings:
+            self._rings[width, policy] = _Ring(width)
+        self._blocks += 1
+        confidence = packed[:, 0].view(np.float32)
+        self._rings[width, policy].append(confidence, label, self._blocks)
+
+    def rows(self, block_length: int, cache: str) -> int:
+        """Rows recorded so far for blocks of this length under this KV policy."""
+        self._receive()
+        ring = self._rings.get((block_length, cache))
+        return 0 if ring is None else ring.rows
+
+    def traces(self, block_length: int, cache: str) -> Traces:
+        """A copy of the rows kept for one block length and KV policy."""
+        self._receive()
+        ring = self._rings.get((block_length, cache))
+        return _Ring(block_length).copy() if ring is None else ring.copy()

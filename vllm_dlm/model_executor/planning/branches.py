@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Branches: canvases that a strategy has drafted, evaluated beside the canvas itself.
+
+A decision may name draft tokens, ranked (`Decision.draft_tokens`). The request's next
+forward then has its rows several times over, one behind the other: branch 0 is the
+canvas, branch j has the drafts of rank below j in place of masks. A branch sees the
+finished text left of its rows, and itself. Its keys and values go to scratch pages of
+the request, behind those of its rows; pages of 16, a block of 32 from position 40 on:
+
+    the request's pages      0   1   2   3   4   5   6   7   8   9  10
+    branch 0 sees            0   1   2   3   4                          as ever
+    branch 1 sees            0   1           5   6   7                  for 2, 3, 4
+    branch 2 sees            0   1                       8   9  10      for 2, 3, 4
+
+Page 2 also holds eight positions of finished text: it is copied to pages 5 and 8
+before the forward. Scratch pages are the request's own, never published for prefix
+caching, and hold text later on, when the request has come that far.
+
+Branches are made of what is to spare, host-known to scheduler and worker: rows of the
+forward and free pages that no other request wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_dlm.model_executor.planning.segments import BlockRows, Cells, Segments, ragged
+from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
+
+
+def page_size_of(kv_cache_config: Any) -> int:
+    """Tokens in a KV page; requests with branches have one kind of pages."""
+    return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+
+
+class Pages(NamedTuple):
+    """Pages that a request's rows [start, end) touch, counted in its block table."""
+
+    first: Any
+    end: Any
+
+    @classmethod
+    def of(cls, start: Any, end: Any, page_size: int) -> Pages:
+        """Of numbers, or of arrays of them."""
+        return cls(start // page_size, -(-end // page_size))
+
+    @property
+    def count(self) -> Any:
+        """How many: what each branch needs as scratch pages."""
+        return self.end - self.first
+
+    def with_branches(self, branches: int) -> int:
+        """Pages of a request with this many branches, number 0 included."""
+        return int(self.end + (branches - 1) * self.count)
+
+    def copies(
+        self, pages: list[int], start: int, branches: int, page_size: int
+    ) -> list[tuple[int, int]]:
+        """Pages to copy, from and to, before a forward of rows from `start` on.
+
+        Args:
+            pages: ids of the request's pages.
+        """
+        if start % page_size == 0:
+            return []
+        scratch = pages[self.end : self.with_branches(branches) : self.count]
+        return [(pages[self.first], page) for page in scratch]
+
+
+class Wish(NamedTuple):
+    """What one request would do with room for drafts."""
+
+    branches: int
+    """That it can use; 1 without drafts."""
+    held: int
+    """Pages that it has."""
+    start: int
+    end: int
+    """One past the last of the rows of each."""
+
+
+def share_out(
+    wishes: Sequence[Wish], *, rows: int, pages: int, longest: int, page_size: int
+) -> list[int]:
+    """Branches of each request: what one each leaves free, in the requests' order.
+
+    Args:
+        rows: that a forward may have.
+        pages: that are free.
+        longest: pages that a request may have.
+        page_size: tokens in a page.
+    """
+    spans = [Pages.of(wish.start, wish.end, page_size) for wish in wishes]
+    held = [max(wish.held, span.end) for wish, span in zip(wishes, spans, strict=True)]
+    rows -= sum(wish.end - wish.start for wish in wishes)
+    pages -= sum(held) - sum(wish.held for wish in wishes)
+    shares = []
+    for wish, span, has in zip(wishes, spans, held, strict=True):
+        length = wish.end - wish.start
+        room = min(has + pages, longest) - span.end
+        share = min(wish.branches, 1 + rows // length, 1 + room // span.count)
+        share = max(share, 1)
+        rows -= (share - 1) * length
+        pages -= max(span.with_branches(share) - has, 0)
+        shares.append(share)
+    return shares
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """A forward's rows that belong to branches from number 1 on; E such branches.
+
+    Arrays are on the host, tensors on the engine's device.
+    """
+
+    row_branch: torch.Tensor
+    """[M] int64: the branch of each row of the forward; 0 for the canvases' own."""
+    setback: torch.Tensor
+    """[M] int64: how far vLLM, which counts on, has put each row's position."""
+    rows: np.ndarray
+    """[n]: rows of branches."""
+    row_request: np.ndarray
+    """[n]: request of each of these rows in vLLM's batch."""
+    row_page: np.ndarray
+    """[n]: page for its key and value, counted in the request's block table."""
+    row_offset: np.ndarray
+    """[n]: place in that page."""
+    segments: np.ndarray
+    """[s]: segments of branches."""
+    pages: Pages
+    """Of [s] arrays: the pages that scratch pages stand for."""
+    scratch: np.ndarray
+    """[s]: by how much these lie further on in the block table."""
+    parents: torch.Tensor
+    """[E] int64: the deciding request that each branch is of."""
+    numbers: torch.Tensor
+    """[E] int64: 1 or more."""
+    blocks: BlockRows
+    """The branches' active blocks, E of them."""
+    index: torch.Tensor
+    """[R, K] int64: branch k of request r, counted from 0 to R - 1 for the canvases
+    and on from R for the branches; -1 where it is not evaluated."""
+    all_rows_at: torch.Tensor
+    """[R + E, B] int64: `BlockRows.row_at` of the canvases and, counted on, of the
+    branches."""
+
+    def place_keys(
+        self,
+        slot_mapping: torch.Tensor,
+        block_table: torch.Tensor,
+        page_size: int,
+    ) -> None:
+        """Send the branches' keys and values to their scratch pages.
+
+        Args:
+            slot_mapping: [at least M] int64, changed in place.
+            block_table: [requests of the batch, pages] int32.
+        """
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(block_table.device, non_blocking=True)
+
+        page = block_table[on_device(self.row_request), on_device(self.row_page)]
+        slots = page.long() * page_size + on_device(self.row_offset)
+        slot_mapping[on_device(self.rows)] = slots
+
+    def swap_pages(self, block_table: torch.Tensor) -> None:
+        """Let the segments of branches see their scratch pages.
+
+        Args:
+            block_table: [S, pages] int32, changed in place.
+        """
+
+        def column(array: np.ndarray) -> torch.Tensor:
+            there = torch.from_numpy(array).to(block_table.device, non_blocking=True)
+            return there[:, None]
+
+        segments = column(self.segments)[:, 0]
+        table = block_table[segments]
+        places = torch.arange(table.shape[1], device=table.device).expand_as(table)
+        own = (places >= column(self.pages.first)) & (places < column(self.pages.end))
+        places = torch.where(own, places + column(self.scratch), places)
+        block_table[segments] = table.gather(1, places)
+
+    def by_branch(self, canvas: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """[R, K, B]: values of the canvases [R, B] and of the branches [E, B]."""
+        return torch.cat([canvas, branch])[self.index.clamp(min=0)]
+
+
+def plan_branches(
+    starts: np.ndarray,
+    ends: np.ndarray,
+    branches: np.ndarray,
+    segments: Segments,
+    deciding: np.ndarray,
+    blocks: BlockRows,
+    page_size: int,
+) -> BranchPlan:
+    """Lay out the branches of a forward.
+
+    Args:
+        starts, ends: of each request of the batch, [start, end) of one branch's rows.
+        branches: of each request, number 0 included.
+        segments: of the forward, those of branches among them.
+        deciding: [R]: the requests, of the batch, that decide.
+        blocks: theirs.
+        page_size: tokens in a KV page.
+    """
+    device = blocks.slots.device
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    lengths = ends - starts
+    pages = Pages.of(starts, ends, page_size)
+    request, place = ragged(lengths * branches)
+    branch = place // lengths[request]
+    rows = branch.nonzero()[0]
+    row_request = request[rows]
+    position = starts[row_request] + place[rows] % lengths[row_request]
+
+    copy = np.arange(len(segments.request)) - np.searchsorted(
+        segments.request, segments.request
+    )
+    number = np.where(branches[segments.request] > 1, copy, 0)
+    of_branches = number.nonzero()[0]
+    owner = segments.request[of_branches]
+
+    parents, numbers = ragged(branches[deciding] - 1)
+    numbers = numbers + 1
+    # A branch reads the rows that its canvas does: it has no further masks.
+    counts = np.bincount(blocks.row_request, minlength=len(deciding))
+    first = np.cumsum(counts) - counts
+    block, nth = ragged(counts[parents])
+    copied = first[parents[block]] + nth
+    offset = blocks.row_offset[copied]
+    setback = numbers * lengths[deciding[parents]]
+    width = blocks.positions.shape[1]
+    places = np.full((len(parents), width), -1)
+    places[block, offset] = np.arange(len(block))
+    at, row_at = on_device(parents), on_device(places)
+    num_rows = len(blocks.row_request)
+    index = np.full((len(deciding), int(branches.max())), -1)
+    index[:, 0] = np.arange(len(deciding))
+    index[parents, numbers] = len(deciding) + np.arange(len(parents))
+    return BranchPlan(
+        row_branch=on_device(branch),
+        setback=on_device(branch * lengths[request]),
+        rows=rows,
+        row_request=row_request,
+        row_page=position // page_size + branch[rows] * pages.count[row_request],
+        row_offset=position % page_size,
+        segments=of_branches,
+        pages=Pages(pages.first[owner], pages.end[owner]),
+        scratch=number[of_branches] * pages.count[owner],
+        parents=at,
+        numbers=on_device(numbers),
+        blocks=BlockRows(
+            slots=blocks.slots[at],
+            slots_np=blocks.slots_np[parents],
+            positions=blocks.positions[at],
+            valid=blocks.valid[at],
+            readable=blocks.readable[at],
+            logits_rows=blocks.logits_rows[on_device(copied)]
+            + on_device(setback[block]),
+            row_places=on_device(block * width + offset),
+            row_at=row_at,
+            row_request=block,
+            row_offset=offset,
+            row_requests=on_device(block),
+        ),
+        index=on_device(index),
+        all_rows_at=torch.cat(
+            [blocks.row_at, torch.where(row_at >= 0, row_at + num_rows, -1)]
+        ),
+    )
+
+
+class Drafts:
+    """Draft tokens of all requests, by slot."""
+
+    def __init__(self, shape: torch.Size, mask_id: int, device: torch.device) -> None:
+        self._mask_id = mask_id
+        self._tokens = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._rank = torch.full(shape, NOT_DRAFTED, dtype=torch.int32, device=device)
+
+    def forget(self, slot: int) -> None:
+        """Make room for a new request."""
+        self._rank[slot] = NOT_DRAFTED
+
+    def keep(self, decision: Decision, masked: torch.Tensor, cells: Cells) -> None:
+        """Keep a decision's drafts for the next forward.
+
+        A drafted mask id (`reference_exact`) fills nothing: verifying ends before it.
+
+        Args:
+            masked: [R, B] bool: positions that may be drafted.
+        """
+        assert decision.draft_tokens is not None and decision.draft_rank is not None
+        masked = masked & (decision.draft_tokens != self._mask_id)
+        rank = torch.where(masked, decision.draft_rank, NOT_DRAFTED)
+        cells.write(self._rank, rank)
+        cells.write(self._tokens, decision.draft_tokens)
+
+    def written(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        branch: torch.Tensor,
+    ) -> torch.Tensor:
+        """[M] int32: the tokens of rows, with the drafts that their branches have.
+
+        Args:
+            tokens, slots, positions, branch: [M], of each row.
+        """
+        is_draft = self._rank[slots, positions] < branch
+        return torch.where(is_draft, self._tokens[slots, positions], tokens)
+
+    def of(self, blocks: BlockRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft tokens and ranks of active blocks, both [R, B] int64."""
+        slots = blocks.slots[:, None]
+        where = blocks.positions.clamp(max=self._rank.shape[1] - 1)
+        rank = torch.where(blocks.valid, self._rank[slots, where], NOT_DRAFTED)
+        return self._tokens[slots, where].long(), rank.long()

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates: which token each position would write, under the request's sampling.
+
+Sampling parameters act on which token is drawn, never on how sure the model is of it:
+the confidence a strategy sees is the candidate's probability under the model's own,
+untempered distribution. (Measuring it after temperature makes threshold decoding
+collapse: Gen-Verse/dLLM-RL issue 5.)
+
+Several references measure it after temperature and top-k/p; so do we for strategies
+that say so (`Strategy.measures`), and with `reference_exact` for families that do
+(`ModelDefaults.reference_confidence`).
+
+Rows of plain greedy requests cost nothing here: their candidate is the argmax.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered
+from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
+from vllm_dlm.model_executor.sampling.bad_words import MASKED
+from vllm_dlm.model_executor.sampling.choice import Choice, Tile
+from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
+
+if TYPE_CHECKING:
+    from vllm_dlm.kernels.shards import VocabShard
+    from vllm_dlm.model_executor.planning.segments import BlockRows
+    from vllm_dlm.model_executor.state import DlmModelState
+
+
+FEW_STOP_IDS = 2
+"""Stop ids per request that there is always room for."""
+
+
+class Sampling(NamedTuple):
+    """What shapes the distributions that n rows draw from; every tensor is [n]."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+    def at(self, rows: torch.Tensor) -> Sampling:
+        """Of some of the rows."""
+        return Sampling(*(values[rows] for values in self))
+
+
+class Candidates:
+    """Draws candidates and knows which of them end a text."""
+
+    def __init__(self, state: DlmModelState) -> None:
+        self.state = state
+        slots, device = state.max_num_reqs, state.device
+        self._temperature = torch.zeros(slots, device=device)
+        self._top_p = torch.ones(slots, device=device)
+        self._min_p = torch.zeros(slots, device=device)
+        self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._min_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._stop_ids = self._no_stop_ids()
+
+        def flags() -> np.ndarray:
+            return np.zeros(slots, dtype=bool)
+
+        # On the host: which rows need more than their argmax.
+        self._draws, self._truncates = flags(), flags()
+        self._measures_drawn, self._seeds_greedily = flags(), flags()
+        self._restrictions: dict[int, Restriction] = {}
+        self._with_many_stop_ids: set[int] = set()
+        """Slots of requests with more than `FEW_STOP_IDS`."""
+        self._restricted_until = np.zeros(slots, dtype=np.int64)
+        """[slots]: the position where a request's restriction ends, 0 without one."""
+
+    def _no_stop_ids(self) -> torch.Tensor:
+        """[slots, K] int64: room for the ids that end each request's text; -1."""
+        shape = self.state.max_num_reqs, FEW_STOP_IDS
+        return torch.full(shape, -1, dtype=torch.int64, device=self.state.device)
+
+    def remove(self, slot: int) -> None:
+        """A request has left: its lists of tokens are not kept."""
+        self._restrictions.pop(slot, None)
+        self._restricted_until[slot] = 0
+        self._with_many_stop_ids.discard(slot)
+        if not self._with_many_stop_ids and self._stop_ids.shape[1] > FEW_STOP_IDS:
+            self._stop_ids = self._stop_ids[:, :FEW_STOP_IDS].clone()
+
+    def add(self, slot: int) -> None:
+        """Take over a new request's sampling parameters."""
+        request = self.state.requests[slot]
+        params = request.params
+        self._temperature[slot] = params.temperature
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        # Larger numbers than a vocabulary has tokens are valid: they keep all.
+        vocab_size = self.state.model_config.get_vocab_size()
+        self._top_k[slot] = min(max(params.top_k, 0), vocab_size)
+        self._seed[slot] = request.seed
+        # A text is never longer; the number may be.
+        min_tokens = min(params.min_tokens, self.state.max_model_len)
+        self._min_tokens[slot] = min_tokens
+        ends = known_ids(request.stop_ids, vocab_size)
+        if len(ends) > FEW_STOP_IDS:
+            self._with_many_stop_ids.add(slot)
+        missing = len(ends) - self._stop_ids.shape[1]
+        if missing > 0:
+            more = self._stop_ids.new_full((self._stop_ids.shape[0], missing), -1)
+            self._stop_ids = torch.cat([self._stop_ids, more], dim=1)
+        self._stop_ids[slot] = -1
+        if ends:
+            self._stop_ids[slot, : len(ends)] = torch.tensor(
+                ends, device=self.state.device
+            )
+
+        draws = params.temperature > 0
+        self._draws[slot] = draws
+        self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
+        self._measures_drawn[slot] = draws and request.measures_drawn
+        defaults = self.state.defaults
+        is_seeding_family = defaults.seeds_blocks and defaults.shift == 1
+        exact = request.config.reference_exact
+        # Fast-dLLM v2 never draws a block's first token.
+        self._seeds_greedily[slot] = is_seeding_family and exact
+        restriction = Restriction.of(request, vocab_size, self.state.device)
+        self._restricted_until[slot] = 0
+        if restriction is not None:
+            self._restrictions[slot] = restriction
+            end = self.state.host.prompt_len[slot] + min_tokens
+            for_ever = np.iinfo(np.int64).max
+            self._restricted_until[slot] = end if restriction.is_early else for_ever
+
+    # -- drawing -----------------------------------------------------------
+
+    def choose(
+        self,
+        tile: Tile,
+        stats: TokenStats,
+        masked: torch.Tensor,
+        step: torch.Tensor,
+        blocks: BlockRows,
+    ) -> Choice:
+        """Candidates of a tile of rows, and how sure the model is of them.
+
+        Args:
+            stats: of the tile, with the statistics that strategies need.
+            masked: [n] bool; decided positions have the argmax as candidate.
+            step: [R] int64: which noise is drawn with.
+        """
+        choice = Choice(
+            stats.argmax,
+            stats.confidence,
+            stats.logsumexp,
+            stats.entropy,
+            stats.margin,
+            broken=~stats.logsumexp.isfinite(),
+        )
+        slots = blocks.row_slots[tile.own]
+        restricts = self._restricts()
+        special = self._draws[slots] | restricts[slots]
+        if not special.any():
+            return choice
+        # Who draws from the model's own distribution needs no other rank's logits.
+        shaped = restricts | self._truncates | self._measures_drawn
+        whole = special & shaped[slots]
+        for rows, shard in ((special & ~whole, tile.logits.shard), (whole, None)):
+            (some,) = rows.nonzero()
+            if len(some):
+                choice = self._redo(
+                    choice, tile, some, shard, rows is whole, masked, step, blocks
+                )
+        return choice
+
+    def _redo(
+        self,
+        choice: Choice,
+        tile: Tile,
+        some: np.ndarray,
+        shard: VocabShard | None,
+        gather: bool,
+        masked: torch.Tensor,
+        step: torch.Tensor,
+        blocks: BlockRows,
+    ) -> Choice:
+        """The same with other candidates for some of a tile's rows.
+
+        Args:
+            some: [m], which of the n rows.
+            shard: of their logits, where these are not gathered.
+            gather: whether they are.
+            masked, step, blocks: as for `choose`.
+        """
+        logits, slots = tile.logits, blocks.row_slots[tile.own][some]
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(logits.device, non_blocking=True)
+
+        at = on_device(some)
+        raw, argmax = tile.values[at], choice.candidate[at]
+        if gather:
+            raw = logits.whole(raw, at + tile.rows.start)
+        processed = raw
+        if self._restricts()[slots].any():
+            # A copy, also of float32: what is restricted must not move the confidence.
+            processed = raw.to(torch.float32, copy=True)
+            self._restrict(processed, some + tile.own.start, blocks)
+            left = token_stats(processed)
+            argmax = left.argmax
+            # What is written already needs no token.
+            stuck = (left.logsumexp == -torch.inf) & masked[at]
+            broken = choice.broken.index_copy(0, at, choice.broken[at] | stuck)
+            choice = choice._replace(broken=broken)
+        owners = blocks.row_requests[tile.own][at]
+        sampling = self._sampling(blocks.slots[owners])
+        cut = self._truncates[slots]
+        drawn = draw(
+            processed,
+            argmax=argmax,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=self._seed[blocks.slots[owners]],
+            position=blocks.positions.flatten()[blocks.row_places[tile.own][at]],
+            step=step[owners],
+            rows=on_device((self._draws[slots] & ~cut).nonzero()[0]),
+            truncated_rows=on_device(cut.nonzero()[0]),
+            banned=logits.banned[tile.rows][at],
+            ban_id=logits.mask_id,
+            shard=shard,
+        )
+        drawn = torch.where(masked[at], drawn, argmax)
+        is_first = blocks.row_offset[tile.own][some] == 0
+        greedy = on_device(self._seeds_greedily[slots] & is_first)
+        drawn = torch.where(greedy, argmax, drawn)
+        sure = prob_of(raw, drawn, choice.logsumexp[at], shard)
+        choice = choice._replace(
+            candidate=choice.candidate.index_copy(0, at, drawn),
+            confidence=choice.confidence.index_copy(0, at, sure),
+        )
+        measured = self._measures_drawn[slots].nonzero()[0]
+        if len(measured):
+            self._measure_drawn(choice, processed, sampling, at, on_device(measured))
+        return choice
+
+    def _sampling(self, slots: torch.Tensor) -> Sampling:
+        """Of rows of these slots [n]."""
+        return Sampling(
+            self._temperature[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+        )
+
+    def _measure_drawn(
+        self,
+        choice: Choice,
+        processed: torch.Tensor,
+        sampling: Sampling,
+        at: torch.Tensor,
+        measured: torch.Tensor,
+    ) -> None:
+        """Overwrite statistics by those of what is drawn from, where asked for.
+
+        Args:
+            processed: [n, V], restricted logits.
+            sampling: of these rows.
+            at: [n] int64: which rows of `choice` they are.
+            measured: [m] int64: which of the n ask for it.
+        """
+        # Sorting a row takes several times its memory: some rows at a time.
+        for part in measured.split(rows_per_slice(processed)):
+            shaped = tempered(processed[part], *sampling.at(part))
+            stats = token_stats(
+                shaped, choice.entropy is not None, choice.margin is not None
+            )
+            places = at[part]
+            tokens = choice.candidate[places]
+            choice.confidence[places] = prob_of(shaped, tokens, stats.logsumexp)
+            if choice.entropy is not None and stats.entropy is not None:
+                choice.entropy[places] = stats.entropy
+            if choice.margin is not None and stats.margin is not None:
+                choice.margin[places] = stats.margin
+
+    def noise_keys(
+        self, step: torch.Tensor, plan: BlockRows
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Seed, position, step [R] of every block position, each [R * B] int64."""
+        width = plan.positions.shape[1]
+        return (
+            self._seed[plan.slots].repeat_interleave(width),
+            plan.positions.flatten(),
+            step.repeat_interleave(width),
+        )
+
+    def _restricts(self) -> np.ndarray:
+        """[slots] bool: not every token is allowed in the active block."""
+        return self.state.host.block_start < self._restricted_until
+
+    def _restrict(
+        self, logits: torch.Tensor, rows: np.ndarray, blocks: BlockRows
+    ) -> None:
+        """Apply requests' token restrictions in place.
+
+        Args:
+            logits: [n, V] float32.
+            rows: [n]: which of the rows of `blocks` these are.
+        """
+        early = self._early(blocks)
+        requests = blocks.row_request[rows]
+        for request in np.unique(requests[self._restricts()[blocks.row_slots[rows]]]):
+            (mine,) = (requests == request).nonzero()
+            offsets = blocks.row_offset[rows[mine]]
+            restriction = self._restrictions[int(blocks.slots_np[request])]
+            banned = self._banned(int(request), blocks)
+            places = torch.from_numpy(offsets).to(logits.device, non_blocking=True)
+            # A request's rows follow each other.
+            part = logits[mine[0] : mine[-1] + 1]
+            restriction.apply(part, early[request, places], offsets, banned)
+
+    # -- what ends a text --------------------------------------------------
+
+    def _early(self, plan: BlockRows) -> torch.Tensor:
+        """[R, B] bool: output positions at which `min_tokens` forbids to stop."""
+        output_index = plan.positions - self.state.prompt_len[plan.slots][:, None]
+        return output_index < self._min_tokens[plan.slots][:, None]
+
+    def is_stop(self, tokens: torch.Tensor, plan: BlockRows) -> torch.Tensor:
+        """[R, B] bool: the token would end its request's text there."""
+        stop = self._stop_ids[plan.slots][:, None, :]
+        return (tokens[:, :, None] == stop).any(dim=2) & ~self._early(plan)
+
+    # -- bad words ---------------------------------------------------------
+
+    def _banned(self, row: int, plan: BlockRows) -> list[tuple[int, int]]:
+        """(block offset, token) pairs that would complete a bad word."""
+        words = self._restrictions[int(plan.slots_np[row])].bad_words
+        if words is None:
+            return []
+        tokens, first = self._output(row, words.reach, plan)
+        banned = words.banned(tokens, begin=max(-first, 0))
+        return [(first + index, token) for index, token in banned]
+
+    def veto_bad_words(
+        self,
+        commit: torch.Tensor,
+        edit: torch.Tensor,
+        new_tokens: torch.Tensor,
+        plan: BlockRows,
+    ) -> list[int]:
+        """Withdraw, in place, commits and edits that would write a bad word.
+
+        Returns:
+            The rows, 0 to R - 1, that lost commits.
+        """
+        rows = []
+        for row in self._restricts()[plan.slots_np].nonzero()[0].tolist():
+            words = self._restrictions[int(plan.slots_np[row])].bad_words
+            if words is None:
+                continue
+            tokens, first = self._output(row, words.reach, plan)
+            (offsets,) = (commit[row] | edit[row]).nonzero(as_tuple=True)
+            indices = (offsets - first).tolist()
+            written = new_tokens[row, offsets].tolist()
+            vetoed = words.vetoed(tokens, dict(zip(indices, written, strict=True)))
+            places = torch.tensor(vetoed, dtype=torch.int64) + first
+            if commit[row, places].any():
+                rows.append(row)
+            commit[row, places] = edit[row, places] = False
+        return rows
+
+    def _output(self, row: int, reach: int, plan: BlockRows) -> tuple[list[int], int]:
+        """A block's output tokens and up to `reach` left of it, `MASKED` where open.
+
+        And the block offset of the first of them.
+        """
+        state, slot = self.state, int(plan.slots_np[row])
+        block_start = int(plan.positions[row, 0])
+        begin = max(block_start - reach, int(state.host.prompt_len[slot]))
+        end = block_start + int(plan.valid[row].sum())
+        tokens = state.tokens[slot, begin:end]
+        hidden = state.masked[slot, begin:end]
+        return tokens.masked_fill(hidden, MASKED).tolist(), begin - block_start

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities of the step that revealed a token.
+
+Tokens are revealed out of order and handed out left to right, so what was measured at
+the reveal is kept until the token is streamed. Raw logits, as vLLM's default
+`raw_logprobs`: before temperature and restrictions. Only requests that asked pay.
+A step map (`step_maps.py`) asks for the log-probability of the token alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors
+
+from vllm_dlm.kernels.top_logprobs import top_logprobs
+from vllm_dlm.model_executor.planning.segments import ragged, upload
+from vllm_dlm.model_executor.step_maps import COLUMNS, NOT_WRITTEN, note_writes
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.sampling.logits import Logits
+    from vllm_dlm.model_executor.sampling.safety import SafeDecision
+    from vllm_dlm.model_executor.state import DlmModelState
+
+
+class RevealedLogprobs:
+    """Ids, values and ranks by position, of requests that asked for logprobs.
+
+    Each has a seat in tensors that grow with the number of such requests at a time.
+    """
+
+    def __init__(self, state: DlmModelState) -> None:
+        self.state = state
+        self._seat = np.full(state.max_num_reqs, -1)
+        """[slots]: -1 for requests that did not ask."""
+        self._top = np.zeros(state.max_num_reqs, dtype=np.int64)
+        """[slots]: how many tokens they want besides the chosen one."""
+        self._maps = np.zeros(state.max_num_reqs, dtype=bool)
+        """[slots]: whether they want a step map."""
+        self._make_seats()
+
+    def _make_seats(self) -> None:
+        """None yet: what nobody asks for takes no memory."""
+        state, self._free = self.state, list[int]()
+        length = state.tokens.shape[1]
+
+        def seats(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(0, length, *shape, dtype=dtype, device=state.device)
+
+        # [seats, max_model_len, k + 1]: column 0 is the token's own.
+        self._ids = seats(1, dtype=torch.int32)
+        self._values = seats(1, dtype=torch.float32)
+        self._ranks = seats(dtype=torch.int64)
+        self._step_maps = seats(COLUMNS, dtype=torch.int32)
+
+    def add(self, slot: int) -> None:
+        """Make room for a new request that asked for logprobs or a step map."""
+        request = self.state.requests[slot]
+        top = request.params.num_logprobs
+        if request.config.step_map:
+            top = top or 0
+        if top is None:
+            return
+        if not self._free:
+            self._add_seats()
+        self._widen(top + 1)
+        seat = self._seat[slot] = self._free.pop()
+        self._top[slot], self._maps[slot] = top, request.config.step_map
+        self._step_maps[seat] = torch.tensor(NOT_WRITTEN, dtype=torch.int32)
+
+    def remove(self, slot: int) -> None:
+        """Drop what is kept for a request that has left."""
+        if self._seat[slot] >= 0:
+            self._free.append(int(self._seat[slot]))
+            self._seat[slot] = -1
+            if len(self._free) == len(self._ids):
+                self._make_seats()
+
+    def _add_seats(self) -> None:
+        """Twice as many."""
+        have = len(self._ids)
+        more = max(have, 1)
+        self._ids, self._values, self._ranks, self._step_maps = (
+            torch.cat([store, store.new_zeros(more, *store.shape[1:])])
+            for store in (self._ids, self._values, self._ranks, self._step_maps)
+        )
+        self._free += range(have, have + more)
+
+    def _widen(self, columns: int) -> None:
+        missing = (0, max(columns - self._ids.shape[2], 0))
+        self._ids = torch.nn.functional.pad(self._ids, missing)
+        self._values = torch.nn.functional.pad(self._values, missing)
+
+    def record(
+        self,
+        logits: Logits,
+        step: torch.Tensor,
+        decision: SafeDecision,
+        plan: SegmentPlan,
+    ) -> None:
+        """Keep the log-probabilities of the tokens written in this step.
+
+        Args:
+            logits: of the step's rows.
+            step: [R] int64, the step of each request's block.
+        """
+        (asking,) = (self._seat[plan.slots_np] >= 0).nonzero()
+        if not len(asking):
+            return
+        slots = plan.slots_np[asking]
+        at, seats, maps = upload(
+            logits.device, asking, self._seat[slots], self._maps[slots]
+        )
+        # What was left a mask (reference_exact) may have no row of its own.
+        written = (decision.commit | decision.edit)[at] & plan.has_row[at]
+        which, offsets = written.nonzero(as_tuple=True)
+        requests, seats = at[which], seats[which]
+        tokens = decision.new_tokens[requests, offsets]
+        positions = plan.positions[requests, offsets]
+        rows = plan.rows_at(requests, offsets, decision.branch)
+        top = int(self._top[slots].max())
+        for part, of_rows in logits.over(rows):
+            ids, values, ranks = top_logprobs(of_rows, top, None, tokens[part])
+            where = seats[part], positions[part]
+            self._ids[*where, : top + 1] = ids.int()
+            self._values[*where, : top + 1] = values
+            self._ranks[where] = ranks
+        if self._maps[slots].any():
+            # A predicted mask (reference_exact) writes nothing.
+            noted = maps[which].bool() & (tokens != self.state.mask_id)
+            steps = step[requests]
+            if decision.step_ahead is not None:
+                steps = steps + decision.step_ahead[requests, offsets]
+            note_writes(self._step_maps, seats[noted], positions[noted], steps[noted])
+
+    def emit(
+        self, old: torch.Tensor, new: torch.Tensor, plan: SegmentPlan
+    ) -> LogprobsTensors | None:
+        """Log-probabilities of output tokens [old, new) of each request.
+
+        Returns None where no request of the batch asked. Where one wants a step map,
+        the token ids are followed by its `COLUMNS`, and that request's tokens by the
+        rest of its block: what stands behind the end of a text has shaped it too.
+        """
+        slots = plan.slots_np
+        asks = self._seat[slots] >= 0
+        if not asks.any():
+            return None
+        block_end = plan.positions[:, 0] + plan.valid.sum(dim=1)
+        prompt_len = self.state.prompt_len[plan.slots]
+        bounds = torch.stack([old + prompt_len, new + prompt_len, block_end])
+        # vLLM wants the counts on the host.
+        first, last, block_end_np = bounds.cpu().numpy()
+        last = np.where(self._maps[slots], block_end_np, last)
+        counts = np.where(asks, last - first, 0)
+        owner, nth = ragged(counts)
+        owner_slots = slots[owner]
+        columns = int(self._top[slots[asks]].max()) + 1
+        seats, positions, wanted = upload(
+            old.device,
+            self._seat[owner_slots],
+            first[owner] + nth,
+            np.arange(columns) <= self._top[owner_slots, None],
+        )
+        where, unwanted = (seats, positions), ~wanted.bool()
+        ids = self._ids[where][:, :columns].masked_fill(unwanted, 0)
+        if self._maps[slots].any():
+            ids = torch.cat([ids, self._step_maps[where]], dim=1)
+        values = self._values[where][:, :columns]
+        return LogprobsTensors(
+            logprob_token_ids=ids,
+            logprobs=values.masked_fill(unwanted, -torch.inf),
+            selected_token_ranks=self._ranks[where],
+            cu_num_generated_tokens=[0, *np.cumsum(counts).tolist()],
+        )
+
+
+def spread_logprobs(
+    logprobs: LogprobsTensors | None, plan: SegmentPlan, num_reqs: int
+) -> LogprobsTensors | None:
+    """The same tokens, counted over the whole batch: who did not decide has none."""
+    if logprobs is None:
+        return None
+    counts = torch.zeros(num_reqs + 1, dtype=torch.int64)
+    offsets = torch.tensor(logprobs.cu_num_generated_tokens)
+    counts[torch.from_numpy(plan.batch_rows) + 1] = offsets.diff()
+    return logprobs._replace(cu_num_generated_tokens=counts.cumsum(0).tolist())

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safety: what holds for every strategy, whatever it decides.
+
+Only open masks are written, what was streamed never changes, every block makes progress
+and every block ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_dlm.model_executor.sampling.eotp import canvas_cut, end_of_text
+from vllm_dlm.strategies.base import Decision, View, best_masked
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.sampling.candidates import Candidates
+    from vllm_dlm.model_executor.sampling.groups import StrategyGroups
+    from vllm_dlm.model_executor.sampling.views import Views
+    from vllm_dlm.model_executor.state import DlmModelState
+
+
+@dataclass(kw_only=True)
+class SafeDecision(Decision):
+    """A decision held to the rules of decoding: what others may leave out is there."""
+
+    new_tokens: torch.Tensor
+    edit: torch.Tensor
+    remask: torch.Tensor
+    hold: torch.Tensor
+    keeps_masks: torch.Tensor
+    """[R] bool: the block ends, and what is masked in it is text."""
+
+    def steps(self) -> torch.Tensor | int:
+        """[R] int64: steps of the block that this forward has done."""
+        if self.step_ahead is None:
+            return 1
+        return 1 + torch.where(self.commit, self.step_ahead, 0).amax(dim=1)
+
+
+class Safety:
+    """Holds decisions to the rules of decoding; see the module docstring."""
+
+    def __init__(
+        self,
+        state: DlmModelState,
+        groups: StrategyGroups,
+        candidates: Candidates,
+        views: Views,
+    ) -> None:
+        self.state = state
+        self.groups = groups
+        self.candidates = candidates
+        self.views = views
+
+    def hold_to_rules(
+        self, view: View, decision: Decision, plan: SegmentPlan
+    ) -> SafeDecision:
+        """What may be done of what a strategy has decided."""
+        state, slots = self.state, plan.slots
+        rewrites = self.groups.may_rewrite[slots][:, None]
+        open_ = view.masked
+        if view.branches is not None:
+            # In the course of its branches a request may reach the next sub-block.
+            open_ = view.branches.masked.any(dim=1)
+        commit = decision.commit & open_
+        may_change = view.decided & rewrites & ~self.views.handed_out(plan)
+        edit = may_change & _or_false(decision.edit, commit)
+        remask = may_change & ~edit & _or_false(decision.remask, commit)
+        new_tokens = (
+            view.candidate if decision.new_tokens is None else decision.new_tokens
+        )
+
+        # Progress: a step that writes nothing would be repeated for ever.
+        stalled = commit.sum(dim=1) <= remask.sum(dim=1)
+        if decision.idle is not None:
+            # Not of a block's seed: without it no rows are left to compute.
+            stalled = stalled & (plan.seeds | ~decision.idle)
+        commit = commit | (best_masked(view) & stalled[:, None])
+        # A block ends.
+        last, keeps_masks = (ends[:, None] for ends in self.groups.ends(slots))
+        new_tokens = torch.where(keeps_masks & ~commit, state.mask_id, new_tokens)
+        # A further sub-block, whose rows were not read, ends in the next step.
+        rest = view.masks & ((plan.readable & plan.has_row) | keeps_masks)
+        commit = torch.where(last, rest, commit)
+        edit, remask = edit & ~last, remask & ~last
+        # An edit may choose the mask id (`reference_exact`): so it is in LLaDA2.1's.
+        to_mask = edit & (new_tokens == state.mask_id)
+        edit, remask = edit & ~to_mask, remask | to_mask
+        # Last, for what comes after it might write a bad word.
+        self._veto_bad_words(view, commit, edit, remask, new_tokens, plan)
+        return SafeDecision(
+            commit=commit,
+            new_tokens=new_tokens,
+            edit=edit,
+            remask=remask,
+            hold=_or_false(decision.hold, stalled) & ~last[:, 0],
+            keeps_masks=keeps_masks[:, 0],
+            truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
+            branch=decision.branch,
+            step_ahead=decision.step_ahead,
+            draft_tokens=decision.draft_tokens,
+            draft_rank=decision.draft_rank,
+        )
+
+    def _veto_bad_words(
+        self,
+        view: View,
+        commit: torch.Tensor,
+        edit: torch.Tensor,
+        remask: torch.Tensor,
+        new_tokens: torch.Tensor,
+        plan: SegmentPlan,
+    ) -> None:
+        """Change a step's rows, in place, that would write a bad word.
+
+        A row that would gain no token then writes its most confident candidate alone:
+        by itself, a candidate completes no bad word.
+        """
+        for row in self.candidates.veto_bad_words(commit, edit, new_tokens, plan):
+            if commit[row].sum() <= remask[row].sum():
+                commit[row] = best_masked(view)[row]
+                edit[row] = remask[row] = False
+                new_tokens[row] = view.candidate[row]
+
+    def _cut(
+        self,
+        view: View,
+        write: torch.Tensor,
+        new_tokens: torch.Tensor,
+        decision: Decision,
+        plan: SegmentPlan,
+    ) -> torch.Tensor | None:
+        """Where the canvas ends now: `Decision.truncate_at`."""
+        state, slots = self.state, plan.slots
+        if not state.host.predicts_end[plan.slots_np].any():
+            return decision.truncate_at
+        is_end = self.candidates.is_stop(new_tokens, plan)
+        return canvas_cut(
+            end_of_text(view, write, is_end, state.eotp_threshold[slots]),
+            state.eotp[slots],
+            self.groups.may_rewrite[slots],
+            state.block_length[slots],
+            decision.truncate_at,
+        )
+
+
+def _or_false(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if mask is None else mask

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views: from the logits of a forward to what the strategies see of it.
+
+The mask id is never predicted, unless `reference_exact` asks for it. Logits come a tile
+at a time (`logits.py`); what stays of a tile is one candidate and its statistics per
+row.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_dlm.kernels.draw import uniform
+from vllm_dlm.kernels.token_stats import token_stats
+from vllm_dlm.model_executor.sampling.choice import Choice, Tile
+from vllm_dlm.model_executor.sampling.logits import Logits
+from vllm_dlm.strategies.base import Branches, View
+from vllm_dlm.strategies.probabilities import Probabilities
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.planning.segments import BlockRows, SegmentPlan
+    from vllm_dlm.model_executor.sampling.candidates import Candidates
+    from vllm_dlm.model_executor.sampling.groups import StrategyGroups
+    from vllm_dlm.model_executor.state import DlmModelState
+
+
+class Views:
+    """Builds the view of each step; see the module docstring."""
+
+    def __init__(
+        self, state: DlmModelState, groups: StrategyGroups, candidates: Candidates
+    ) -> None:
+        self.state = state
+        self.groups = groups
+        self.candidates = candidates
+
+    def logits(self, hidden: torch.Tensor, plan: SegmentPlan) -> Logits:
+        """The step's logits, of branches' rows too.
+
+        Args:
+            hidden: [N, H], rows as `SegmentPlan.logits_rows` names them, behind them
+                those of branches.
+        """
+        state, requests = self.state, plan.row_requests
+        if plan.branches is not None:
+            layout = plan.branches
+            of_branches = layout.parents[layout.blocks.row_requests]
+            requests = torch.cat([requests, of_branches])
+        # A block that ends by no schedule is filled with tokens.
+        ends, keeps_masks = self.groups.ends(plan.slots)
+        may_predict_mask = state.exact[plan.slots] & (keeps_masks | ~ends)
+        return Logits(
+            state.model,
+            hidden,
+            state.tile_rows,
+            state.mask_id,
+            may_predict_mask[requests],
+        )
+
+    def view(self, logits: Logits, plan: SegmentPlan) -> tuple[View, torch.Tensor]:
+        """Statistics of the active blocks, [R, B].
+
+        And [R] bool: which requests' logits leave no token to choose somewhere.
+        """
+        state, slots = self.state, plan.slots
+        output_positions = plan.positions - state.prompt_len[slots][:, None]
+        # The prompt's last tokens may share the block: they stay.
+        masks = self.masked(plan)
+        decided = plan.valid & ~masks & (output_positions >= 0)
+
+        needs = self.groups.needs(plan.slots_np)
+        step = state.step[slots]
+        # How many branches a forward has is chance: what is drawn must not show it.
+        noise_step = torch.where(self.groups.drafts[slots], decided.sum(dim=1), step)
+        positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
+        masked = self._open(masks, slots) & plan.readable
+        choice = self._measure(logits, 0, masked, noise_step, plan, needs)
+        branches = None
+        if "branches" in needs:
+            branches = self._branches(logits, masked, choice, noise_step, plan)
+        noise = None
+        if "uniform" in needs:
+            noise = uniform(*self.candidates.noise_keys(step, plan)).view(masked.shape)
+        probabilities = None
+        if "probabilities" in needs:
+            probabilities = Probabilities(logits, choice.logsumexp, plan.row_at_np)
+        written = output_positions[:, 0].clamp(min=0) + decided.sum(dim=1)
+        longest = state.text_end[slots] - state.prompt_len[slots]
+
+        tokens = state.tokens[slots[:, None], positions].long()
+        # What was handed out stays, whatever the model thinks of it now.
+        stays = (decided & self.handed_out(plan)) | ~plan.has_row
+        candidate = torch.where(stays, tokens, choice.candidate)
+        view = View(
+            tokens=tokens,
+            masked=masked,
+            valid=plan.valid,
+            decided=decided,
+            positions=output_positions,
+            candidate=candidate,
+            confidence=choice.confidence,
+            is_eos=self.candidates.is_stop(candidate, plan),
+            step=step,
+            scheduled=self._scheduled(masked, step, slots),
+            steps=state.steps_per_block[slots],
+            progress=written / longest,
+            state={},
+            entropy=choice.entropy,
+            margin=choice.margin,
+            uniform=noise,
+            probabilities=probabilities,
+            branches=branches,
+        )
+        return view, choice.broken.any(dim=1)
+
+    def _measure(
+        self,
+        logits: Logits,
+        first: int,
+        masked: torch.Tensor,
+        noise_step: torch.Tensor,
+        blocks: BlockRows,
+        needs: set[str],
+    ) -> Choice:
+        """The blocks' candidates and their statistics.
+
+        Args:
+            logits: of all rows of the step.
+            first: the first of the blocks' N rows among these.
+        """
+        places = masked.flatten()[blocks.row_places]
+        parts = [Choice.of_nothing(logits.device, needs)]
+        for rows, values in logits.tiles(first, first + len(places)):
+            stats = token_stats(
+                values,
+                need_entropy="entropy" in needs,
+                need_margin="margin" in needs,
+                banned=logits.banned[rows],
+                ban_id=logits.mask_id,
+                shard=logits.shard,
+            )
+            tile = Tile(
+                logits, values, rows, slice(rows.start - first, rows.stop - first)
+            )
+            parts.append(
+                self.candidates.choose(
+                    tile, stats, places[tile.own], noise_step, blocks
+                )
+            )
+        return Choice.joined(parts).spread(blocks)
+
+    def _branches(
+        self,
+        logits: Logits,
+        masked: torch.Tensor,
+        choice: Choice,
+        noise_step: torch.Tensor,
+        plan: SegmentPlan,
+    ) -> Branches:
+        """What the forward made of drafts, beside the canvas' own `choice`.
+
+        Args:
+            logits: rows of the canvases, those of branches behind them.
+            masked: [R, B] bool: positions of the canvases that may be written.
+        """
+        tokens, rank = self.state.drafts.of(plan)
+        masked, candidate = masked[:, None], choice.candidate[:, None]
+        confidence = choice.confidence[:, None]
+        layout = plan.branches
+        if layout is not None:
+            blocks = layout.blocks
+            left = self.masked(plan)[layout.parents] & (
+                rank[layout.parents] >= layout.numbers[:, None]
+            )
+            left = self._open(left, blocks.slots)
+            step = noise_step[layout.parents] + layout.numbers
+            own_rows = len(plan.row_places)
+            drafted = self._measure(logits, own_rows, left, step, blocks, set())
+            # Drafts that break the logits were not evaluated: if they are right, the
+            # canvas will have them, and break.
+            left &= ~drafted.broken.any(dim=1, keepdim=True)
+            masked = layout.by_branch(masked[:, 0], left)
+            masked &= (layout.index >= 0)[..., None]
+            candidate = layout.by_branch(choice.candidate, drafted.candidate)
+            confidence = layout.by_branch(choice.confidence, drafted.confidence)
+        return Branches(tokens, rank, masked, candidate, confidence)
+
+    def handed_out(self, plan: SegmentPlan) -> torch.Tensor:
+        """[R, B] bool: what a client has: a prompt's tail, and a block's seed."""
+        state, slots = self.state, plan.slots
+        end = state.prompt_len[slots] + state.emitted[slots]
+        return plan.positions < end[:, None]
+
+    def masked(self, plan: SegmentPlan) -> torch.Tensor:
+        """[R, B] bool: all masks of the active blocks."""
+        # Positions past max_model_len do not exist in the state.
+        positions = plan.positions.clamp(max=self.state.tokens.shape[1] - 1)
+        return self.state.masked[plan.slots[:, None], positions] & plan.valid
+
+    def _open(self, masked: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """[R, B] bool: of all masks of active blocks, the first sub-block with any."""
+        offsets = torch.arange(masked.shape[1], device=masked.device)
+        sub_block = offsets // self.state.sub_block_length[slots][:, None]
+        first = torch.where(masked, sub_block, masked.shape[1]).amin(dim=1)
+        return masked & (sub_block == first[:, None])
+
+    def _scheduled(
+        self, masked: torch.Tensor, step: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """[R] int64: tokens that the step schedule writes now, at least one."""
+        state = self.state
+        budget = state.steps_per_block[slots]
+        if state.defaults.schedule == "rounded":
+            left = (budget - step).clamp(min=1)
+            # To even, as Python rounds: in float64 for exact halves.
+            share = (masked.sum(dim=1).double() / left).round().long()
+        else:
+            # What a schedule divides: the block's masks or, in the references of
+            # block-causal models, its length, also where a prompt fills a part of it.
+            share = state.block_length[slots]
+            if not state.defaults.reuses_blocks:
+                share = torch.where(
+                    step == 0, masked.sum(dim=1), state.block_masks[slots]
+                )
+                state.block_masks[slots] = share
+            share = share // budget + (step < share % budget).long()
+        # An opening takes the place of step 0, and its share is left to the last step.
+        whole = budget - state.opens_alone[slots].long()
+        return torch.where(step < whole, share, masked.shape[1]).clamp(min=1)

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiffusionStepScheduler: which request computes which rows next.
+
+vLLM's scheduler advances a request from `num_computed_tokens` to `num_tokens`. A
+diffusion request goes round instead: every denoise step computes its active block
+again, in class A all else too. So before each step this subclass says, per running
+request, where its rows begin (`num_computed_tokens`) and end
+(`CanvasRequest.rows_end`), and leaves admission, budgets, KV pages, prefix caching,
+preemption, priorities and aborts to vLLM.
+
+A waiting request counts its first block (class A: its first canvas) among its tokens:
+its first forward is its first denoise step. There is no prompt-only forward, unless a
+prompt is longer than a forward's token budget.
+
+The worker's reply: a request's sampled tokens are those that became final, contiguous
+from the left; behind them it may say where the canvas now ends (a strategy may cut it,
+never lengthen it). `reply.py` lists what else travels, and where.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_dlm.admission import broken_logits
+from vllm_dlm.admission.sampling_params import stop_ids
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.request import resolve, server_config
+from vllm_dlm.config.tccf import Stages
+from vllm_dlm.model_executor.clean_pages import note_device
+from vllm_dlm.model_executor.planning.branches import (
+    Pages,
+    Wish,
+    page_size_of,
+    share_out,
+)
+from vllm_dlm.model_executor.reply import take_canvas_end, take_health
+from vllm_dlm.model_executor.scheduling.canvas_request import (
+    CanvasRequest,
+    FinalBlocksKVCacheManager,
+)
+from vllm_dlm.model_executor.step_maps import (
+    StepCount,
+    request_rows,
+    take_columns,
+    up_to_the_end,
+)
+from vllm_dlm.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+
+logger = init_logger(__name__)
+
+
+class DiffusionStepScheduler(DiffusionScheduler):
+    """Schedules denoise steps; see the module docstring."""
+
+    max_num_active_reqs: int
+    """vLLM's: requests that may run; `_reserve_prefill_lookahead` ends admissions."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        note_device(vllm_config.device_config.device_type)
+        super().__init__(vllm_config, *args, **kwargs)
+        self.dlm_server = server_config(self.vllm_config)
+        hf_config = self.vllm_config.model_config.hf_config
+        self.dlm_defaults = ModelDefaults.from_hf_config(hf_config)
+        self.max_canvas: int = hf_config.canvas_length
+        # vLLM builds it; ours says which pages may be shared.
+        FinalBlocksKVCacheManager.take_over(self.kv_cache_manager)
+        self._page_size = page_size_of(self.kv_cache_config)
+        self._at_second_stage: list[CanvasRequest] = []
+        self._canvas_rows: dict[str, int] = {}
+        """Canvas rows that each request of the step in flight evaluates."""
+        self._work = [0, 0, 0]
+        """Since the last statistics, in the order of `metrics.COUNTERS`."""
+        self._broken: set[str] = set()
+        """Requests of the step in flight whose logits are broken."""
+        self._reports = broken_logits.Reports(
+            self.vllm_config.model_config.served_model_name
+        )
+
+    # -- admission ---------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Give a request its canvas and enqueue it."""
+        if not isinstance(request, CanvasRequest):
+            params = request.sampling_params
+            # vLLM builds the request; only its class says how tokens are counted.
+            request.__class__ = CanvasRequest
+            request.model = self.dlm_defaults
+            request.dlm = resolve(self.dlm_server, params.extra_args, self.dlm_defaults)
+            request.dlm = request.dlm.sized(params.max_tokens, self.max_canvas)
+            request.origin = self.dlm_defaults.origin(
+                request.num_prompt_tokens, request.dlm.block_length
+            )
+            if not params.ignore_eos:
+                # Ids that end a text but are known to the tokenizer only.
+                params.stop_token_ids = sorted(
+                    {*(params.stop_token_ids or ()), *self.dlm_defaults.stop_ids}
+                )
+            request.stop_ids = stop_ids(params)
+            request.stages = Stages.of(request.dlm.tccf, self.vllm_config.model_config)
+            request.steps = StepCount()
+            request.reach = request.dlm.reach(self.dlm_defaults.shift)
+            request.frontiers = [request.block_start]
+            request.commits_alone = self.dlm_server.commit == "separate"
+            request.max_branches = self._max_branches(request)
+            request.last_step = -1
+            # Forwards and tokens per forward, on every request's output.
+            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(
+                request.dlm.block_length
+            )
+            request.open_canvas(self.max_canvas, self.max_model_len)
+            request.begin()
+        super().add_request(request)
+
+    # -- one step ----------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Schedule one forward: each running request's rows, then admissions."""
+        for request in self.running:
+            request.num_computed_tokens, request.rows_end = request.next_rows()
+            request.branches = 1
+        self._hand_out_branches()
+        self._allot_rows()
+        seats = self.max_num_active_reqs
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            self.max_num_active_reqs = seats
+        self._canvas_rows = {}
+        for request_id, num_rows in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            request.last_step = self.current_step
+            # vLLM has counted the rows as computed already.
+            start = request.num_computed_tokens - num_rows
+            branches = self._settle_branches(output, request, start, num_rows)
+            canvas_rows = request.computed(start, start + num_rows // branches)
+            self._canvas_rows[request_id] = branches * canvas_rows
+            if canvas_rows == 0 and request.block_start != request.first_block:
+                # vLLM counts no forward that decides nothing, as the prompt's parts.
+                request.spec_decode_metrics.observe(0, 0)
+            self.kv_cache_manager.publish(request, request.kv_final)
+        return output
+
+    def _allot_rows(self) -> None:
+        """Share the token budget out among the running requests.
+
+        Where it does not hold the rows of all, some sit this step out. Whose last step
+        is longest ago comes first, so a request sits out fewer steps in a row than
+        requests run. `running` itself stays in the order of admission: vLLM takes pages
+        from its end, that is, from who came last.
+        """
+        left = self.max_num_scheduled_tokens
+        for request in sorted(self.running, key=lambda r: r.last_step):
+            start = request.num_computed_tokens
+            end = min(start + left, request.rows_end)
+            request.allotted = request.whole_rows(start, end)
+            left -= request.allotted
+
+    # -- branches (`branches.py`) ------------------------------------------
+
+    def _max_branches(self, request: CanvasRequest) -> int:
+        """Canvases that one forward of a request may evaluate."""
+        strategy, params = STRATEGIES[request.dlm.strategy], request.sampling_params
+        # What looks at every step misses those that branches skip.
+        watched = request.dlm.eotp != "off" or params.bad_words_token_ids
+        if watched or len(self.kv_cache_config.kv_cache_groups) != 1:
+            return 1
+        return strategy.branches(request.dlm.params)
+
+    def _hand_out_branches(self) -> None:
+        """Let drafts use the rows and pages that no other request wants now."""
+        if all(request.useful_branches() == 1 for request in self.running):
+            return
+        manager = self.kv_cache_manager
+        # Whoever may be admitted in this step comes before drafts.
+        seats = max(self.max_num_running_reqs - len(self.running), 0)
+        requests = [*self.running, *islice(self.waiting, seats)]
+        shares = share_out(
+            [
+                Wish(
+                    request.useful_branches(),
+                    len(manager.get_block_ids(request.request_id)[0]),
+                    *request.next_rows(),
+                )
+                for request in requests
+            ],
+            rows=self.max_num_scheduled_tokens,
+            pages=manager.block_pool.get_num_free_blocks(),
+            longest=self.max_model_len // self._page_size,
+            page_size=self._page_size,
+        )
+        for request, branches in zip(requests, shares, strict=True):
+            if branches > 1:
+                request.take_branches(branches)
+
+    def _settle_branches(
+        self,
+        output: SchedulerOutput,
+        request: CanvasRequest,
+        start: int,
+        num_rows: int,
+    ) -> int:
+        """Tell the worker of a request's branches; their number, once it is certain."""
+        if request.branches == 1:
+            return 1
+        branches = num_rows // request.branch_rows
+        request_id = request.request_id
+        pages = Pages.of(start, start + request.branch_rows, self._page_size)
+        (ids,) = self.kv_cache_manager.get_block_ids(request_id)
+        copies = [
+            KVCacheBlockCopy(*copy)
+            for copy in pages.copies(ids, start, branches, self._page_size)
+        ]
+        output.kv_cache_block_copies = (output.kv_cache_block_copies or []) + copies
+        # The worker reads how many branches there are off the number of draft tokens.
+        # It has the tokens themselves.
+        output.scheduled_spec_decode_tokens[request_id] = [-1] * (branches - 1)
+        return branches
+
+    # ----------------------------------------------------------------------
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Cut rows that exceed the token budget where they may be cut.
+
+        vLLM's last word on how many rows of a request a forward takes; with 0 the
+        request sits this step out. If it is a waiting one, nobody is admitted behind it
+        in this step: smaller requests would, step after step, take the rows that it
+        waits for. (vLLM tries the next ones, from 0.33 on.)
+        """
+        assert isinstance(request, CanvasRequest)
+        is_running = request.status == RequestStatus.RUNNING
+        if is_running:
+            num_new_tokens = min(num_new_tokens, request.allotted)
+        end = num_computed_tokens + num_new_tokens
+        rows = request.whole_rows(num_computed_tokens, end)
+        if rows == 0 and not is_running:
+            self.max_num_active_reqs = 0  # until this step is scheduled
+        return rows
+
+    def update_from_output(
+        self,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: ModelRunnerOutput,
+    ) -> dict[int, EngineCoreOutputs]:
+        """Take the worker's reply apart, then let vLLM append and stop."""
+        self._work[0] += scheduler_output.total_num_scheduled_tokens
+        broken, head_rows = take_health(
+            model_runner_output, for_vllm=envs.VLLM_COMPUTE_NANS_IN_LOGITS
+        )
+        self._work[1] += head_rows
+        self._note_broken(broken)
+        logprobs, columns = take_columns(model_runner_output.logprobs)
+        model_runner_output.logprobs = logprobs
+        step_maps = {}
+        drafting: set[str] = set()
+        for row, tokens in enumerate(model_runner_output.sampled_token_ids or ()):
+            request = self.requests.get(model_runner_output.req_ids[row])
+            if request is None or not tokens:
+                continue
+            canvas_end = take_canvas_end(tokens)
+            if canvas_end is not None:
+                request.canvas_end = min(request.canvas_end, canvas_end)
+            # What became final behind the end of the text is padding: not counted.
+            del tokens[request.num_tokens_to_stop(tokens) :]
+            if request.stages is not None:
+                before = request.output_token_ids
+                del tokens[request.stages.first_stage(before, tokens) :]
+            request.note_step()
+            if request.request_id in self._broken:
+                # Nothing of it is handed out; vLLM looks at a request that got tokens.
+                tokens[:] = [0]
+                continue
+            if request.dlm.step_map and logprobs is not None and columns is not None:
+                rows = request_rows(columns, logprobs, row, request.steps.before)
+                step_maps[request.request_id] = rows
+                if request.max_branches > 1:
+                    request.steps.note_rows(rows)
+                    drafting.add(request.request_id)
+        # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
+        # that its diffusion metrics and the per-request ones are right.
+        scheduler_output.scheduled_spec_decode_tokens = {
+            request_id: range(num_rows)
+            for request_id, num_rows in self._canvas_rows.items()
+        }
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._begin_second_stages()
+        if step_maps:
+            for of_client in outputs.values():
+                for output in of_client.outputs:
+                    found = step_maps.get(output.request_id)
+                    if found is None:
+                        continue
+                    count = len(output.new_token_ids)
+                    if not output.finished:
+                        found = found[:count]
+                    elif output.request_id in drafting:
+                        found = up_to_the_end(found, count)
+                    output.routed_experts = found
+        for request in self.running:
+            request.note_frontier()
+            if request.num_tokens == request.canvas_end:
+                request.open_canvas(self.max_canvas, self.max_model_len)
+            elif request.refreshed_block != request.block_start:
+                request.block_canvas_end = request.canvas_end
+        return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        """Append and stop as vLLM does; a canvas cut inside a block stops too.
+
+        Its strategy said that the text ends there, also where no stop token came. A cut
+        at a block's end drops padding only: without a stop token the text goes on, on a
+        further canvas.
+        """
+        if request.request_id in self._broken:
+            request.status = RequestStatus.FINISHED_ERROR
+            request.resumable = False
+            request.stop_reason = broken_logits.REASON
+            return [], True
+        new_token_ids, stopped = super()._update_request_with_output(
+            request, new_token_ids, is_stale
+        )
+        assert isinstance(request, CanvasRequest)
+        stages = request.stages
+        if not stopped and stages and stages.end_with(request.output_token_ids):
+            self._at_second_stage.append(request)
+            check, stopped = super()._update_request_with_output(
+                request, list(stages.check), is_stale
+            )
+            return [*new_token_ids, *check], stopped
+        if (
+            not stopped
+            and request.num_tokens == request.canvas_end < request.block_canvas_end
+            and request.num_tokens != request.block_start
+        ):
+            request.status = RequestStatus.FINISHED_STOPPED
+            stopped = True
+        return new_token_ids, stopped
+
+    def _note_broken(self, request_ids: list[str]) -> None:
+        """These requests end with this step, in an error (`reply.py`)."""
+        self._broken = {name for name in request_ids if name in self.requests}
+        self._work[2] += len(self._broken)
+        line = self._reports.add(len(self._broken))
+        if line is not None:
+            logger.error(line)
+
+    def _begin_second_stages(self) -> None:
+        """Preempt what goes on in blocks of one (`tccf.py`): its KV is another."""
+        entering, self._at_second_stage = self._at_second_stage, []
+        for request in entering:
+            if request.status != RequestStatus.RUNNING:
+                continue  # its check text ended it
+            request.enter_second_stage(self.max_canvas, self.max_model_len)
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        """Denoise steps, canvas positions evaluated and tokens finalized."""
+        if not self.log_stats:
+            return None
+        stats = spec_decoding_stats
+        if stats is None:
+            stats = SpecDecodingStats.new(0)
+        stats.num_drafts += 1
+        stats.num_draft_tokens += num_draft_tokens
+        stats.num_accepted_tokens += num_accepted_tokens
+        return stats
+
+    def make_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> SchedulerStats | None:
+        """vLLM's, with the step's work, also where all its requests were aborted."""
+        if self.log_stats and any(self._work):
+            if spec_decoding_stats is None:
+                spec_decoding_stats = SpecDecodingStats.new(0)
+            spec_decoding_stats.num_draft_tokens_per_pos = self._work
+            self._work = [0, 0, 0]
+        return super().make_stats(spec_decoding_stats, *args, **kwargs)
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Nothing: the canvas lives in the worker, no draft tokens travel."""
+
+    def _preempt_request(
+        self, request: Request, timestamp: float, drop_stale_output: bool = False
+    ) -> None:
+        """Preempt; the request later replays its active block from the start.
+
+        The block's decisions follow from the tokens left of it, the canvas width and
+        the request's seed alone, so a replay gives the same tokens. Pages of finished
+        blocks may still be found by prefix caching.
+        """
+        assert isinstance(request, CanvasRequest)
+        request.canvas_end = request.block_canvas_end
+        request.begin()
+        super()._preempt_request(request, timestamp, drop_stale_output)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-causal drafters in SDAR's layout, for training: Qwen3 under a mask of blocks.
+
+A token sees its own block of B tokens and all blocks left of it; blocks are counted
+from the first token (SDAR, arXiv 2510.06303). So what stands left of a block does not
+change with what follows, and a served drafter keeps its keys and values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+from vllm_dlm.files.model_folders import WEIGHTS, Config, check_weights
+from vllm_dlm.files.whole_files import BadFile, write_json
+from vllm_dlm.model_executor.models.sdar_config import SDARConfig
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.training.tiny.export import (
+    decoder_config,
+    export_like,
+    write_folder,
+)
+from vllm_dlm.training.tiny.modeling import INIT_STD, LLaDAShape
+
+
+class BlockCausalModel(nn.Module):
+    """transformers' Qwen3; `forward` gives the logits of every position."""
+
+    def __init__(self, network: Qwen3ForCausalLM) -> None:
+        super().__init__()
+        self.network = network
+        # For short rows on a CPU the backward pass of scaled_dot_product_attention
+        # takes as long as all the rest.
+        network.set_attn_implementation("eager")
+
+    @property
+    def config(self) -> SDARConfig:
+        return self.network.config
+
+    @property
+    def shape(self) -> LLaDAShape:
+        """Its sizes, as LLaDA names them."""
+        return LLaDAShape(
+            vocab_size=self.config.vocab_size,
+            d_model=self.config.hidden_size,
+            n_layers=self.config.num_hidden_layers,
+            n_heads=self.config.num_attention_heads,
+            mlp_hidden_size=self.config.intermediate_size,
+            rope_theta=self.config.rope_parameters["rope_theta"],
+            rms_norm_eps=self.config.rms_norm_eps,
+            max_sequence_length=self.config.max_position_embeddings,
+        )
+
+    def forward(self, input_ids: Tensor, valid: Tensor) -> Tensor:
+        """Logits [rows, length, vocab] of token ids [rows, length].
+
+        Args:
+            input_ids: Token ids, the rows left-aligned.
+            valid: Bool [rows, length], False at padding that nobody may attend to.
+        """
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        blocks = places // self.config.dlm_block_length
+        seen = (blocks <= blocks[:, None]) & valid[:, None, None, :]
+        hidden = torch.zeros(seen.shape, device=seen.device)
+        hidden.masked_fill_(~seen, torch.finfo(hidden.dtype).min)
+        # As a dict a mask is taken as it is: any other is combined with a causal one.
+        output = self.network(
+            input_ids=input_ids,
+            attention_mask={"full_attention": hidden},
+            use_cache=False,
+        )
+        return output.logits
+
+
+def make_block_causal(shape: LLaDAShape, block_length: int) -> BlockCausalModel:
+    """An untrained model with the built-in tokenizer.
+
+    Raises:
+        ValueError: no tokens in a block.
+    """
+    if block_length < 1:
+        raise ValueError(f"a block has at least 1 token, not {block_length}")
+    config = SDARConfig(
+        **make_sdar_config(shape, block_length), initializer_range=INIT_STD
+    )
+    return BlockCausalModel(Qwen3ForCausalLM(config))
+
+
+def load_block_causal(model_dir: str | Path) -> BlockCausalModel:
+    """Load a folder in the layout of SDAR, TraDo or TDAR for training.
+
+    Raises:
+        ValueError: weights are missing, or are not finite.
+    """
+    config = SDARConfig.from_pretrained(model_dir, name_or_path=str(model_dir))
+    network, info = Qwen3ForCausalLM.from_pretrained(
+        model_dir, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random ones.
+        reason = f"{len(missing)} tensors are missing, such as {missing[0]}"
+        raise BadFile(WEIGHTS, model_dir, reason)
+    check_weights(network.state_dict(), network, model_dir)
+    return BlockCausalModel(network.eval())
+
+
+def export_block_causal(model: BlockCausalModel, output_dir: str | Path) -> None:
+    """Write a model of `make_block_causal` as a folder of an `SDARForCausalLM`."""
+    config = make_sdar_config(model.shape, model.config.dlm_block_length)
+    write_folder(output_dir, _tensors(model), config)
+
+
+def export_block_causal_like(
+    model: BlockCausalModel, source: str | Path, output_dir: str | Path
+) -> None:
+    """Write new weights of a model; all else as in the folder it was loaded from."""
+    export_like(_tensors(model), source, output_dir)
+    # The block length may have been a part of the old folder's name.
+    config = Config(output_dir)
+    block_length = model.config.dlm_block_length
+    write_json(config.path, config.values | {"block_size": block_length})
+
+
+def make_sdar_config(shape: LLaDAShape, block_length: int) -> dict[str, object]:
+    """config.json of an `SDARForCausalLM` with the built-in tokenizer."""
+    return {
+        "architectures": ["SDARForCausalLM"],
+        "model_type": "sdar",
+        "block_size": block_length,
+        "head_dim": shape.d_model // shape.n_heads,
+        "mask_token_id": tiny_tokenizer.MASK_ID,
+        **decoder_config(shape),
+    }
+
+
+def _tensors(model: BlockCausalModel) -> dict[str, Tensor]:
+    tensors = model.network.state_dict()
+    if model.config.tie_word_embeddings:
+        # One tensor of two names, which safetensors refuses; loading ties them again.
+        del tensors["lm_head.weight"]
+    return tensors

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write models as Hugging Face folders; LLaDA's in its own layout and names."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from vllm_dlm.files.tensor_files import write_safetensors
+from vllm_dlm.files.whole_files import open_file, replacing, write_json
+from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
+
+
+def export(model: LLaDAModel, output_dir: str | Path) -> None:
+    """Write the weights, the configuration and the tokenizer of a model."""
+    write_folder(output_dir, model.state_dict(), make_config(model))
+
+
+def export_like(
+    tensors: Mapping[str, Tensor], source: str | Path, output_dir: str | Path
+) -> None:
+    """Write new weights of a model; all else as in the folder it was loaded from."""
+    output_dir = Path(output_dir)
+    for file in Path(source).iterdir():
+        is_text = file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
+        # Weights in several files have an index; these will be in one.
+        is_text = is_text and not file.name.endswith(".index.json")
+        if is_text and file.resolve() != (output_dir / file.name).resolve():
+            with (
+                open_file(file, "model's file") as content,
+                replacing(output_dir / file.name) as part,
+                part.open("wb") as copy,
+            ):
+                shutil.copyfileobj(content, copy)
+    _write_weights(output_dir, tensors)
+
+
+def write_folder(
+    output_dir: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, object],
+) -> None:
+    """Write float32 weights, config.json and the built-in models' tokenizer."""
+    output_dir = Path(output_dir)
+    _write_weights(output_dir, tensors)
+    write_json(output_dir / "config.json", config)
+    generation = {
+        "bos_token_id": tiny_tokenizer.BOS_ID,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+    }
+    write_json(output_dir / "generation_config.json", generation)
+    tiny_tokenizer.save_tokenizer(output_dir)
+
+
+def make_config(model: LLaDAModel) -> dict[str, object]:
+    """config.json with the field names of LLaDA's own."""
+    shape = model.shape
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "alibi": False,
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "bias_for_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": shape.d_model,
+        # Read by vllm-dlm: no wider canvas was trained on.
+        "dlm_max_canvas": 256,
+        "embedding_dropout": 0.0,
+        "embedding_size": shape.vocab_size,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "flash_attention": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "mask_token_id": tiny_tokenizer.MASK_ID,
+        "max_sequence_length": shape.max_sequence_length,
+        "mlp_hidden_size": shape.mlp_hidden_size,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_heads,
+        "n_layers": shape.n_layers,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "residual_dropout": 0.0,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": shape.rope_theta,
+        "scale_logits": False,
+        "torch_dtype": "float32",
+        "use_cache": False,
+        "vocab_size": shape.vocab_size,
+        "weight_tying": False,
+    }
+
+
+def decoder_config(shape: LLaDAShape) -> dict[str, object]:
+    """What config.json of a Llama or Qwen3 layout says of a network of this shape."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": tiny_tokenizer.BOS_ID,
+        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "hidden_act": "silu",
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.mlp_hidden_size,
+        "max_position_embeddings": shape.max_sequence_length,
+        "num_attention_heads": shape.n_heads,
+        "num_hidden_layers": shape.n_layers,
+        "num_key_value_heads": shape.n_heads,
+        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    floats = {name: tensor.detach().float() for name, tensor in tensors.items()}
+    write_safetensors(folder / "model.safetensors", floats, {"format": "pt"})
