@@ -341,7 +341,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dlm_block_length": "canvas"},
         ["block_length is", "--dlm-block-length"],
     ),
-    "a cache policy": ({"dlm_cache": "dual"}, ["'dual'", "leave it at 'none'"]),
+    "a cache policy": ({"dlm_cache": "prefix"}, ["'prefix'", "leave it at 'none'"]),
     "steps without a schedule": (
         {"dlm_strategy": "factor", "dlm_steps_per_block": 4},
         ["steps_per_block would be ignored", "'factor'", "static, threshold with"],
