@@ -17,7 +17,8 @@ from released_configs import (
     SDAR_MOE,
 )
 
-from vllm_dlm import plugin
+from vllm_dlm.model_executor.models.tables import HF_CONFIGS
+from vllm_dlm.registry import load
 
 A2D_LLAMA = (
     A2D_QWEN3
@@ -41,7 +42,7 @@ CONFIGS = {
 
 def read(fields, **kwargs):
     """The config that vLLM's and Transformers' loaders make of a config.json."""
-    config_class = plugin.load(plugin.HF_CONFIGS[fields["model_type"]])
+    config_class = load(HF_CONFIGS[fields["model_type"]])
     return config_class.from_dict(copy.deepcopy(fields), **kwargs)
 
 

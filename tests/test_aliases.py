@@ -6,8 +6,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from vllm_dlm import plugin
 from vllm_dlm.config import aliases
+from vllm_dlm.model_executor.models.tables import ARCHITECTURES, HF_CONFIGS
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def hub(monkeypatch, outcome=None):
 def test_every_family_is_registered():
     for alias in aliases.ALIASES.values():
         known = alias.family.is_diffusion
-        assert (alias.family.model_type in plugin.HF_CONFIGS) is known
-        assert (alias.family.architecture in plugin.ARCHITECTURES) is known
+        assert (alias.family.model_type in HF_CONFIGS) is known
+        assert (alias.family.architecture in ARCHITECTURES) is known
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from vllm_dlm import plugin
+from vllm_dlm.model_executor.models.tables import ARCHITECTURES, HF_CONFIGS
 from vllm_dlm.patches import ledger as patches
+from vllm_dlm.registry import load
 
 
 def run_python(code, **env):
@@ -39,12 +41,12 @@ def test_register_twice_is_harmless(monkeypatch):
     assert plugin.problems == []
     assert EngineArgs.create_engine_config is wrapped
     assert len(patches.applied()) == count
-    assert set(plugin.ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
-    for model_type, target in plugin.HF_CONFIGS.items():
-        assert _CONFIG_REGISTRY[model_type] is plugin.load(target)
+    assert set(ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
+    for model_type, target in HF_CONFIGS.items():
+        assert _CONFIG_REGISTRY[model_type] is load(target)
         # Not the same where a trainer gives a family another name.
-        assert _CONFIG_REGISTRY[model_type].model_type in plugin.HF_CONFIGS
-    for architecture in plugin.ARCHITECTURES:
+        assert _CONFIG_REGISTRY[model_type].model_type in HF_CONFIGS
+    for architecture in ARCHITECTURES:
         assert MODELS_CONFIG_MAP[architecture].__name__ == "DlmModelConfig"
 
 
@@ -63,8 +65,9 @@ def test_what_we_log_is_shown_as_vllms_log():
 
 def test_reading_a_config_imports_no_vllm():
     heavy = run_python(
-        "import sys\nfrom vllm_dlm import plugin\n"
-        "for target in plugin.HF_CONFIGS.values(): plugin.load(target)\n"
+        "import sys\nfrom vllm_dlm.model_executor.models.tables import HF_CONFIGS\n"
+        "from vllm_dlm.registry import load\n"
+        "for target in HF_CONFIGS.values(): load(target)\n"
         "print(*sys.modules.keys() & {'vllm'})"
     )
     assert heavy == []

@@ -17,6 +17,12 @@ from vllm_dlm.messages import quote
 T = TypeVar("T")
 
 
+def load(target: str) -> Any:
+    """What is behind `module:name`, imported now."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
 class Registry(Generic[T]):
     """Lazily imported objects by name.
 
@@ -73,8 +79,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._loaded:
-            module, _, attribute = self._targets[self.check(name)].partition(":")
-            self._loaded[name] = getattr(import_module(module), attribute)
+            self._loaded[name] = load(self._targets[self.check(name)])
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:

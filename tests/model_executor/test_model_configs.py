@@ -25,6 +25,8 @@ from vllm_dlm.model_executor.models.declarations import (
     check_declarations,
     checkpoint_name,
 )
+from vllm_dlm.model_executor.models.tables import ARCHITECTURES, HF_CONFIGS
+from vllm_dlm.registry import load
 from vllm_dlm.strategies import STRATEGIES
 
 
@@ -203,18 +205,18 @@ def test_every_alias_can_be_declared():
     for alias in aliases.ALIASES.values():
         if not alias.family.is_diffusion:
             continue
-        config_class = plugin.load(plugin.HF_CONFIGS[alias.family.model_type])
+        config_class = load(HF_CONFIGS[alias.family.model_type])
         config = config_class.from_dict(
             {"architectures": [alias.family.architecture]}, name_or_path=alias.target
         )
         check_declarations(config)
 
 
-@pytest.mark.parametrize("architecture", plugin.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_mixin_comes_first(architecture):
     from vllm_dlm.model_executor.models.diffusion import DiffusionModelMixin
 
-    model_class = plugin.load(plugin.ARCHITECTURES[architecture])
+    model_class = load(ARCHITECTURES[architecture])
     assert model_class.compute_logits is DiffusionModelMixin.compute_logits
 
 

@@ -9,14 +9,15 @@ from model_cases import ALL, load, write
 from reference.quantised import quantise
 from safetensors.torch import load_file
 
-from vllm_dlm import plugin
 from vllm_dlm.model_executor.models.names import LLADA_NAMES, NEMOTRON_NAMES
+from vllm_dlm.model_executor.models.tables import ARCHITECTURES
+from vllm_dlm.registry import load as load_class
 
 
 @pytest.mark.parametrize("architecture", ["LLaDAModelLM", "NemotronLabsDiffusionModel"])
 def test_every_module_and_all_that_is_in_it(architecture):
     names = LLADA_NAMES if architecture == "LLaDAModelLM" else NEMOTRON_NAMES
-    mapper = plugin.load(plugin.ARCHITECTURES[architecture]).hf_to_vllm_mapper
+    mapper = load_class(ARCHITECTURES[architecture]).hf_to_vllm_mapper
     mapper = mapper.get_rename_mapper()
     modules = names.modules(12)
     assert len(set(modules.values())) == len(modules) == 3 + 12 * 9

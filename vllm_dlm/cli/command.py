@@ -277,8 +277,8 @@ def _show_models() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vllm_dlm import plugin
     from vllm_dlm.config import aliases
+    from vllm_dlm.model_executor.models.tables import ARCHITECTURES
 
     # Names are for copying: rather let the terminal break a line than cut one.
     console = Console(highlight=False, width=160)
@@ -304,7 +304,7 @@ def _show_models() -> None:
             "\nClass A sees everything, B all blocks up to its own, C what is finished "
             "causally. Strategy and block are the model's defaults.\nAny other "
             "checkpoint of these architectures is served by its folder or hub id: "
-            f"{', '.join(plugin.ARCHITECTURES)}.\n"
+            f"{', '.join(ARCHITECTURES)}.\n"
             f"On this machine: {'; '.join(present) or 'none of them'}."
         )
     )
@@ -312,13 +312,14 @@ def _show_models() -> None:
 
 def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
     """Class, block and strategy of a model, as the table shows them."""
-    from vllm_dlm import plugin
     from vllm_dlm.config.model import ModelDefaults
+    from vllm_dlm.model_executor.models.tables import HF_CONFIGS
+    from vllm_dlm.registry import load
 
     family = alias.family
     if not family.is_diffusion:
         return "autoregressive", "", ""
-    config_class = plugin.load(plugin.HF_CONFIGS[family.model_type])
+    config_class = load(HF_CONFIGS[family.model_type])
     if folder is not None:
         try:
             config = config_class.from_pretrained(folder, name_or_path=folder)

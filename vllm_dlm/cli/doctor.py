@@ -15,6 +15,7 @@ from rich.text import Text
 
 from vllm_dlm import plugin
 from vllm_dlm.config import aliases
+from vllm_dlm.model_executor.models.tables import ARCHITECTURES
 from vllm_dlm.patches import ledger as patches
 
 ENTRY_POINTS = {
@@ -122,7 +123,7 @@ def _check_models(report: Report) -> None:
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
-    for architecture, target in plugin.ARCHITECTURES.items():
+    for architecture, target in ARCHITECTURES.items():
         if architecture in known:
             report.good("architecture", f"{architecture} = {target}")
         else:

@@ -15,12 +15,12 @@ class Family:
 
     name: str
     model_type: str
-    """HF `model_type`, a key of `plugin.HF_CONFIGS`."""
+    """HF `model_type`, a key of `models/tables.py:HF_CONFIGS`."""
     architecture: str
-    """HF architecture, a key of `plugin.ARCHITECTURES`."""
+    """HF architecture, a key of `models/tables.py:ARCHITECTURES`."""
     is_diffusion: bool = True
     """False for autoregressive models, which vLLM serves without us: they are in
-    neither table of `plugin`."""
+    neither table."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from vllm.utils.mem_utils import format_gib
 
 from vllm_dlm.config.engine_keys import SPECULATION
 from vllm_dlm.patches.ledger import replace
-from vllm_dlm.plugin import load
+from vllm_dlm.registry import load
 from vllm_dlm.spec_decode.options import METHODS
 
 if TYPE_CHECKING:
