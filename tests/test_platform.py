@@ -21,6 +21,7 @@ import torch
 
 from vllm_dlm.patches import ledger as patches
 from vllm_dlm.platform import platform_plugin
+from vllm_dlm.vllm_objects import replace
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -167,10 +168,10 @@ def test_a_workers_gate_opens_for_diffusion_models_only(monkeypatch):
 
 def test_replace_refuses_what_vllm_does_not_read():
     runner = SimpleNamespace(longest=7)
-    patches.replace(runner, "longest", 9)
+    replace(runner, "longest", 9)
     assert runner.longest == 9
     with pytest.raises(RuntimeError, match=r"SimpleNamespace\.shortest, which vLLM"):
-        patches.replace(runner, "shortest", 1)
+        replace(runner, "shortest", 1)
 
 
 def test_every_entry_says_why():

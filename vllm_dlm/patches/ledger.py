@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_dlm.config.engine_keys import NEED_RUNNER_V1
+from vllm_dlm.vllm_objects import missing, replace
 
 _MARK = "_vllm_dlm_patches"
 
@@ -428,21 +429,8 @@ def find(symbol: str) -> tuple[Any, str, Any]:
     owner, attribute = _owner(symbol)
     raw = inspect.getattr_static(owner, attribute, None)
     if raw is None:
-        raise RuntimeError(_missing(symbol))
+        raise RuntimeError(missing(symbol))
     return owner, attribute, raw
-
-
-def replace(owner: Any, name: str, value: Any) -> None:
-    """Set what an object of vLLM's has already.
-
-    Raises:
-        RuntimeError: it has nothing by that name, and so would never look at it.
-    """
-    if not hasattr(owner, name):
-        raise RuntimeError(
-            _missing(f"{type(owner).__module__}:{type(owner).__name__}.{name}")
-        )
-    setattr(owner, name, value)
 
 
 def apply_runner_choice() -> None:
@@ -601,13 +589,4 @@ def _owner(symbol: str) -> tuple[Any, str]:
     try:
         return pkgutil.resolve_name(f"{module}:{parent}"), attribute
     except (ImportError, AttributeError) as error:
-        raise RuntimeError(_missing(symbol)) from error
-
-
-def _missing(symbol: str) -> str:
-    from vllm import __version__
-
-    return (
-        f"vllm-dlm wraps {symbol}, which vLLM {__version__} does not have. "
-        "Install a vLLM version that this vllm-dlm release supports."
-    )
+        raise RuntimeError(missing(symbol)) from error

@@ -23,8 +23,8 @@ from vllm.logger import init_logger
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_dlm.config.engine_keys import SPECULATION
-from vllm_dlm.patches.ledger import replace
 from vllm_dlm.spec_decode.options import Options, from_plain, request_limit
+from vllm_dlm.vllm_objects import replace
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

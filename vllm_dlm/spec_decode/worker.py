@@ -16,9 +16,9 @@ from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
 
 from vllm_dlm.config.engine_keys import SPECULATION
-from vllm_dlm.patches.ledger import replace
 from vllm_dlm.registry import load
 from vllm_dlm.spec_decode.options import METHODS
+from vllm_dlm.vllm_objects import replace
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

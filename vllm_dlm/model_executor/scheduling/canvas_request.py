@@ -28,7 +28,7 @@ from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.config.tccf import Stages, one_at_a_time
 from vllm_dlm.model_executor.planning.branches import Pages, page_size_of
 from vllm_dlm.model_executor.step_maps import StepCount
-from vllm_dlm.patches.ledger import replace
+from vllm_dlm.vllm_objects import replace
 
 
 class CanvasRequest(Request):

@@ -22,7 +22,6 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_dlm.patches.ledger import replace
 from vllm_dlm.spec_decode.del_exit.exits import (
     PROMPT_WINDOW,
     Choice,
@@ -32,6 +31,7 @@ from vllm_dlm.spec_decode.del_exit.exits import (
 )
 from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts, stop_ids
 from vllm_dlm.spec_decode.options import Del, request_limit
+from vllm_dlm.vllm_objects import replace
 
 if TYPE_CHECKING:
     pass
