@@ -2,20 +2,23 @@
 """Wrapped handlers: refusals come when they are called, under the client's names."""
 
 import asyncio
+import inspect
 from types import SimpleNamespace
 
 import pytest
 from test_client_fields import ASKED, chat, completion, messages, responses
 from test_request import model_config
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_dlm.admission.client_fields import CHAT, GENERATE, MESSAGES
 from vllm_dlm.messages import LONGEST_MESSAGE
-from vllm_dlm.patches import admission
-from vllm_dlm.patches.ledger import PATCHES
+from vllm_dlm.patches import admission, handlers
+from vllm_dlm.patches.ledger import PATCHES, find
 
 STREAMED = {"output_kind": RequestOutputKind.DELTA}
 
@@ -42,7 +45,7 @@ def answer(route, body, sent=None, config=None, original=None):
     async def plain(self, request, raw_request=None):
         return "done"
 
-    handler = admission._handle(route)(original or plain)
+    handler = admission.handle(route)(original or plain)
     engine = SimpleNamespace(model_config=config or model_config())
     raw_request = None if sent is None else RawRequest(sent)
     return asyncio.run(handler(engine, body, raw_request))
@@ -158,7 +161,7 @@ def test_a_handler_that_hands_on():
     """Fields that vLLM itself puts into the second body are not the client's."""
 
     async def hands_on(self, request, raw_request=None):
-        inner = admission._handle(CHAT)(_refuses)
+        inner = admission.handle(CHAT)(_refuses)
         _, body = chat(max_completion_tokens=9, dlm_steps=4)
         return await inner(self, body, raw_request)
 
@@ -171,7 +174,7 @@ def test_a_handler_that_hands_on():
 
 def ask(params, config, prompt=None, speculative=None):
     """Call the wrapped `AsyncLLM.generate`; nothing is read from what it gives."""
-    generate = admission._generate(lambda self, prompt, params: "begun")
+    generate = admission.generate(lambda self, prompt, params: "begun")
     vllm_config = SimpleNamespace(model_config=config, speculative_config=speculative)
     prompt = {"prompt_token_ids": prompt or [1]}
     return generate(SimpleNamespace(vllm_config=vllm_config), prompt, params)
@@ -204,6 +207,57 @@ def test_a_drafts_limit_is_refused_before_a_stream():
 
 
 def test_every_handler_is_in_the_ledger():
-    for symbol in (*admission.WRAPPERS, *admission.SERVER_WRAPPERS):
-        assert symbol in PATCHES
-    assert MESSAGES in admission.HANDLERS.values()
+    entry = PATCHES["vllm.entrypoints.serve.engine.serving:BaseServing.__init__"]
+    assert set(handlers.HANDLERS) < set(entry.overrides) == set(handlers.METHODS)
+    assert MESSAGES in handlers.HANDLERS.values()
+
+
+@pytest.mark.parametrize("symbol", handlers.METHODS)
+def test_a_handlers_subclass_has_our_method(symbol):
+    kind, name, original = find(symbol)
+    ours = handlers.subclass(kind)
+    assert issubclass(ours, kind) and ours.__name__ == kind.__name__
+    assert vars(ours)[name].__wrapped__ is original
+    # vLLM's own class, and those that are not handlers of ours, stay as they are.
+    assert vars(kind)[name] is original
+    assert handlers.subclass(ours) is ours
+    assert handlers.subclass(BaseServing) is BaseServing
+
+
+def test_what_a_handler_inherits_is_ours_too_and_what_it_replaces_is_its_own():
+    class Handler(OpenAIServingChat):
+        async def chat_completion_full_generator(self, *args, **kwargs):
+            """Another answer."""
+
+    ours = vars(handlers.subclass(Handler))
+    assert "create_chat_completion" in ours and "_raise_if_error" in ours
+    assert "chat_completion_full_generator" not in ours
+
+
+def test_a_handler_is_made_with_our_subclass(monkeypatch):
+    made = []
+
+    class Handler(OpenAIServingChat):
+        def __init__(self):
+            BaseServing.__init__(self, None, None)
+
+    original = inspect.unwrap(BaseServing.__init__)
+
+    def init(self, *args):
+        made.append(type(self))
+        original(self, *args)
+
+    monkeypatch.setattr(BaseServing, "__init__", handlers.base_serving_init(init))
+    handler = Handler()
+    assert made == [type(handler)] == [handlers.subclass(Handler)]
+    assert type(handler) is not Handler and isinstance(handler, Handler)
+
+
+def test_a_method_that_this_vllm_lacks_is_named(monkeypatch):
+    monkeypatch.delattr(OpenAIServingChat, "create_chat_completion")
+
+    class Handler(OpenAIServingChat):
+        pass
+
+    with pytest.raises(RuntimeError, match=r"Chat\.create_chat_completion, which vLLM"):
+        handlers.subclass(Handler)

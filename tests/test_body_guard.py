@@ -115,9 +115,9 @@ def test_nothing_is_built_of_the_other_entries():
 
 
 def test_a_servers_arguments_name_it_once():
-    from vllm_dlm.patches.front_end import _from_cli_args
+    from vllm_dlm.patches.flags import from_cli_args
 
     args = argparse.Namespace(middleware=["own.Middleware"], model="a")
-    from_cli_args = _from_cli_args(lambda cls, args: args.middleware)
+    build = from_cli_args(lambda cls, args: args.middleware)
     for _ in range(2):
-        assert from_cli_args(None, args) == ["own.Middleware", MIDDLEWARE]
+        assert build(None, args) == ["own.Middleware", MIDDLEWARE]

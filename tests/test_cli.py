@@ -12,13 +12,14 @@ from vllm_dlm.admission import body_guard
 from vllm_dlm.cli import command as cli
 from vllm_dlm.config import aliases
 from vllm_dlm.config.options import DlmConfig
-from vllm_dlm.patches import front_end
+from vllm_dlm.patches import flags
+from vllm_dlm.patches.themes import apply_plugin_patches
 
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch, tmp_path):
     """A stand-in for the built-in model's folder."""
-    front_end.apply_front_end_patches()
+    apply_plugin_patches()
     folder = tmp_path / "assets" / "llada-tiny"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "llada"}')
@@ -31,7 +32,7 @@ def parser():
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    front_end.apply_front_end_patches()
+    apply_plugin_patches()
     return EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm serve"))
 
 
@@ -125,9 +126,7 @@ def test_alias_is_resolved_and_served_under_its_own_name(parser, tiny_model):
 
 def serve(**options):
     options = {"model_tag": None, "model": "m", "additional_config": {}} | options
-    check = front_end.SERVER_WRAPPERS[
-        "vllm.entrypoints.cli.serve:ServeSubcommand.validate"
-    ]
+    check = flags.validate_serve
     args = argparse.Namespace(**options)
     seen = []
     check(lambda self, args: seen.append(args))(SimpleNamespace(name="serve"), args)
@@ -161,7 +160,7 @@ def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
         hf_config = SimpleNamespace(dlm_class=dlm_class)
         return SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
 
-    create = front_end._create_engine_config(original)
+    create = flags.create_engine_config(original)
     monkeypatch.setitem(body_guard.process, "ours", False)
     dlm_class = "A"
     args = SimpleNamespace(

@@ -4,8 +4,10 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ if not vllm_version_matches_substr("cpu"):
 
 import torch
 
+from vllm_dlm.patches import cpu_runner, themes
 from vllm_dlm.patches import ledger as patches
 from vllm_dlm.platform import platform_plugin
 from vllm_dlm.vllm_objects import replace
@@ -115,7 +118,13 @@ class Victim:
 )
 def test_wrap_keeps_the_kind_and_applies_once(monkeypatch, attribute, call):
     symbol = f"{__name__}:Victim.{attribute}"
-    entry = patches.Patch(symbol, why="", how="", upstream="", drop_when="")
+    entry = patches.Patch(
+        symbol,
+        why="",
+        upstream="",
+        drop_when="",
+        make=lambda original: lambda *a: original(*a) + "!",
+    )
     monkeypatch.setitem(patches.PATCHES, symbol, entry)
     monkeypatch.setattr(patches, "_applied", [])
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
@@ -123,7 +132,7 @@ def test_wrap_keeps_the_kind_and_applies_once(monkeypatch, attribute, call):
     before = call()
     try:
         for _ in range(2):
-            patches.wrap(symbol, lambda original: lambda *a: original(*a) + "!")
+            patches.wrap(symbol)
         assert call() == before + "!"
         assert type(inspect.getattr_static(Victim, attribute)) is type(raw)
         assert patches.applied() == [entry]
@@ -133,12 +142,12 @@ def test_wrap_keeps_the_kind_and_applies_once(monkeypatch, attribute, call):
 
 def test_wrap_refuses_what_is_not_in_the_ledger_or_not_in_vllm(monkeypatch):
     with pytest.raises(ValueError, match="patch ledger"):
-        patches.wrap("vllm:nothing", lambda original: original)
+        patches.wrap("vllm:nothing")
     symbol = "vllm.config.vllm:VllmConfig.no_such_method"
-    entry = patches.Patch(symbol, why="", how="", upstream="", drop_when="")
+    entry = patches.Patch(symbol, why="", upstream="", drop_when="", make=lambda _: _)
     monkeypatch.setitem(patches.PATCHES, symbol, entry)
     with pytest.raises(RuntimeError, match="does not have"):
-        patches.wrap(symbol, lambda original: original)
+        patches.wrap(symbol)
 
 
 def test_a_workers_gate_opens_for_diffusion_models_only(monkeypatch):
@@ -154,7 +163,7 @@ def test_a_workers_gate_opens_for_diffusion_models_only(monkeypatch):
     monkeypatch.setattr(gpu_worker.Worker, "__init__", look)
     # vLLM 0.32 has no gate there.
     monkeypatch.setattr(gpu_worker, "HAS_TRITON", False, raising=False)
-    patches.apply_cpu_worker_patches()
+    cpu_runner.apply_worker_patches()
     diffusion, other = (
         SimpleNamespace(model_config=SimpleNamespace(is_diffusion=is_diffusion))
         for is_diffusion in (True, False)
@@ -175,19 +184,54 @@ def test_replace_refuses_what_vllm_does_not_read():
 
 
 def test_every_entry_says_why():
-    for symbol, patch in patches.PATCHES.items():
+    for symbol, patch in themes.every_patch().items():
         assert symbol == patch.symbol
         assert patch.why and patch.how and patch.upstream and patch.drop_when
+
+
+UPSTREAM = Path(__file__).parent.parent / "docs/upstream.md"
+
+
+def test_every_entry_has_a_text_for_vllm():
+    """A section of docs/upstream.md, and each section is about an entry."""
+    headings = re.findall(r"^## (.+)$", UPSTREAM.read_text("utf-8"), flags=re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", heading).lower() for heading in headings}
+    anchors = {f"docs/upstream.md#{anchor.replace(' ', '-')}" for anchor in anchors}
+    assert {patch.upstream for patch in themes.every_patch().values()} == anchors
+
+
+def test_entries_are_listed_without_vllm():
+    code = (
+        "import sys; from vllm_dlm.patches.themes import every_patch;"
+        "assert len(every_patch()) > 18;"
+        "print(sorted({'vllm', 'numba', 'transformers'} & set(sys.modules)))"
+    )
+    assert run_python(code) == "[]"
+
+
+def test_no_more_is_wrapped_than_diffusion_models_need():
+    """What mends faults of vLLM goes with these."""
+    found = themes.every_patch().values()
+    assert sum(not patch.mends_vllm for patch in found) <= 18
+
+
+def test_a_symbol_has_one_entry(monkeypatch):
+    monkeypatch.setattr(patches, "PATCHES", {})
+    said = {"why": "", "upstream": "", "drop_when": ""}
+    patches.patch("vllm:nothing", **said)(lambda original: original)
+    with pytest.raises(ValueError, match="'vllm:nothing' is in the patch ledger"):
+        patches.patch("vllm:nothing", **said)(lambda original: original)
 
 
 def test_only_diffusion_models_get_runner_v2():
     code = """
 from types import SimpleNamespace
 from vllm.config import VllmConfig
-from vllm_dlm import patches
-patches.apply_cpu_runner_patches()
-patches.apply_cpu_runner_patches()
-assert len(patches.applied()) == len(set(patches.applied())) > 0
+from vllm_dlm.patches.cpu_runner import apply_cpu_patches
+from vllm_dlm.patches.ledger import applied
+apply_cpu_patches()
+apply_cpu_patches()
+assert len(applied()) == len(set(applied())) > 0
 def config(is_diffusion):
     config = object.__new__(VllmConfig)
     config.model_config = SimpleNamespace(is_diffusion=is_diffusion)
@@ -210,8 +254,9 @@ def test_our_speculative_methods_get_runner_v1_where_v2_is_usual():
 import vllm.config.vllm as vllm_config
 from types import SimpleNamespace
 vllm_config.HAS_TRITON = True
-from vllm_dlm import patches
-patches.apply_runner_choice()
+from vllm_dlm.patches import cpu_runner
+from vllm_dlm.patches.ledger import wrap
+wrap("vllm.config.vllm:VllmConfig.use_v2_model_runner")
 def config(additional):
     config = object.__new__(vllm_config.VllmConfig)
     config.model_config = SimpleNamespace(is_diffusion=False)
@@ -228,10 +273,10 @@ def test_engine_core_applies_the_patches_before_its_scheduler():
     """It unpickles its config: of the platform's hooks it calls only this one."""
     code = """
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-from vllm_dlm import patches
-assert not patches.applied()
+from vllm_dlm.patches.ledger import applied
+assert not applied()
 register_all_kvcache_specs(None)
-print(bool(patches.applied()))
+print(bool(applied()))
 """
     assert run_python(code, VLLM_DLM_DISABLE="0", VLLM_PLUGINS="dlm_cpu") == "True"
 

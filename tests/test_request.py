@@ -16,14 +16,14 @@ from vllm.sampling_params import (
 from vllm_dlm.admission import body_guard
 from vllm_dlm.admission import sampling_params as request
 from vllm_dlm.config.options import DlmConfig
-from vllm_dlm.patches.front_end import apply_front_end_patches
+from vllm_dlm.patches.themes import apply_plugin_patches
 
 MASK = 9
 
 
 @pytest.fixture(autouse=True)
 def patched():
-    apply_front_end_patches()
+    apply_plugin_patches()
 
 
 def model_config(server=None, **hf_config):
@@ -205,7 +205,7 @@ def test_an_output_that_does_not_fit_is_refused_not_cut(monkeypatch):
     from vllm.entrypoints.serve.utils import api_utils
 
     # In a server that module is loaded before the plugins are.
-    apply_front_end_patches()
+    apply_plugin_patches()
     arguments = (100, 60, 50, {})
     monkeypatch.setitem(body_guard.process, "ours", False)
     assert api_utils.get_max_tokens(*arguments) == 50

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_dlm.admission.bounds import MOST_STOP_STRINGS
-from vllm_dlm.patches.front_end import apply_front_end_patches
+from vllm_dlm.patches.themes import apply_plugin_patches
 
 SIZE = 64
 """Tokens of `model_config()`'s model."""
@@ -27,7 +27,7 @@ ids = st.one_of(
 
 @pytest.fixture(autouse=True)
 def patched():
-    apply_front_end_patches()
+    apply_plugin_patches()
 
 
 @given(

@@ -14,7 +14,7 @@ from vllm_dlm.admission import sampling_params as request
 from vllm_dlm.admission.client_fields import CHAT, GENERATE, sent_by
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.messages import LONGEST_MESSAGE, OptionError
-from vllm_dlm.patches.front_end import apply_front_end_patches
+from vllm_dlm.patches.themes import apply_plugin_patches
 
 VOCABULARY = 64
 INT64 = (-(2**63), 2**63 - 1)
@@ -22,7 +22,7 @@ INT64 = (-(2**63), 2**63 - 1)
 
 @pytest.fixture(autouse=True, scope="module")
 def patched():
-    apply_front_end_patches()
+    apply_plugin_patches()
 
 
 def refused(**options):

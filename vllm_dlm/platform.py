@@ -75,26 +75,24 @@ def _make_platform_class() -> "type[CpuPlatform]":
             """Runs in the engine core, which unpickles its config, before its
             scheduler asks which model runner serves it. Elsewhere there may be no
             config."""
-            from vllm_dlm.patches.ledger import require_cpu_verification
+            from vllm_dlm.patches.cpu_verification import require_verification
 
             _apply_patches()
             if vllm_config is not None and vllm_config.speculative_config is not None:
-                require_cpu_verification()
+                require_verification()
             super().register_custom_kv_cache_specs(vllm_config)
 
         @classmethod
         def register_triton_kernel_overrides(cls) -> None:
             """Runs in each worker before its class is resolved."""
             from vllm_dlm.kernels.runner_cpu import register
-            from vllm_dlm.patches.ledger import (
-                apply_cpu_verification_patches,
-                apply_cpu_worker_patches,
-            )
+            from vllm_dlm.patches.cpu_runner import apply_worker_patches
+            from vllm_dlm.patches.cpu_verification import apply_verification_patches
 
             # First: they repair the registration, and what is registered.
             _apply_patches()
-            apply_cpu_verification_patches()
-            apply_cpu_worker_patches()
+            apply_verification_patches()
+            apply_worker_patches()
             super().register_triton_kernel_overrides()
             register()
 
@@ -118,9 +116,9 @@ def _fit_built_in_model(vllm_config: "VllmConfig") -> None:
 
 
 def _apply_patches() -> None:
-    from vllm_dlm.patches.ledger import apply_cpu_runner_patches
+    from vllm_dlm.patches.cpu_runner import apply_cpu_patches
 
-    apply_cpu_runner_patches()
+    apply_cpu_patches()
 
 
 def __getattr__(name: str) -> Any:

@@ -134,6 +134,6 @@ def _register_config_hooks() -> None:
 
 
 def _wrap_front_end() -> None:
-    from vllm_dlm.patches.front_end import apply_front_end_patches
+    from vllm_dlm.patches.themes import apply_plugin_patches
 
-    apply_front_end_patches()
+    apply_plugin_patches()

@@ -229,19 +229,20 @@ def _show_speculation(method: str | None) -> None:
     from rich.text import Text
 
     from vllm_dlm.messages import unknown
-    from vllm_dlm.spec_decode.options import METHODS
+    from vllm_dlm.registry import load
 
+    methods = load("vllm_dlm.spec_decode.options:METHODS")
     console = Console(highlight=False)
     if method is None:
         table = Table("method", "summary", "source", box=None, pad_edge=False)
-        for name, kind in METHODS.items():
+        for name, kind in methods.items():
             table.add_row(name, kind.summary, kind.paper)
         console.print(table)
         console.print("\nOptions of one: vllm-dlm speculation METHOD")
         return
-    if method not in METHODS:
-        raise ValueError(unknown(method, METHODS))
-    kind = METHODS[method]
+    if method not in methods:
+        raise ValueError(unknown(method, methods))
+    kind = methods[method]
     fields = kind.model_fields
     console.print(Text(f"{method}: {kind.summary}\nSource: {kind.paper}\n"))
     console.print(_table_of(fields, "option"))

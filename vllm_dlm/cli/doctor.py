@@ -16,7 +16,7 @@ from rich.text import Text
 from vllm_dlm import plugin
 from vllm_dlm.config import aliases
 from vllm_dlm.model_executor.models.tables import ARCHITECTURES
-from vllm_dlm.patches import ledger as patches
+from vllm_dlm.patches import ledger, themes
 
 ENTRY_POINTS = {
     "vllm.general_plugins": "vllm_dlm.plugin:register",
@@ -207,12 +207,14 @@ def _show_patches(report: Report) -> None:
 
     # As the engine's front end does before it builds its configuration.
     current_platform.pre_register_and_update()
-    in_force = patches.applied()
-    for patch in patches.PATCHES.values():
+    in_force = ledger.applied()
+    for patch in themes.every_patch().values():
+        where = "" if patch in in_force else " (not here: where it is needed)"
+        finding = f"{patch.symbol}{where}\n      {patch.how}"
         try:
-            patches.find(patch.symbol)
+            for symbol in (patch.symbol, *patch.overrides):
+                ledger.find(symbol)
         except RuntimeError as error:
             report.bad("patched", str(error))
-            continue
-        where = "" if patch in in_force else " (not here: where it is needed)"
-        report.good("patched", f"{patch.symbol}{where}\n      {patch.how}")
+        else:
+            report.good("patched", finding)

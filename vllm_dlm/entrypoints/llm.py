@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import vllm
 
+from vllm_dlm.entrypoints.flags import FLAG_PREFIX, fold_options
 from vllm_dlm.messages import unknown
-from vllm_dlm.patches.front_end import FLAG_PREFIX, fold_options
 
 
 class LLM(vllm.LLM):

@@ -9,9 +9,6 @@ caches that need it. (On a GPU its kernels do not read what is behind the keys.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 _serves = {"ours": False}
 """Whether this process runs a model of ours on a CPU."""
 
@@ -22,10 +19,6 @@ def note_device(device_type: str) -> None:
         _serves["ours"] = True
 
 
-def needs_kv_cache_zeroing(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Replaces a property of `KVCacheConfig`."""
-
-    def needs(self: Any) -> bool:
-        return _serves["ours"] or original(self)
-
-    return needs
+def are_needed() -> bool:
+    """Whether pages must be empty when a request gets them, in this process."""
+    return _serves["ours"]

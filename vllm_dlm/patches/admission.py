@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the wrapped functions on a request's way to the engine do: refuse, in time.
+"""A request's way to the engine: what cannot be honoured is refused, in time.
 
-A request that cannot be honoured is a 400 before any work is done for it, and before a
-streamed reply has begun. As in `front_end.py`, `WRAPPERS` and `SERVER_WRAPPERS` map
-entries of the ledger (`patches.py`) to makers.
+That is a 400 before any work is done for the request, and before a streamed reply has
+begun. `handle` and `checked_before_the_stream` make methods of the HTTP server's
+handlers (`handlers.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission import sampling_params as request
 from vllm_dlm.admission.body_guard import process
 from vllm_dlm.admission.client_fields import (
-    CHAT,
-    COMPLETION,
     GENERATE,
-    MESSAGES,
-    RESPONSES,
     Route,
     in_the_clients_words,
     options_field,
@@ -27,18 +23,29 @@ from vllm_dlm.admission.client_fields import (
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
 from vllm_dlm.entrypoints import step_maps
+from vllm_dlm.entrypoints.wings import wings
 from vllm_dlm.messages import LONGEST_MESSAGE, OptionError, bounded, name_of
-from vllm_dlm.spec_decode import front_end as speculation
-from vllm_dlm.spec_decode import options as spec
+from vllm_dlm.patches.ledger import Make, Where, patch
 
-Maker = Callable[[Callable[..., Any]], Callable[..., Any]]
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from starlette.requests import Request
+    from vllm import PromptType, SamplingParams
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.exceptions import VLLMValidationError
+    from vllm.inputs import EngineInput
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 
-def _handle(route: Route) -> Maker:
+def handle(route: Route) -> Make:
     """A route's handler: what the client sent is known here, under its own names."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        async def handle(self: Any, *args: Any, **kwargs: Any) -> Any:
+        async def answer(self: BaseServing, *args: Any, **kwargs: Any) -> Any:
             from vllm.exceptions import VLLMValidationError
 
             given = dict(zip(("request", "raw_request"), args, strict=False)) | kwargs
@@ -55,22 +62,29 @@ def _handle(route: Route) -> Maker:
                 except VLLMValidationError as error:
                     raise _as_sent(error, ours) from None
 
-        return handle
+        return answer
 
     return make
 
 
-async def _refuse_unread(route: Route, body: Any, raw_request: Any, ours: bool) -> None:
-    """Fields that are meant for us, and that vLLM would drop without a word.
+async def _refuse_unread(
+    route: Route, body: Any, raw_request: Request | None, ours: bool
+) -> None:
+    """Refuse fields that are meant for us, and that vLLM would drop without a word.
+
+    Args:
+        body: of the request, as one of vLLM's protocol classes.
+        ours: whether the model is one of ours.
 
     Raises:
         OptionError: it names the first.
     """
     unread = body.model_extra
-    parsed = raw_request is not None and unread is None
-    # FastAPI has parsed it, and keeps it.
-    sent = await raw_request.json() if parsed else {}
+    sent: Mapping[str, Any] = {}
     if unread is None:
+        if raw_request is not None:
+            # FastAPI has parsed it, and keeps it.
+            sent = await raw_request.json()
         unread = _without(sent, type(body).model_fields)
     # A batch of chats has it from chats: it is no field of its own class.
     refuse_stray(_without(unread, (route.options,)), route.options, ours=ours)
@@ -98,7 +112,7 @@ def _without(sent: Mapping[str, Any], known: Any) -> dict[str, Any]:
     return {name: value for name, value in sent.items() if name not in known}
 
 
-def _as_sent(error: Any, ours: bool) -> Any:
+def _as_sent(error: VLLMValidationError, ours: bool) -> VLLMValidationError:
     """A refusal of vLLM's in the client's words, and of a length that can be sent.
 
     vLLM repeats what was sent, twice, whatever its length.
@@ -116,8 +130,17 @@ def _as_sent(error: Any, ours: bool) -> Any:
     return VLLMValidationError(message, parameter=parameter)
 
 
-def _get_max_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_max_tokens(
+@patch(
+    "vllm.entrypoints.serve.utils.api_utils:get_max_tokens",
+    why="The HTTP server cuts max_tokens to what fits and does not say so.",
+    upstream="docs/upstream.md#max_tokens-is-cut-without-a-word",
+    drop_when="vLLM can refuse instead of clamping",
+    where=Where.SERVER,
+)
+def get_max_tokens(original: Callable[..., int]) -> Callable[..., int]:
+    """Refuses an explicit max_tokens that does not fit, for our models."""
+
+    def clamp(
         max_model_len: int,
         max_tokens: int | None,
         input_length: int,
@@ -128,11 +151,20 @@ def _get_max_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
             request.refuse_long_request(max_model_len, max_tokens, input_length)
         return original(max_model_len, max_tokens, input_length, *args, **kwargs)
 
-    return get_max_tokens
+    return clamp
 
 
-def _validate_diffusion(original: Callable[..., Any]) -> Callable[..., Any]:
-    def validate(self: Any, model_config: Any) -> None:
+@patch(
+    "vllm.sampling_params:SamplingParams._validate_diffusion",
+    why="It refuses temperature, seed and others for every diffusion model.",
+    upstream="docs/upstream.md#the-diffusion-check-does-not-ask-the-model",
+    drop_when="a model can say which sampling parameters it honours",
+)
+def validate_diffusion(original: Callable[..., None]) -> Callable[..., None]:
+    """Our models get `validate_sampling_params`; others keep it and refuse our options,
+    which vLLM would ignore."""
+
+    def validate(self: SamplingParams, model_config: ModelConfig) -> None:
         if request.is_ours(model_config.hf_config):
             request.validate_sampling_params(self, model_config)
             return
@@ -148,22 +180,36 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
     Raises:
         VLLMValidationError: a request sets some of them (HTTP 400).
     """
-    ours = [key for key in extra_args if is_prefixed(key) and key != spec.REQUEST_KEY]
+    theirs = {key: flag for wing in wings() for key, flag in wing.REQUEST_KEYS.items()}
+    ours = [key for key in extra_args if is_prefixed(key) and key not in theirs]
     if ours:
         names = ", ".join(map(name_of, ours[:5]))
+        others = "; ".join(
+            f"{key} is for other models, with {theirs[key]}" for key in theirs
+        )
         raise request.refusal(
             OptionError(
                 f"{names}: options of diffusion language models; vLLM itself serves "
-                "this one and would ignore them. Remove them (only "
-                f"{spec.REQUEST_KEY} is for other models, with --speculative-config).",
+                f"this one and would ignore them. Remove them (only {others}).",
                 f"{options_field()}.{name_of(ours[0])}",
             )
         )
 
 
-def _validate_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
+@patch(
+    "vllm.renderers.base:BaseRenderer.validate_token_ids",
+    why=(
+        "Prompts may have any id that the tokenizer knows, and without one any at all; "
+        "the model may have no embedding for it, which ends the engine."
+    ),
+    upstream="docs/upstream.md#prompt-ids-may-lie-outside-the-vocabulary",
+    drop_when="vLLM checks prompts of text against the model's vocabulary",
+)
+def validate_token_ids(original: Callable[..., None]) -> Callable[..., None]:
+    """Refuses such ids for our models."""
+
     def validate(
-        self: Any, token_ids: Any, *args: Any, parameter: str | None = None
+        self: BaseRenderer, token_ids: Any, *args: Any, parameter: str | None = None
     ) -> None:
         original(self, token_ids, *args, parameter=parameter)
         if request.is_ours(self.model_config.hf_config):
@@ -175,16 +221,16 @@ def _validate_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
     return validate
 
 
-def _validate_spec_decode(original: Callable[..., Any]) -> Callable[..., Any]:
-    def validate(self: Any, speculative_config: Any) -> None:
-        speculation.check_request(self, speculative_config)
-        original(self, speculative_config)
+@patch(
+    "vllm.config.vllm:VllmConfig._check_supports_watermarking",
+    why="Beam search reaches the engine as one-token requests.",
+    upstream="docs/upstream.md#beam-search-does-not-ask-the-model",
+    drop_when="vLLM refuses beam search for diffusion models",
+)
+def check_supports_watermarking(original: Callable[..., bool]) -> Callable[..., bool]:
+    """Called first by both ways of beam search; refuses it for our models."""
 
-    return validate
-
-
-def _check_supports_watermarking(original: Callable[..., Any]) -> Callable[..., Any]:
-    def check(self: Any, config: Any = None, **kwargs: Any) -> bool:
+    def check(self: VllmConfig, config: Any = None, **kwargs: Any) -> bool:
         from vllm.sampling_params import BeamSearchParams
 
         # The one place where both ways of beam search show their parameters.
@@ -195,22 +241,40 @@ def _check_supports_watermarking(original: Callable[..., Any]) -> Callable[..., 
     return check
 
 
-def _generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    def generate(
-        self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+@patch(
+    "vllm.v1.engine.async_llm:AsyncLLM.generate",
+    why=(
+        "It checks a request when its first token is asked for: a streamed reply has "
+        "begun by then, with status 200."
+    ),
+    upstream="docs/upstream.md#requests-are-verified-after-a-stream-has-begun",
+    drop_when="vLLM verifies sampling parameters before it streams",
+    where=Where.SERVER,
+)
+def generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Checks requests for our models, and our options of others, when it is called."""
+
+    def begin(
+        self: AsyncLLM,
+        prompt: PromptType | EngineInput | AsyncGenerator[Any, None],
+        sampling_params: SamplingParams,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         _check(prompt, sampling_params, self.vllm_config)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
-    return generate
+    return begin
 
 
-def _generate_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    def generate(
-        self: Any,
+def checked_before_the_stream(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for /v1/responses, which asks the engine when its stream has begun."""
+
+    def begin(
+        self: OpenAIServingResponses,
         *args: Any,
-        engine_input: Any,
-        sampling_params: Any,
+        engine_input: EngineInput,
+        sampling_params: SamplingParams,
         **kwargs: Any,
     ) -> Any:
         _check(engine_input, sampling_params, self.engine_client.vllm_config)
@@ -222,11 +286,13 @@ def _generate_response(original: Callable[..., Any]) -> Callable[..., Any]:
             **kwargs,
         )
 
-    return generate
+    return begin
 
 
-def _check(prompt: Any, sampling_params: Any, vllm_config: Any) -> None:
-    """Refuse now, and not in the first step of an answer, what may not be asked.
+def _check(
+    prompt: Any, sampling_params: SamplingParams, vllm_config: VllmConfig
+) -> None:
+    """Refuse what may not be asked now, and not in the first step of an answer.
 
     Raises:
         VLLMValidationError: the request cannot be honoured (HTTP 400).
@@ -234,7 +300,8 @@ def _check(prompt: Any, sampling_params: Any, vllm_config: Any) -> None:
     model_config = vllm_config.model_config
     if not request.is_ours(model_config.hf_config):
         _refuse_dlm_options(sampling_params.extra_args or {})
-        speculation.check_request(sampling_params, vllm_config.speculative_config)
+        for wing in wings():
+            wing.check_request(sampling_params, vllm_config.speculative_config)
         return
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
@@ -242,45 +309,3 @@ def _check(prompt: Any, sampling_params: Any, vllm_config: Any) -> None:
         check_prompt(prompt, model_config)
     except OptionError as error:
         raise request.refusal(error) from None
-
-
-_OPENAI = "vllm.entrypoints.openai"
-_RENDER = "vllm.entrypoints.scale_out.render.serving:ServingRender"
-HANDLERS: dict[str, Route] = {
-    f"{_OPENAI}.completion.serving:OpenAIServingCompletion.create_completion": (
-        COMPLETION
-    ),
-    f"{_OPENAI}.chat_completion.serving:OpenAIServingChat.create_chat_completion": CHAT,
-    f"{_OPENAI}.chat_completion.batch_serving:OpenAIServingChatBatch"
-    ".create_batch_chat_completion": CHAT,
-    f"{_OPENAI}.responses.serving:OpenAIServingResponses.create_responses": RESPONSES,
-    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.create_messages": (
-        MESSAGES
-    ),
-    "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens"
-    ".serve_tokens": GENERATE,
-    f"{_RENDER}.render_completion_request": COMPLETION,
-    f"{_RENDER}.render_chat_request": CHAT,
-    f"{_RENDER}.render_responses_request": RESPONSES,
-    f"{_RENDER}.render_messages_request": MESSAGES,
-}
-"""Method of the HTTP server -> the route whose requests it handles."""
-
-SERVER_WRAPPERS: dict[str, Maker] = {
-    "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": _get_max_tokens,
-    "vllm.v1.engine.async_llm:AsyncLLM.generate": _generate,
-    f"{_OPENAI}.responses.serving:OpenAIServingResponses"
-    "._generate_with_builtin_tools": _generate_response,
-    **{symbol: _handle(route) for symbol, route in HANDLERS.items()},
-}
-"""Only where the HTTP server's module is loaded: importing it costs seconds."""
-
-WRAPPERS: dict[str, Maker] = {
-    "vllm.renderers.base:BaseRenderer.validate_token_ids": _validate_token_ids,
-    "vllm.sampling_params:SamplingParams._validate_diffusion": _validate_diffusion,
-    "vllm.sampling_params:SamplingParams._validate_spec_decode": _validate_spec_decode,
-    "vllm.config.vllm:VllmConfig._check_supports_watermarking": (
-        _check_supports_watermarking
-    ),
-}
-"""As soon as the plugin is loaded."""

@@ -1,21 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verification of drafts needs on a CPU without Triton, and vLLM 0.32 has wrong.
+"""Verification of drafts on a CPU without Triton, where vLLM has faults.
 
 Its kernel that gives each draft token its request's temperature, top-k and top-p
 converts the output to int64 and writes into the copy: these are uninitialised memory
 then, and texts at temperature > 0 come from wrong distributions. Its kernel that
 accepts or rejects reads the probability of token -1, by which the scheduler marks
-"no draft" (the Triton kernel rejects it), and may put that into a text. The ledger
-(`patches.py`) wraps both, for every model and method.
+"no draft" (the Triton kernel rejects such a draft), and may put that into a text.
+Every model and every method of speculative decoding meets these faults, vLLM's own too.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from vllm_dlm.patches.ledger import Where, apply, entries, find, patch
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+_WHEN_RIGHT = "tests/spec_decode/test_verification_cpu.py passes without it"
+_NO_OFFSET = "docs/upstream.md#a-chunked-seeded-prompt-ends-a-cpu-engine"
+
+
+@patch(
+    "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+    why=(
+        "It writes into a copy, so that drafts get uninitialised memory for their "
+        "temperature, top-k and top-p: speculative decoding at temperature > 0 draws "
+        "from wrong distributions on a CPU."
+    ),
+    upstream="docs/upstream.md#draft-tokens-get-uninitialised-parameters-on-a-cpu",
+    drop_when=_WHEN_RIGHT,
+    where=Where.CPU_WORKER,
+    mends_vllm=True,
+)
+def expanding_in_place(_: Callable[..., None]) -> Callable[..., None]:
+    """Replaced, for every model."""
+    return expand_kernel
 
 
 def expand_kernel(
@@ -36,14 +60,27 @@ def expand_kernel(
         replace_to: what it stands for.
         MAX_NUM_TOKENS: of the launch, not needed here.
     """
+    import torch
+
     values = torch.where(input_val == replace_from, replace_to, input_val)
     ends = cu_num_tokens.long()
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     output.copy_(values.repeat_interleave(counts))
 
 
+@patch(
+    "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
+    why=(
+        "It reads the probability of token -1, which stands for no draft, and may "
+        "accept it."
+    ),
+    upstream="docs/upstream.md#a-draft-of-no-token-may-be-accepted-on-a-cpu",
+    drop_when=_WHEN_RIGHT,
+    where=Where.CPU_WORKER,
+    mends_vllm=True,
+)
 def rejecting_absent_drafts(original: Callable[..., None]) -> Callable[..., None]:
-    """vLLM's accept-or-reject kernel, for which token -1 is no draft."""
+    """Token -1 is no draft, and never accepted."""
 
     def rejection_random_sample_kernel(
         output_token_ids: torch.Tensor,
@@ -67,7 +104,7 @@ def rejecting_absent_drafts(original: Callable[..., None]) -> Callable[..., None
             bonus_token_ids,
             recovered_token_ids,
             # No ratio of probabilities is as large as NaN.
-            uniform_probs.masked_fill(absent, torch.nan),
+            uniform_probs.masked_fill(absent, float("nan")),
             *args,
             **kwargs,
         )
@@ -75,11 +112,19 @@ def rejecting_absent_drafts(original: Callable[..., None]) -> Callable[..., None
     return rejection_random_sample_kernel
 
 
+@patch(
+    "vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
+    why=(
+        "With top-k, and without top-p, a step without drafts ends a CPU's engine: "
+        "the maximum of an empty tensor."
+    ),
+    upstream="docs/upstream.md#top-k-alone-ends-a-cpu-engine",
+    drop_when=_WHEN_RIGHT,
+    where=Where.CPU_WORKER,
+    mends_vllm=True,
+)
 def constraints_of_no_draft(original: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's temperature, top-k and top-p of drafts, where a step has none.
-
-    On a CPU it takes the maximum of an empty tensor, and the engine dies.
-    """
+    """Does nothing where there is no draft."""
 
     def apply_sampling_constraints(
         logits: torch.Tensor, *args: Any, **kwargs: Any
@@ -89,15 +134,43 @@ def constraints_of_no_draft(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply_sampling_constraints
 
 
+@patch(
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+    why=(
+        "A seeded request whose prompt is computed in chunks ends a CPU's engine: what "
+        "its thrown-away sample drew is taken back by an offset, which a CPU's "
+        "generator does not have."
+    ),
+    upstream=_NO_OFFSET,
+    drop_when=_WHEN_RIGHT,
+    where=Where.CPU_WORKER,
+    mends_vllm=True,
+)
+def remembering_states(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the states of such requests' generators, for `without_offsets`."""
+
+    def sample(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        self.dlm_generator_states = {
+            row: generators[row].get_state() for row in _going_on(self)
+        }
+        return original(self, *args, **kwargs)
+
+    return sample
+
+
+@patch(
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
+    why="The same fault, where the draw is taken back.",
+    upstream=_NO_OFFSET,
+    drop_when=_WHEN_RIGHT,
+    where=Where.CPU_WORKER,
+    mends_vllm=True,
+)
 def without_offsets(original: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's bookkeeping of a step, where a seeded request's prompt goes on.
+    """Puts back the states from before the draw."""
 
-    It takes back the draw that such a request's sample has cost, which a CPU's
-    generator cannot: the engine dies. Here the state from before the draw is put back
-    (`remembering_states`).
-    """
-
-    def bookkeeping(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def bookkeeping(self: GPUModelRunner, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators
         kept = {row: generators.pop(row) for row in _going_on(self)}
         for row, generator in kept.items():
@@ -110,61 +183,63 @@ def without_offsets(original: Callable[..., Any]) -> Callable[..., Any]:
     return bookkeeping
 
 
-def remembering_states(original: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's sampling of a step; keeps what `without_offsets` puts back."""
-
-    def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        generators = self.input_batch.generators
-        self.dlm_generator_states = {
-            row: generators[row].get_state() for row in _going_on(self)
-        }
-        return original(self, *args, **kwargs)
-
-    return sample
-
-
-def _going_on(runner: Any) -> list[int]:
+def _going_on(runner: GPUModelRunner) -> list[int]:
     """Rows of seeded requests whose sample is thrown away: their prompt goes on."""
     batch = runner.input_batch
     discarded = runner.discard_request_mask.np[: batch.num_reqs]
     return [row for row in batch.generators if discarded[row]]
 
 
-WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "vllm.utils.cpu_triton_utils:_expand_kernel_impl": lambda _: expand_kernel,
-    "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl": (
-        rejecting_absent_drafts
-    ),
-    "vllm.v1.sample.rejection_sampler:apply_sampling_constraints": (
-        constraints_of_no_draft
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": remembering_states,
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": without_offsets,
-}
-"""Entries of the ledger -> makers of their replacement."""
+def apply_verification_patches() -> None:
+    """Right verification of drafts on a CPU; call it in a worker, before its model.
+
+    What this vLLM lacks is left out, with a warning: most engines verify nothing, and
+    those that do are refused by `require_verification`.
+    """
+    from vllm.logger import init_logger
+    from vllm.triton_utils import HAS_TRITON
+
+    if not HAS_TRITON:
+        for entry in entries(__name__, Where.CPU_WORKER):
+            try:
+                apply([entry])
+            except RuntimeError as error:
+                init_logger(__name__).warning("%s", error)
+
+
+def require_verification() -> None:
+    """Refuse to speculate on a CPU whose verification could not be mended.
+
+    Raises:
+        RuntimeError: this vLLM lacks a symbol of an entry above.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if not HAS_TRITON:
+        for entry in entries(__name__, Where.CPU_WORKER):
+            find(entry.symbol)
 
 
 def misfits() -> list[str]:
     """One sentence for each symbol whose first parameters are not what ours takes."""
     from vllm import __version__
 
-    from vllm_dlm.patches.ledger import find
-
     found = []
-    for symbol, make in WRAPPERS.items():
+    for entry in entries(__name__, Where.CPU_WORKER):
         try:
-            original = inspect.unwrap(find(symbol)[2])
+            original = inspect.unwrap(find(entry.symbol)[2])
         except RuntimeError:
             continue  # the ledger's own check says so
         theirs = list(inspect.signature(original).parameters)
+        parameters = inspect.signature(entry.make(original)).parameters
         ours = [
             name
-            for name, parameter in inspect.signature(make(original)).parameters.items()
+            for name, parameter in parameters.items()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         ]
         if theirs[: len(ours)] != ours:
             found.append(
-                f"{symbol} of vLLM {__version__} takes {', '.join(theirs)}, and "
+                f"{entry.symbol} of vLLM {__version__} takes {', '.join(theirs)}, and "
                 f"vllm-dlm's own begins with {', '.join(ours)}"
             )
     return found

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vLLM side that our drafters share: who may draft how much, and what is drafted.
+"""The part of our drafters that faces vLLM: who may draft how many tokens.
 
 vLLM (model runner V1) asks a drafter once a step, after the step's tokens are known on
 the host. `Drafter.propose` turns its arguments into a `Batch`, lets the method draft,
 and hands over at most what each request may take. A drafter that fails is switched
 off with a warning: requests go on without drafts, and their texts stay right. Only
-where it computes together with other ranks, the engine ends: these would wait for it.
+if the drafter computes together with other ranks, the engine ends, because these would
+wait for it for ever.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 logger = init_logger(__name__)
 
@@ -92,8 +94,7 @@ class FailSafe:
     """Base of all drafters: one that fails is switched off, requests go on."""
 
     options: Options
-    runner: Any
-    """The model runner."""
+    runner: GPUModelRunner
     failed = False
 
     @property
@@ -128,7 +129,7 @@ class Drafter(FailSafe, DraftModelProposer):
     """Base of the drafters that vLLM takes for its draft model."""
 
     def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, runner: Any
+        self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner
     ) -> None:
         super().__init__(vllm_config, device, runner)
         # Where the runner looks for what drafts were drawn from.
@@ -195,7 +196,7 @@ def options_of(vllm_config: VllmConfig) -> Options:
     return from_plain(vllm_config.additional_config[SPECULATION])
 
 
-def limits(runner: Any, most: int) -> np.ndarray:
+def limits(runner: GPUModelRunner, most: int) -> np.ndarray:
     """[R] int64: most tokens that each request's draft may have.
 
     Nothing while a prompt is being computed, or a preempted text anew; no token behind
@@ -226,7 +227,7 @@ def limits(runner: Any, most: int) -> np.ndarray:
     return found
 
 
-def _seed(request: Any) -> int:
+def _seed(request: CachedRequestState) -> int:
     params = request.sampling_params
     if params is not None and params.seed is not None:
         return params.seed

@@ -3,11 +3,13 @@
 
 DEER, SpecDec++ and DEL go as vLLM's "draft_model", whose KV pages and verification they
 use, ADED as its "custom_class"; the worker class puts our drafter in. All run on model
-runner V1 (`patches.py`), synchronously: how long a draft is depends on its tokens.
+runner V1 (`patches/cpu_runner.py`), synchronously: the length of a draft depends on its
+tokens. The core finds this module by its name (`entrypoints/wings.py`).
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +21,31 @@ from vllm_dlm.config.engine_keys import SPECULATION
 from vllm_dlm.spec_decode import options as spec
 
 if TYPE_CHECKING:
+    from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
 logger = init_logger(__name__)
 
 WORKER = "vllm_dlm.spec_decode.worker.SpeculativeWorker"
 
+REQUEST_KEYS = {spec.REQUEST_KEY: "--speculative-config"}
+"""See `entrypoints/wings.py`."""
 
-def translate(args: Any) -> bool:
-    """Adapt `EngineArgs` in place; whether they ask for a method of ours.
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse wrong options of a method of ours, before anything starts.
+
+    Raises:
+        ValueError: unknown or invalid options; names the valid ones.
+    """
+    asked = getattr(args, "speculative_config", None)
+    if asked and spec.is_ours(asked):
+        spec.parse(asked)
+
+
+def translate(args: EngineArgs) -> bool:
+    """Adapt an engine's arguments in place; whether they ask for a method of ours.
 
     Raises:
         ValueError: an invalid option, or one of vLLM's that does not go with it.
@@ -59,7 +77,7 @@ def translate(args: Any) -> bool:
     return True
 
 
-def _refuse(args: Any, method: str) -> None:
+def _refuse(args: EngineArgs, method: str) -> None:
     if args.worker_cls not in ("auto", WORKER):
         raise ValueError(
             f"speculative method {method!r} brings its own worker class, and "
@@ -87,7 +105,9 @@ def _refuse(args: Any, method: str) -> None:
         )
 
 
-def _vllm_config(args: Any, method: str, options: spec.Options) -> dict[str, Any]:
+def _vllm_config(
+    args: EngineArgs, method: str, options: spec.Options
+) -> dict[str, Any]:
     """The dict that vLLM's `SpeculativeConfig` takes."""
     most = options.num_speculative_tokens
     config: dict[str, Any] = {
@@ -111,13 +131,13 @@ def _vllm_config(args: Any, method: str, options: spec.Options) -> dict[str, Any
     return config
 
 
-def check(config: Any) -> None:
+def check(config: VllmConfig) -> None:
     """Refuse a drafter that does not fit, before anything is loaded.
 
     A token budget that full drafts of all requests exceed gives a warning.
 
     Args:
-        config: the finished `VllmConfig`. vLLM has compared the vocabularies' sizes.
+        config: finished; vLLM has compared the sizes of the vocabularies.
 
     Raises:
         ValueError: DEER's is no diffusion model; or its token ids mean other tokens
@@ -152,7 +172,7 @@ def check(config: Any) -> None:
             )
 
 
-def _warn_of_cut_drafts(scheduler: Any, most: int) -> None:
+def _warn_of_cut_drafts(scheduler: SchedulerConfig, most: int) -> None:
     rows, budget = scheduler.max_num_seqs * (1 + most), scheduler.max_num_batched_tokens
     if rows > budget:
         logger.warning(
@@ -167,7 +187,9 @@ def _warn_of_cut_drafts(scheduler: Any, most: int) -> None:
         )
 
 
-def check_request(params: SamplingParams, speculative_config: Any) -> None:
+def check_request(
+    params: SamplingParams, speculative_config: SpeculativeConfig | None
+) -> None:
     """Refuse what cannot be honoured beside speculation (HTTP 400).
 
     Raises:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker class of engines with one of our speculative methods.
 
-vLLM builds the drafter that it takes the method for; this worker puts ours in its
-place, before any weights are loaded. The class is made for the platform's own worker.
+vLLM builds the drafter of the method that it knows (`front_end.py`). This worker puts
+our drafter in its place, before any weights are loaded. Its base class is the
+platform's own worker.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from vllm_dlm.vllm_objects import replace
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 logger = init_logger(__name__)
 
@@ -48,9 +51,9 @@ class SpeculativeWorker(_PlatformWorker):
         install(self.model_runner)
 
     def determine_available_memory(self) -> int:
-        """What keys and values may take, in bytes: vLLM's measure, less our part.
+        """Bytes that keys and values may take: vLLM's measure, less our distributions.
 
-        vLLM does not count the distributions that drafts were drawn from. Memory that
+        vLLM does not count the distributions from which drafts were drawn. A size that
         the user has set is left as it is.
 
         Raises:
@@ -77,10 +80,10 @@ class SpeculativeWorker(_PlatformWorker):
 
 
 def probability_bytes(config: VllmConfig) -> int:
-    """Most memory that attached distributions take.
+    """Most bytes that attached distributions take.
 
-    Those of a whole batch are kept for the next step, which copies the ones that it
-    verifies. There are no more than tokens in a step (`drafter.limits`).
+    The distributions of a whole batch are kept for the next step, which copies those
+    that it verifies. There are never more than tokens in a step (`drafter.limits`).
     """
     speculative = config.speculative_config
     if speculative.draft_sample_method != "probabilistic":
@@ -94,34 +97,33 @@ def probability_bytes(config: VllmConfig) -> int:
     return 2 * rows * vocabulary * torch.float32.itemsize
 
 
-def install(runner: Any) -> None:
+def install(runner: GPUModelRunner) -> None:
     """Replace a model runner's drafter by the one that the options ask for."""
     config = runner.vllm_config
     proposer = load(METHODS[config.additional_config[SPECULATION]["method"]].proposer)
     if config.speculative_config.method == "draft_model":
         replace(runner, "drafter", proposer(config, runner.device, runner))
-        # From here on: vLLM's own constructor refuses it for draft models. Drafting
-        # then comes after the step's tokens are known, and without the rejected ones.
+        # Only from here on: vLLM's own constructor refuses this for draft models. With
+        # it, drafting begins when the step's tokens are known, without rejected ones.
         replace(config.speculative_config, "disable_padded_drafter_batch", True)
         replace(runner, "_get_spec_decode_draft_probs", partial(draft_probs, runner))
     else:
         runner.drafter.runner = runner
-    # vLLM stops drafting for all requests when the longest is near its end; ours
-    # ask what each request may take.
+    # vLLM stops drafting for all requests when the longest is near its end; our
+    # drafters look at each request alone.
     longest = runner.max_model_len + runner.num_spec_tokens
     replace(runner, "effective_drafter_max_model_len", longest)
 
 
-def draft_probs(runner: Any, metadata: Any) -> torch.Tensor | None:
-    """What the drafts that are verified now were drawn from.
+def draft_probs(
+    runner: GPUModelRunner, metadata: SpecDecodeMetadata
+) -> torch.Tensor | None:
+    """The distributions from which the drafts that are verified now were drawn.
 
-    As vLLM's method of the runner, which has all requests verified as point masses
-    where one's are missing (it drafted before the last step): a seeded text would
-    depend on its neighbours. Without a distribution a draft is rejected, which is
-    lossless as well.
-
-    Args:
-        metadata: vLLM's `SpecDecodeMetadata`.
+    It replaces vLLM's method of the runner. There, if the distributions of one request
+    are missing (it drafted before the last step), the drafts of all requests are
+    verified as point masses, and a seeded text would depend on its neighbours. Here
+    only the draft without a distribution is rejected, which is lossless as well.
 
     Returns:
         [drafted tokens, V] float32, or None where all are point masses.

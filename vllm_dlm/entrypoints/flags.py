@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our flags: --dlm-* of `vllm serve`, dlm_* of `LLM`, both into `additional_config`.
+
+vLLM carries `additional_config` to every process of an engine; its "dlm" part holds the
+server's options (`DlmConfig`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_dlm.config import aliases
+from vllm_dlm.config.cache import POLICIES
+from vllm_dlm.entrypoints.wings import wings
+
+if TYPE_CHECKING:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+FLAG_PREFIX = "dlm_"
+
+_METAVARS = {
+    "strategy": "NAME",
+    "strategy_config": "JSON",
+    "block_length": "{N,canvas}",
+    "cache": f"{{{','.join(POLICIES)}}}",
+    "cache_config": "JSON",
+    "commit": "{fused,separate}",
+    "eotp": "{off,block,token}",
+    "tccf": "JSON",
+    "filter_dir": "FOLDER",
+    "trajectory_dir": "FOLDER",
+}
+
+
+def add_engine_arguments(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+    """Add the argument group "DlmConfig" to vLLM's parser and return the parser.
+
+    A flag that is not given leaves no attribute behind, so that it overrides nothing.
+    """
+    from vllm_dlm.config.options import DlmConfig
+
+    group = parser.add_argument_group(
+        "DlmConfig",
+        "Decoding of diffusion language models (vllm-dlm): the defaults of the server. "
+        "A request may override all but the canvas limit and the learned filters, in "
+        "`vllm_xargs` (HTTP) or `SamplingParams.extra_args`.",
+    )
+    for name, field in DlmConfig.model_fields.items():
+        flag = f"--{FLAG_PREFIX}{name}".replace("_", "-")
+        kind: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction}
+            if field.annotation is bool
+            else {"type": _checked(name), "metavar": _METAVARS.get(name, "N")}
+        )
+        text = (field.description or "").replace("%", "%%")
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+    return parser
+
+
+def _checked(name: str) -> Callable[[str], Any]:
+    """An argparse type: one option, validated as in any other source."""
+
+    def parse(text: str) -> Any:
+        from vllm_dlm.config.options import parse_options
+
+        try:
+            return getattr(parse_options({name: text}, where=name), name)
+        except ValueError as error:
+            # argparse names the flag.
+            message = str(error).removeprefix(f"{name}: {name}: ")
+            raise argparse.ArgumentTypeError(message) from None
+
+    return parse
+
+
+def fold_options(additional_config: Any, options: Mapping[str, Any]) -> Any:
+    """`additional_config` with `options` (without prefix) put into its "dlm" part.
+
+    Options win over what is there; a changed strategy or cache policy drops the other's
+    parameters.
+
+    Raises:
+        ValueError: the merged options are not valid.
+    """
+    from vllm_dlm.config.options import DlmConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return additional_config
+    if not isinstance(additional_config, Mapping | None):
+        raise ValueError(
+            "the dlm options need additional_config to be a dict, not "
+            f"{type(additional_config).__name__}"
+        )
+    before = dict((additional_config or {}).get("dlm") or {})
+    if given.get("strategy", before.get("strategy")) != before.get("strategy"):
+        before.pop("strategy_config", None)
+    if given.get("cache", before.get("cache")) != before.get("cache"):
+        before.pop("cache_config", None)
+    merged = before | given
+    DlmConfig.from_mapping(merged, where="dlm options")
+    return {**(additional_config or {}), "dlm": merged}
+
+
+def prepared(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of `vllm serve`'s arguments in terms that vLLM itself understands.
+
+    Raises:
+        ValueError: an option is not valid, or an alias stands for a model that cannot
+            be had here.
+    """
+    copy = argparse.Namespace(**vars(args))
+    options = {
+        name.removeprefix(FLAG_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(FLAG_PREFIX)
+    }
+    copy.additional_config = fold_options(
+        getattr(args, "additional_config", None) or {}, options
+    )
+    for wing in wings():
+        wing.check_arguments(args)
+    typed = getattr(args, "model_tag", None) or getattr(args, "model", None)
+    if typed in aliases.ALIASES:
+        copy.model = aliases.resolve(
+            typed, getattr(args, "revision", None), getattr(args, "hf_token", None)
+        )
+        if getattr(args, "served_model_name", None) is None:
+            # Clients ask for the name that the server was started with.
+            copy.served_model_name = [typed]
+    return copy

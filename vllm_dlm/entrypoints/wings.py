@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wings that have a say in an engine's arguments and in requests, by name.
+
+The core imports no wing. Whoever builds an engine or admits a request asks all that
+stand in this table; a wing is imported when it is asked for the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm import SamplingParams
+    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+
+class Wing(Protocol):
+    """What a wing's module offers."""
+
+    REQUEST_KEYS: Mapping[str, str]
+    """Keys of a request's `extra_args` that the wing reads, for models that are not
+    ours -> the server option without which nobody does."""
+
+    def check_arguments(self, args: argparse.Namespace) -> None:
+        """Refuse wrong arguments of a server, before anything starts.
+
+        Raises:
+            ValueError: an option of the wing's own is not valid.
+        """
+
+    def translate(self, args: EngineArgs) -> bool:
+        """Adapt an engine's arguments in place; whether they ask for this wing.
+
+        Raises:
+            ValueError: an option is not valid, or does not go with the wing.
+        """
+
+    def check(self, config: VllmConfig) -> None:
+        """Refuse a finished configuration of an engine that asked for this wing.
+
+        Raises:
+            ValueError: models do not fit together.
+        """
+
+    def check_request(
+        self, params: SamplingParams, speculative_config: SpeculativeConfig | None
+    ) -> None:
+        """Refuse a request that cannot be honoured.
+
+        Raises:
+            VLLMValidationError: it asks for too much, or for what the engine lacks.
+        """
+
+
+_MODULES = ("vllm_dlm.spec_decode.front_end",)
+
+
+def wings() -> list[Wing]:
+    """All wings, each imported once."""
+    return [cast("Wing", import_module(name)) for name in _MODULES]

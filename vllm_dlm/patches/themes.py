@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that hold entries of the ledger, and who applies them.
+
+Importing a theme imports nothing of vLLM, so that all entries can be listed without it.
+A wing's own entries lie in the wing and are found here by name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from vllm_dlm.patches.ledger import PATCHES, Patch, Where, apply, entries
+
+THEMES = (
+    # Which model runner, and its kernels: on a CPU by the platform, in every process.
+    "vllm_dlm.patches.cpu_runner",
+    # Drafts verified rightly on a CPU: by the platform, in workers.
+    "vllm_dlm.patches.cpu_verification",
+    # By the plugin, in every process; what only a server needs, there alone.
+    "vllm_dlm.patches.flags",
+    "vllm_dlm.patches.admission",
+    "vllm_dlm.patches.handlers",
+    "vllm_dlm.patches.ray_failures",
+    "vllm_dlm.spec_decode.patches",
+)
+
+
+def every_patch() -> dict[str, Patch]:
+    """All entries by symbol, whether or not they are in force here."""
+    for theme in THEMES:
+        import_module(theme)
+    return PATCHES
+
+
+def apply_plugin_patches() -> None:
+    """Flags, model aliases, the admission of requests, answers.
+
+    What only the HTTP server needs is applied where its modules are loaded already,
+    as they are when `vllm serve` loads plugins: importing them costs seconds.
+    """
+    every_patch()
+    for theme in THEMES:
+        apply(entries(theme, Where.EVERYWHERE, Where.SERVER))
