@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells
 from vllm_dlm.model_executor.planning.branches import (
     Drafts,
     Pages,
@@ -14,7 +15,7 @@ from vllm_dlm.model_executor.planning.branches import (
     plan_branches,
     share_out,
 )
-from vllm_dlm.model_executor.planning.segments import BlockRows, Cells, cut_segments
+from vllm_dlm.model_executor.planning.segments import cut_segments
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 
 MASK_ID = 99

@@ -29,7 +29,7 @@ from vllm_dlm.strategies.learn2pd import Learn2PD
 if TYPE_CHECKING:
     import torch
 
-    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.groups import StrategyGroups
     from vllm_dlm.model_executor.state import DlmModelState
     from vllm_dlm.strategies.base import View

@@ -18,7 +18,7 @@ import torch
 from vllm_dlm.model_executor.host_slots import BLOCK, ToHost
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
     from vllm_dlm.strategies.base import View
 

@@ -37,8 +37,7 @@ from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.host_slots import HostSlots
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.planning.branches import Drafts, page_size_of
-from vllm_dlm.model_executor.planning.segments import SegmentPlan
-from vllm_dlm.model_executor.planning.step_plan import plan_forward
+from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
 from vllm_dlm.model_executor.sampling.eotp import MODES
 from vllm_dlm.model_executor.sampling.logits import tile_rows
 from vllm_dlm.strategies import STRATEGIES

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.planning.segments import BlockRows, Cells, Segments, ragged
+from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells
+from vllm_dlm.model_executor.planning.segments import Segments, ragged
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 
 

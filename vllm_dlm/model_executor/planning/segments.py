@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SegmentPlan: what one forward computes and sees.
+"""Segments: what one forward computes and sees.
 
 vLLM's attention backends know query ranges, key lengths and block tables, nothing of
 requests. A forward of a diffusion model is therefore described as a list of segments,
@@ -18,17 +18,11 @@ Segments of one request share its row of the block table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from vllm_dlm.config.model import ModelClass
-
-if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.branches import BranchPlan
 
 
 @dataclass(frozen=True)
@@ -107,153 +101,3 @@ def ragged(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _starts_of(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class BlockRows:
-    """R active blocks, and the rows of a forward whose logits are read for them.
-
-    Blocks are of different lengths, and of each only some positions are read. Tensors
-    are on the engine's device, arrays on the host.
-    """
-
-    slots: torch.Tensor
-    """[R] int64: state slot of each block's request."""
-    slots_np: np.ndarray
-    """The same on the host."""
-    positions: torch.Tensor
-    """[R, B] int64: absolute positions of the active blocks."""
-    valid: torch.Tensor
-    """[R, B] bool: False past the block or the canvas."""
-    readable: torch.Tensor
-    """[R, B] bool: valid, and this forward computes the row that predicts it."""
-    logits_rows: torch.Tensor
-    """[N] int64: rows of the forward that go through lm_head, request by request: those
-    of the block's masks, or of all its positions where the strategy reads them."""
-    row_places: torch.Tensor
-    """[N] int64: where each of these rows belongs in a flattened [R, B] tensor."""
-    row_at: torch.Tensor
-    """[R, B] int64: which of these rows each position has; -1 for none."""
-    row_request: np.ndarray
-    """[N]: the request that each row belongs to, counted from 0 to R - 1."""
-    row_offset: np.ndarray
-    """[N]: the row's place in its block."""
-    row_requests: torch.Tensor
-    """[N] int64: `row_request` on the device."""
-
-    @property
-    def row_at_np(self) -> np.ndarray:
-        """[R, B] int64: `row_at` on the host."""
-        rows = np.full(self.positions.shape, -1)
-        rows[self.row_request, self.row_offset] = np.arange(len(self.row_request))
-        return rows
-
-    @property
-    def row_slots(self) -> np.ndarray:
-        """[N]: state slot of each row's request."""
-        slots: np.ndarray = self.slots_np[self.row_request]
-        return slots
-
-    def spread(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:
-        """[R, B]: values [N] of the rows, each at its place, `fill` elsewhere."""
-        shape = self.positions.shape
-        if len(values) == shape.numel():
-            return values.view(shape)
-        whole = values.new_full((shape.numel(),), fill)
-        whole[self.row_places] = values
-        return whole.view(shape)
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Where the valid positions of blocks [R, B] are in tensors [slots, positions]."""
-
-    places: torch.Tensor
-    """[M] int64: in the flattened blocks."""
-    cells: torch.Tensor
-    """[M] int64: in the flattened tensor."""
-
-    def write(self, store: torch.Tensor, values: torch.Tensor) -> None:
-        """Put the valid ones of values [R, B] into `store`."""
-        values = values.flatten()[self.places].to(store.dtype)
-        store.view(-1).index_copy_(0, self.cells, values)
-
-
-@dataclass(frozen=True)
-class SegmentPlan(BlockRows):
-    """One forward: its segments, and the active blocks that it decides.
-
-    Of the batch's requests, R decide in this forward; the others compute a part of
-    their prompt.
-    """
-
-    segments: Segments
-    kv_lens: torch.Tensor
-    """[S] int32: keys each segment attends to; those of class A may reach beyond the
-    rows of this forward."""
-    causal: torch.Tensor | None
-    """[S] int32: 1 where a position sees none to its right, as in class C's finished
-    text; None where there is no such segment."""
-    batch_rows: np.ndarray
-    """[R]: index of each deciding request in vLLM's batch."""
-    ends: torch.Tensor
-    """[R] int64: one past the last position computed for each."""
-    canvas_end: torch.Tensor
-    """[R] int64: one past each canvas' last position."""
-    cells: Cells
-    """Where the canvases' positions are kept."""
-    seeds: torch.Tensor
-    """[R] bool: the rows end before the block, and predict its first position alone."""
-    rows_ends: torch.Tensor
-    """[R] int64: `ends`, and the rows of branches counted on from there."""
-    branches: BranchPlan | None
-    """Drafts that are evaluated along; None where there are none."""
-
-    @property
-    def has_row(self) -> torch.Tensor:
-        """[R, B] bool: positions of the canvases whose logits are read."""
-        return self.row_at >= 0
-
-    def rows_at(
-        self,
-        requests: torch.Tensor,
-        offsets: torch.Tensor,
-        branch: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[n] int64: rows of logits of some positions, those of branches included.
-
-        Args:
-            requests: [n] int64, 0 to R - 1.
-            offsets: [n] int64, places in their blocks.
-            branch: [R, B] int64, of each position; None for 0.
-        """
-        if self.branches is None or branch is None:
-            return self.row_at[requests, offsets]
-        canvas = self.branches.index[requests, branch[requests, offsets]]
-        return self.branches.all_rows_at[canvas, offsets]
-
-
-def upload(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    """The arrays as int64 tensors on a device, in one transfer that waits for nothing.
-
-    Args:
-        arrays: of integers or booleans, any shapes.
-    """
-    packed = np.concatenate([array.ravel().astype(np.int64) for array in arrays])
-    tensor = torch.from_numpy(packed)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    tensor = tensor.to(device, non_blocking=True)
-    parts = tensor.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
-
-def upload_named(
-    device: torch.device, arrays: Mapping[str, np.ndarray]
-) -> dict[str, torch.Tensor]:
-    """As `upload`, by name; booleans stay booleans."""
-    tensors = upload(device, *arrays.values())
-    return {
-        name: tensor.bool() if array.dtype == np.bool_ else tensor
-        for (name, array), tensor in zip(arrays.items(), tensors, strict=True)
-    }

@@ -8,23 +8,73 @@ brings the plan to the device; nothing here waits for it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
-from vllm_dlm.model_executor.planning.branches import plan_branches
-from vllm_dlm.model_executor.planning.segments import (
-    Cells,
-    SegmentPlan,
-    Segments,
-    cut_segments,
-    upload_named,
-)
+from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells, upload_named
+from vllm_dlm.model_executor.planning.branches import BranchPlan, plan_branches
+from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.state import DlmModelState
+
+
+@dataclass(frozen=True)
+class SegmentPlan(BlockRows):
+    """One forward: its segments, and the active blocks that it decides.
+
+    Of the batch's requests, R decide in this forward; the others compute a part of
+    their prompt.
+    """
+
+    segments: Segments
+    kv_lens: torch.Tensor
+    """[S] int32: keys each segment attends to; those of class A may reach beyond the
+    rows of this forward."""
+    causal: torch.Tensor | None
+    """[S] int32: 1 where a position sees none to its right, as in class C's finished
+    text; None where there is no such segment."""
+    batch_rows: np.ndarray
+    """[R]: index of each deciding request in vLLM's batch."""
+    ends: torch.Tensor
+    """[R] int64: one past the last position computed for each."""
+    canvas_end: torch.Tensor
+    """[R] int64: one past each canvas' last position."""
+    cells: Cells
+    """Where the canvases' positions are kept."""
+    seeds: torch.Tensor
+    """[R] bool: the rows end before the block, and predict its first position alone."""
+    rows_ends: torch.Tensor
+    """[R] int64: `ends`, and the rows of branches counted on from there."""
+    branches: BranchPlan | None
+    """Drafts that are evaluated along; None where there are none."""
+
+    @property
+    def has_row(self) -> torch.Tensor:
+        """[R, B] bool: positions of the canvases whose logits are read."""
+        return self.row_at >= 0
+
+    def rows_at(
+        self,
+        requests: torch.Tensor,
+        offsets: torch.Tensor,
+        branch: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[n] int64: rows of logits of some positions, those of branches included.
+
+        Args:
+            requests: [n] int64, 0 to R - 1.
+            offsets: [n] int64, places in their blocks.
+            branch: [R, B] int64, of each position; None for 0.
+        """
+        if self.branches is None or branch is None:
+            return self.row_at[requests, offsets]
+        canvas = self.branches.index[requests, branch[requests, offsets]]
+        return self.branches.all_rows_at[canvas, offsets]
 
 
 def plan_forward(state: DlmModelState, input_batch: Any, page_size: int) -> SegmentPlan:

@@ -28,7 +28,7 @@ from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
 
 if TYPE_CHECKING:
     from vllm_dlm.kernels.shards import VocabShard
-    from vllm_dlm.model_executor.planning.segments import BlockRows
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.state import DlmModelState
 
 

@@ -27,7 +27,7 @@ from vllm_dlm.strategies.base import (
 
 if TYPE_CHECKING:
     from vllm_dlm.config.request import RequestConfig
-    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
 
 GroupKey = tuple[object, ...]

@@ -16,11 +16,12 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 
 from vllm_dlm.kernels.top_logprobs import top_logprobs
-from vllm_dlm.model_executor.planning.segments import ragged, upload
+from vllm_dlm.model_executor.planning.block_rows import upload
+from vllm_dlm.model_executor.planning.segments import ragged
 from vllm_dlm.model_executor.step_maps import COLUMNS, NOT_WRITTEN, note_writes
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.logits import Logits
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
     from vllm_dlm.model_executor.state import DlmModelState

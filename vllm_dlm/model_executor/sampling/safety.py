@@ -16,7 +16,7 @@ from vllm_dlm.model_executor.sampling.eotp import canvas_cut, end_of_text
 from vllm_dlm.strategies.base import Decision, View, best_masked
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.candidates import Candidates
     from vllm_dlm.model_executor.sampling.groups import StrategyGroups
     from vllm_dlm.model_executor.sampling.views import Views

@@ -31,7 +31,7 @@ from vllm_dlm.model_executor.sampling.trajectory_log import open_log
 from vllm_dlm.model_executor.sampling.views import Views
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.state import DlmModelState
     from vllm_dlm.strategies.base import View
 

@@ -15,7 +15,7 @@ import torch
 from vllm_dlm.trajectories import PATTERN
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.segments import SegmentPlan
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
     from vllm_dlm.model_executor.state import DlmModelState
 

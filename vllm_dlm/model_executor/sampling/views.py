@@ -20,7 +20,8 @@ from vllm_dlm.strategies.base import Branches, View
 from vllm_dlm.strategies.probabilities import Probabilities
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.segments import BlockRows, SegmentPlan
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.candidates import Candidates
     from vllm_dlm.model_executor.sampling.groups import StrategyGroups
     from vllm_dlm.model_executor.state import DlmModelState

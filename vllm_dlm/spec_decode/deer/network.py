@@ -41,7 +41,7 @@ from vllm.v1.worker.utils import (
 
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.model_executor.models.tables import ARCHITECTURES
-from vllm_dlm.model_executor.planning.segments import upload
+from vllm_dlm.model_executor.planning.block_rows import upload
 from vllm_dlm.registry import load
 from vllm_dlm.spec_decode.deer.drafting import (
     Plan,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.planning.segments import ragged, upload
+from vllm_dlm.model_executor.planning.block_rows import upload
+from vllm_dlm.model_executor.planning.segments import ragged
 from vllm_dlm.model_executor.sampling.logits import tile_rows
 from vllm_dlm.spec_decode.deer.drafting import (
     first_rows,
