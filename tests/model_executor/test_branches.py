@@ -33,9 +33,9 @@ def active_blocks(slots: list[int], starts: list[int], length: int) -> BlockRows
         logits_rows=torch.arange(count * length),
         row_places=torch.arange(count * length),
         row_at=torch.arange(count * length).view(count, length),
-        row_request=np.repeat(np.arange(count), length),
-        row_offset=np.tile(np.arange(length), count),
-        row_requests=torch.arange(count).repeat_interleave(length),
+        row_request_np=np.repeat(np.arange(count), length),
+        row_offset_np=np.tile(np.arange(length), count),
+        row_request=torch.arange(count).repeat_interleave(length),
     )
 
 

@@ -55,7 +55,7 @@ class Ending:
             readable=torch.ones(1, 4, dtype=torch.bool),
             has_row=torch.ones(1, 4, dtype=torch.bool),
             positions=torch.arange(4)[None],
-            row_requests=torch.zeros(4, dtype=torch.int64),
+            row_request=torch.zeros(4, dtype=torch.int64),
             branches=None,
         )
 

@@ -38,24 +38,26 @@ class BlockRows:
     """[N] int64: where each of these rows belongs in a flattened [R, B] tensor."""
     row_at: torch.Tensor
     """[R, B] int64: which of these rows each position has; -1 for none."""
-    row_request: np.ndarray
+    row_request_np: np.ndarray
     """[N]: the request that each row belongs to, counted from 0 to R - 1."""
-    row_offset: np.ndarray
+    row_offset_np: np.ndarray
     """[N]: the row's place in its block."""
-    row_requests: torch.Tensor
-    """[N] int64: `row_request` on the device."""
+    row_request: torch.Tensor
+    """[N] int64: `row_request_np` on the device."""
 
     @property
     def row_at_np(self) -> np.ndarray:
         """[R, B] int64: `row_at` on the host."""
         rows = np.full(self.positions.shape, -1)
-        rows[self.row_request, self.row_offset] = np.arange(len(self.row_request))
+        rows[self.row_request_np, self.row_offset_np] = np.arange(
+            len(self.row_request_np)
+        )
         return rows
 
     @property
-    def row_slots(self) -> np.ndarray:
+    def row_slots_np(self) -> np.ndarray:
         """[N]: state slot of each row's request."""
-        slots: np.ndarray = self.slots_np[self.row_request]
+        slots: np.ndarray = self.slots_np[self.row_request_np]
         return slots
 
     def spread(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:

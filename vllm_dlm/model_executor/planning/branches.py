@@ -123,19 +123,19 @@ class BranchPlan:
     """[M] int64: the branch of each row of the forward; 0 for the canvases' own."""
     setback: torch.Tensor
     """[M] int64: how far vLLM, which counts on, has put each row's position."""
-    rows: np.ndarray
+    rows_np: np.ndarray
     """[n]: rows of branches."""
-    row_request: np.ndarray
+    row_request_np: np.ndarray
     """[n]: request of each of these rows in vLLM's batch."""
-    row_page: np.ndarray
+    row_page_np: np.ndarray
     """[n]: page for its key and value, counted in the request's block table."""
-    row_offset: np.ndarray
+    row_offset_np: np.ndarray
     """[n]: place in that page."""
-    segments: np.ndarray
+    segments_np: np.ndarray
     """[s]: segments of branches."""
     pages: Pages
     """Of [s] arrays: the pages that scratch pages stand for."""
-    scratch: np.ndarray
+    scratch_np: np.ndarray
     """[s]: by how much these lie further on in the block table."""
     parents: torch.Tensor
     """[E] int64: the deciding request that each branch is of."""
@@ -166,9 +166,9 @@ class BranchPlan:
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(block_table.device, non_blocking=True)
 
-        page = block_table[on_device(self.row_request), on_device(self.row_page)]
-        slots = page.long() * page_size + on_device(self.row_offset)
-        slot_mapping[on_device(self.rows)] = slots
+        page = block_table[on_device(self.row_request_np), on_device(self.row_page_np)]
+        slots = page.long() * page_size + on_device(self.row_offset_np)
+        slot_mapping[on_device(self.rows_np)] = slots
 
     def swap_pages(self, block_table: torch.Tensor) -> None:
         """Let the segments of branches see their scratch pages.
@@ -181,11 +181,11 @@ class BranchPlan:
             there = torch.from_numpy(array).to(block_table.device, non_blocking=True)
             return there[:, None]
 
-        segments = column(self.segments)[:, 0]
+        segments = column(self.segments_np)[:, 0]
         table = block_table[segments]
         places = torch.arange(table.shape[1], device=table.device).expand_as(table)
         own = (places >= column(self.pages.first)) & (places < column(self.pages.end))
-        places = torch.where(own, places + column(self.scratch), places)
+        places = torch.where(own, places + column(self.scratch_np), places)
         block_table[segments] = table.gather(1, places)
 
     def by_branch(self, canvas: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
@@ -235,30 +235,30 @@ def plan_branches(
     parents, numbers = ragged(branches[deciding] - 1)
     numbers = numbers + 1
     # A branch reads the rows that its canvas does: it has no further masks.
-    counts = np.bincount(blocks.row_request, minlength=len(deciding))
+    counts = np.bincount(blocks.row_request_np, minlength=len(deciding))
     first = np.cumsum(counts) - counts
     block, nth = ragged(counts[parents])
     copied = first[parents[block]] + nth
-    offset = blocks.row_offset[copied]
+    offset = blocks.row_offset_np[copied]
     setback = numbers * lengths[deciding[parents]]
     width = blocks.positions.shape[1]
     places = np.full((len(parents), width), -1)
     places[block, offset] = np.arange(len(block))
     at, row_at = on_device(parents), on_device(places)
-    num_rows = len(blocks.row_request)
+    num_rows = len(blocks.row_request_np)
     index = np.full((len(deciding), int(branches.max())), -1)
     index[:, 0] = np.arange(len(deciding))
     index[parents, numbers] = len(deciding) + np.arange(len(parents))
     return BranchPlan(
         row_branch=on_device(branch),
         setback=on_device(branch * lengths[request]),
-        rows=rows,
-        row_request=row_request,
-        row_page=position // page_size + branch[rows] * pages.count[row_request],
-        row_offset=position % page_size,
-        segments=of_branches,
+        rows_np=rows,
+        row_request_np=row_request,
+        row_page_np=position // page_size + branch[rows] * pages.count[row_request],
+        row_offset_np=position % page_size,
+        segments_np=of_branches,
         pages=Pages(pages.first[owner], pages.end[owner]),
-        scratch=number[of_branches] * pages.count[owner],
+        scratch_np=number[of_branches] * pages.count[owner],
         parents=at,
         numbers=on_device(numbers),
         blocks=BlockRows(
@@ -271,9 +271,9 @@ def plan_branches(
             + on_device(setback[block]),
             row_places=on_device(block * width + offset),
             row_at=row_at,
-            row_request=block,
-            row_offset=offset,
-            row_requests=on_device(block),
+            row_request_np=block,
+            row_offset_np=offset,
+            row_request=on_device(block),
         ),
         index=on_device(index),
         all_rows_at=torch.cat(

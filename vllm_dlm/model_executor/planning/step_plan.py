@@ -38,7 +38,7 @@ class SegmentPlan(BlockRows):
     causal: torch.Tensor | None
     """[S] int32: 1 where a position sees none to its right, as in class C's finished
     text; None where there is no such segment."""
-    batch_rows: np.ndarray
+    batch_rows_np: np.ndarray
     """[R]: index of each deciding request in vLLM's batch."""
     ends: torch.Tensor
     """[R] int64: one past the last position computed for each."""
@@ -169,9 +169,9 @@ def _plan_blocks(
     source = np.where(is_own & (source < start), positions, source)
     readable = valid & (start <= source) & (source < end)
     is_read = readable & _rows_to_read(state, slots, valid)
-    row_request, row_offset = is_read.nonzero()
+    row_request_np, row_offset_np = is_read.nonzero()
     row_at = np.full(positions.shape, -1)
-    row_at[is_read] = np.arange(len(row_request))
+    row_at[is_read] = np.arange(len(row_request_np))
     first_rows = input_batch.query_start_loc_np[rows].astype(np.int64) - start[:, 0]
     logits_rows = (first_rows[:, None] + source)[is_read]
     there = upload_named(
@@ -187,8 +187,8 @@ def _plan_blocks(
             "readable": readable,
             "row_at": row_at,
             "logits_rows": logits_rows,
-            "row_places": row_request * len(offsets) + row_offset,
-            "row_requests": row_request,
+            "row_places": row_request_np * len(offsets) + row_offset_np,
+            "row_request": row_request_np,
             "kv_lens": kv_lens,
             "places": valid.ravel().nonzero()[0],
             "cells": (slots[:, None] * state.max_model_len + positions)[valid],
@@ -198,9 +198,9 @@ def _plan_blocks(
     plan = SegmentPlan(
         segments=segments,
         slots_np=slots,
-        batch_rows=rows,
-        row_request=row_request,
-        row_offset=row_offset,
+        batch_rows_np=rows,
+        row_request_np=row_request_np,
+        row_offset_np=row_offset_np,
         kv_lens=there.pop("kv_lens").int(),
         causal=None if is_causal is None else there.pop("causal").int(),
         cells=Cells(there.pop("places"), there.pop("cells")),

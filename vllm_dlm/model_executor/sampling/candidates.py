@@ -157,7 +157,7 @@ class Candidates:
             stats.margin,
             broken=~stats.logsumexp.isfinite(),
         )
-        slots = blocks.row_slots[tile.own]
+        slots = blocks.row_slots_np[tile.own]
         restricts = self._restricts()
         special = self._draws[slots] | restricts[slots]
         if not special.any():
@@ -192,7 +192,7 @@ class Candidates:
             gather: whether they are.
             masked, step, blocks: as for `choose`.
         """
-        logits, slots = tile.logits, blocks.row_slots[tile.own][some]
+        logits, slots = tile.logits, blocks.row_slots_np[tile.own][some]
 
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(logits.device, non_blocking=True)
@@ -212,7 +212,7 @@ class Candidates:
             stuck = (left.logsumexp == -torch.inf) & masked[at]
             broken = choice.broken.index_copy(0, at, choice.broken[at] | stuck)
             choice = choice._replace(broken=broken)
-        owners = blocks.row_requests[tile.own][at]
+        owners = blocks.row_request[tile.own][at]
         sampling = self._sampling(blocks.slots[owners])
         cut = self._truncates[slots]
         drawn = draw(
@@ -232,7 +232,7 @@ class Candidates:
             shard=shard,
         )
         drawn = torch.where(masked[at], drawn, argmax)
-        is_first = blocks.row_offset[tile.own][some] == 0
+        is_first = blocks.row_offset_np[tile.own][some] == 0
         greedy = on_device(self._seeds_greedily[slots] & is_first)
         drawn = torch.where(greedy, argmax, drawn)
         sure = prob_of(raw, drawn, choice.logsumexp[at], shard)
@@ -309,10 +309,12 @@ class Candidates:
             rows: [n]: which of the rows of `blocks` these are.
         """
         early = self._early(blocks)
-        requests = blocks.row_request[rows]
-        for request in np.unique(requests[self._restricts()[blocks.row_slots[rows]]]):
+        requests = blocks.row_request_np[rows]
+        for request in np.unique(
+            requests[self._restricts()[blocks.row_slots_np[rows]]]
+        ):
             (mine,) = (requests == request).nonzero()
-            offsets = blocks.row_offset[rows[mine]]
+            offsets = blocks.row_offset_np[rows[mine]]
             restriction = self._restrictions[int(blocks.slots_np[request])]
             banned = self._banned(int(request), blocks)
             places = torch.from_numpy(offsets).to(logits.device, non_blocking=True)

@@ -187,5 +187,5 @@ def spread_logprobs(
         return None
     counts = torch.zeros(num_reqs + 1, dtype=torch.int64)
     offsets = torch.tensor(logprobs.cu_num_generated_tokens)
-    counts[torch.from_numpy(plan.batch_rows) + 1] = offsets.diff()
+    counts[torch.from_numpy(plan.batch_rows_np) + 1] = offsets.diff()
     return logprobs._replace(cu_num_generated_tokens=counts.cumsum(0).tolist())

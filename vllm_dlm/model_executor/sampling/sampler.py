@@ -301,7 +301,7 @@ def _for_batch(
     if len(plan.slots_np) == num_reqs:
         return output
     device = output.num_sampled.device
-    rows = torch.from_numpy(plan.batch_rows).to(device, non_blocking=True)
+    rows = torch.from_numpy(plan.batch_rows_np).to(device, non_blocking=True)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         whole = values.new_zeros(num_reqs, *values.shape[1:])

@@ -44,10 +44,10 @@ class Views:
             hidden: [N, H], rows as `SegmentPlan.logits_rows` names them, behind them
                 those of branches.
         """
-        state, requests = self.state, plan.row_requests
+        state, requests = self.state, plan.row_request
         if plan.branches is not None:
             layout = plan.branches
-            of_branches = layout.parents[layout.blocks.row_requests]
+            of_branches = layout.parents[layout.blocks.row_request]
             requests = torch.cat([requests, of_branches])
         # A block that ends by no schedule is filled with tokens.
         ends, keeps_masks = self.groups.ends(plan.slots)
