@@ -6,10 +6,8 @@ from typing import get_args
 import pytest
 import torch
 
-from vllm_dlm.config.cache import (
-    POLICIES,
-    Cache,
-    Reach,
+from vllm_dlm.config.cache import POLICIES, Cache, Reach
+from vllm_dlm.model_executor.layout import (
     canvas_width,
     next_start,
     part_rows,

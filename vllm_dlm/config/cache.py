@@ -8,7 +8,9 @@ that a preempted request, which replays its block, computes the same rows again.
 
 In models of the other classes the KV of a finished block is final, and a forward
 computes what is not final yet, up to the active block's end. Where a block is written
-in sub-blocks, `dual` computes less of it too (`part_rows`).
+in sub-blocks, `dual` computes less of it too.
+
+Which rows follow from a policy says `model_executor/layout.py`.
 """
 
 from __future__ import annotations
@@ -187,128 +189,3 @@ POLICIES: dict[Cache, type[CachePolicy]] = {
     "vicinity": Vicinity,
     "window": Window,
 }
-
-
-class Rows(NamedTuple):
-    """One request's rows of a forward, in absolute positions."""
-
-    start: int
-    """First position computed."""
-    end: int
-    """One past the last position computed."""
-
-
-def refreshes(reach: Reach, step: Any, is_first_block: Any) -> Any:
-    """Whether a step computes prompt and canvas; of one request or, tensors, of many.
-
-    Args:
-        step: denoise steps that the active block has had.
-        is_first_block: it is its request's first.
-    """
-    warms_up = is_first_block & (step < reach.first_refreshes)
-    return (step % reach.refresh_every == 0) | warms_up
-
-
-def next_start(
-    reach: Reach, step: Any, is_first_block: Any, block_start: Any, frontier: Any
-) -> Any:
-    """First row of the next forward; of one request or, tensors [R], of many.
-
-    Scheduler and worker both ask here.
-
-    Args:
-        step, is_first_block: as in `refreshes`.
-        block_start: absolute position of the active block's first token.
-        frontier: first position that was not final before the block's last step.
-    """
-    start = block_start + reach.follows * (frontier - block_start) - reach.left
-    return start * (start > 0) * (refreshes(reach, step, is_first_block) == 0)
-
-
-def plan_rows(
-    reach: Reach,
-    *,
-    step: int,
-    is_first_block: bool,
-    block_start: int,
-    block_length: int,
-    frontiers: tuple[int, int],
-    canvas_end: int,
-) -> Rows:
-    """Rows to compute in the next forward of a class A request.
-
-    Args:
-        reach: the request's policy.
-        step: denoise steps that the active block has had.
-        is_first_block: it is the request's first.
-        block_start: absolute position of the active block's first token.
-        block_length: B; the last block of a canvas may be shorter.
-        frontiers: first position not final, before the block's last step and now.
-        canvas_end: one past the canvas' last position.
-    """
-    start = next_start(reach, step, is_first_block, block_start, frontiers[0])
-    if refreshes(reach, step, is_first_block):
-        return Rows(start, canvas_end)
-    end = frontiers[1] if reach.follows else block_start + block_length
-    return Rows(start, min(end + reach.right, canvas_end))
-
-
-def part_start(reach: Reach, block_start: Any, frontier: Any) -> Any:
-    """First row of `part_rows`; of one request or, tensors [R], of many.
-
-    Scheduler and worker both ask here.
-    """
-    inside = (frontier - block_start) % reach.part
-    return block_start + (inside > 0) * (frontier - block_start - inside)
-
-
-def part_rows(reach: Reach, *, block_start: int, block_end: int, frontier: int) -> Rows:
-    """Rows of the active block to compute in the next forward; not in class A.
-
-    Args:
-        reach: the request's policy.
-        block_start, block_end: the block, as far as the canvas goes.
-        frontier: first position that is not final; `block_start` in the block's first
-            step, which computes it whole.
-    """
-    start = part_start(reach, block_start, frontier)
-    is_whole = (frontier - block_start) % reach.part == 0
-    return Rows(start, block_end if is_whole else min(start + reach.part, block_end))
-
-
-def block_start(num_tokens: int, block_length: int, origin: int) -> int:
-    """Position of the first token of the block that holds position `num_tokens`.
-
-    Args:
-        num_tokens: tokens so far, the prompt's included.
-        origin: where blocks are counted from, at most `num_tokens`.
-    """
-    return origin + (num_tokens - origin) // block_length * block_length
-
-
-def text_end(num_tokens: int, block_length: int, origin: int) -> int:
-    """End of the block that holds the last of `num_tokens` tokens."""
-    return block_start(num_tokens + block_length - 1, block_length, origin)
-
-
-def canvas_width(num_tokens: int, block_length: int, max_canvas: int) -> int:
-    """Width of the next canvas of a request, in whole blocks.
-
-    The references denoise whole blocks and cut afterwards, so the width is the wanted
-    number of tokens rounded up to the block, at most `max_canvas` rounded down to it
-    (but one block at least).
-    """
-    widest = max(max_canvas // block_length, 1) * block_length
-    return min(-(-num_tokens // block_length) * block_length, widest)
-
-
-def steps_per_block(steps: int | None, width: int, block_length: int) -> int:
-    """Denoise steps of one block under a budget for the whole canvas.
-
-    LLaDA splits `steps` evenly over the blocks; None is one token per step. More steps
-    than positions would leave steps without work, so B is the most.
-    """
-    if steps is None:
-        return block_length
-    num_blocks = max(width // block_length, 1)
-    return min(max(steps // num_blocks, 1), block_length)

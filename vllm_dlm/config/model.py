@@ -70,12 +70,6 @@ class ModelDefaults:
         """
         return (block_start >= prompt_len) & self.seeds_blocks
 
-    def has_seeded(self, block_start: int, num_tokens: int, prompt_len: int) -> bool:
-        """Whether a block's seed is among the tokens that a request has so far."""
-        return num_tokens > block_start and bool(
-            self.begins_with_seed(block_start, prompt_len)
-        )
-
     def origin(self, prompt_len: int, block_length: int) -> int:
         """Position from which the blocks of a request are counted, below B."""
         return 0 if self.block_origin == "start" else prompt_len % block_length

@@ -8,13 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_dlm.admission.stray_options import refuse_unread
-from vllm_dlm.config.cache import (
-    Cache,
-    CachePolicy,
-    Reach,
-    canvas_width,
-    steps_per_block,
-)
+from vllm_dlm.config.cache import Cache, CachePolicy, Reach
 from vllm_dlm.config.foreign_names import advice, clause, plain
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import (
@@ -74,19 +68,6 @@ class RequestConfig:
         length = self.block_length or min(max_tokens, max_canvas)
         sub = min(self.sub_block_length or length, length)
         return replace(self, block_length=length, sub_block_length=sub)
-
-    def block_steps(self, max_tokens: int, max_canvas: int) -> int:
-        """Denoise steps of a block by the step schedule; of a config that is `sized`.
-
-        Args:
-            max_tokens, max_canvas: of the request, in positions.
-        """
-        length = self.block_length
-        if self.steps_per_block is not None:
-            return min(self.steps_per_block, length)
-        return steps_per_block(
-            self.steps, canvas_width(max_tokens, length, max_canvas), length
-        )
 
     @property
     def follows_schedule(self) -> bool:

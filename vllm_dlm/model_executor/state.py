@@ -25,16 +25,13 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dlm.admission.sampling_params import stop_ids
-from vllm_dlm.config.cache import (
-    Reach,
-    block_start,
-    text_end,
-)
+from vllm_dlm.config.cache import Reach
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.config.tccf import Stages, one_at_a_time
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.host_slots import HostSlots
+from vllm_dlm.model_executor.layout import Limits, RequestLayout, lay_out
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.planning.branches import Drafts, page_size_of
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
@@ -140,16 +137,15 @@ class DlmModelState(ModelState):
         stages = Stages.of(config.tccf, self.model_config)
         if stages is not None and stages.is_over(known[prompt_len:]):
             config = one_at_a_time(config)
-        slot, block = req_index, config.block_length
-        origin = self.defaults.origin(prompt_len, block)
-        # The active block is replayed whole, also where part of it was streamed; but
-        # the prompt's last tokens, which may share it, are not to be decided.
-        first_block = block_start(len(known), block, origin)
-        # Nor is a block's seed, if it was handed out: only the rows left of the block
-        # predict it, alone. It was the block's first step.
-        seeded = self.defaults.has_seeded(first_block, len(known), prompt_len)
-        first_mask = max(first_block + seeded, prompt_len)
-        end = text_end(prompt_len + params.max_tokens, block, origin)
+        layout = lay_out(
+            config,
+            self.defaults,
+            Limits(self.max_canvas, self.max_model_len),
+            prompt_len=prompt_len,
+            num_known=len(known),
+            max_tokens=params.max_tokens,
+        )
+        slot, block, first_mask = req_index, layout.block_length, layout.first_mask
 
         self.tokens[slot].fill_(self.mask_id)
         self.tokens[slot, :first_mask] = torch.tensor(
@@ -160,44 +156,39 @@ class DlmModelState(ModelState):
         if "branches" in STRATEGIES[config.strategy].needs:
             self.drafts.forget(slot)
         self.prompt_len[slot] = prompt_len
-        self.canvas_end[slot] = self.text_end[slot] = min(end, self.max_model_len)
-        self.block_start[slot] = first_block
+        self.canvas_end[slot] = self.text_end[slot] = layout.text_end
+        self.block_start[slot] = self.frontier[slot] = layout.first_block
         self.block_length[slot] = block
-        self.sub_block_length[slot] = config.sub_block_length
-        self.emitted[slot] = len(known) - prompt_len
-        self.step[slot] = int(seeded)
-        reach = config.reach(self.defaults.shift)
-        self.reach[slot] = torch.tensor(reach)
-        self.frontier[slot] = first_block
+        self.sub_block_length[slot] = layout.sub_block_length
+        self.emitted[slot] = layout.num_emitted
+        self.step[slot] = layout.first_step
+        self.steps_per_block[slot] = layout.steps_per_block
+        self.reach[slot] = torch.tensor(layout.reach)
         self.eotp[slot] = MODES.index(config.eotp)
         self.eotp_threshold[slot] = config.eotp_threshold
         self.exact[slot] = config.reference_exact
-        self.steps_per_block[slot] = config.block_steps(
-            params.max_tokens, self.max_canvas
-        )
+        self.opens_alone[slot] = layout.opens_alone
 
         host = self.host
         host.prompt_len[slot] = prompt_len
         host.block_length[slot] = block
-        host.sub_block_length[slot] = config.sub_block_length
-        host.origin[slot] = origin
-        host.first_block[slot] = host.block_start[slot] = first_block
-        host.seeds[slot] = self.defaults.seeds_blocks and len(known) == first_block
-        host.text_end[slot] = min(end, self.max_model_len)
-        # In class A the first forward says where the canvas ends.
-        is_known = self.defaults.reuses_blocks
-        host.canvas_end[slot] = host.text_end[slot] if is_known else 0
-        host.keys_behind[slot] = reach.keys
-        has_opening = self.defaults.shift == 1 and not self.defaults.reuses_blocks
-        host.opens_alone[slot] = config.opens_alone and has_opening
-        self.opens_alone[slot] = config.opens_alone and has_opening
+        host.sub_block_length[slot] = layout.sub_block_length
+        host.origin[slot] = layout.origin
+        host.first_block[slot] = host.block_start[slot] = layout.first_block
+        host.seeds[slot] = layout.leads_first
+        host.text_end[slot] = layout.text_end
+        # With full attention the first forward says where the canvas ends.
+        host.canvas_end[slot] = 0 if layout.is_full else layout.text_end
+        host.keys_behind[slot] = layout.reach.keys
+        host.opens_alone[slot] = layout.opens_alone
         host.predicts_end[slot] = config.eotp != "off"
-        host.masked[slot, :block] = np.arange(block) >= first_mask - first_block
+        host.masked[slot, :block] = np.arange(block) >= first_mask - layout.first_block
 
         self._slot_of[new_req_data.req_id] = slot
         self.requests[slot] = DlmRequest(
             new_req_data.req_id,
             config,
+            layout,
             params,
             self.model_config.seed,
             measures_drawn=STRATEGIES[config.strategy].measures == "drawn"
@@ -366,6 +357,7 @@ class DlmRequest:
         self,
         req_id: str,
         config: RequestConfig,
+        layout: RequestLayout,
         params: SamplingParams,
         seed: int,
         *,
@@ -373,6 +365,7 @@ class DlmRequest:
     ) -> None:
         self.id = req_id
         self.config = config
+        self.layout = layout
         self.params = params
         self.measures_drawn = measures_drawn
         """Whether statistics are those of the distribution that is drawn from."""

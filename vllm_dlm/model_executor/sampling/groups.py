@@ -174,9 +174,7 @@ class StrategyGroups:
         self.step_limit[slot] = limit + int(wasted)
         steps = None
         if config.reference_exact:
-            scheduled = config.block_steps(
-                request.params.max_tokens, self.state.max_canvas
-            )
+            scheduled = request.layout.steps_per_block
             steps = group.strategy.reference_steps(config.params, scheduled)
         self.reference_steps[slot] = NEVER if steps is None else steps
         self.drafts[slot] = "branches" in group.strategy.needs

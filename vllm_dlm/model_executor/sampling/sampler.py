@@ -18,9 +18,10 @@ import torch
 from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dlm.config.cache import FAR, Reach, next_start, part_start
+from vllm_dlm.config.cache import FAR, Reach
 from vllm_dlm.kernels.token_stats import token_stats
 from vllm_dlm.learn2pd.online import Learning
+from vllm_dlm.model_executor.layout import next_start, part_start
 from vllm_dlm.model_executor.reply import put_canvas_end, put_health
 from vllm_dlm.model_executor.sampling.candidates import Candidates
 from vllm_dlm.model_executor.sampling.groups import StrategyGroups

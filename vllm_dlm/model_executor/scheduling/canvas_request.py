@@ -14,8 +14,11 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_dlm.config.cache import (
-    Reach,
+from vllm_dlm.config.cache import Reach
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.request import RequestConfig
+from vllm_dlm.config.tccf import Stages, one_at_a_time
+from vllm_dlm.model_executor.layout import (
     Rows,
     block_start,
     canvas_width,
@@ -23,9 +26,6 @@ from vllm_dlm.config.cache import (
     plan_rows,
     text_end,
 )
-from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.config.request import RequestConfig
-from vllm_dlm.config.tccf import Stages, one_at_a_time
 from vllm_dlm.model_executor.planning.branches import Pages, page_size_of
 from vllm_dlm.model_executor.step_maps import StepCount
 from vllm_dlm.vllm_objects import replace
@@ -140,8 +140,9 @@ class CanvasRequest(Request):
         self.first_block = self.block_start
         self.steps.enter(self.first_block)
         # A replay does not repeat a block's seed, if it was handed out.
-        known = len(self._all_token_ids)
-        seeded = self.model.has_seeded(self.first_block, known, self.num_prompt_tokens)
+        seeded = self.model.begins_with_seed(
+            self.first_block, self.num_prompt_tokens
+        ) and (len(self._all_token_ids) > self.first_block)
         self.steps.in_block, self.steps.joined = int(seeded), 0
         if self.frontiers[0] != self.first_block:
             self.frontiers = [self.first_block]

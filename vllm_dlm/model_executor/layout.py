@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a request's blocks, masks and canvas lie, and which rows its steps compute.
+
+Integers only. A request exists twice, in the scheduler's process and in the worker's,
+and both must agree on every position without asking each other. So both call `lay_out`
+when they take a request in, and both call the functions below it for the rows of a
+forward: the scheduler on one request's integers, the worker on tensors of many.
+
+Text is decoded in blocks of B positions, counted from `origin`. The **canvas**, the row
+of positions for the text to come, begins behind the tokens that are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm_dlm.config.cache import Reach
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.request import RequestConfig
+
+
+class Limits(NamedTuple):
+    """What the server grants every request, in positions."""
+
+    max_canvas: int
+    """Widest canvas, with full attention."""
+    max_model_len: int
+    """Prompt and output together."""
+
+
+@dataclass(frozen=True)
+class RequestLayout:
+    """What follows from a request's lengths, options and model alone; see `lay_out`.
+
+    Positions are absolute: they count from the prompt's first token.
+    """
+
+    prompt_len: int
+    num_known: int
+    """Tokens that are there at (re-)admission: the prompt's, and those emitted before
+    a preemption."""
+    max_tokens: int
+    limits: Limits
+    is_full: bool
+    """The model has full attention: a canvas is computed whole, and where it is
+    narrower than the output, a further one follows."""
+    block_length: int
+    sub_block_length: int
+    origin: int
+    """Position from which blocks are counted: 0 where the model was trained so (the
+    prompt's last tokens may share the first block), else the prompt's length modulo B,
+    so that a block begins where the prompt ends."""
+    first_block: int
+    """Start of the block that is active at (re-)admission."""
+    first_mask: int
+    """First position that is masked then."""
+    leads_first: bool
+    """The first forward computes the rows left of the first block alone, and decides
+    that block's lead."""
+    knows_lead: bool
+    """The first block's lead is among the known tokens, and is not decided again."""
+    text_end: int
+    """End of the block in which the longest text ends, or of the context."""
+    steps_per_block: int
+    """Denoise steps of a block by the step schedule."""
+    reach: Reach
+    """The cache policy in numbers."""
+    opens_alone: bool
+    """A block's first step writes its first token alone (`sampling/opening.py`)."""
+
+    @property
+    def num_emitted(self) -> int:
+        """Output tokens that the scheduler has been handed at (re-)admission."""
+        return self.num_known - self.prompt_len
+
+    @property
+    def first_step(self) -> int:
+        """Denoise steps that the first block has had: deciding its lead was one."""
+        return int(self.knows_lead)
+
+    def block_at(self, position: int) -> int:
+        """Start of the block that holds a position, which is not left of `origin`."""
+        return block_start(position, self.block_length, self.origin)
+
+    def canvas_from(self, num_tokens: int) -> int:
+        """End of a canvas that is opened behind so many tokens.
+
+        The references denoise whole blocks and cut afterwards: a canvas ends with a
+        block, unless the context ends first. With full attention, where it is computed
+        whole, it is at most `max_canvas` wide.
+        """
+        if not self.is_full:
+            return self.text_end
+        width = canvas_width(
+            self.prompt_len + self.max_tokens - num_tokens,
+            self.block_length,
+            self.limits.max_canvas,
+        )
+        return min(num_tokens + width, self.limits.max_model_len)
+
+
+def lay_out(
+    config: RequestConfig,
+    model: ModelDefaults,
+    limits: Limits,
+    *,
+    prompt_len: int,
+    num_known: int,
+    max_tokens: int,
+) -> RequestLayout:
+    """Lay out a request: a new one, or one that returns after a preemption.
+
+    The active block of a request that returns is replayed whole, also where part of it
+    was emitted. Two things in it stay: the prompt's last tokens, which may share it,
+    and its lead, if that was emitted, because only the rows left of the block predict
+    it, alone. Deciding it was the block's first step.
+
+    Args:
+        config: the request's options, `sized`; those of the second stage of `tccf` once
+            the request is in it.
+        model: what the model declares.
+        limits: the server's.
+        prompt_len: tokens of the prompt.
+        num_known: tokens of the prompt and of the output so far.
+        max_tokens: of the request's output.
+    """
+    length = config.block_length
+    origin = model.origin(prompt_len, length)
+    first_block = block_start(num_known, length, origin)
+    begins_with_lead = bool(model.begins_with_seed(first_block, prompt_len))
+    knows_lead = begins_with_lead and num_known > first_block
+    end = text_end(prompt_len + max_tokens, length, origin)
+    is_full = not model.reuses_blocks
+    steps = config.steps_per_block
+    if steps is None:
+        width = canvas_width(max_tokens, length, limits.max_canvas)
+        steps = steps_per_block(config.steps, width, length)
+    return RequestLayout(
+        prompt_len=prompt_len,
+        num_known=num_known,
+        max_tokens=max_tokens,
+        limits=limits,
+        is_full=is_full,
+        block_length=length,
+        sub_block_length=config.sub_block_length,
+        origin=origin,
+        first_block=first_block,
+        first_mask=max(first_block + knows_lead, prompt_len),
+        leads_first=begins_with_lead and num_known == first_block,
+        knows_lead=knows_lead,
+        text_end=min(end, limits.max_model_len),
+        steps_per_block=min(steps, length),
+        reach=config.reach(model.shift),
+        opens_alone=config.opens_alone and is_full and model.shift == 1,
+    )
+
+
+def block_start(num_tokens: int, block_length: int, origin: int) -> int:
+    """Position of the first token of the block that holds position `num_tokens`.
+
+    Args:
+        num_tokens: tokens so far, the prompt's included.
+        origin: where blocks are counted from, at most `num_tokens`.
+    """
+    return origin + (num_tokens - origin) // block_length * block_length
+
+
+def text_end(num_tokens: int, block_length: int, origin: int) -> int:
+    """End of the block that holds the last of `num_tokens` tokens."""
+    return block_start(num_tokens + block_length - 1, block_length, origin)
+
+
+def canvas_width(num_tokens: int, block_length: int, max_canvas: int) -> int:
+    """Width of the next canvas of a request with full attention, in whole blocks.
+
+    It is the wanted number of tokens rounded up to the block, at most `max_canvas`
+    rounded down to it (but one block at least).
+    """
+    widest = max(max_canvas // block_length, 1) * block_length
+    return min(-(-num_tokens // block_length) * block_length, widest)
+
+
+def steps_per_block(steps: int | None, width: int, block_length: int) -> int:
+    """Denoise steps of one block under a budget for the whole canvas.
+
+    LLaDA splits `steps` evenly over the blocks; None is one token per step. More steps
+    than positions would leave steps without work, so B is the most.
+    """
+    if steps is None:
+        return block_length
+    num_blocks = max(width // block_length, 1)
+    return min(max(steps // num_blocks, 1), block_length)
+
+
+# -- rows of a forward ---------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """One request's rows of a forward, in absolute positions."""
+
+    start: int
+    """First position computed."""
+    end: int
+    """One past the last position computed."""
+
+
+def refreshes(reach: Reach, step: Any, is_first_block: Any) -> Any:
+    """Whether a step computes prompt and canvas; of one request or, tensors, of many.
+
+    Args:
+        step: denoise steps that the active block has had.
+        is_first_block: it is its request's first.
+    """
+    warms_up = is_first_block & (step < reach.first_refreshes)
+    return (step % reach.refresh_every == 0) | warms_up
+
+
+def next_start(
+    reach: Reach, step: Any, is_first_block: Any, block_start: Any, frontier: Any
+) -> Any:
+    """First row of `plan_rows`; of one request or, tensors [R], of many.
+
+    Args:
+        step, is_first_block: as in `refreshes`.
+        block_start: absolute position of the active block's first token.
+        frontier: first position that was not final before the block's last step.
+    """
+    start = block_start + reach.follows * (frontier - block_start) - reach.left
+    return start * (start > 0) * (refreshes(reach, step, is_first_block) == 0)
+
+
+def plan_rows(
+    reach: Reach,
+    *,
+    step: int,
+    is_first_block: bool,
+    block_start: int,
+    block_length: int,
+    frontiers: tuple[int, int],
+    canvas_end: int,
+) -> Rows:
+    """Rows to compute in the next forward of a request with full attention.
+
+    Args:
+        reach: the request's policy.
+        step: denoise steps that the active block has had.
+        is_first_block: it is the request's first.
+        block_start: absolute position of the active block's first token.
+        block_length: B; the last block of a canvas may be shorter.
+        frontiers: first position not final, before the block's last step and now.
+        canvas_end: one past the canvas's last position.
+    """
+    start = next_start(reach, step, is_first_block, block_start, frontiers[0])
+    if refreshes(reach, step, is_first_block):
+        return Rows(start, canvas_end)
+    end = frontiers[1] if reach.follows else block_start + block_length
+    return Rows(start, min(end + reach.right, canvas_end))
+
+
+def part_start(reach: Reach, block_start: Any, frontier: Any) -> Any:
+    """First row of `part_rows`; of one request or, tensors [R], of many."""
+    inside = (frontier - block_start) % reach.part
+    return block_start + (inside > 0) * (frontier - block_start - inside)
+
+
+def part_rows(reach: Reach, *, block_start: int, block_end: int, frontier: int) -> Rows:
+    """Rows of the active block to compute in the next forward; not with full attention.
+
+    Args:
+        reach: the request's policy.
+        block_start, block_end: the block, as far as the canvas goes.
+        frontier: first position that is not final; `block_start` in the block's first
+            step, which computes it whole.
+    """
+    start = part_start(reach, block_start, frontier)
+    is_whole = (frontier - block_start) % reach.part == 0
+    return Rows(start, block_end if is_whole else min(start + reach.part, block_end))
