@@ -170,7 +170,7 @@ def test_nothing_that_is_allowed_has_a_chance(damaged_engine: Engine):
 
 def test_what_was_written_before_is_not_taught(damaged_engine: Engine):
     """A filter learns nothing of the steps of a broken block."""
-    recorder = damaged_engine.runner.sampler.learning.recorder
+    recorder = damaged_engine.runner.sampler.observers["learn2pd"].recorder
     dlm = {"strategy": "threshold"}
     damaged_engine.flush()
     before = len(recorder.traces(32, "none"))

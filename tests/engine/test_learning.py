@@ -26,9 +26,13 @@ def start(model, filter_dir) -> LLM:
     )
 
 
-def learning_of(llm):
+def observers_of(llm):
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    return worker.model_runner.sampler.learning
+    return worker.model_runner.sampler.observers
+
+
+def learning_of(llm):
+    return observers_of(llm)["learn2pd"]
 
 
 def ask(llm, seed, num):
@@ -84,5 +88,5 @@ def test_learning_can_be_switched_off(tmp_path):
         additional_config={"dlm": {**options, "online_learning": False}},
     )
     ask(llm, 1, 64)
-    assert learning_of(llm).recorder.rows(32, "none") == 0
+    assert "learn2pd" not in observers_of(llm)
     assert not learned.exists()

@@ -142,4 +142,4 @@ def test_steps_that_share_a_forward_have_lines_of_their_own(
 
 
 def test_none_without_the_option(engine: Engine):
-    assert engine.runner.sampler.trajectories is None
+    assert "trajectory_log" not in engine.runner.sampler.observers

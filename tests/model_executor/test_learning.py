@@ -13,10 +13,10 @@ import torch
 from reference.recording import Batch
 from reference.views import CPU, make_view
 
-from vllm_dlm.learn2pd import online as learning
-from vllm_dlm.learn2pd import recorder as traces
-from vllm_dlm.learn2pd import train as training
+from vllm_dlm.learn2pd import online, recorder, train
+from vllm_dlm.learn2pd.recorder import Traces
 from vllm_dlm.learn2pd.train import Report
+from vllm_dlm.strategies.base import Decision, View
 from vllm_dlm.strategies.learn2pd import Learn2PD, Learn2PDParams
 from vllm_dlm.strategies.learn2pd_filter import Filter
 
@@ -39,46 +39,54 @@ class School:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        patch.setattr(learning, "FIRST_ROWS", 64)
-        patch.setattr(traces, "CAPACITY", 1024)
-        patch.setattr(learning, "get_tensor_model_parallel_rank", lambda: rank)
-        patch.setattr(learning, "get_tensor_model_parallel_world_size", lambda: ranks)
-        patch.setattr(training, "train_filter", self._train)
+        patch.setattr(online, "FIRST_ROWS", 64)
+        patch.setattr(recorder, "CAPACITY", 1024)
+        patch.setattr(online, "get_tensor_model_parallel_rank", lambda: rank)
+        patch.setattr(online, "get_tensor_model_parallel_world_size", lambda: ranks)
+        patch.setattr(train, "train_filter", self._train)
         self.outcome = outcome
         self.rows = 0
         """Recorded so far."""
         self.trainings: list[int] = []
         """Rows recorded when each began."""
-        self.renewed: list[str] = []
         self.batch = Batch(REQUESTS, WIDTH)
         state = self.batch.state
         state.server = SimpleNamespace(
             online_learning=True, record_traces=False, filters_path=lambda: folder
         )
-        state.context = lambda cache: replace(CPU, model_key="no-such-model")
-        # Without a filter for ever, as if what is saved could not be read.
-        strategy = Learn2PD(Learn2PDParams(), WIDTH, CPU)
-        groups: Any = SimpleNamespace(
-            strategy_of=lambda slot: strategy, renew=self.renewed.append
+        context = replace(
+            CPU, model_key="no-such-model", options={"filter_dir": str(folder)}
         )
-        self.learning = learning.Learning(state, groups)
+        state.context = lambda cache: context
+        # Without a filter for ever, as if what is saved could not be read.
+        self.strategy = Learn2PD(Learn2PDParams(), WIDTH, context)
+        for request in state.requests.values():
+            request.strategy = self.strategy
+        learning = online.open_learning(state)
+        assert learning is not None
+        self.learning = learning
+        self.reads_block = False
+        """Whether the last request's decided positions are read."""
 
-    def _train(self, traces: traces.Traces, bound: float) -> tuple[Filter, Report]:
+    def _train(self, traces: Traces, bound: float) -> tuple[Filter, Report]:
         self.trainings.append(self.rows)
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return Filter.identity(WIDTH, 0.9), self.outcome
 
+    def _step(self, view: View) -> None:
+        decision: Any = Decision(commit=view.masked)
+        self.learning.after_step(view, decision, view.candidate, self.batch.plan)
+
     def serve(self, steps: int) -> None:
         """New requests, and so many steps of them, each a whole block."""
         masked = torch.ones(REQUESTS, WIDTH, dtype=torch.bool)
         view = make_view(torch.rand(REQUESTS, WIDTH), masked)
-        self.learning.take_over()
         for slot in range(REQUESTS):
-            self.learning.add(slot)
+            self.reads_block = self.learning.add(slot)
         for _ in range(steps):
             self.rows = self.learning.recorder.rows(WIDTH, "none")
-            self.learning.record(view, view.candidate, self.batch.plan)
+            self._step(view)
             if self.learning._training is not None:
                 self.learning._training.join()
             self.batch.go_on(ended=True)
@@ -108,12 +116,13 @@ def test_after_one_in_vain_half_as_many_rows_more(
     assert expected[-1] > 4 * 1024
     assert school.trainings == expected
     assert not list(tmp_path.rglob("*.safetensors"))
-    assert not school.renewed
+    assert school.strategy.is_current()
+    assert school.reads_block
 
 
-@pytest.mark.parametrize(("ranks", "renewed"), [(1, ["learn2pd"]), (2, [])])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_one_that_was_learned_is_the_last(
-    ranks: int, renewed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where requests to come do without it; nothing is recorded any more."""
     school = School(monkeypatch, tmp_path, GOOD, ranks=ranks)
@@ -122,7 +131,10 @@ def test_one_that_was_learned_is_the_last(
     assert school.trainings == [64]
     assert school.learning.recorder.rows(WIDTH, "none") == 8 * REQUESTS
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    assert school.renewed == renewed
+    assert not school.reads_block
+    # Requests to come are decided by a new object, which finds the file; but parallel
+    # workers could not change over in one step.
+    assert school.strategy.is_current() == (ranks > 1)
 
 
 def test_further_workers_of_a_model_learn_nothing(

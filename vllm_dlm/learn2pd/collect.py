@@ -2,7 +2,7 @@
 """Collect traces for Learn2PD's filter from our own engine: `vllm-dlm traces`.
 
 The prompts are decoded as they will be served (KV policy, block length), by default
-one token per step; see `model_executor/traces.py` for what is recorded.
+one token per step; see `recorder.py` for what is recorded.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 def _take_traces(worker: Any) -> tuple[Traces, dict[str, str]]:
     """Runs in the worker: its recorder's rows of the one block length in use."""
     state = worker.model_runner.model_state
-    learning = worker.model_runner.sampler.learning
+    learning = worker.model_runner.sampler.observers["learn2pd"]
     block_length = state.default_config.block_length
     cache = state.default_config.cache
     return learning.recorder.traces(block_length, cache), {

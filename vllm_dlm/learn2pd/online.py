@@ -23,14 +23,16 @@ from vllm.distributed import (
 from vllm.logger import init_logger
 
 from vllm_dlm.learn2pd.recorder import TraceRecorder, Traces
+from vllm_dlm.model_executor.sampling.observers import Observer
 from vllm_dlm.strategies.base import Context
 from vllm_dlm.strategies.learn2pd import Learn2PD
+from vllm_dlm.strategies.learn2pd_filter import filter_path, note_learned
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
-    from vllm_dlm.model_executor.sampling.groups import StrategyGroups
+    from vllm_dlm.model_executor.sampling.safety import SafeDecision
     from vllm_dlm.model_executor.state import DlmModelState
     from vllm_dlm.strategies.base import View
 
@@ -45,36 +47,44 @@ SLOWER_BY = 0.01
 rule's traces call right whatever it wrote, so it looks better on them than it is."""
 
 
-class Learning:
+def open_learning(state: DlmModelState) -> Learning | None:
+    """The learning of this engine, if its server lets it learn or record."""
+    server = state.server
+    return Learning(state) if server.online_learning or server.record_traces else None
+
+
+class Learning(Observer):
     """Follows requests that can teach a filter, and teaches it."""
 
-    def __init__(self, state: DlmModelState, groups: StrategyGroups) -> None:
+    def __init__(self, state: DlmModelState) -> None:
         self.state = state
-        self.groups = groups
         self.recorder = TraceRecorder(state)
         self._wanted: dict[tuple[int, str], int] = {}
         """Block length, cache policy -> rows at which the next training begins."""
         self._learned: set[tuple[int, str]] = set()
         self._training: Training | None = None
 
-    def add(self, slot: int) -> None:
-        """Decide whether a new request is recorded."""
+    def add(self, slot: int) -> bool:
+        """Decide whether a new request is recorded, decided positions too."""
+        self._end_training()
         request = self.state.requests[slot]
         if request.params.temperature > 0:
-            return  # what was drawn is not what the model was sure of
+            return False  # what was drawn is not what the model was sure of
         config = request.config
         if config.block_length != self.state.default_config.block_length:
-            return  # clients may ask for many lengths; memory is for the served one
+            return False  # clients may ask for many lengths; memory is for one
         learns = self._learns_from(slot)
-        if learns or self.state.server.record_traces:
-            self.recorder.follow(slot)
         if learns:
             self._wanted.setdefault((config.block_length, config.cache), FIRST_ROWS)
+        if learns or self.state.server.record_traces:
+            self.recorder.follow(slot)
+            return True
+        return False
 
     def _learns_from(self, slot: int) -> bool:
         """Whether a filter is to be learned from this request, by this worker."""
         config = self.state.requests[slot].config
-        strategy = self.groups.strategy_of(slot)
+        strategy = self.state.requests[slot].strategy
         return (
             self.state.server.online_learning
             and isinstance(strategy, Learn2PD)
@@ -84,12 +94,18 @@ class Learning:
         )
 
     def remove(self, slot: int) -> None:
-        """A request has left."""
+        """Label what the request has decided so far."""
         self.recorder.forget(slot)
 
-    def record(self, view: View, written: torch.Tensor, plan: SegmentPlan) -> None:
-        """After a step, as `TraceRecorder.record`; train if there are enough rows."""
-        self.take_over()
+    def after_step(
+        self,
+        view: View,
+        decision: SafeDecision,
+        written: torch.Tensor,
+        plan: SegmentPlan,
+    ) -> None:
+        """Record the step; begin a training if there are enough rows."""
+        self._end_training()
         if self._training is None:
             self._train_if_enough()
         self.recorder.record(view, written, plan)
@@ -104,12 +120,13 @@ class Learning:
                     self.recorder.traces(block_length, cache),
                     self.state.context(cache),
                     self.state.server.filters_path(),
+                    takes_over=get_tensor_model_parallel_world_size() == 1,
                 )
                 self._training.start()
                 return
 
-    def take_over(self) -> None:
-        """Let requests to come use a filter that has been learned meanwhile."""
+    def _end_training(self) -> None:
+        """Learn nothing more for what a finished training has learned."""
         training = self._training
         if training is None or training.is_alive():
             return
@@ -119,11 +136,6 @@ class Learning:
         key = training.traces.block_length, training.context.cache
         del self._wanted[key]
         self._learned.add(key)
-        if get_tensor_model_parallel_world_size() > 1:
-            logger.info("Learn2PD: what was learned is used from the next start on")
-        else:
-            self.groups.renew("learn2pd")
-            logger.info("Learn2PD: new requests use what was learned")
 
 
 class Training(threading.Thread):
@@ -133,13 +145,17 @@ class Training(threading.Thread):
         traces: a copy of the rows to learn from.
         context: facts of the model and the cache policy that they come from.
         folder: for learned filters.
+        takes_over: whether requests to come use what is learned; else the next start.
     """
 
-    def __init__(self, traces: Traces, context: Context, folder: Path) -> None:
+    def __init__(
+        self, traces: Traces, context: Context, folder: Path, *, takes_over: bool
+    ) -> None:
         super().__init__(name="vllm-dlm-learn2pd", daemon=True)
         self.traces = traces
         self.context = context
         self.folder = folder
+        self.takes_over = takes_over
         self.learned = False
         """Whether a filter has been saved."""
 
@@ -152,7 +168,7 @@ class Training(threading.Thread):
             )
 
     def _train(self) -> bool:
-        from vllm_dlm.learn2pd.train import filter_path, train_filter
+        from vllm_dlm.learn2pd.train import train_filter
 
         # Half the bound, so that blocks it was not calibrated on stay within it too.
         filter, report = train_filter(self.traces, bound=FALSE_POSITIVE_BOUND / 2)
@@ -169,4 +185,9 @@ class Training(threading.Thread):
         path = filter_path(self.folder, filter)
         filter.save(path)
         logger.info("Learn2PD: saved the filter %s: %s", path, report)
+        if self.takes_over:
+            note_learned(path)
+            logger.info("Learn2PD: new requests use what was learned")
+        else:
+            logger.info("Learn2PD: what was learned is used from the next start on")
         return True

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.host_slots import BLOCK, ToHost
+from vllm_dlm.model_executor.host_slots import ToHost
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
@@ -91,9 +91,8 @@ class TraceRecorder:
         self._blocks = 0
 
     def follow(self, slot: int) -> None:
-        """Record a new request from now on, decided positions too."""
+        """Record a new request from now on; all its block's logits must be read."""
         self._steps[slot] = []
-        self.state.host.reads[slot] = BLOCK
 
     def forget(self, slot: int) -> None:
         """End of a request: label what its unfinished block has decided so far."""
@@ -105,10 +104,7 @@ class TraceRecorder:
     def record(self, view: View, written: torch.Tensor, plan: SegmentPlan) -> None:
         """Note one step: how sure the model was of which tokens, and what was written.
 
-        Args:
-            view: of the step.
-            written: [R, B] int64: tokens of the blocks after it; -1 where still masked
-                or past the canvas.
+        Args: as `Observer.after_step` has them.
         """
         self._receive()
         slots = plan.slots_np

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from vllm_dlm.cli.arguments import count, output_file
-from vllm_dlm.files.whole_files import path_part
 from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT, Traces
 from vllm_dlm.strategies.learn2pd import FALLBACK_CONFIDENCE
-from vllm_dlm.strategies.learn2pd_filter import Filter
+from vllm_dlm.strategies.learn2pd_filter import Filter, filter_path
 
 BATCH_ROWS = 128
 """Trace rows of a step: products so small that BLAS starts no threads either."""
@@ -223,15 +221,3 @@ def run(args: argparse.Namespace) -> int:
     filter.save(path)
     print(f"saved {path}")
     return 0
-
-
-def filter_path(folder: Path, filter: Filter) -> Path:
-    """Where `find_filter` looks for a learned filter.
-
-    Raises:
-        ValueError: the filter does not say the model or the cache policy that it is
-            for, or says what would lead elsewhere.
-    """
-    key = path_part(filter.model_key, "model_key")
-    cache = path_part(filter.cache, "cache")
-    return folder / key / f"b{filter.block_length}-{cache}.safetensors"

@@ -37,7 +37,7 @@ from vllm_dlm.model_executor.planning.branches import Drafts, page_size_of
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
 from vllm_dlm.model_executor.sampling.eotp import MODES
 from vllm_dlm.model_executor.sampling.logits import tile_rows
-from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies import STRATEGIES, Strategy
 from vllm_dlm.strategies.base import Context
 
 if TYPE_CHECKING:
@@ -366,6 +366,8 @@ class DlmRequest:
         self.id = req_id
         self.config = config
         self.layout = layout
+        self.strategy: Strategy
+        """The object that decides the request: `StrategyGroups.add` chooses it."""
         self.params = params
         self.measures_drawn = measures_drawn
         """Whether statistics are those of the distribution that is drawn from."""

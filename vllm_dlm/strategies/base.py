@@ -284,6 +284,15 @@ class Strategy:
         """
         return 1
 
+    def is_current(self) -> bool:
+        """Whether requests to come may still be decided by this object.
+
+        False once a new one would decide otherwise, as when a file that it has read was
+        written anew: then the engine builds another, and requests that are running keep
+        the one they began with. All tensor-parallel workers must say the same.
+        """
+        return True
+
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         """Decide one step for R rows.
 

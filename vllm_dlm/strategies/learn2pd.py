@@ -33,6 +33,7 @@ from vllm_dlm.strategies.learn2pd_filter import (
     describe,
     find_filter,
     load_filter,
+    times_learned,
     warn_if_foreign,
 )
 
@@ -82,6 +83,7 @@ class Learn2PD(Strategy):
         self, params: Learn2PDParams, block_length: int, context: Context
     ) -> None:
         super().__init__(params, block_length, context)
+        self._times_learned = times_learned(context, block_length)
         self.has_filter = True
         """False while the threshold rule stands in for a filter not learned yet."""
         if params.filter is not None:
@@ -107,6 +109,11 @@ class Learn2PD(Strategy):
         # Float64, so that neither the batch size nor TF32 moves a position over the
         # cut: the two matrices are small.
         self.filter = filter.to(context.device, torch.float64)
+
+    def is_current(self) -> bool:
+        """Until this process has learned another filter."""
+        learned = times_learned(self.context, self.block_length)
+        return learned == self._times_learned
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         logits = self.filter.apply(torch.where(view.valid, view.confidence, 1.0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,7 +27,7 @@ from vllm_dlm.files.tensor_files import (
     read_safetensors,
     write_safetensors,
 )
-from vllm_dlm.files.whole_files import MIB, BadFile, remembered
+from vllm_dlm.files.whole_files import MIB, BadFile, path_part, remembered
 from vllm_dlm.strategies.base import Context
 
 logger = logging.getLogger(__name__)
@@ -259,6 +260,35 @@ def find_filter(context: Context, block_length: int) -> Filter | None:
     return None
 
 
+def filter_path(folder: Path, filter: Filter) -> Path:
+    """Where `find_filter` looks for a learned filter.
+
+    Args:
+        folder: the option `filter_dir`.
+
+    Raises:
+        ValueError: the filter does not say the model or the cache policy that it is
+            for, or says what would lead elsewhere.
+    """
+    key = path_part(filter.model_key, "model_key")
+    cache = path_part(filter.cache, "cache")
+    return folder / key / _file_name(filter.block_length, cache)
+
+
+_learned: Counter[Path] = Counter()
+"""Files that this process has learned, and how often."""
+
+
+def note_learned(path: Path) -> None:
+    """Tell this process's engines that it has written a filter that they may use."""
+    _learned[path] += 1
+
+
+def times_learned(context: Context, block_length: int) -> int:
+    """How often this process has learned a filter that `find_filter` may find."""
+    return sum(_learned[path] for path in _places(context, block_length))
+
+
 def warn_if_foreign(filter: Filter, context: Context, path: str | Path) -> None:
     """Log that a filter was trained on another model or under another cache policy."""
     if filter.cache and filter.cache != context.cache:
@@ -287,7 +317,11 @@ def _filed_under(context: Context) -> Path | None:
 
 def _places(context: Context, block_length: int) -> Iterator[Path]:
     model, filed = Path(context.model), _filed_under(context)
-    name = f"b{block_length}-{context.cache}.safetensors"
+    name = _file_name(block_length, context.cache)
     yield model / "learn2pd" / name
     if filed is not None:
         yield filed / name
+
+
+def _file_name(block_length: int, cache: str) -> str:
+    return f"b{block_length}-{cache}.safetensors"

@@ -157,7 +157,7 @@ class StrategyGroups:
         strategy_class = STRATEGIES[config.strategy]
         numeric = numeric_fields(strategy_class.Params)
         key = group_key(config, numeric)
-        if key not in self._groups:
+        if key not in self._groups or not self._groups[key].strategy.is_current():
             strategy = strategy_class(
                 config.params, config.block_length, self.state.context(config.cache)
             )
@@ -165,6 +165,7 @@ class StrategyGroups:
                 strategy, self.state.max_num_reqs, next(self._next_number)
             )
         group = self._group_of[slot] = self._groups[key]
+        request.strategy = group.strategy
         self._group_number[slot] = group.number
         group.admit(slot)
         self.may_rewrite[slot] = group.strategy.may_rewrite
@@ -178,7 +179,6 @@ class StrategyGroups:
             steps = group.strategy.reference_steps(config.params, scheduled)
         self.reference_steps[slot] = NEVER if steps is None else steps
         self.drafts[slot] = "branches" in group.strategy.needs
-        self.state.host.reads[slot] = _rows_read_by(group.strategy)
         for name in numeric:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
 
@@ -199,15 +199,6 @@ class StrategyGroups:
     def strategy_of(self, slot: int) -> Strategy:
         """The strategy that decides a slot."""
         return self._group_of[slot].strategy
-
-    def renew(self, strategy: str) -> None:
-        """Build a strategy anew for requests to come, as when it has learned.
-
-        Requests that are running keep the object they began with.
-        """
-        self._groups = {
-            key: group for key, group in self._groups.items() if key[0] != strategy
-        }
 
     def ends(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which blocks end with this step in any case.
@@ -270,7 +261,8 @@ class StrategyGroups:
         return whole
 
 
-def _rows_read_by(strategy: Strategy) -> int:
+def rows_read_by(strategy: Strategy) -> int:
+    """Of which positions a strategy reads the logits: a value of `HostSlots.reads`."""
     if strategy.logit_rows == "block":
         return BLOCK
     # In the course of its branches a request may reach the next sub-block.
@@ -287,7 +279,7 @@ def group_key(config: RequestConfig, numeric: list[str]) -> GroupKey:
     """What requests must share to be decided by one strategy object."""
     fixed = config.params.model_dump(exclude=set(numeric))
     return (
-        config.strategy,  # first: `StrategyGroups.renew` looks here
+        config.strategy,
         config.block_length,
         config.cache,
         *sorted((name, repr(value)) for name, value in fixed.items()),

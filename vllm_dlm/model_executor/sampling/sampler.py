@@ -20,15 +20,15 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.config.cache import FAR, Reach
 from vllm_dlm.kernels.token_stats import token_stats
-from vllm_dlm.learn2pd.online import Learning
+from vllm_dlm.model_executor.host_slots import BLOCK
 from vllm_dlm.model_executor.layout import next_start, part_start
 from vllm_dlm.model_executor.reply import put_canvas_end, put_health
 from vllm_dlm.model_executor.sampling.candidates import Candidates
-from vllm_dlm.model_executor.sampling.groups import StrategyGroups
+from vllm_dlm.model_executor.sampling.groups import StrategyGroups, rows_read_by
 from vllm_dlm.model_executor.sampling.logprobs import RevealedLogprobs, spread_logprobs
+from vllm_dlm.model_executor.sampling.observers import open_observers
 from vllm_dlm.model_executor.sampling.opening import opened
 from vllm_dlm.model_executor.sampling.safety import SafeDecision, Safety
-from vllm_dlm.model_executor.sampling.trajectory_log import open_log
 from vllm_dlm.model_executor.sampling.views import Views
 
 if TYPE_CHECKING:
@@ -66,27 +66,28 @@ class DenoisingSampler:
         self.views = Views(state, self.groups, self.candidates)
         self.safety = Safety(state, self.groups, self.candidates, self.views)
         self.logprobs = RevealedLogprobs(state)
-        self.learning = Learning(state, self.groups)
-        self.trajectories = open_log(state)
+        self.observers = open_observers(state)
         # A place in the reply that our models do not need, unless one looks for NaNs.
         self._counts_rows = not envs.VLLM_COMPUTE_NANS_IN_LOGITS
         state.on_remove = self._forget
 
     def _forget(self, slot: int) -> None:
+        for observer in self.observers.values():
+            observer.remove(slot)
         self.candidates.remove(slot)
-        self.learning.remove(slot)
         self.logprobs.remove(slot)
         self.groups.remove(slot)
 
     def add_request(self, req_index: int, sampling_params: Any) -> None:
         """Called by the runner after `DlmModelState.add_request`."""
-        self.learning.take_over()
         self.groups.add(req_index)
         self.candidates.add(req_index)
         self.logprobs.add(req_index)
-        self.learning.add(req_index)
-        if self.trajectories is not None:
-            self.trajectories.add(req_index)
+        # A list: all of them are told, whatever the first one answers.
+        reads_block = [one.add(req_index) for one in self.observers.values()]
+        strategy = self.groups.strategy_of(req_index)
+        reads = BLOCK if any(reads_block) else rows_read_by(strategy)
+        self.state.host.reads[req_index] = reads
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
@@ -115,8 +116,6 @@ class DenoisingSampler:
         self.logprobs.record(logits, view.step, decision, plan)
         output = self._advance(view, decision, broken, plan)
         put_health(output, broken, logits.computed if self._counts_rows else None)
-        if self.trajectories is not None:
-            self.trajectories.record(view.step, decision, plan)
         return _for_batch(output, plan, input_batch.num_reqs)
 
     def _rehearse(self, hidden: torch.Tensor) -> None:
@@ -138,10 +137,12 @@ class DenoisingSampler:
             broken: [R] bool: of requests that end with this step, in an error.
         """
         canvas = self._write_canvas(view, decision, plan)
+        if self.observers:
+            unknown = canvas.open | ~canvas.exists | broken[:, None]
+            written = torch.where(unknown, -1, canvas.tokens)
+            for observer in self.observers.values():
+                observer.after_step(view, decision, written, plan)
         frontier = self._move_on(view, decision, canvas, plan)
-        unknown = canvas.open | ~canvas.exists | broken[:, None]
-        written = torch.where(unknown, -1, canvas.tokens)
-        self.learning.record(view, written, plan)
         return self._reply(frontier, canvas.end, plan)
 
     def _write_canvas(

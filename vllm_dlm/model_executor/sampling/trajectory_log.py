@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_dlm.model_executor.sampling.observers import Observer
 from vllm_dlm.trajectories import PATTERN
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
     from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.strategies.base import View
 
 
 def open_log(state: DlmModelState) -> TrajectoryLog | None:
@@ -30,8 +32,11 @@ def open_log(state: DlmModelState) -> TrajectoryLog | None:
     return TrajectoryLog(state, folder)
 
 
-class TrajectoryLog:
+class TrajectoryLog(Observer):
     """Writes the log of one engine.
+
+    A line is in the file before the step's answer is out, so every step waits for the
+    device: whoever asks for the log pays that.
 
     Args:
         state: the requests' canvases.
@@ -47,29 +52,29 @@ class TrajectoryLog:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._file = open(os.open(path, flags, 0o600), "w", encoding="utf-8")  # noqa: SIM115
 
-    def add(self, slot: int) -> None:
+    def add(self, slot: int) -> bool:
         """Write the line of a request that is admitted, or admitted again."""
         request = self.state.requests[slot]
         prompt_len = int(self.state.prompt_len[slot])
         prompt = self.state.tokens[slot, :prompt_len].tolist()
         line = {"request": request.id, "prompt": prompt, "mask": self.state.mask_id}
         self._append([line])
+        return False
 
-    def record(
-        self, step: torch.Tensor, decision: SafeDecision, plan: SegmentPlan
+    def after_step(
+        self,
+        view: View,
+        decision: SafeDecision,
+        written: torch.Tensor,
+        plan: SegmentPlan,
     ) -> None:
-        """Write a line per request; the canvas holds the step's tokens already.
-
-        Args:
-            step: [R] int64, the step of each request's block.
-            decision: what was written.
-        """
+        """Write a line per request; the canvas holds the step's tokens already."""
         state, slots = self.state, plan.slots
         positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
         tokens = state.tokens[slots[:, None], positions]
         # A predicted mask (reference_exact) writes nothing.
-        written = (decision.commit | decision.edit) & (tokens != state.mask_id)
-        changed = written | decision.remask
+        wrote = (decision.commit | decision.edit) & (tokens != state.mask_id)
+        changed = wrote | decision.remask
         outputs = plan.positions - state.prompt_len[slots][:, None]
         width = plan.valid.sum(dim=1)
         end = state.canvas_end[slots] - state.prompt_len[slots]
@@ -81,7 +86,7 @@ class TrajectoryLog:
             plan.slots_np.tolist(),
             outputs[:, 0].clamp(min=0).tolist(),
             ends.tolist(),
-            step.tolist(),
+            view.step.tolist(),
             (changed & plan.valid).cpu(),
             ahead.cpu(),
             outputs.cpu(),
