@@ -32,7 +32,7 @@ from vllm_dlm.model_executor.sampling.trajectory_log import TrajectoryLog
 from vllm_dlm.spec_decode.specdec_pp.head import HEAD_FILE, AcceptanceHead
 from vllm_dlm.strategies.learn2pd_filter import Filter, filter_path
 from vllm_dlm.training.tiny.export import export
-from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
 SHAPE = LLaDAShape(vocab_size=11, d_model=8, n_layers=2, n_heads=2, mlp_hidden_size=8)
 

@@ -17,8 +17,8 @@ from vllm_dlm.model_executor.model_key import weights_digest
 from vllm_dlm.tasks.evaluation import load_model
 from vllm_dlm.training.drafters.networks import load_drafter
 from vllm_dlm.training.tiny.export import export
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 from vllm_dlm.training.tiny.llama_modeling import LlamaModel, export_llama, load_llama
-from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
 
 SHAPE = LLaDAShape(vocab_size=11, d_model=8, n_layers=2, n_heads=2, mlp_hidden_size=8)
 

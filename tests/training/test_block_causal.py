@@ -15,7 +15,7 @@ BLOCK = 4
 
 def tiny_network():
     from vllm_dlm.training.drafters.block_causal import make_block_causal
-    from vllm_dlm.training.tiny.modeling import LLaDAShape
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
     torch.manual_seed(0)
     shape = LLaDAShape(

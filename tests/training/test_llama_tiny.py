@@ -12,13 +12,13 @@ from vllm_dlm.training.tiny.llama_data import make_batch
 
 torch = pytest.importorskip("torch")
 
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape  # noqa: E402
 from vllm_dlm.training.tiny.llama_modeling import (  # noqa: E402
     LlamaModel,
     decode_greedy,
     export_llama,
     load_llama,
 )
-from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape  # noqa: E402
 
 TINY = LLaDAShape(
     vocab_size=tiny_tokenizer.VOCAB_SIZE,

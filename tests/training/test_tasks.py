@@ -131,7 +131,7 @@ def test_export_and_decode(tmp_path):
     torch = pytest.importorskip("torch")
     from vllm_dlm.tasks.evaluation import decode_static, load_model
     from vllm_dlm.training.tiny.export import export
-    from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
     torch.manual_seed(0)
     shape = LLaDAShape(

@@ -18,7 +18,7 @@ import torch
 
 from vllm_dlm.tasks import problems as tiny_tasks
 from vllm_dlm.tasks import tokenizer as tiny_tokenizer
-from vllm_dlm.training.tiny.modeling import LLaDAModel
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -220,7 +220,7 @@ def load_model(model_dir: str | Path) -> LLaDAModel:
         check_weights,
         read_weights,
     )
-    from vllm_dlm.training.tiny.modeling import LLaDAShape
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
     config = Config(model_dir)
     shape = LLaDAShape(

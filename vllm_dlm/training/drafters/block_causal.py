@@ -23,7 +23,7 @@ from vllm_dlm.training.tiny.export import (
     export_like,
     write_folder,
 )
-from vllm_dlm.training.tiny.modeling import INIT_STD, LLaDAShape
+from vllm_dlm.training.tiny.llada_modeling import INIT_STD, LLaDAShape
 
 
 class BlockCausalModel(nn.Module):

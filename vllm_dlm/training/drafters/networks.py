@@ -26,7 +26,7 @@ from vllm_dlm.training.drafters.block_causal import (
 )
 from vllm_dlm.training.drafters.teacher import load_tokenizer
 from vllm_dlm.training.tiny.export import export, export_like
-from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
 Network: TypeAlias = LLaDAModel | BlockCausalModel
 

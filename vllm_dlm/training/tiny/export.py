@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_dlm.files.tensor_files import write_safetensors
 from vllm_dlm.files.whole_files import open_file, replacing, write_json
 from vllm_dlm.tasks import tokenizer as tiny_tokenizer
-from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
 
 def export(model: LLaDAModel, output_dir: str | Path) -> None:

@@ -18,7 +18,7 @@ from vllm_dlm.training.cards import (
     millions,
 )
 from vllm_dlm.training.progress import CHECKPOINT, read_progress
-from vllm_dlm.training.tiny.modeling import LLaDAModel
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 # (canvas, tokens per step) of the columns of the accuracy table.
 SETTINGS = ((64, 1), (256, 1), (64, 2), (64, 4), (64, 8))

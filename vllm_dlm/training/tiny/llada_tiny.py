@@ -25,7 +25,7 @@ from vllm_dlm.training.loop import (
 if TYPE_CHECKING:
     import torch
 
-    from vllm_dlm.training.tiny.modeling import LLaDAModel
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 STEPS = 12_000
 # Token budget of a batch: short rows come in larger batches.
@@ -85,7 +85,7 @@ def make_batch(step: int, total_steps: int, seed: int) -> tuple[torch.Tensor, ..
 
 def make_model() -> LLaDAModel:
     """The untrained model."""
-    from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
     return LLaDAModel(LLaDAShape(vocab_size=tiny_tokenizer.VOCAB_SIZE))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small Llama in plain PyTorch whose layers can all be read out.
 
-The network is `modeling.LLaDAModel` under a causal mask; only the tensor names of the
+The network is `llada_modeling.LLaDAModel` under a causal mask; only the tensor names of the
 exported folder differ. Reading a layer out means: the final norm and the head on what
 that layer hands on, as LayerSkip (arXiv 2404.16710) and DEL (arXiv 2504.05598) do.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vllm_dlm.files.model_folders import Config, check_room, check_weights, read_weights
 from vllm_dlm.tasks import tokenizer as tiny_tokenizer
 from vllm_dlm.training.tiny.export import decoder_config, write_folder
-from vllm_dlm.training.tiny.modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",

@@ -28,8 +28,8 @@ from vllm_dlm.training.tiny.llama_data import MAX_ANSWER_TOKENS, make_batch
 if TYPE_CHECKING:
     import torch
 
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
     from vllm_dlm.training.tiny.llama_modeling import LlamaModel
-    from vllm_dlm.training.tiny.modeling import LLaDAShape
 
 NAME = "llama-tiny"
 STEPS = 2500
@@ -40,7 +40,7 @@ NUM_PROGRESS_PROBLEMS = 120
 
 def make_shape() -> LLaDAShape:
     """Sizes of llama-tiny."""
-    from vllm_dlm.training.tiny.modeling import LLaDAShape
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
     return LLaDAShape(
         vocab_size=tiny_tokenizer.VOCAB_SIZE, n_layers=8, mlp_hidden_size=256

@@ -16,7 +16,7 @@ from vllm_dlm.training.loop import add_loop_arguments
 from vllm_dlm.training.tiny import llama_tiny
 
 if TYPE_CHECKING:
-    from vllm_dlm.training.tiny.modeling import LLaDAShape
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
 NAME = "llama-tiny-draft"
 # Few on purpose: after 1500 it answers 92 % of the problems, and hardly any draft is
@@ -26,7 +26,7 @@ STEPS = 350
 
 def make_shape() -> LLaDAShape:
     """Sizes of llama-tiny-draft."""
-    from vllm_dlm.training.tiny.modeling import LLaDAShape
+    from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
     return LLaDAShape(
         vocab_size=tiny_tokenizer.VOCAB_SIZE,
