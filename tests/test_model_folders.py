@@ -14,10 +14,9 @@ from vllm_dlm.files.whole_files import (
     write_json,
 )
 from vllm_dlm.model_executor.model_key import weights_digest
-from vllm_dlm.tasks.evaluation import load_model
 from vllm_dlm.training.drafters.networks import load_drafter
 from vllm_dlm.training.tiny.export import export
-from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape, load_llada
 from vllm_dlm.training.tiny.llama_modeling import LlamaModel, export_llama, load_llama
 
 SHAPE = LLaDAShape(vocab_size=11, d_model=8, n_layers=2, n_heads=2, mlp_hidden_size=8)
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.timeout(120)
 def write_model(folder: Path, layout: str) -> Callable[[Path], Any]:
     if layout == "llada":
         export(LLaDAModel(SHAPE), folder)
-        return load_model
+        return load_llada
     export_llama(LlamaModel(SHAPE), folder)
     return load_llama
 

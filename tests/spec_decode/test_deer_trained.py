@@ -12,16 +12,16 @@ from spec_decode.deer_reference import Steps, TrainedReference, speculative
 from spec_decode.harness import Engine, Rounds, params
 
 from vllm_dlm.config.aliases import resolve
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.tasks.problems import sample_problems
 
 TARGET, DRAFTER = "llama-tiny", "deer-tiny-block"
 MASKS = 32
 PROMPTS = [
-    tiny_tokenizer.encode_prompt(problem.question, chat=number % 2 == 0)
+    tokenizer.encode_prompt(problem.question, chat=number % 2 == 0)
     for number, problem in enumerate(sample_problems(22, 5, "heldout"))
 ]
-ANSWER = params(24, ignore_eos=False, stop_token_ids=[tiny_tokenizer.EOS_ID])
+ANSWER = params(24, ignore_eos=False, stop_token_ids=[tokenizer.EOS_ID])
 # Three pages, and it ends inside a page and inside a block.
 LONG = [token for prompt in PROMPTS for token in prompt][:75]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.drafters.deer_data import Recipe, make_batch
 from vllm_dlm.training.drafters.networks import load_drafter, make_drafter
 from vllm_dlm.training.drafters.teacher import Answered
@@ -19,7 +19,7 @@ def losses(folder: Path, attention_block: int | None = None) -> tuple[float, flo
     kept = json.loads((folder / "answers.json").read_text())
     torch.manual_seed(1)
     recipe = Recipe(
-        mask_id=tiny_tokenizer.MASK_ID, end_id=tiny_tokenizer.EOS_ID, stage_one_steps=0
+        mask_id=tokenizer.MASK_ID, end_id=tokenizer.EOS_ID, stage_one_steps=0
     )
     answered = Answered(kept["prompts"], kept["answers"])
     ids, inputs, valid, weights = make_batch(answered, 99, 3, recipe)

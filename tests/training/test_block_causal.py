@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.loop import LoopOptions
 
 torch = pytest.importorskip("torch")
@@ -19,7 +19,7 @@ def tiny_network():
 
     torch.manual_seed(0)
     shape = LLaDAShape(
-        vocab_size=tiny_tokenizer.VOCAB_SIZE,
+        vocab_size=tokenizer.VOCAB_SIZE,
         d_model=64,
         n_layers=2,
         n_heads=2,
@@ -30,13 +30,13 @@ def tiny_network():
 
 def test_a_token_sees_its_block_and_those_left_of_it():
     network = tiny_network()
-    ids = torch.randint(3, tiny_tokenizer.VOCAB_SIZE, (1, 11))
+    ids = torch.randint(3, tokenizer.VOCAB_SIZE, (1, 11))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     with torch.inference_mode():
         logits = network(ids, everywhere)
         for place in range(11):
             other = ids.clone()
-            other[0, place] = tiny_tokenizer.MASK_ID
+            other[0, place] = tokenizer.MASK_ID
             changed = (network(other, everywhere) - logits).abs().amax(-1)[0] > 1e-6
             assert changed.tolist() == [
                 at // BLOCK >= place // BLOCK for at in range(11)
@@ -61,8 +61,8 @@ def test_the_folder_is_sdars(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["SDARForCausalLM"]
     assert config["block_size"] == BLOCK
-    assert config["mask_token_id"] == tiny_tokenizer.MASK_ID
-    ids = torch.randint(3, tiny_tokenizer.VOCAB_SIZE, (13,))
+    assert config["mask_token_id"] == tokenizer.MASK_ID
+    ids = torch.randint(3, tokenizer.VOCAB_SIZE, (13,))
     wanted = TinyModel.from_folder(tmp_path).forward(
         ids.tolist(), visible=block_causal(13, BLOCK)
     )
@@ -119,9 +119,7 @@ def test_it_learns_and_an_engine_drafts_with_it(tmp_path):
     engine = Engine("llama-tiny", speculative(tmp_path, masks=8))
     assert engine.drafter.context == "cached"
     rounds = Rounds(engine.drafter)
-    prompts = [
-        tiny_tokenizer.encode_prompt(f"Copy [{n}]", True) for n in ("Ada", "Ben")
-    ]
+    prompts = [tokenizer.encode_prompt(f"Copy [{n}]", True) for n in ("Ada", "Ben")]
     engine.run(prompts, params(12))
     rounds.close()
     assert not engine.drafter.failed

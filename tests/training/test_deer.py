@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.drafters.acceptance import measure_acceptance
 from vllm_dlm.training.drafters.deer_data import (
     Recipe,
@@ -19,7 +19,7 @@ from vllm_dlm.training.loop import LoopOptions
 
 torch = pytest.importorskip("torch")
 
-MASK, END = tiny_tokenizer.MASK_ID, tiny_tokenizer.EOS_ID
+MASK, END = tokenizer.MASK_ID, tokenizer.EOS_ID
 RECIPE = Recipe(mask_id=MASK, end_id=END, stage_one_steps=10, block_length=8)
 PROMPT, ANSWER = [1, 11, 12], [21, 22, 23, 24, END]
 UNFINISHED = [21, 22, 23, 24]
@@ -199,7 +199,7 @@ def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
 def test_another_vocabulary_is_refused(tmp_path):
     from vllm_dlm.training.drafters.teacher import check_same_vocabulary
 
-    tiny_tokenizer.save_tokenizer(tmp_path)
+    tokenizer.save_tokenizer(tmp_path)
     check_same_vocabulary("llama-tiny", str(tmp_path))
     file = tmp_path / "tokenizer.json"
     file.write_text(file.read_text().replace('"Ada"', '"Adele"'))
@@ -210,21 +210,21 @@ def test_another_vocabulary_is_refused(tmp_path):
 def test_prompts_of_a_file(tmp_path):
     from vllm_dlm.training.drafters.teacher import load_prompts, load_tokenizer
 
-    tokenizer = load_tokenizer("llama-tiny")
-    expected = tiny_tokenizer.encode_prompt("Copy [Ada, Ben]", chat=False)
+    of_target = load_tokenizer("llama-tiny")
+    expected = tokenizer.encode_prompt("Copy [Ada, Ben]", chat=False)
     text = tmp_path / "prompts.txt"
     text.write_text("Copy [Ada, Ben]\n\n")
-    assert load_prompts(text, tokenizer, 9, 0) == [expected]
+    assert load_prompts(text, of_target, 9, 0) == [expected]
     rows = tmp_path / "prompts.jsonl"
     rows.write_text('{"prompt": "Copy [Ada, Ben]"}\n')
-    assert load_prompts(rows, tokenizer, 9, 0) == [expected]
+    assert load_prompts(rows, of_target, 9, 0) == [expected]
     rows.write_text('{"text": "Copy"}\n')
     with pytest.raises(ValueError, match='line 1: expected an object with the key "pr'):
-        load_prompts(rows, tokenizer, 9, 0)
+        load_prompts(rows, of_target, 9, 0)
     text.write_text("\n")
     with pytest.raises(ValueError, match="has no prompt"):
-        load_prompts(text, tokenizer, 9, 0)
-    assert load_prompts(None, tokenizer, 3, 0) != load_prompts(None, tokenizer, 3, 1)
+        load_prompts(text, of_target, 9, 0)
+    assert load_prompts(None, of_target, 3, 0) != load_prompts(None, of_target, 3, 1)
 
 
 @pytest.mark.parametrize("name", ["deer-tiny", "deer-tiny-block"])
@@ -235,7 +235,7 @@ def test_the_shipped_drafters_are_accepted(name):
     from vllm_dlm.training.drafters.teacher import generate_answers, load_causal_lm
 
     prompts = [
-        tiny_tokenizer.encode_prompt(problem.question, chat=index % 2 == 0)
+        tokenizer.encode_prompt(problem.question, chat=index % 2 == 0)
         for index, problem in enumerate(sample_problems(44, 79, "heldout"))
     ]
     target = load_causal_lm("llama-tiny")

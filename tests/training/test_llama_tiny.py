@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.loop import LoopOptions
 from vllm_dlm.training.tiny import llama_tiny
 from vllm_dlm.training.tiny.llama_data import make_batch
@@ -21,7 +21,7 @@ from vllm_dlm.training.tiny.llama_modeling import (  # noqa: E402
 )
 
 TINY = LLaDAShape(
-    vocab_size=tiny_tokenizer.VOCAB_SIZE,
+    vocab_size=tokenizer.VOCAB_SIZE,
     d_model=32,
     n_layers=3,
     n_heads=2,
@@ -43,14 +43,14 @@ def test_the_answers_and_their_ends_are_learnt():
     ids, weights = make_batch("a", 0, 1)
     for row, weight in zip(ids, weights, strict=True):
         learnt = row[1:][weight == 1].tolist()
-        assert learnt[-1] == tiny_tokenizer.EOS_ID
+        assert learnt[-1] == tokenizer.EOS_ID
         answer = learnt[:-1]
-        assert answer and tiny_tokenizer.EOS_ID not in answer
+        assert answer and tokenizer.EOS_ID not in answer
         prompt_end = int((weight > 0).nonzero()[0]) + 1
         assert row[prompt_end : prompt_end + len(answer)].tolist() == answer
         padding = row[1:][(weight > 0) & (weight < 1)]
-        assert (padding == tiny_tokenizer.EOS_ID).all()
-        assert row[0] == tiny_tokenizer.BOS_ID
+        assert (padding == tokenizer.EOS_ID).all()
+        assert row[0] == tokenizer.BOS_ID
 
 
 def test_loss_of_the_exits():
@@ -189,19 +189,18 @@ def test_the_shipped_models_answer_held_out_problems(shipped):
 
 def test_the_exits_agree_more_the_higher_they_are(shipped):
     from vllm_dlm.tasks.problems import sample_problems
-    from vllm_dlm.training.drafters.teacher import Answered
     from vllm_dlm.training.tiny.llama_card import exit_agreement
 
     model = shipped["llama-tiny"]
     prompts = [
-        tiny_tokenizer.encode_prompt(problem.question, chat=False)
+        tokenizer.encode_prompt(problem.question, chat=False)
         for problem in sample_problems(40, 78, "heldout")
     ]
     answers = [
-        tiny_tokenizer.encode(tiny_tokenizer.decode(answer)) + [tiny_tokenizer.EOS_ID]
+        tokenizer.encode(tokenizer.decode(answer)) + [tokenizer.EOS_ID]
         for answer in decode_greedy(model, prompts, max_tokens=24, exit_layer=8)
     ]
-    agreement = exit_agreement(model, Answered(prompts, answers))
+    agreement = exit_agreement(model, prompts, answers)
     assert agreement[-1] == 1.0
     assert agreement[-2] > 0.95
     assert agreement[0] < agreement[3] < agreement[6]

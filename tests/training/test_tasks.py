@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from vllm_dlm.tasks import problems as tiny_tasks
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
-from vllm_dlm.tasks.problems import TASKS, Problem, sample_problems
+from vllm_dlm.tasks import tokenizer
+from vllm_dlm.tasks.problems import TASKS, Problem, check, sample_problems
 
 NUM_PROBLEMS = 300
 
@@ -16,7 +15,7 @@ NUM_PROBLEMS = 300
 def saved_tokenizer(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer.save_tokenizer(folder)
+    tokenizer.save_tokenizer(folder)
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -24,7 +23,7 @@ def saved_tokenizer(tmp_path_factory):
 def test_reference_answers_are_right_and_others_wrong(task):
     for problem in sample_problems(NUM_PROBLEMS, 0, tasks=[task]):
         assert problem.check(problem.answer)
-        assert tiny_tasks.check(problem, f" {problem.answer}\n")
+        assert check(problem, f" {problem.answer}\n")
         for wrong in ("", "[]", problem.answer[:-1], problem.answer + "1"):
             assert not problem.check(wrong)
 
@@ -82,26 +81,26 @@ def test_unknown_names_are_refused():
 
 def test_answers_are_short_and_known():
     for problem in sample_problems(NUM_PROBLEMS, 1):
-        tokens = tiny_tokenizer.encode(problem.answer)
+        tokens = tokenizer.encode(problem.answer)
         assert len(tokens) < 32
-        prompt = tiny_tokenizer.encode_prompt(problem.question, chat=True)
-        assert tiny_tokenizer.UNK_ID not in tokens + prompt
-        assert tiny_tokenizer.decode([*tokens, tiny_tokenizer.EOS_ID]) == problem.answer
+        prompt = tokenizer.encode_prompt(problem.question, chat=True)
+        assert tokenizer.UNK_ID not in tokens + prompt
+        assert tokenizer.decode([*tokens, tokenizer.EOS_ID]) == problem.answer
 
 
 def test_vocabulary_fits():
-    vocabulary = tiny_tokenizer.VOCABULARY
-    assert len(set(vocabulary)) == len(vocabulary) <= tiny_tokenizer.VOCAB_SIZE
+    vocabulary = tokenizer.VOCABULARY
+    assert len(set(vocabulary)) == len(vocabulary) <= tokenizer.VOCAB_SIZE
 
 
 def test_saved_tokenizer_agrees(saved_tokenizer):
     for problem in sample_problems(NUM_PROBLEMS, 2):
         plain = saved_tokenizer(problem.question).input_ids
-        assert plain == tiny_tokenizer.encode_prompt(problem.question, chat=False)
+        assert plain == tokenizer.encode_prompt(problem.question, chat=False)
         messages = [{"role": "user", "content": problem.question}]
         text = saved_tokenizer.apply_chat_template(messages, tokenize=False)
         chat = saved_tokenizer(text, add_special_tokens=False).input_ids
-        assert chat == tiny_tokenizer.encode_prompt(problem.question, chat=True)
+        assert chat == tokenizer.encode_prompt(problem.question, chat=True)
         for text in (problem.question, problem.answer):
             ids = saved_tokenizer(text, add_special_tokens=False).input_ids
             assert saved_tokenizer.decode(ids) == text
@@ -109,8 +108,8 @@ def test_saved_tokenizer_agrees(saved_tokenizer):
 
 def test_unknown_text_gives_unk(saved_tokenizer):
     ids = saved_tokenizer("Zoë, 日本 hello", add_special_tokens=False).input_ids
-    assert ids == tiny_tokenizer.encode("Zoë, 日本 hello")
-    assert tiny_tokenizer.UNK_ID in ids
+    assert ids == tokenizer.encode("Zoë, 日本 hello")
+    assert tokenizer.UNK_ID in ids
 
 
 def test_batches_depend_on_seed_and_step_alone():
@@ -120,37 +119,41 @@ def test_batches_depend_on_seed_and_step_alone():
     first, again = make_batch(5, 100, 1), make_batch(5, 100, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     ids, inputs, weights = first
-    masked = inputs == tiny_tokenizer.MASK_ID
+    masked = inputs == tokenizer.MASK_ID
     assert torch.equal(masked, weights > 0)
     assert torch.equal(ids[~masked], inputs[~masked])
     # The prompt's first token is never masked.
-    assert (inputs[:, 0] == tiny_tokenizer.BOS_ID).all()
+    assert (inputs[:, 0] == tokenizer.BOS_ID).all()
 
 
 def test_export_and_decode(tmp_path):
     torch = pytest.importorskip("torch")
-    from vllm_dlm.tasks.evaluation import decode_static, load_model
     from vllm_dlm.training.tiny.export import export
-    from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
+    from vllm_dlm.training.tiny.llada_evaluation import decode_static
+    from vllm_dlm.training.tiny.llada_modeling import (
+        LLaDAModel,
+        LLaDAShape,
+        load_llada,
+    )
 
     torch.manual_seed(0)
     shape = LLaDAShape(
-        vocab_size=tiny_tokenizer.VOCAB_SIZE, d_model=32, n_layers=1, n_heads=2
+        vocab_size=tokenizer.VOCAB_SIZE, d_model=32, n_layers=1, n_heads=2
     )
     model = LLaDAModel(shape)
     export(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LLaDAModelLM"]
-    assert config["mask_token_id"] == tiny_tokenizer.MASK_ID
-    loaded = load_model(tmp_path)
+    assert config["mask_token_id"] == tokenizer.MASK_ID
+    loaded = load_llada(tmp_path)
     assert "model.transformer.blocks.0.attn_norm.weight" in loaded.state_dict()
     assert "model.transformer.ff_out.weight" in loaded.state_dict()
     prompts = [
-        tiny_tokenizer.encode_prompt(problem.question, chat=False)
+        tokenizer.encode_prompt(problem.question, chat=False)
         for problem in sample_problems(3, 0)
     ]
     together = decode_static(loaded, prompts, canvas=16, block_length=8)
-    assert all(tiny_tokenizer.MASK_ID not in row[:8] for row in together)
+    assert all(tokenizer.MASK_ID not in row[:8] for row in together)
     # The padding of a batch must not change its rows.
     alone = [decode_static(loaded, [p], canvas=16, block_length=8)[0] for p in prompts]
     assert [row[:8] for row in together] == [row[:8] for row in alone]
@@ -158,7 +161,7 @@ def test_export_and_decode(tmp_path):
 
 def test_bad_canvas_is_refused():
     pytest.importorskip("torch")
-    from vllm_dlm.tasks.evaluation import decode_static
+    from vllm_dlm.training.tiny.llada_evaluation import decode_static
 
     with pytest.raises(ValueError, match="no multiple"):
         decode_static(None, [[1]], canvas=40, block_length=32)

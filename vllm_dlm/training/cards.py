@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vllm_dlm.tasks import problems as tiny_tasks
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
+from vllm_dlm.tasks.problems import TASKS, sample_problems
 
 EVALUATION_SEED = 2024
 HEAD = """\
@@ -33,10 +33,10 @@ def accuracy_table(measures: Mapping[str, Callable[[str], float]]) -> str:
     Args:
         measures: Title of a column -> exact match of the task of a name.
     """
-    weights = {name: task.weight for name, task in tiny_tasks.TASKS.items()}
+    weights = {name: task.weight for name, task in TASKS.items()}
     columns = []
     for measure in tqdm(measures.values(), desc="evaluating"):
-        column = {task: measure(task) for task in tiny_tasks.TASKS}
+        column = {task: measure(task) for task in TASKS}
         total = sum(weights[name] * column[name] for name in weights)
         column["**all**"] = total / sum(weights.values())
         columns.append(column)
@@ -61,9 +61,9 @@ def hardware() -> str:
 
 def held_out_prompts(count: int) -> list[list[int]]:
     """Questions that no training has seen; every other one as a chat."""
-    problems = tiny_tasks.sample_problems(count, EVALUATION_SEED, "heldout")
+    problems = sample_problems(count, EVALUATION_SEED, "heldout")
     return [
-        tiny_tokenizer.encode_prompt(problem.question, chat=index % 2 == 0)
+        tokenizer.encode_prompt(problem.question, chat=index % 2 == 0)
         for index, problem in enumerate(problems)
     ]
 

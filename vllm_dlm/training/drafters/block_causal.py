@@ -17,7 +17,7 @@ from transformers import Qwen3ForCausalLM
 from vllm_dlm.files.model_folders import WEIGHTS, Config, check_weights
 from vllm_dlm.files.whole_files import BadFile, write_json
 from vllm_dlm.model_executor.models.sdar_config import SDARConfig
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.tiny.export import (
     decoder_config,
     export_like,
@@ -131,7 +131,7 @@ def make_sdar_config(shape: LLaDAShape, block_length: int) -> dict[str, object]:
         "model_type": "sdar",
         "block_size": block_length,
         "head_dim": shape.d_model // shape.n_heads,
-        "mask_token_id": tiny_tokenizer.MASK_ID,
+        "mask_token_id": tokenizer.MASK_ID,
         **decoder_config(shape),
     }
 

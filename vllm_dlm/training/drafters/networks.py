@@ -15,8 +15,7 @@ import torch
 
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.files.model_folders import Config
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
-from vllm_dlm.tasks.evaluation import load_model
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.drafters.block_causal import (
     BlockCausalModel,
     export_block_causal,
@@ -26,12 +25,12 @@ from vllm_dlm.training.drafters.block_causal import (
 )
 from vllm_dlm.training.drafters.teacher import load_tokenizer
 from vllm_dlm.training.tiny.export import export, export_like
-from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape, load_llada
 
 Network: TypeAlias = LLaDAModel | BlockCausalModel
 
 SHAPE = LLaDAShape(
-    vocab_size=tiny_tokenizer.VOCAB_SIZE,
+    vocab_size=tokenizer.VOCAB_SIZE,
     d_model=96,
     n_layers=3,
     n_heads=3,
@@ -97,7 +96,7 @@ def make_drafter(target: str, attention_block: int | None = None) -> Drafter:
         ValueError: the target has another tokenizer than the built-in models, or
             there are no tokens in a block.
     """
-    if load_tokenizer(target).get_vocab() != tiny_tokenizer.TOKEN_IDS:
+    if load_tokenizer(target).get_vocab() != tokenizer.TOKEN_IDS:
         raise ValueError(
             f"a fresh drafter has the tokenizer of llama-tiny, and {target} another; "
             "pass a diffusion model that has the target's with --drafter"
@@ -107,7 +106,7 @@ def make_drafter(target: str, attention_block: int | None = None) -> Drafter:
         network = LLaDAModel(SHAPE)
     else:
         network = make_block_causal(SHAPE, attention_block)
-    return Drafter(network, tiny_tokenizer.MASK_ID)
+    return Drafter(network, tokenizer.MASK_ID)
 
 
 def load_drafter(name: str | Path) -> Drafter:
@@ -132,7 +131,7 @@ def load_drafter(name: str | Path) -> Drafter:
             network = load_block_causal(folder)
             return Drafter(network, network.config.mask_token_id)
         if layout == "llada":
-            return Drafter(load_model(folder), config.token_id("mask_token_id"))
+            return Drafter(load_llada(folder), config.token_id("mask_token_id"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"drafter {name}: {error}; expected its weights in model.safetensors, "

@@ -22,8 +22,8 @@ from vllm_dlm.files.whole_files import (
     read_lines,
     write_json,
 )
-from vllm_dlm.tasks import problems as tiny_tasks
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks.problems import sample_problem
+from vllm_dlm.tasks.tokenizer import TOKEN_IDS, encode_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -122,16 +122,14 @@ def load_prompts(
     if count < 1:
         raise ValueError(f"the number of prompts must be at least 1, not {count}")
     if path is None:
-        if tokenizer.get_vocab() != tiny_tokenizer.TOKEN_IDS:
+        if tokenizer.get_vocab() != TOKEN_IDS:
             raise ValueError(
                 "the built-in tasks are written in the tokenizer of llama-tiny, which "
                 "the target does not have; pass a file with --prompts"
             )
         rng = random.Random(f"prompts-{seed}")
         return [
-            tiny_tokenizer.encode_prompt(
-                tiny_tasks.sample_problem(rng).question, rng.random() < 0.5
-            )
+            encode_prompt(sample_problem(rng).question, rng.random() < 0.5)
             for _ in range(count)
         ]
     texts = _read_texts(Path(path))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_dlm.files.tensor_files import write_safetensors
 from vllm_dlm.files.whole_files import open_file, replacing, write_json
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
 
@@ -49,12 +49,12 @@ def write_folder(
     _write_weights(output_dir, tensors)
     write_json(output_dir / "config.json", config)
     generation = {
-        "bos_token_id": tiny_tokenizer.BOS_ID,
-        "eos_token_id": tiny_tokenizer.EOS_ID,
-        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "bos_token_id": tokenizer.BOS_ID,
+        "eos_token_id": tokenizer.EOS_ID,
+        "pad_token_id": tokenizer.EOS_ID,
     }
     write_json(output_dir / "generation_config.json", generation)
-    tiny_tokenizer.save_tokenizer(output_dir)
+    tokenizer.save_tokenizer(output_dir)
 
 
 def make_config(model: LLaDAModel) -> dict[str, object]:
@@ -75,20 +75,20 @@ def make_config(model: LLaDAModel) -> dict[str, object]:
         "dlm_max_canvas": 256,
         "embedding_dropout": 0.0,
         "embedding_size": shape.vocab_size,
-        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "eos_token_id": tokenizer.EOS_ID,
         "flash_attention": False,
         "include_bias": False,
         "include_qkv_bias": False,
         "input_emb_norm": False,
         "layer_norm_type": "rms",
         "layer_norm_with_affine": True,
-        "mask_token_id": tiny_tokenizer.MASK_ID,
+        "mask_token_id": tokenizer.MASK_ID,
         "max_sequence_length": shape.max_sequence_length,
         "mlp_hidden_size": shape.mlp_hidden_size,
         "n_heads": shape.n_heads,
         "n_kv_heads": shape.n_heads,
         "n_layers": shape.n_layers,
-        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "pad_token_id": tokenizer.EOS_ID,
         "residual_dropout": 0.0,
         "rms_norm_eps": shape.rms_norm_eps,
         "rope": True,
@@ -107,8 +107,8 @@ def decoder_config(shape: LLaDAShape) -> dict[str, object]:
     return {
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": tiny_tokenizer.BOS_ID,
-        "eos_token_id": tiny_tokenizer.EOS_ID,
+        "bos_token_id": tokenizer.BOS_ID,
+        "eos_token_id": tokenizer.EOS_ID,
         "hidden_act": "silu",
         "hidden_size": shape.d_model,
         "intermediate_size": shape.mlp_hidden_size,
@@ -116,7 +116,7 @@ def decoder_config(shape: LLaDAShape) -> dict[str, object]:
         "num_attention_heads": shape.n_heads,
         "num_hidden_layers": shape.n_layers,
         "num_key_value_heads": shape.n_heads,
-        "pad_token_id": tiny_tokenizer.EOS_ID,
+        "pad_token_id": tokenizer.EOS_ID,
         "rms_norm_eps": shape.rms_norm_eps,
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": False,

@@ -7,9 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from vllm_dlm.files.whole_files import write_text
-from vllm_dlm.tasks import problems as tiny_tasks
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
-from vllm_dlm.tasks.evaluation import evaluate_model, load_model
+from vllm_dlm.tasks import problems, tokenizer
 from vllm_dlm.training.cards import (
     EVALUATION_SEED,
     accuracy_table,
@@ -18,7 +16,8 @@ from vllm_dlm.training.cards import (
     millions,
 )
 from vllm_dlm.training.progress import CHECKPOINT, read_progress
-from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
+from vllm_dlm.training.tiny.llada_evaluation import evaluate_model
+from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, load_llada
 
 # (canvas, tokens per step) of the columns of the accuracy table.
 SETTINGS = ((64, 1), (256, 1), (64, 2), (64, 4), (64, 8))
@@ -95,38 +94,38 @@ def write_card(model_dir: str | Path, num_problems: int, padding_weight: float) 
         The accuracy table in Markdown.
     """
     model_dir = Path(model_dir)
-    model = load_model(model_dir)
+    model = load_llada(model_dir)
     state = read_progress(model_dir / CHECKPOINT)
-    per_task = max(1, num_problems // len(tiny_tasks.TASKS))
+    per_task = max(1, num_problems // len(problems.TASKS))
     accuracy = _accuracy_table(model, per_task)
     shape = model.shape
     card = _CARD.format(
         accuracy=accuracy,
         block=BLOCK_LENGTH,
-        bos_id=tiny_tokenizer.BOS_ID,
-        eos_id=tiny_tokenizer.EOS_ID,
-        mask_id=tiny_tokenizer.MASK_ID,
+        bos_id=tokenizer.BOS_ID,
+        eos_id=tokenizer.EOS_ID,
+        mask_id=tokenizer.MASK_ID,
         examples=_example_rows(),
-        free_tasks=", ".join(f"`{task}`" for task in tiny_tasks.FREE_TASKS),
+        free_tasks=", ".join(f"`{task}`" for task in problems.FREE_TASKS),
         hardware=hardware(),
         heads=shape.n_heads,
         layers=shape.n_layers,
         megabytes=megabytes(model_dir),
         millions=millions(model),
-        min_letters=tiny_tasks.MIN_LETTERS,
-        max_letters=tiny_tasks.MAX_LETTERS,
-        min_names=tiny_tasks.MIN_NAMES,
-        max_names=tiny_tasks.MAX_NAMES,
+        min_letters=problems.MIN_LETTERS,
+        max_letters=problems.MAX_LETTERS,
+        min_names=problems.MIN_NAMES,
+        max_names=problems.MAX_NAMES,
         minutes=state.seconds / 60,
         mlp=shape.mlp_hidden_size,
-        names=len(tiny_tasks.NAMES),
-        num_problems=per_task * len(tiny_tasks.TASKS),
+        names=len(problems.NAMES),
+        num_problems=per_task * len(problems.TASKS),
         padding_weight=padding_weight,
-        parts=tiny_tasks.HELD_OUT_PARTS,
+        parts=problems.HELD_OUT_PARTS,
         per_task=per_task,
         seed=state.seed,
         steps=state.step,
-        vocabulary=len(tiny_tokenizer.VOCABULARY),
+        vocabulary=len(tokenizer.VOCABULARY),
         width=shape.d_model,
     )
     write_text(model_dir / "README.md", card)
@@ -157,7 +156,7 @@ def _accuracy_table(model: LLaDAModel, per_task: int) -> str:
 
 def _example_rows() -> str:
     rows = []
-    for task in tiny_tasks.TASKS:
-        [problem] = tiny_tasks.sample_problems(1, 0, "heldout", [task])
+    for task in problems.TASKS:
+        [problem] = problems.sample_problems(1, 0, "heldout", [task])
         rows.append(f"| {task} | `{problem.question}` | `{problem.answer}` |")
     return "\n".join(rows)

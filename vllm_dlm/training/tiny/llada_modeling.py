@@ -8,11 +8,14 @@ tensor names of LLaDA's own checkpoints.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vllm_dlm.files.model_folders import Config, check_room, check_weights, read_weights
 
 # Wider than the 0.02 of large models: with 128 dimensions that learns slowly.
 INIT_STD = 0.06
@@ -149,6 +152,33 @@ class LLaDAModel(nn.Module):
         """Logits [..., vocab] of what a layer hands on [..., d_model]."""
         transformer: Any = self.model["transformer"]
         return transformer["ff_out"](transformer["ln_f"](hidden))
+
+
+def load_llada(model_dir: str | Path) -> LLaDAModel:
+    """Load an exported model, to evaluate it or to train it on.
+
+    Raises:
+        ValueError: its files are missing, or do not fit together.
+    """
+    config = Config(model_dir)
+    shape = LLaDAShape(
+        vocab_size=config.size("vocab_size"),
+        d_model=config.size("d_model"),
+        n_layers=config.layers("n_layers"),
+        n_heads=config.size("n_heads"),
+        mlp_hidden_size=config.size("mlp_hidden_size"),
+        rope_theta=config.number("rope_theta"),
+        rms_norm_eps=config.number("rms_norm_eps"),
+        max_sequence_length=config.size("max_sequence_length"),
+    )
+    file = Path(model_dir) / "model.safetensors"
+    tensors = read_weights(file)
+    check_room(shape.num_parameters, tensors, config)
+    model = LLaDAModel(shape)
+    check_weights(tensors, model, file)
+    names = model.state_dict()
+    model.load_state_dict({name: tensors[name] for name in names})
+    return model.eval()
 
 
 def _plain_attention(

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.tasks import problems as tiny_tasks
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
+from vllm_dlm.tasks.problems import sample_problem
 from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
 from vllm_dlm.training.loop import (
     LoopOptions,
@@ -52,14 +52,14 @@ def make_batch(step: int, total_steps: int, seed: int) -> tuple[torch.Tensor, ..
     is_long = rng.random() < (LONG_SHARE_LATE if late else LONG_SHARE_EARLY)
     length = rng.choice(LONG_ROWS if is_long else SHORT_ROWS)
     num_rows = BATCH_TOKENS // length
-    eos = tiny_tokenizer.EOS_ID
+    eos = tokenizer.EOS_ID
     ids = torch.full((num_rows, length), eos)
     # Where the prompt ends, and where the answer with its first <|endoftext|> ends.
     starts, ends = [], []
     for row in range(num_rows):
-        problem = tiny_tasks.sample_problem(rng)
-        prompt = tiny_tokenizer.encode_prompt(problem.question, rng.random() < 0.5)
-        tokens = prompt + tiny_tokenizer.encode(problem.answer)
+        problem = sample_problem(rng)
+        prompt = tokenizer.encode_prompt(problem.question, rng.random() < 0.5)
+        tokens = prompt + tokenizer.encode(problem.answer)
         ids[row, : len(tokens)] = torch.tensor(tokens)
         starts.append(len(prompt))
         ends.append(len(tokens) + NUM_FULL_EOS)
@@ -80,14 +80,14 @@ def make_batch(step: int, total_steps: int, seed: int) -> tuple[torch.Tensor, ..
     ratio = torch.where(in_padding, padding_ratio, answer_ratio)
     masked = (uniform(num_rows, length) < ratio) & in_canvas
     weights = masked * torch.where(in_padding, PADDING_WEIGHT, 1.0)
-    return ids, ids.masked_fill(masked, tiny_tokenizer.MASK_ID), weights
+    return ids, ids.masked_fill(masked, tokenizer.MASK_ID), weights
 
 
 def make_model() -> LLaDAModel:
     """The untrained model."""
     from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
-    return LLaDAModel(LLaDAShape(vocab_size=tiny_tokenizer.VOCAB_SIZE))
+    return LLaDAModel(LLaDAShape(vocab_size=tokenizer.VOCAB_SIZE))
 
 
 def train(output_dir: str | Path, options: LoopOptions) -> bool:
@@ -101,8 +101,8 @@ def train(output_dir: str | Path, options: LoopOptions) -> bool:
     import torch
     import torch.nn.functional as F
 
-    from vllm_dlm.tasks.evaluation import evaluate_model
     from vllm_dlm.training.tiny.export import export
+    from vllm_dlm.training.tiny.llada_evaluation import evaluate_model
 
     model = make_model()
 
@@ -140,10 +140,11 @@ def evaluate(
         block_length: Length of a block.
         tokens_per_step: Tokens committed per forward pass.
     """
-    from vllm_dlm.tasks.evaluation import evaluate_model, load_model
+    from vllm_dlm.training.tiny.llada_evaluation import evaluate_model
+    from vllm_dlm.training.tiny.llada_modeling import load_llada
 
     return evaluate_model(
-        load_model(model_dir),
+        load_llada(model_dir),
         num_problems,
         canvas=canvas,
         block_length=block_length,

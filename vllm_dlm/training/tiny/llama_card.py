@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 
 from vllm_dlm.files.whole_files import write_text
-from vllm_dlm.tasks import problems as tiny_tasks
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.tasks.evaluation import exact_match
+from vllm_dlm.tasks.problems import TASKS
 from vllm_dlm.training.cards import (
     EVALUATION_SEED,
     HEAD,
@@ -22,7 +22,6 @@ from vllm_dlm.training.cards import (
     megabytes,
     millions,
 )
-from vllm_dlm.training.drafters.teacher import Answered
 from vllm_dlm.training.progress import CHECKPOINT, read_progress
 from vllm_dlm.training.tiny.llama_data import (
     BATCH_ROWS,
@@ -99,7 +98,7 @@ def write_card(
     model_dir = Path(model_dir)
     model = load_llama(model_dir)
     state = read_progress(model_dir / CHECKPOINT)
-    per_task = max(1, num_problems // len(tiny_tasks.TASKS))
+    per_task = max(1, num_problems // len(TASKS))
     shape = model.shape
     is_target = name == "llama-tiny"
 
@@ -126,8 +125,8 @@ def write_card(
         name=name,
     ) + _CARD.format(
         accuracy=tables,
-        bos_id=tiny_tokenizer.BOS_ID,
-        eos_id=tiny_tokenizer.EOS_ID,
+        bos_id=tokenizer.BOS_ID,
+        eos_id=tokenizer.EOS_ID,
         exits=exits,
         hardware=hardware(),
         heads=shape.n_heads,
@@ -137,7 +136,7 @@ def write_card(
         minutes=state.seconds / 60,
         mlp=shape.mlp_hidden_size,
         name=name,
-        num_problems=per_task * len(tiny_tasks.TASKS),
+        num_problems=per_task * len(TASKS),
         padding_weight=PADDING_WEIGHT,
         per_task=per_task,
         purpose=purpose,
@@ -154,22 +153,32 @@ def write_card(
     return tables
 
 
-def exit_agreement(model: LlamaModel, answered: Answered) -> list[float]:
-    """Share of the answers' tokens that each layer names, given the text before."""
+def exit_agreement(
+    model: LlamaModel, prompts: list[list[int]], answers: list[list[int]]
+) -> list[float]:
+    """Share of the answers' tokens that each layer names, given the text before.
+
+    Args:
+        prompts: Token ids.
+        answers: Token ids, in the order of the prompts.
+
+    Returns:
+        A share per layer, the lowest first.
+    """
     right = torch.zeros(model.shape.n_layers)
-    for prompt, answer in zip(answered.prompts, answered.answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         with torch.inference_mode():
             hidden = model(torch.tensor([prompt + answer]))[:, 0]
             named = model.head(hidden[:, len(prompt) - 1 : -1]).argmax(-1)
         right += (named == torch.tensor(answer)).sum(1)
-    return (right / sum(map(len, answered.answers))).tolist()
+    return (right / sum(map(len, answers))).tolist()
 
 
 def _exit_table(model: LlamaModel, num_problems: int) -> str:
     prompts = held_out_prompts(num_problems)
     last = model.shape.n_layers
     answers = answer_greedy(model, prompts, MAX_ANSWER_TOKENS)
-    agreement = exit_agreement(model, Answered(prompts, answers))
+    agreement = exit_agreement(model, prompts, answers)
     lines = ["| after layer | exact match | agreement |", "|---|---|---|"]
     for layer in tqdm(range(1, last + 1), desc="exits"):
         decode = partial(

@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from vllm_dlm.tasks import problems as tiny_tasks
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
+from vllm_dlm.tasks.problems import sample_problem
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +31,13 @@ def make_batch(name: str, step: int, seed: int) -> tuple[torch.Tensor, torch.Ten
     chat = rng.random() < 0.5
     rows, starts = [], []
     for _ in range(BATCH_ROWS):
-        problem = tiny_tasks.sample_problem(rng)
-        prompt = tiny_tokenizer.encode_prompt(problem.question, chat)
-        rows.append(prompt + tiny_tokenizer.encode(problem.answer))
+        problem = sample_problem(rng)
+        prompt = tokenizer.encode_prompt(problem.question, chat)
+        rows.append(prompt + tokenizer.encode(problem.answer))
         starts.append(len(prompt))
     # Two more than the longest: each row ends, and some stay ended.
     length = max(len(row) for row in rows) + 2
-    eos = tiny_tokenizer.EOS_ID
+    eos = tokenizer.EOS_ID
     ids = torch.tensor([row + [eos] * (length - len(row)) for row in rows])
     column = torch.arange(1, length)
     in_answer = column >= torch.tensor(starts)[:, None]

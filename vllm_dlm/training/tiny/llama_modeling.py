@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small Llama in plain PyTorch whose layers can all be read out.
 
-The network is `llada_modeling.LLaDAModel` under a causal mask; only the tensor names of the
-exported folder differ. Reading a layer out means: the final norm and the head on what
-that layer hands on, as LayerSkip (arXiv 2404.16710) and DEL (arXiv 2504.05598) do.
+The network is `llada_modeling.LLaDAModel` under a causal mask; only the tensor names of
+the exported folder differ. Reading a layer out means: the final norm and the head on
+what that layer hands on, as LayerSkip (arXiv 2404.16710) and DEL (arXiv 2504.05598) do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_dlm.files.model_folders import Config, check_room, check_weights, read_weights
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.tiny.export import decoder_config, write_folder
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
@@ -82,7 +82,7 @@ def decode_greedy(
         hidden = model(ids[:, : int(ends.max()) + count])[exit_layer - 1]
         tokens = model.head(hidden[rows, ends + count - 1]).argmax(-1)
         ids[rows, ends + count] = tokens
-        finished |= tokens == tiny_tokenizer.EOS_ID
+        finished |= tokens == tokenizer.EOS_ID
         if finished.all():
             break
     columns = ends[:, None] + torch.arange(max_tokens)
@@ -94,7 +94,7 @@ def answer_greedy(
 ) -> list[list[int]]:
     """Greedy answers of the last layer, each up to its end."""
     last = model.shape.n_layers
-    end = tiny_tokenizer.EOS_ID
+    end = tokenizer.EOS_ID
     answers = []
     for first in range(0, len(prompts), 64):
         answers += decode_greedy(

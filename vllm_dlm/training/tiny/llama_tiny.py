@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
 from vllm_dlm.training.loop import (
     LoopOptions,
@@ -42,9 +42,7 @@ def make_shape() -> LLaDAShape:
     """Sizes of llama-tiny."""
     from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
-    return LLaDAShape(
-        vocab_size=tiny_tokenizer.VOCAB_SIZE, n_layers=8, mlp_hidden_size=256
-    )
+    return LLaDAShape(vocab_size=tokenizer.VOCAB_SIZE, n_layers=8, mlp_hidden_size=256)
 
 
 def exit_loss(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vllm_dlm.tasks import tokenizer as tiny_tokenizer
+from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.arguments import add_model_arguments
 from vllm_dlm.training.loop import add_loop_arguments
 from vllm_dlm.training.tiny import llama_tiny
@@ -29,7 +29,7 @@ def make_shape() -> LLaDAShape:
     from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
     return LLaDAShape(
-        vocab_size=tiny_tokenizer.VOCAB_SIZE,
+        vocab_size=tokenizer.VOCAB_SIZE,
         d_model=96,
         n_layers=2,
         n_heads=3,
