@@ -144,7 +144,7 @@ def _print(how: str, problem: Problem, answer: str) -> None:
 def _compare(problems: list[Problem]) -> None:
     # The table is the point here; the server above has logged what vLLM has to say.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_dlm import LLM
+    from vllm_dlm.entrypoints.llm import LLM
     from vllm_dlm.tasks.evaluation import evaluate_served
 
     llm = LLM(MODEL, max_num_seqs=32)
