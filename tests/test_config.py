@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import Field
 
+from vllm_dlm.admission.options import refuse_unread_options
 from vllm_dlm.config.cache import Vicinity, Window
 from vllm_dlm.config.model import DEFAULT_MAX_CANVAS, ModelDefaults
 from vllm_dlm.config.options import (
@@ -219,7 +220,11 @@ def test_forms_a_request_may_take(extra_args):
     ],
 )
 def test_wrong_requests_say_what_is_right(extra_args, fragments):
-    refused(lambda: resolve(server(), extra_args, DEFAULTS), *fragments)
+    def admit():
+        refuse_unread_options(extra_args)
+        resolve(server(), extra_args, DEFAULTS)
+
+    refused(admit, *fragments)
 
 
 def test_parameters_of_a_cache_policy():

@@ -15,6 +15,7 @@ from vllm.sampling_params import (
 
 from vllm_dlm.admission import body_guard
 from vllm_dlm.admission import sampling_params as request
+from vllm_dlm.admission.server_options import SERVER_OPTIONS, refuse_server_options
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.patches.themes import apply_plugin_patches
 
@@ -231,7 +232,7 @@ def server_options(**changed: object) -> SimpleNamespace:
         cache_config=SimpleNamespace(),
     )
     others = ("model_config.logprobs_mode", "model_config.runner_type")
-    for path in (*request.SERVER_OPTIONS.values(), *others):
+    for path in (*SERVER_OPTIONS.values(), *others):
         *parents, name = path.split(".")
         owner = attrgetter(*parents)(config) if parents else config
         unset = getattr(owner, name, None)
@@ -239,20 +240,20 @@ def server_options(**changed: object) -> SimpleNamespace:
     return config
 
 
-@pytest.mark.parametrize("flag", request.SERVER_OPTIONS)
+@pytest.mark.parametrize("flag", SERVER_OPTIONS)
 def test_server_options_the_engine_would_ignore(flag):
-    request.refuse_server_options(server_options())
-    name = request.SERVER_OPTIONS[flag].rpartition(".")[2]
+    refuse_server_options(server_options())
+    name = SERVER_OPTIONS[flag].rpartition(".")[2]
     with pytest.raises(ValueError, match=flag):
-        request.refuse_server_options(server_options(**{name: ["x"]}))
+        refuse_server_options(server_options(**{name: ["x"]}))
 
 
 def test_other_logprobs_than_the_raw_ones():
     config = server_options(logprobs_mode="processed_logprobs")
     with pytest.raises(ValueError, match="only raw_logprobs"):
-        request.refuse_server_options(config)
+        refuse_server_options(config)
 
 
 def test_a_pooling_server():
     with pytest.raises(ValueError, match="--runner pooling and --convert"):
-        request.refuse_server_options(server_options(runner_type="pooling"))
+        refuse_server_options(server_options(runner_type="pooling"))

@@ -2,7 +2,7 @@
 """Bounds on what multiplies a request's work: how many ids, words and strings it has.
 
 `docs/serving.md` lists these and those that are set elsewhere. What each number and id
-may be is `request_numbers.py`'s.
+may be is `numbers.py`'s.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_dlm.admission.client_fields import field_of
+from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.messages import OptionError
 
 if TYPE_CHECKING:
@@ -62,8 +63,6 @@ def _at_most(most: int, count: int, parameter: str, unit: str) -> None:
 def _check_something_is_allowed(
     params: SamplingParams, model_config: ModelConfig
 ) -> None:
-    from vllm_dlm.config.model import ModelDefaults
-
     if not params.allowed_token_ids:
         return
     defaults = ModelDefaults.from_hf_config(model_config.hf_config)

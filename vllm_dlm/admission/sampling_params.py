@@ -8,21 +8,19 @@ What they cannot honour is refused here, in the API process, as HTTP 400.
 from __future__ import annotations
 
 from functools import cache
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission.bounds import check_bounds
 from vllm_dlm.admission.client_fields import field_of, options_field
 from vllm_dlm.admission.numbers import check_numbers
+from vllm_dlm.admission.options import read_options
+from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.messages import OptionError, bounded, name_of, quote
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
-
-    from vllm_dlm.config.options import DlmConfig
-    from vllm_dlm.config.request import RequestConfig
 
 HONOURED = frozenset(
     {
@@ -82,9 +80,6 @@ REFUSED: dict[str, str] = {
 }
 """Fields that are refused when set, and why."""
 
-DIFFUSION_GEMMA = "diffusion_"
-"""Prefix of the `extra_args` keys of vLLM's own diffusion model."""
-
 
 def is_ours(hf_config: Any) -> bool:
     """Whether a model is served by this package (not vLLM's DiffusionGemma)."""
@@ -122,7 +117,7 @@ def validate_sampling_params(
     except ValueError as error:
         raise refusal(error) from error
     try:
-        return _check_options(params, model_config)
+        return read_options(params, model_config)
     except ValueError as error:
         # Also of a strategy, or of a cache policy, which do not know who asks.
         path = getattr(error, "field", None)
@@ -165,96 +160,6 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
         )
 
 
-def _check_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
-    from vllm_dlm.config.model import ModelDefaults
-    from vllm_dlm.config.options import LONGEST_REQUEST_BLOCK, served_config
-    from vllm_dlm.config.request import resolve
-    from vllm_dlm.config.tccf import Stages
-    from vllm_dlm.option_types import WHOLE_CANVAS
-
-    for key in params.extra_args or ():
-        if str(key).startswith(DIFFUSION_GEMMA):
-            raise OptionError(
-                f"{quote(key)} is an option of DiffusionGemma; the options of this "
-                "model begin with `dlm_`, or sit in `dlm`",
-                str(key),
-            )
-    hf_config = model_config.hf_config
-    server = served_config(hf_config)
-    defaults = ModelDefaults.from_hf_config(hf_config)
-    config = resolve(server, params.extra_args, defaults)
-    canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
-    # A request without max_tokens takes what the context leaves: a whole canvas.
-    config = config.sized(params.max_tokens or canvas, canvas)
-    own = server.block_length or defaults.block_length
-    limit = canvas
-    if own != WHOLE_CANVAS:
-        limit = min(max(int(own), LONGEST_REQUEST_BLOCK), canvas)
-    if config.block_length > limit:
-        raise ValueError(
-            f"block_length {config.block_length} is more than this server takes in a "
-            f"request: {limit}; ask for less (for the whole canvas, lower max_tokens), "
-            "or start the server with --dlm-block-length canvas"
-        )
-    stages = Stages.of(config.tccf, model_config)
-    if stages is not None and (params.logprobs is not None or config.step_map):
-        raise ValueError(
-            "tccf cannot be combined with logprobs or step_map: the check text is not "
-            "the model's; ask for one or the other"
-        )
-    check_strategy(
-        config, server, model_config, params.max_tokens or model_config.max_model_len
-    )
-    return config
-
-
-def check_strategy(
-    config: RequestConfig,
-    server: DlmConfig,
-    model_config: ModelConfig,
-    max_tokens: int | None = None,
-) -> None:
-    """What a strategy itself asks of the model, the cache policy and files.
-
-    Args:
-        config: of a request, `sized`.
-        max_tokens: of the request; None for what is not one.
-
-    Raises:
-        ValueError: its parameters do not fit them.
-    """
-    import torch
-
-    from vllm_dlm.strategies import STRATEGIES
-    from vllm_dlm.strategies.base import Context
-
-    # The second stage of `tccf` is decoded in blocks of one.
-    lengths = {config.block_length, 1} if config.tccf else {config.block_length}
-    for length in sorted(lengths, reverse=True):
-        positions = None
-        if max_tokens is not None:
-            positions = -(-min(max_tokens, model_config.max_model_len) // length)
-            positions *= length
-        context = Context(
-            device=torch.device("cpu"),
-            model=model_config.model,
-            model_class=model_config.hf_config.dlm_class,
-            cache=config.cache,
-            options=server.strategy_options(),
-            positions=positions,
-        )
-        STRATEGIES[config.strategy].validate(config.params, length, context)
-
-
-def stop_ids(params: SamplingParams) -> frozenset[int]:
-    """Token ids at which the scheduler ends a request."""
-    ids = set(params.stop_token_ids or ())
-    # vLLM leaves this None under ignore_eos.
-    if params.eos_token_id is not None:
-        ids.add(params.eos_token_id)
-    return frozenset(ids)
-
-
 def refuse_beam_search(model_config: ModelConfig | None) -> None:
     """Beam search extends texts token by token, which no diffusion model does.
 
@@ -295,49 +200,4 @@ def refuse_long_request(
             f"together more than the context length of {max_model_len}; shorten the "
             f"prompt{remedy}",
             parameter=name,
-        )
-
-
-SERVER_OPTIONS: dict[str, str] = {
-    "--logits-processors": "model_config.logits_processors",
-    "--enable-trace-replay": "model_config.enable_trace_replay",
-    "--watermark-config": "watermark_config",
-    # vLLM applies an adapter to one row of logits per request.
-    "--enable-lora": "lora_config",
-    "--kv-transfer-config": "kv_transfer_config",
-    # It computes prompts by fewer layers: nothing of them is sampled.
-    "--kv-sharing-fast-prefill": "cache_config.kv_sharing_fast_prefill",
-    # A canvas is token ids.
-    "--enable-prompt-embeds": "model_config.enable_prompt_embeds",
-    "--kv-offloading-size": "cache_config.kv_offloading_size",
-    # Step maps travel where these would.
-    "--enable-return-routed-experts": "aux_output_config.enable_return_routed_experts",
-    "--enable-dbo": "parallel_config.enable_dbo",
-    "--enable-batch-sharded-sampling": "parallel_config.enable_batch_sharded_sampling",
-}
-"""Server options that the engine would ignore: flag -> where `VllmConfig` keeps it."""
-
-
-def refuse_server_options(vllm_config: Any) -> None:
-    """Refuse server options that the engine would ignore; for the config hook.
-
-    Raises:
-        ValueError: such an option is set.
-    """
-    for flag, path in SERVER_OPTIONS.items():
-        if attrgetter(path)(vllm_config):
-            raise ValueError(
-                f"{flag} is not supported for diffusion language models; remove it"
-            )
-    model_config = vllm_config.model_config
-    if model_config.runner_type == "pooling":
-        raise ValueError(
-            "--runner pooling and --convert are not supported for diffusion language "
-            "models, which write text; remove them"
-        )
-    mode = model_config.logprobs_mode
-    if mode != "raw_logprobs":
-        raise ValueError(
-            f"--logprobs-mode {mode} is not supported for diffusion language models; "
-            "only raw_logprobs is"
         )

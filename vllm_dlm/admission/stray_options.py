@@ -19,11 +19,12 @@ from vllm_dlm.config.cache import POLICIES
 from vllm_dlm.config.foreign_names import (
     FOREIGN,
     OTHERS_PREFIXES,
+    PREFIX,
     advice,
     clause,
     plain,
 )
-from vllm_dlm.config.options import PREFIX, REQUEST_OPTIONS, SERVER_ONLY
+from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.messages import OptionError, closest, name_of, quote
 from vllm_dlm.strategies import STRATEGIES
 
@@ -54,7 +55,7 @@ _SHORTEST_GUESS = 6
 @cache
 def own_names() -> frozenset[str]:
     """Every option and every strategy's and cache policy's parameter, unprefixed."""
-    names = {*REQUEST_OPTIONS, *SERVER_ONLY}
+    names = set(DlmConfig.model_fields)
     for name in STRATEGIES:
         names.update(STRATEGIES[name].Params.model_fields)
     for policy in POLICIES.values():

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import re
 
+PREFIX = "dlm_"
+"""Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
+
 _STEPS = "dlm_steps"
 _BLOCK = "dlm_block_length"
 _SUB_BLOCK = "dlm_sub_block_length"

@@ -1,49 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a server or a request may set, validated once and in one place.
+"""Everything that a server or a request may set: the one list of options.
 
 A server's options arrive as `additional_config["dlm"]` (flags, `LLM(dlm_*=...)` or a
-plain dict), a request's as `SamplingParams.extra_args`; `request_config.py` merges.
+plain dict), a request's as `SamplingParams.extra_args`; `request.py` merges them. What
+follows from a field of `DlmConfig` alone: the flag and its help, the keyword argument
+of `LLM`, the key in `extra_args`, and whether a request may set the option.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 from vllm_dlm import trajectories
 from vllm_dlm.config.cache import POLICIES, Cache, CachePolicy
-from vllm_dlm.config.foreign_names import advice, plain
 from vllm_dlm.config.model import DEFAULT_MAX_CANVAS
-from vllm_dlm.messages import LONGEST_QUOTE, OptionError, explain, first_field, unknown
+from vllm_dlm.config.validation import Names, foreign_hint, validated
+from vllm_dlm.messages import OptionError
 from vllm_dlm.option_types import BlockLength, Count, Number, Object, Stages
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
 EndOfText = Literal["off", "block", "token"]
 
-SERVER_ONLY = (
-    "max_canvas",
-    "commit",
-    "online_learning",
-    "filter_dir",
-    "record_traces",
-    "trajectory_dir",
-)
-"""Options a request cannot change."""
+SERVER_PARAMETER: JsonDict = {"server_only": True}
+"""`json_schema_extra` of an option, or of a strategy's parameter, that no request may
+set (paths, say)."""
 
-SERVER_PARAMETER = {"server_only": True}
-"""`json_schema_extra` of a strategy parameter that no request may set (paths, say)."""
+SERVER_FOLDER: JsonDict = {"server_only": True, "metavar": "FOLDER"}
+"""The same, of an option that is a folder's path."""
 
 LONGEST_REQUEST_BLOCK = 256
 """Positions; a request may not ask for longer blocks, unless the server's are longer.
@@ -54,17 +45,19 @@ Each takes a row of logits per position, memory that vLLM did not set aside at s
 LARGEST_NUMBER = 1e18
 """Of a strategy's numeric parameter: the engine keeps them as float32 and int64."""
 
-PREFIX = "dlm_"
-"""Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
-
 
 class DlmConfig(BaseModel):
-    """Options of a server; a request may set those not in `SERVER_ONLY`."""
+    """Options of a server; a request may set those not in `SERVER_ONLY`.
+
+    A field's `json_schema_extra` says what its type does not: "server_only", that no
+    request may set the option, and "metavar", what a flag's help calls its value.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     strategy: str | None = Field(
         default=None,
+        json_schema_extra={"metavar": "NAME"},
         description="Decoding strategy: which masked positions are written in a step. "
         "`vllm-dlm strategies` lists them. Default: the model's own.",
     )
@@ -156,12 +149,14 @@ class DlmConfig(BaseModel):
     max_canvas: Count | None = Field(
         default=None,
         ge=1,
+        json_schema_extra=SERVER_PARAMETER,
         description="Most positions a request's canvas may have at a time; longer "
         "outputs continue on a further canvas. Default: "
         f"the model's own, or {DEFAULT_MAX_CANVAS}, at most the context length.",
     )
     commit: Literal["fused", "separate"] = Field(
         default="fused",
+        json_schema_extra=SERVER_PARAMETER,
         description="Of block-causal models: when a finished block's keys and values "
         "are written for good. `fused`: in the next block's first step, at no forward "
         "of their own. `separate`: by one forward more per block, as other engines do; "
@@ -169,21 +164,25 @@ class DlmConfig(BaseModel):
     )
     online_learning: bool = Field(
         default=True,
+        json_schema_extra=SERVER_PARAMETER,
         description="Let strategies with a learned part (learn2pd) learn in the "
         "background from finished requests; no text is stored.",
     )
     filter_dir: str | None = Field(
         default=None,
+        json_schema_extra=SERVER_FOLDER,
         description="Folder where learned filters are kept. Default: "
         "vllm-dlm/filters in $XDG_CACHE_HOME or ~/.cache.",
     )
     record_traces: bool = Field(
         default=False,
+        json_schema_extra=SERVER_PARAMETER,
         description="Keep confidences of finished requests in memory, whatever their "
         "strategy; `vllm-dlm traces` reads them. No text is kept.",
     )
     trajectory_dir: str | None = Field(
         default=None,
+        json_schema_extra=SERVER_FOLDER,
         description="Folder for a log of every step of every request, prompts and "
         "texts included; `vllm_dlm.trajectories.read` reads it. Default: no log.",
     )
@@ -246,6 +245,17 @@ class DlmConfig(BaseModel):
         }
 
 
+def is_server_only(field: FieldInfo) -> bool:
+    """Whether no request may set an option, or a strategy's parameter."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("server_only"))
+
+
+SERVER_ONLY = tuple(
+    name for name, field in DlmConfig.model_fields.items() if is_server_only(field)
+)
+"""Options a request cannot change."""
+
 REQUEST_OPTIONS = tuple(
     name for name in DlmConfig.model_fields if name not in SERVER_ONLY
 )
@@ -258,10 +268,6 @@ def served_config(hf_config: Any) -> DlmConfig:
     if isinstance(stored, DlmConfig):
         return stored
     return DlmConfig.model_validate(stored or {})
-
-
-Names = Mapping[str, str]
-"""Option or parameter -> the name that somebody set it under, for messages."""
 
 
 def parse_params(
@@ -278,31 +284,19 @@ def parse_params(
     Raises:
         ValueError: unknown or wrong parameters; the message lists the valid ones.
     """
-    params, names = STRATEGIES[strategy].Params, names or {}
+
+    def hint(name: str) -> str:
+        if name in DlmConfig.model_fields:
+            return "It is an option of every strategy: put it beside strategy_config."
+        return foreign_hint(name)
+
+    kind, names = STRATEGIES[strategy].Params, names or {}
     where = f"{where} (strategy {strategy!r})"
-    given = {name: value for name, value in values.items() if value is not None}
-    for name in given:
-        if name not in params.model_fields:
-            hint = _hint(name)
-            if name in DlmConfig.model_fields:
-                hint = (
-                    "It is an option of every strategy: put it beside strategy_config."
-                )
-            raise OptionError(
-                f"{where}: {unknown(name, params.model_fields, hint=hint)}",
-                names.get(name),
-            )
-    for name in numeric_fields(params):
-        if isinstance(given.get(name), bool):
-            set_as = names.get(name, name)
-            raise OptionError(
-                f"{where}: {set_as}: expected a number, not a boolean", set_as
-            )
-    try:
-        parsed = params.model_validate(given)
-    except ValidationError as error:
-        raise _explained(error, where, names) from None
-    for name in numeric_fields(params):
+    numbers = numeric_fields(kind)
+    parsed = validated(
+        kind, values, where=where, numbers=numbers, names=names, hint=hint
+    )
+    for name in numbers:
         if abs(getattr(parsed, name)) > LARGEST_NUMBER:
             set_as = names.get(name, name)
             raise OptionError(
@@ -325,29 +319,22 @@ def parse_policy(
     Raises:
         ValueError: unknown or wrong parameters; the message lists the valid ones.
     """
-    policy = POLICIES[cache]
+    kind = POLICIES[cache]
     set_as = (names or {}).get("cache_config", "cache_config")
-    where = f"{where} (cache {cache!r}): {set_as}"
-    given = {name: value for name, value in values.items() if value is not None}
-    for name, value in given.items():
-        if name not in policy.model_fields:
-            text = unknown(name, policy.model_fields, hint=_hint(name))
-            raise OptionError(f"{where}: {text}", set_as)
-        if isinstance(value, bool):
-            raise OptionError(
-                f"{where}: {name}: expected a number, not a boolean", set_as
-            )
-    try:
-        return policy.model_validate(given)
-    except ValidationError as error:
-        raise OptionError(f"{where}: {explain(error)}", set_as) from None
+    return validated(
+        kind,
+        values,
+        where=f"{where} (cache {cache!r}): {set_as}",
+        numbers=kind.model_fields,
+        to_blame=set_as,
+    )
 
 
 def parse_options(
     mapping: Any,
     *,
     where: str,
-    valid: Iterable[str] = tuple(DlmConfig.model_fields),
+    valid: Collection[str] = tuple(DlmConfig.model_fields),
     names: Names | None = None,
 ) -> DlmConfig:
     """Validate options one by one, not yet a strategy's parameters.
@@ -361,37 +348,18 @@ def parse_options(
     Raises:
         ValueError: as `DlmConfig.from_mapping`.
     """
-    names = names or {}
     if not isinstance(mapping, Mapping):
         raise ValueError(
             f"{where}: expected a mapping of options, got {type(mapping).__name__}"
         )
-    given = {name: value for name, value in mapping.items() if value is not None}
-    for name in given:
-        if name not in valid:
-            strategy, hint = given.get("strategy"), _hint(name)
-            if strategy in STRATEGIES:
-                fields = STRATEGIES[str(strategy)].Params.model_fields
-                if name in fields:
-                    hint = (
-                        f"It is a parameter of {strategy!r}: put it in strategy_config."
-                    )
-            raise OptionError(
-                f"{where}: {unknown(name, valid, hint=hint)}", names.get(name)
-            )
-    try:
-        return DlmConfig.model_validate(given)
-    except ValidationError as error:
-        raise _explained(error, where, names) from None
 
+    def hint(name: str) -> str:
+        strategy = mapping.get("strategy")
+        known = strategy in STRATEGIES
+        if known and name in STRATEGIES[str(strategy)].Params.model_fields:
+            return f"It is a parameter of {strategy!r}: put it in strategy_config."
+        return foreign_hint(name)
 
-def _explained(error: ValidationError, where: str, names: Names) -> OptionError:
-    return OptionError(f"{where}: {explain(error, names)}", first_field(error, names))
-
-
-def _hint(name: object) -> str:
-    """What another server's option is called here, if `name` is one."""
-    found = advice(plain(str(name)[:LONGEST_QUOTE]))
-    if found is None or " " in found:
-        return found or ""
-    return f"It is {found.removeprefix(PREFIX)!r} here."
+    return validated(
+        DlmConfig, mapping, where=where, valid=valid, names=names, hint=hint
+    )

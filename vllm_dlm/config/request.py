@@ -7,36 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_dlm.admission.stray_options import refuse_unread
+from vllm_dlm.config.block_causal import check_block_causal
 from vllm_dlm.config.cache import Cache, CachePolicy, Reach
-from vllm_dlm.config.foreign_names import advice, clause, plain
 from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.config.options import (
-    PREFIX,
-    REQUEST_OPTIONS,
-    SERVER_ONLY,
-    SERVER_PARAMETER,
-    DlmConfig,
-    EndOfText,
-    parse_options,
-    parse_params,
-    parse_policy,
-)
-from vllm_dlm.messages import (
-    LONGEST_QUOTE,
-    OptionError,
-    name_of,
-    quote,
-    unknown,
-    with_parameters,
-)
-from vllm_dlm.option_bounds import check_size
-from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse, read_json
+from vllm_dlm.config.options import DlmConfig, EndOfText, parse_params, parse_policy
+from vllm_dlm.config.request_options import RequestOptions, read_request
+from vllm_dlm.messages import OptionError, with_parameters
+from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
-
-MOST_KEYS = 256
-"""Of a request's `extra_args`, that are ours: far more than there are options."""
 
 
 @dataclass(frozen=True)
@@ -126,84 +105,44 @@ def resolve(
         ValueError: unknown names, wrong types, values out of range, options that
             belong to the server; the message says what is valid.
     """
-    options, flat_params, names = _request_options(extra_args or {})
-    where = "the request's dlm options"
-    request = parse_options(options, where=where, valid=REQUEST_OPTIONS, names=names)
-    server_strategy = server.strategy or defaults.strategy
-    strategy = request.strategy or server_strategy
-    # Parameters of one strategy mean nothing to another.
-    params = dict(defaults.strategy_config) if strategy == defaults.strategy else {}
-    params |= server.strategy_config if strategy == server_strategy else {}
-    params |= request.strategy_config
-    fields = STRATEGIES[strategy].Params.model_fields
-    for name, value in flat_params.items():
-        if name not in fields:
-            raise _unknown_key(PREFIX + name, strategy)
-        if name in request.strategy_config:
-            raise _set_twice(PREFIX + name, "strategy_config")
-        params[name] = value
-    set_as = {
-        name: f"{names['strategy_config']}.{name}"
-        for name in fields
-        if name in request.strategy_config
-    }
-    set_as |= {name: PREFIX + name for name in flat_params}
-    for name in set_as:
-        if fields[name].json_schema_extra == SERVER_PARAMETER:
-            raise OptionError(
-                f"{set_as[name]}: {name} of the strategy {strategy!r} is set by the "
-                "server (--dlm-strategy-config); a request cannot change it",
-                set_as[name],
-            )
-    is_set = request.model_fields_set
-    block_length = request.block_length or _own_block_length(strategy, server, defaults)
+    asked = read_request(extra_args)
+    request = asked.options
+    strategy = request.strategy or server.strategy or defaults.strategy
     rule = STRATEGIES[strategy]
-    cache = request.cache if "cache" in is_set else server.cache
-    # Parameters of one policy mean nothing to another.
-    cache_config = server.cache_config if cache == server.cache else {}
-    cache_config = {**cache_config, **request.cache_config}
-    parsed_params = parse_params(strategy, params, where="the request", names=set_as)
-    steps = _steps(request, server, strategy, parsed_params, names)
+    params = _params(asked, server, defaults, strategy)
+    steps, steps_per_block = _steps(asked, server, strategy, params)
+    cache, cache_policy = _cache(asked, server)
+    eotp, eotp_threshold = _end_of_text(asked, server, strategy)
     config = RequestConfig(
         strategy=strategy,
-        params=parsed_params,
-        block_length=0 if block_length == WHOLE_CANVAS else int(block_length),
+        params=params,
+        block_length=_block_length(asked, server, defaults, strategy),
         sub_block_length=request.sub_block_length
         or server.sub_block_length
         or defaults.sub_block_length
         or 0,
         cache=cache,
-        cache_policy=parse_policy(
-            cache, cache_config, where="the request", names=names
-        ),
+        cache_policy=cache_policy,
         # Traces teach a strategy that reads whole blocks.
         reads_block=rule.logit_rows == "block"
         or rule.may_rewrite
         or server.record_traces,
-        **steps,
-        eotp=request.eotp or server.eotp or rule.eotp,
-        eotp_threshold=(
-            request.eotp_threshold
-            if "eotp_threshold" in is_set
-            else server.eotp_threshold
-        ),
+        steps=steps,
+        steps_per_block=steps_per_block,
+        eotp=eotp,
+        eotp_threshold=eotp_threshold,
         tccf=request.tccf or server.tccf,
-        reference_exact=(
-            request.reference_exact
-            if "reference_exact" in is_set
-            else server.reference_exact
-        ),
-        step_map=request.step_map if "step_map" in is_set else server.step_map,
+        reference_exact=_first_set("reference_exact", asked, server).reference_exact,
+        step_map=_first_set("step_map", asked, server).step_map,
     )
-    # A request that says `off` itself is not misunderstood.
-    if "eotp_threshold" in is_set and not request.eotp and config.eotp == "off":
-        raise OptionError(
-            f"{names['eotp_threshold']} would be ignored: eotp is 'off'; set it to "
-            "'block' or 'token', or leave the threshold out",
-            names["eotp_threshold"],
-        )
     if defaults.reuses_blocks:
-        _check_block_causal(config, server.block_length or defaults.block_length)
+        check_block_causal(
+            strategy,
+            cache,
+            block_length=config.block_length,
+            sub_block_length=config.sub_block_length,
+            trained=server.block_length or defaults.block_length,
+        )
     elif config.tccf is not None:
         raise ValueError(
             "tccf is for block-causal models: with full attention, shorter blocks are "
@@ -212,37 +151,80 @@ def resolve(
     return config
 
 
+def _first_set(option: str, asked: RequestOptions, server: DlmConfig) -> DlmConfig:
+    """Whose value of an option counts: the request's, if it has set it."""
+    return asked.options if asked.has(option) else server
+
+
+def _params(
+    asked: RequestOptions, server: DlmConfig, defaults: ModelDefaults, strategy: str
+) -> Params:
+    """The parameters of a request's strategy.
+
+    Parameters of one strategy mean nothing to another: the model's and the server's
+    count only for the strategy that they were set for.
+    """
+    own, set_as = asked.own_params(strategy)
+    params: dict[str, Any] = {}
+    if strategy == defaults.strategy:
+        params |= defaults.strategy_config
+    if strategy == (server.strategy or defaults.strategy):
+        params |= server.strategy_config
+    return parse_params(strategy, params | own, where="the request", names=set_as)
+
+
+def _cache(asked: RequestOptions, server: DlmConfig) -> tuple[Cache, CachePolicy]:
+    """The cache policy; its parameters mean nothing to another policy."""
+    cache = _first_set("cache", asked, server).cache
+    config = server.cache_config if cache == server.cache else {}
+    config = {**config, **asked.options.cache_config}
+    policy = parse_policy(cache, config, where="the request", names=asked.names)
+    return cache, policy
+
+
+def _end_of_text(
+    asked: RequestOptions, server: DlmConfig, strategy: str
+) -> tuple[EndOfText, float]:
+    """The options `eotp` and `eotp_threshold`.
+
+    Raises:
+        ValueError: a request sets a threshold that nothing would look at.
+    """
+    eotp = asked.options.eotp or server.eotp or STRATEGIES[strategy].eotp
+    # A request that says `off` itself is not misunderstood.
+    if asked.has("eotp_threshold") and not asked.options.eotp and eotp == "off":
+        set_as = asked.names["eotp_threshold"]
+        raise OptionError(
+            f"{set_as} would be ignored: eotp is 'off'; set it to "
+            "'block' or 'token', or leave the threshold out",
+            set_as,
+        )
+    return eotp, _first_set("eotp_threshold", asked, server).eotp_threshold
+
+
 def _steps(
-    request: DlmConfig,
-    server: DlmConfig,
-    strategy: str,
-    params: Params,
-    set_as: Mapping[str, str],
-) -> dict[str, int | None]:
-    """The options of the step schedule: a request's, or the server's.
+    asked: RequestOptions, server: DlmConfig, strategy: str, params: Params
+) -> tuple[int | None, int | None]:
+    """The options of the step schedule, `steps` and `steps_per_block`.
 
     A server's are for all its strategies that follow a schedule.
-
-    Args:
-        request, server: their options.
-        strategy, params: what the request is decoded by.
-        set_as: option -> the name that the request set it under.
 
     Raises:
         ValueError: the request sets one for a strategy that follows none.
     """
     names = ("steps", "steps_per_block")
-    asked = [name for name in names if getattr(request, name) is not None]
+    own = [name for name in names if asked.has(name)]
     if STRATEGIES[strategy].follows_schedule(params):
-        source = request if asked else server
-        return {name: getattr(source, name) for name in names}
-    if asked:
+        source = asked.options if own else server
+        return source.steps, source.steps_per_block
+    if own:
+        set_as = asked.names[own[0]]
         raise OptionError(
-            f"{set_as[asked[0]]} would be ignored: the strategy {strategy!r} follows "
+            f"{set_as} would be ignored: the strategy {strategy!r} follows "
             f"no step schedule. Those that do: {', '.join(scheduled_strategies())}",
-            set_as[asked[0]],
+            set_as,
         )
-    return dict.fromkeys(names)
+    return None, None
 
 
 def scheduled_strategies() -> list[str]:
@@ -257,7 +239,15 @@ def scheduled_strategies() -> list[str]:
     return found
 
 
-def _own_block_length(
+def _block_length(
+    asked: RequestOptions, server: DlmConfig, defaults: ModelDefaults, strategy: str
+) -> int:
+    """Positions of a block; 0 for the whole canvas."""
+    length = asked.options.block_length or _usual_length(strategy, server, defaults)
+    return 0 if length == WHOLE_CANVAS else int(length)
+
+
+def _usual_length(
     strategy: str, server: DlmConfig, defaults: ModelDefaults
 ) -> int | str:
     """The block length of a request that does not say one."""
@@ -266,112 +256,3 @@ def _own_block_length(
         own = server.block_length if server.strategy == strategy else None
         return own or WHOLE_CANVAS
     return server.block_length or defaults.block_length
-
-
-def _check_block_causal(config: RequestConfig, trained: int | str) -> None:
-    """What models that keep finished blocks' KV cannot do.
-
-    Raises:
-        ValueError: `config` asks for it.
-    """
-    if STRATEGIES[config.strategy].scope == "canvas":
-        served = [name for name in STRATEGIES if STRATEGIES[name].scope == "block"]
-        raise ValueError(
-            f"the strategy {config.strategy!r} decides over the whole output at once, "
-            "which needs full attention; this model is block-causal. It serves: "
-            f"{', '.join(served)}"
-        )
-    if trained == WHOLE_CANVAS:
-        raise ValueError(
-            "block_length 'canvas' is for models with full attention; this one is "
-            "block-causal: give the length its blocks were trained with"
-        )
-    if config.block_length != trained:
-        raise ValueError(
-            f"block_length is {trained} for all requests of this block-causal model: "
-            "the KV of a prompt depends on it; only the server can change it "
-            "(--dlm-block-length)"
-        )
-    if config.cache not in ("none", "dual"):
-        raise ValueError(
-            f"cache {config.cache!r} is for models with full attention; this one is "
-            "block-causal and keeps what is final in any case: leave it at 'none', or "
-            "set 'dual' if its blocks are written in sub-blocks"
-        )
-    has_parts = 0 < config.sub_block_length < config.block_length
-    if config.cache == "dual" and not has_parts:
-        raise ValueError(
-            "cache 'dual' of a block-causal model computes sub-blocks alone, and its "
-            f"blocks of {config.block_length} have none here: leave it at 'none', or "
-            f"set sub_block_length below {config.block_length}"
-        )
-
-
-def _request_options(
-    extra_args: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """A request's options, and the flat keys that must be strategy parameters.
-
-    And option -> the name that the request set it under.
-    """
-    read = {
-        key: value
-        for key, value in extra_args.items()
-        if key == "dlm" or str(key).startswith(PREFIX)
-    }
-    if len(read) > MOST_KEYS:
-        raise OptionError(f"{len(read)} keys begin with dlm; at most {MOST_KEYS} do")
-    if len(read) < len(extra_args):
-        others = (key for key in extra_args if key not in read)
-        refuse_unread(key for key in others if extra_args[key] is not None)
-    for key, value in read.items():
-        check_size(name_of(key), value)
-    try:
-        nested = read_json(read.pop("dlm", None))
-    except ValueError as error:
-        raise OptionError(f"dlm: {error}", "dlm") from None
-    if not isinstance(nested, Mapping | None):
-        raise OptionError(
-            "dlm: expected an object of options, as a dict or as JSON text, got "
-            f"{type(nested).__name__}",
-            "dlm",
-        )
-    options = {str(name): value for name, value in (nested or {}).items()}
-    names = {name: f"dlm.{name}" for name in DlmConfig.model_fields}
-    params: dict[str, Any] = {}
-    for key, value in read.items():
-        if value is None:
-            continue
-        name = key.removeprefix(PREFIX)
-        if name in options:
-            raise _set_twice(key, "dlm")
-        if name in DlmConfig.model_fields:
-            options[name], names[name] = value, key
-        else:
-            params[name] = value
-    for name in SERVER_ONLY:
-        if options.get(name) is not None:
-            flag = f"--dlm-{name.replace('_', '-')}"
-            raise OptionError(
-                f"{names[name]} is an option of the server ({flag}); a request may "
-                f"set: {', '.join(REQUEST_OPTIONS)}",
-                names[name],
-            )
-    return options, params, names
-
-
-def _unknown_key(key: str, strategy: str) -> OptionError:
-    """A flat key that is neither an option nor a parameter of the strategy."""
-    fields = STRATEGIES[strategy].Params.model_fields
-    valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *fields)]
-    found = advice(plain(key[:LONGEST_QUOTE]))
-    hint = f"Here it is: {clause(found)}." if found else ""
-    return OptionError(
-        f"the request (strategy {strategy!r}): {unknown(key, valid, hint=hint)}", key
-    )
-
-
-def _set_twice(key: str, other: str) -> OptionError:
-    return OptionError(
-        f"{quote(key)} is also set in {other!r}; set it in one place", key
-    )

@@ -16,7 +16,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from vllm_dlm.admission.sampling_params import check_strategy, refuse_server_options
+from vllm_dlm.admission.options import check_strategy
+from vllm_dlm.admission.server_options import refuse_server_options
 from vllm_dlm.config.model import ModelDefaults, as_ids, declared_stop_ids
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve, server_config

@@ -24,10 +24,10 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_dlm.admission.sampling_params import stop_ids
 from vllm_dlm.config.cache import Reach
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
+from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import Stages, one_at_a_time
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.host_slots import HostSlots

@@ -235,14 +235,6 @@ def _seed(request: CachedRequestState) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def stop_ids(parameters: SamplingParams) -> set[int]:
-    """Tokens that end a request's text: what is drafted behind one is wasted."""
-    found = set(parameters.stop_token_ids or ())
-    if parameters.eos_token_id is not None:  # None where it is to be ignored
-        found.add(parameters.eos_token_id)
-    return found
-
-
 def clip(tokens: Sequence[Sequence[int]], most: np.ndarray) -> list[list[int]]:
     """Drafts, cut to what each request may take (vLLM's statistics fail on more)."""
     return [list(row[:limit]) for row, limit in zip(tokens, most, strict=True)]

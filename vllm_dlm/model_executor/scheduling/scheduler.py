@@ -33,9 +33,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.admission import broken_logits
-from vllm_dlm.admission.sampling_params import stop_ids
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import resolve, server_config
+from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import Stages
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.planning.branches import (

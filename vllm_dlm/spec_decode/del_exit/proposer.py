@@ -22,6 +22,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.spec_decode.del_exit.exits import (
     PROMPT_WINDOW,
     Choice,
@@ -29,7 +30,7 @@ from vllm_dlm.spec_decode.del_exit.exits import (
     resolve_exits,
     top_token,
 )
-from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts, stop_ids
+from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
 from vllm_dlm.spec_decode.options import Del, request_limit
 from vllm_dlm.vllm_objects import replace
 

@@ -19,7 +19,8 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts, stop_ids
+from vllm_dlm.config.stop_ids import stop_ids
+from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
 from vllm_dlm.spec_decode.options import SpecDecPlusPlus
 from vllm_dlm.spec_decode.sampling import draw_drafts
 from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead, StopRule

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models that decode block after block cannot do.
+
+In a block-causal model the keys and values of a finished block are final. So nothing
+may be decided over the whole output, and all requests share one block length.
+"""
+
+from __future__ import annotations
+
+from vllm_dlm.config.cache import Cache
+from vllm_dlm.option_types import WHOLE_CANVAS
+from vllm_dlm.strategies import STRATEGIES
+
+
+def check_block_causal(
+    strategy: str,
+    cache: Cache,
+    *,
+    block_length: int,
+    sub_block_length: int,
+    trained: int | str,
+) -> None:
+    """Refuse what a block-causal model cannot do.
+
+    Args:
+        strategy, cache: what a request is decoded with.
+        block_length: in positions; 0 for the whole canvas.
+        sub_block_length: in positions; 0 for the whole block.
+        trained: the block length that the server or the model declares.
+
+    Raises:
+        ValueError: the request asks for it.
+    """
+    if STRATEGIES[strategy].scope == "canvas":
+        served = [name for name in STRATEGIES if STRATEGIES[name].scope == "block"]
+        raise ValueError(
+            f"the strategy {strategy!r} decides over the whole output at once, "
+            "which needs full attention; this model is block-causal. It serves: "
+            f"{', '.join(served)}"
+        )
+    if trained == WHOLE_CANVAS:
+        raise ValueError(
+            "block_length 'canvas' is for models with full attention; this one is "
+            "block-causal: give the length its blocks were trained with"
+        )
+    if block_length != trained:
+        raise ValueError(
+            f"block_length is {trained} for all requests of this block-causal model: "
+            "the KV of a prompt depends on it; only the server can change it "
+            "(--dlm-block-length)"
+        )
+    if cache not in ("none", "dual"):
+        raise ValueError(
+            f"cache {cache!r} is for models with full attention; this one is "
+            "block-causal and keeps what is final in any case: leave it at 'none', or "
+            "set 'dual' if its blocks are written in sub-blocks"
+        )
+    has_parts = 0 < sub_block_length < block_length
+    if cache == "dual" and not has_parts:
+        raise ValueError(
+            "cache 'dual' of a block-causal model computes sub-blocks alone, and its "
+            f"blocks of {block_length} have none here: leave it at 'none', or "
+            f"set sub_block_length below {block_length}"
+        )
