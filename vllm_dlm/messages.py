@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from types import UnionType
@@ -187,3 +187,27 @@ def values_of(field: FieldInfo) -> str:
         if (limit := getattr(item, name, None)) is not None
     ]
     return ", ".join([" | ".join(names), *limits])
+
+
+def metavar_of(field: FieldInfo) -> str:
+    """What a flag's help calls a field's value: `N`, `JSON`, `{block,off}`."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "metavar" in extra:
+        return str(extra["metavar"])
+    words = list(_words(field.annotation))
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
+
+
+def _words(kind: Any) -> Iterator[str]:
+    """What stands for a value of a type on a command line, per kind of value."""
+    if get_origin(kind) is Annotated:
+        yield from _words(get_args(kind)[0])
+    elif get_origin(kind) in (Union, UnionType):
+        for part in get_args(kind):
+            yield from _words(part)
+    elif get_origin(kind) is Literal:
+        yield from map(str, get_args(kind))
+    elif kind in (int, float):
+        yield "N"
+    elif kind is not type(None):
+        yield "JSON"

@@ -12,26 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.config import aliases
-from vllm_dlm.config.cache import POLICIES
 from vllm_dlm.entrypoints.wings import wings
+from vllm_dlm.messages import metavar_of
 
 if TYPE_CHECKING:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 FLAG_PREFIX = "dlm_"
-
-_METAVARS = {
-    "strategy": "NAME",
-    "strategy_config": "JSON",
-    "block_length": "{N,canvas}",
-    "cache": f"{{{','.join(POLICIES)}}}",
-    "cache_config": "JSON",
-    "commit": "{fused,separate}",
-    "eotp": "{off,block,token}",
-    "tccf": "JSON",
-    "filter_dir": "FOLDER",
-    "trajectory_dir": "FOLDER",
-}
 
 
 def add_engine_arguments(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
@@ -52,7 +39,7 @@ def add_engine_arguments(parser: FlexibleArgumentParser) -> FlexibleArgumentPars
         kind: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction}
             if field.annotation is bool
-            else {"type": _checked(name), "metavar": _METAVARS.get(name, "N")}
+            else {"type": _checked(name), "metavar": metavar_of(field)}
         )
         text = (field.description or "").replace("%", "%%")
         group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
