@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from vllm_dlm.files.whole_files import (
     write_text,
 )
 from vllm_dlm.model_executor.sampling.trajectory_log import TrajectoryLog
+from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.spec_decode.specdec_pp.head import HEAD_FILE, AcceptanceHead
 from vllm_dlm.strategies.learn2pd_filter import Filter, filter_path
 from vllm_dlm.training.tiny.export import export
@@ -88,9 +88,10 @@ def test_private_folders(tmp_path: Path) -> None:
 
 
 def test_a_servers_log_is_private(tmp_path: Path) -> None:
+    slots = RequestSlots(1, 8, 0, torch.device("cpu"))
     with umask(0o000):
-        TrajectoryLog(SimpleNamespace(), str(tmp_path))  # type: ignore[arg-type]
-        TrajectoryLog(SimpleNamespace(), str(tmp_path))  # type: ignore[arg-type]
+        TrajectoryLog(slots, 0, str(tmp_path))
+        TrajectoryLog(slots, 0, str(tmp_path))
     assert [mode_of(log) for log in tmp_path.iterdir()] == [0o600] * 2
 
 

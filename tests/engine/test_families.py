@@ -151,7 +151,7 @@ def first_block(
         row[start] = tokens[0]
     # From the first mask on, as far as masks are decided together.
     first = max(start, len(prompt)) + len(pairs)
-    part = engine.runner.model_state.default_config.sub_block_length
+    part = engine.runner.model_state.facts.default_config.sub_block_length
     last = min(end, start + ((first - start) // part + 1) * part)
     wanted = oracle.forward(row, **visible)[first - shift : last - shift]
     got = seen[len(pairs)]

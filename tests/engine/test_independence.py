@@ -224,6 +224,8 @@ def stores(engine: Engine) -> Iterator[tuple[str, int]]:
     yield "scheduler.waiting", len(scheduler.waiting)
     yield "runner slots", len(runner.req_states.req_id_to_index)
     parts = [part for part in vars(sampler).values() if hasattr(part, "__dict__")]
+    # What is said of an engine at its start is of no request.
+    parts.remove(sampler.facts)
     for owner in (state, sampler, *parts):
         for name, value in vars(owner).items():
             # Grows with the variety of requests, not with their number.

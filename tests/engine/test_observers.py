@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +14,12 @@ from engine.test_no_waits import Waits
 from vllm.outputs import RequestOutput
 
 from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT
+from vllm_dlm.model_executor.facts import EngineFacts
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS, ToHost
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
 from vllm_dlm.model_executor.sampling.observers import OBSERVERS, Observer
 from vllm_dlm.model_executor.sampling.safety import SafeDecision
+from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.strategies.base import View
 
 KEY = "transcript_of_tests"
@@ -27,8 +28,8 @@ KEY = "transcript_of_tests"
 class Transcript(Observer):
     """All that it is told, and what it could read then."""
 
-    def __init__(self, state: Any, reads_block: bool) -> None:
-        self.state = state
+    def __init__(self, slots: RequestSlots, reads_block: bool) -> None:
+        self.slots = slots
         self.reads_block = reads_block
         self.slot = -1
         """Of the last request that was added."""
@@ -37,15 +38,15 @@ class Transcript(Observer):
         self.steps: dict[str, list[list[tuple[int, int]]]] = {}
         """Request -> of each step, output positions of its block and their tokens."""
         self.kept: list[tuple[torch.Tensor, ...]] = []
-        """Of each call, the step by the view and by the state, the tokens as they are
-        handed over, the state's tokens and masks."""
+        """Of each call, the step by the view and by the request table, the tokens as
+        they are handed over, the table's tokens and masks."""
         self.measured: list[torch.Tensor] = []
         """Of each call, which positions have a confidence."""
         self._arriving: tuple[list[str], np.ndarray, ToHost] | None = None
 
     def add(self, slot: int) -> bool:
         self.slot = slot
-        request = self.state.requests[slot].id
+        request = self.slots.requests[slot].id
         self.calls.append(("add", request))
         self.steps.setdefault(request, [])
         return self.reads_block
@@ -58,25 +59,25 @@ class Transcript(Observer):
         plan: SegmentPlan,
     ) -> None:
         self._receive()
-        requests = [self.state.requests[slot].id for slot in plan.slots_np.tolist()]
+        requests = [self.slots.requests[slot].id for slot in plan.slots_np.tolist()]
         self.calls += [("after_step", request) for request in requests]
-        starts = self.state.host.block_start - self.state.host.prompt_len
+        starts = self.slots.host.block_start - self.slots.host.prompt_len
         self._arriving = requests, starts[plan.slots_np], ToHost(written)
         cells = plan.slots[:, None], plan.positions
         self.kept.append(
             (
                 view.step,
-                self.state.step[plan.slots],
+                self.slots.step[plan.slots],
                 written,
-                self.state.tokens[cells],
-                self.state.masked[cells],
+                self.slots.tokens[cells],
+                self.slots.masked[cells],
             )
         )
         self.measured.append(view.confidence > 0)
 
     def remove(self, slot: int) -> None:
         self._receive()
-        self.calls.append(("remove", self.state.requests[slot].id))
+        self.calls.append(("remove", self.slots.requests[slot].id))
 
     def _receive(self) -> None:
         if self._arriving is None:
@@ -91,9 +92,9 @@ class Transcript(Observer):
             )
 
 
-def open_transcript(state: Any) -> Transcript | None:
-    wanted = state.vllm_config.additional_config.get(KEY)
-    return None if wanted is None else Transcript(state, wanted == "block")
+def open_transcript(slots: RequestSlots, facts: EngineFacts) -> Transcript | None:
+    wanted = facts.additional_config.get(KEY)
+    return None if wanted is None else Transcript(slots, wanted == "block")
 
 
 OBSERVERS.register(KEY, open_transcript)
@@ -187,7 +188,7 @@ def test_decided_positions_are_measured_for_who_asks(
         transcript.measured.clear()
         engine.add(make_prompt(12), params(16, dlm=dlm, ignore_eos=True))
         engine.step()
-        assert engine.runner.model_state.host.reads[transcript.slot] == rows
+        assert engine.runner.model_state.slots.host.reads[transcript.slot] == rows
         finish(engine)
         measured[reads] = transcript.measured
     numbers = {

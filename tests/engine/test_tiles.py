@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,17 +25,18 @@ ROWS = 7
 @contextmanager
 def tiles_of(engine: Engine, rows: int) -> Iterator[list[int]]:
     """Rows of every tile of logits meanwhile."""
-    state, seen = engine.runner.model_state, []
-    usual, head = state.tile_rows, engine.runner.model.logits_processor
+    views, seen = engine.runner.sampler.views, []
+    usual, head = views.facts, engine.runner.model.logits_processor
 
     def note(module, args, output) -> None:
         seen.append(len(output))
 
-    hook, state.tile_rows = head.register_forward_hook(note), rows
+    hook = head.register_forward_hook(note)
+    views.facts = replace(usual, tile_rows=rows)
     try:
         yield seen
     finally:
-        state.tile_rows = usual
+        views.facts = usual
         hook.remove()
 
 

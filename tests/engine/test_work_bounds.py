@@ -98,7 +98,7 @@ def tensors_in(thing: Any, seen: set[int]) -> dict[int, torch.Tensor]:
 def bytes_kept(engine: Engine) -> int:
     """Of tensors of the sampler and its parts, the models' own aside."""
     sampler = engine.runner.sampler
-    seen = {id(sampler.state.model)}
+    seen = {id(sampler.head)}
     return sum(tensor.nbytes for tensor in tensors_in(sampler, seen).values())
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_dlm.model_executor.drafts import Drafts
 from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells
 from vllm_dlm.model_executor.planning.branches import (
-    Drafts,
     Pages,
     Wish,
     plan_branches,
@@ -100,7 +100,7 @@ def test_a_forward_with_branches():
 
 
 def test_drafts_are_written_by_rank():
-    drafts = Drafts(torch.Size((8, 20)), MASK_ID, torch.device("cpu"))
+    drafts = Drafts((8, 20), MASK_ID, torch.device("cpu"))
     blocks = active_blocks([7, 5], [4, 8], 4)
     decision = Decision(
         commit=torch.zeros(2, 4, dtype=torch.bool),

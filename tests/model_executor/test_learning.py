@@ -50,19 +50,22 @@ class School:
         self.trainings: list[int] = []
         """Rows recorded when each began."""
         self.batch = Batch(REQUESTS, WIDTH)
-        state = self.batch.state
-        state.server = SimpleNamespace(
+        server = SimpleNamespace(
             online_learning=True, record_traces=False, filters_path=lambda: folder
         )
         context = replace(
             CPU, model_key="no-such-model", options={"filter_dir": str(folder)}
         )
-        state.context = lambda cache: context
+        facts: Any = SimpleNamespace(
+            server=server,
+            default_config=self.batch.config,
+            context=lambda cache: context,
+        )
         # Without a filter for ever, as if what is saved could not be read.
         self.strategy = Learn2PD(Learn2PDParams(), WIDTH, context)
-        for request in state.requests.values():
-            request.strategy = self.strategy
-        learning = online.open_learning(state)
+        for slot in range(REQUESTS):
+            self.batch.slots.strategies[slot] = self.strategy
+        learning = online.open_learning(self.batch.slots, facts)
         assert learning is not None
         self.learning = learning
         self.reads_block = False

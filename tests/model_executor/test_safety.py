@@ -12,9 +12,9 @@ import pytest
 import torch
 from reference.views import make_view
 
-from vllm_dlm.model_executor.sampling.groups import NEVER, StrategyGroups
 from vllm_dlm.model_executor.sampling.safety import SafeDecision, Safety
 from vllm_dlm.model_executor.sampling.views import Views
+from vllm_dlm.model_executor.slots import NEVER, RequestSlots
 from vllm_dlm.strategies.base import Decision, View
 
 MASK = 99
@@ -29,29 +29,17 @@ class Ending:
     def __init__(
         self, step: int, limit: int, reference_steps: int = NEVER, exact: bool = True
     ) -> None:
-        def numbers(value: Any) -> torch.Tensor:
-            return torch.tensor([value])
-
-        self.state: Any = SimpleNamespace(
-            max_num_reqs=1,
-            device=torch.device("cpu"),
-            mask_id=MASK,
-            step=numbers(step),
-            exact=numbers(exact),
-            prompt_len=numbers(0),
-            emitted=numbers(0),
-            tile_rows=8,
-            model=SimpleNamespace(vocab_shard=None),
-            host=SimpleNamespace(predicts_end=np.zeros(1, dtype=bool)),
-        )
-        self.groups = StrategyGroups(self.state)
-        self.groups.step_limit[0] = limit
-        self.groups.reference_steps[0] = reference_steps
-        self.groups.may_rewrite[0] = True
+        self.facts: Any = SimpleNamespace(mask_id=MASK, tile_rows=8)
+        self.slots = RequestSlots(1, 4, MASK, torch.device("cpu"))
+        self.slots.step[0] = step
+        self.slots.exact[0] = exact
+        self.slots.step_limit[0] = limit
+        self.slots.reference_steps[0] = reference_steps
+        self.slots.may_rewrite[0] = True
         self.plan: Any = SimpleNamespace(
             slots=torch.tensor([0]),
             slots_np=np.array([0]),
-            seeds=torch.tensor([False]),
+            leads=torch.tensor([False]),
             readable=torch.ones(1, 4, dtype=torch.bool),
             has_row=torch.ones(1, 4, dtype=torch.bool),
             positions=torch.arange(4)[None],
@@ -61,12 +49,12 @@ class Ending:
 
     def held(self, view: View, decision: Decision) -> SafeDecision:
         candidates: Any = SimpleNamespace(veto_bad_words=lambda *_: [])
-        views = Views(self.state, self.groups, candidates)
-        safety = Safety(self.state, self.groups, candidates, views)
+        safety = Safety(self.slots, self.facts, candidates)
         return safety.hold_to_rules(view, decision, self.plan)
 
     def may_choose_the_mask(self) -> bool:
-        views = Views(self.state, self.groups, None)  # type: ignore[arg-type]
+        head: Any = SimpleNamespace(vocab_shard=None)
+        views = Views(self.slots, self.facts, head, None)  # type: ignore[arg-type]
         logits = views.logits(torch.zeros(4, 2), self.plan)
         return not bool(logits.banned.any())
 

@@ -18,7 +18,7 @@ from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT, WRONG, TraceRecorder
 
 def following(requests: int, width: int) -> tuple[Batch, TraceRecorder]:
     batch = Batch(requests, width)
-    recorder = TraceRecorder(batch.state)
+    recorder = TraceRecorder(batch.slots)
     for slot in range(requests):
         recorder.follow(slot)
     return batch, recorder

@@ -9,27 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.host_slots import HostSlots
+from vllm_dlm.model_executor.slots import RequestSlots
 
 
 class Batch:
     """Requests 0 to R - 1, each with a block of B positions; the first begins at 0."""
 
     def __init__(self, requests: int, width: int) -> None:
-        self.slots = np.arange(requests)
-        self.plan: Any = SimpleNamespace(slots_np=self.slots)
-        self.host = HostSlots(requests, width)
+        self.plan: Any = SimpleNamespace(slots_np=np.arange(requests))
+        self.slots = RequestSlots(requests, width, 0, torch.device("cpu"))
+        self.host = self.slots.host
         self.host.block_length[:] = width
-        config = SimpleNamespace(block_length=width, cache="none")
-        params = SimpleNamespace(temperature=0.0)
-        self.state: Any = SimpleNamespace(
-            host=self.host,
-            requests={
-                slot: SimpleNamespace(config=config, params=params)
-                for slot in range(requests)
-            },
-            default_config=config,
-        )
+        self.config = SimpleNamespace(block_length=width, cache="none")
+        for slot in range(requests):
+            request: Any = SimpleNamespace(
+                config=self.config, params=SimpleNamespace(temperature=0.0)
+            )
+            self.slots.requests[slot] = request
 
     def go_on(self, ended: bool | torch.Tensor = False) -> None:
         """What the sampler tells the host; where a block has ended the next begins."""
@@ -37,4 +33,4 @@ class Batch:
         width = self.host.masked.shape[1]
         begins += width * torch.as_tensor(ended).long()
         masked = torch.ones(len(begins), width, dtype=torch.bool)
-        self.host.send(self.slots, begins, begins + width, masked)
+        self.host.send(self.plan.slots_np, begins, begins + width, masked)

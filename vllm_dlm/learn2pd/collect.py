@@ -98,12 +98,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _take_traces(worker: Any) -> tuple[Traces, dict[str, str]]:
     """Runs in the worker: its recorder's rows of the one block length in use."""
-    state = worker.model_runner.model_state
+    facts = worker.model_runner.model_state.facts
     learning = worker.model_runner.sampler.observers["learn2pd"]
-    block_length = state.default_config.block_length
-    cache = state.default_config.cache
+    block_length = facts.default_config.block_length
+    cache = facts.default_config.cache
     return learning.recorder.traces(block_length, cache), {
-        "model_key": state.context(cache).model_key,
+        "model_key": facts.model_key,
         "cache": cache,
     }
 

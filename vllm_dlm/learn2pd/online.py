@@ -31,9 +31,10 @@ from vllm_dlm.strategies.learn2pd_filter import filter_path, note_learned
 if TYPE_CHECKING:
     import torch
 
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
 
 logger = init_logger(__name__)
@@ -47,18 +48,21 @@ SLOWER_BY = 0.01
 rule's traces call right whatever it wrote, so it looks better on them than it is."""
 
 
-def open_learning(state: DlmModelState) -> Learning | None:
+def open_learning(slots: RequestSlots, facts: EngineFacts) -> Learning | None:
     """The learning of this engine, if its server lets it learn or record."""
-    server = state.server
-    return Learning(state) if server.online_learning or server.record_traces else None
+    server = facts.server
+    if server.online_learning or server.record_traces:
+        return Learning(slots, facts)
+    return None
 
 
 class Learning(Observer):
     """Follows requests that can teach a filter, and teaches it."""
 
-    def __init__(self, state: DlmModelState) -> None:
-        self.state = state
-        self.recorder = TraceRecorder(state)
+    def __init__(self, slots: RequestSlots, facts: EngineFacts) -> None:
+        self.slots = slots
+        self.facts = facts
+        self.recorder = TraceRecorder(slots)
         self._wanted: dict[tuple[int, str], int] = {}
         """Block length, cache policy -> rows at which the next training begins."""
         self._learned: set[tuple[int, str]] = set()
@@ -67,26 +71,26 @@ class Learning(Observer):
     def add(self, slot: int) -> bool:
         """Decide whether a new request is recorded, decided positions too."""
         self._end_training()
-        request = self.state.requests[slot]
+        request = self.slots.requests[slot]
         if request.params.temperature > 0:
             return False  # what was drawn is not what the model was sure of
         config = request.config
-        if config.block_length != self.state.default_config.block_length:
+        if config.block_length != self.facts.default_config.block_length:
             return False  # clients may ask for many lengths; memory is for one
         learns = self._learns_from(slot)
         if learns:
             self._wanted.setdefault((config.block_length, config.cache), FIRST_ROWS)
-        if learns or self.state.server.record_traces:
+        if learns or self.facts.server.record_traces:
             self.recorder.follow(slot)
             return True
         return False
 
     def _learns_from(self, slot: int) -> bool:
         """Whether a filter is to be learned from this request, by this worker."""
-        config = self.state.requests[slot].config
-        strategy = self.state.requests[slot].strategy
+        config = self.slots.requests[slot].config
+        strategy = self.slots.strategies[slot]
         return (
-            self.state.server.online_learning
+            self.facts.server.online_learning
             and isinstance(strategy, Learn2PD)
             and not strategy.has_filter
             and (config.block_length, config.cache) not in self._learned
@@ -118,8 +122,8 @@ class Learning(Observer):
                 self._wanted[block_length, cache] = 3 * rows // 2
                 self._training = Training(
                     self.recorder.traces(block_length, cache),
-                    self.state.context(cache),
-                    self.state.server.filters_path(),
+                    self.facts.context(cache),
+                    self.facts.server.filters_path(),
                     takes_over=get_tensor_model_parallel_world_size() == 1,
                 )
                 self._training.start()

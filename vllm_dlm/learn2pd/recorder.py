@@ -19,7 +19,7 @@ from vllm_dlm.model_executor.host_slots import ToHost
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
 
 CAPACITY = 1 << 16
@@ -82,8 +82,8 @@ class TraceRecorder:
     kept are the rows of followed requests, until their block ends.
     """
 
-    def __init__(self, state: DlmModelState) -> None:
-        self.state = state
+    def __init__(self, slots: RequestSlots) -> None:
+        self.slots = slots
         self._rings: dict[tuple[int, str], _Ring] = {}
         self._steps: dict[int, list[np.ndarray]] = {}
         """slot -> [3, B] int32 for each step of its block, as `record` packs them."""
@@ -111,7 +111,7 @@ class TraceRecorder:
         followed = [slot for slot in slots.tolist() if slot in self._steps]
         if not followed:
             return
-        width = self.state.host.block_length[followed].max()
+        width = self.slots.host.block_length[followed].max()
         confidence = torch.where(view.valid, view.confidence, 1.0)
         step = [
             confidence.float().view(torch.int32),
@@ -119,7 +119,7 @@ class TraceRecorder:
             written.int(),
         ]
         packed = torch.stack([part[:, :width] for part in step], dim=1)
-        begins = self.state.host.block_start[slots]
+        begins = self.slots.host.block_start[slots]
         self._arriving = slots, begins, ToHost(packed)
 
     def _receive(self) -> None:
@@ -127,7 +127,7 @@ class TraceRecorder:
         if self._arriving is None:
             return
         (slots, begins, sent), self._arriving = self._arriving, None
-        packed, host = sent.numpy(), self.state.host
+        packed, host = sent.numpy(), self.slots.host
         host.settle()
         ended = host.block_start[slots] != begins
         for row, slot in enumerate(slots.tolist()):
@@ -146,7 +146,7 @@ class TraceRecorder:
         candidate, final = packed[:, 1], packed[-1, 2]
         label = np.where(candidate == final, RIGHT, WRONG)
         label[(candidate < 0) | (final < 0)] = IGNORED
-        width, policy = len(final), self.state.requests[slot].config.cache
+        width, policy = len(final), self.slots.requests[slot].config.cache
         if (width, policy) not in self._rings:
             self._rings[width, policy] = _Ring(width)
         self._blocks += 1

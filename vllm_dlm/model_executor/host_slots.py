@@ -1,34 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """HostSlots: what planning must know of each request, in host memory.
 
-Most of it is fixed when a request is admitted. Where its active block stands, and which
-of its positions are masked, is decided on the device: the sampler sends that after each
-step, behind the work whose outcome the scheduler waits for in any case, so that reading
-it here waits for nothing more.
+Most columns are fixed when a request is admitted. Where its active block stands, and
+which of its positions are masked, is decided on the device: each step's advance sends
+that (`send`), behind the work whose outcome the scheduler waits for in any case, so
+that reading the columns here waits for nothing more.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.layout import RequestLayout
+
 OPEN_MASKS, MASKS, BLOCK = 0, 1, 2
-"""Masks of the first sub-block that has any; all masks; decided positions too."""
+"""Of the active block: masks of the first sub-block that has any; all its masks; all
+its positions."""
 
 
 class HostSlots:
-    """Arrays by state slot.
+    """Columns by slot, as arrays.
 
     Args:
-        slots: how many requests there can be.
+        num_slots: requests that there can be at a time.
         length: positions that a request can have.
     """
 
-    def __init__(self, slots: int, length: int) -> None:
-        def per_slot(dtype: Any = np.int64) -> np.ndarray:
-            return np.zeros(slots, dtype=dtype)
+    def __init__(self, num_slots: int, length: int) -> None:
+        def per_slot(dtype: type = np.int64) -> np.ndarray:
+            return np.zeros(num_slots, dtype=dtype)
 
         self.prompt_len = per_slot()
         self.block_length = per_slot()
@@ -37,24 +41,53 @@ class HostSlots:
         """Position from which blocks are counted."""
         self.first_block = per_slot()
         """Start of the block that was active when the request was (re-)admitted."""
-        self.seeds = per_slot(bool)
-        """Whether that block's first token comes from the rows to its left."""
+        self.leads = per_slot(bool)
+        """Whether the first forward decides that block's lead, its first token, alone:
+        from the rows to its left."""
         self.text_end = per_slot()
         """End of the block in which the longest text ends."""
         self.reads = per_slot()
-        """Of which positions of the block the logits are read: `OPEN_MASKS`, `MASKS` or
-        `BLOCK`."""
+        """Which positions of the active block have their logits read: `OPEN_MASKS`,
+        `MASKS` or `BLOCK`."""
         self.predicts_end = per_slot(bool)
         """Whether the option `eotp` is on."""
         self.keys_behind = per_slot()
-        """Keys that a step sees behind its rows, in class A (`cache.Reach`)."""
+        """Keys that a step sees behind its rows, with full attention (`Reach.keys`)."""
         self.opens_alone = per_slot(bool)
         """Whether a block's first step writes its first token alone (`opening.py`)."""
         self.block_start = per_slot()
+        """Position of the active block's first token."""
         self.canvas_end = per_slot()
-        self.masked = np.zeros((slots, length), dtype=bool)
+        """One past the canvas's last position. Not above `block_start` where the next
+        forward opens a canvas, whose rows say how wide it is."""
+        self.masked = np.zeros((num_slots, length), dtype=bool)
         """Masks of the active block, by place in the block."""
         self._arriving: tuple[np.ndarray, ToHost, ToHost] | None = None
+
+    def admit(self, slot: int, layout: RequestLayout, *, predicts_end: bool) -> None:
+        """Take over the layout of a new request.
+
+        Args:
+            predicts_end: whether its option `eotp` is on.
+        """
+        self.settle()
+        self.prompt_len[slot] = layout.prompt_len
+        self.block_length[slot] = length = layout.block_length
+        self.sub_block_length[slot] = layout.sub_block_length
+        self.origin[slot] = layout.origin
+        self.first_block[slot] = self.block_start[slot] = layout.first_block
+        self.leads[slot] = layout.leads_first
+        self.text_end[slot] = layout.text_end
+        self.canvas_end[slot] = 0 if layout.is_full else layout.text_end
+        self.keys_behind[slot] = layout.reach.keys
+        self.opens_alone[slot] = layout.opens_alone
+        self.predicts_end[slot] = predicts_end
+        first_mask = layout.first_mask - layout.first_block
+        self.masked[slot, :length] = np.arange(length) >= first_mask
+
+    def read_whole_block(self, slot: int) -> None:
+        """From now on have the logits of decided positions read too."""
+        self.reads[slot] = BLOCK
 
     def send(
         self,
@@ -63,7 +96,7 @@ class HostSlots:
         canvas_end: torch.Tensor,
         masked: torch.Tensor,
     ) -> None:
-        """Take over what a step has made of some requests; it may be on its way.
+        """Send where a step has left some requests; `settle` stores what arrives.
 
         Args:
             slots: [R].
@@ -75,7 +108,10 @@ class HostSlots:
         self._arriving = slots, ToHost(where), ToHost(masked)
 
     def settle(self) -> None:
-        """Note what has been sent; before what steps change is read or set here."""
+        """Wait for the last `send` and store it.
+
+        Call this before touching a column that steps change.
+        """
         if self._arriving is None:
             return
         (slots, where, arrived), self._arriving = self._arriving, None

@@ -29,9 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells
+from vllm_dlm.model_executor.planning.block_rows import BlockRows
 from vllm_dlm.model_executor.planning.segments import Segments, ragged
-from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 
 
 def page_size_of(kv_cache_config: Any) -> int:
@@ -280,52 +279,3 @@ def plan_branches(
             [blocks.row_at, torch.where(row_at >= 0, row_at + num_rows, -1)]
         ),
     )
-
-
-class Drafts:
-    """Draft tokens of all requests, by slot."""
-
-    def __init__(self, shape: torch.Size, mask_id: int, device: torch.device) -> None:
-        self._mask_id = mask_id
-        self._tokens = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._rank = torch.full(shape, NOT_DRAFTED, dtype=torch.int32, device=device)
-
-    def forget(self, slot: int) -> None:
-        """Make room for a new request."""
-        self._rank[slot] = NOT_DRAFTED
-
-    def keep(self, decision: Decision, masked: torch.Tensor, cells: Cells) -> None:
-        """Keep a decision's drafts for the next forward.
-
-        A drafted mask id (`reference_exact`) fills nothing: verifying ends before it.
-
-        Args:
-            masked: [R, B] bool: positions that may be drafted.
-        """
-        assert decision.draft_tokens is not None and decision.draft_rank is not None
-        masked = masked & (decision.draft_tokens != self._mask_id)
-        rank = torch.where(masked, decision.draft_rank, NOT_DRAFTED)
-        cells.write(self._rank, rank)
-        cells.write(self._tokens, decision.draft_tokens)
-
-    def written(
-        self,
-        tokens: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        branch: torch.Tensor,
-    ) -> torch.Tensor:
-        """[M] int32: the tokens of rows, with the drafts that their branches have.
-
-        Args:
-            tokens, slots, positions, branch: [M], of each row.
-        """
-        is_draft = self._rank[slots, positions] < branch
-        return torch.where(is_draft, self._tokens[slots, positions], tokens)
-
-    def of(self, blocks: BlockRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft tokens and ranks of active blocks, both [R, B] int64."""
-        slots = blocks.slots[:, None]
-        where = blocks.positions.clamp(max=self._rank.shape[1] - 1)
-        rank = torch.where(blocks.valid, self._rank[slots, where], NOT_DRAFTED)
-        return self._tokens[slots, where].long(), rank.long()

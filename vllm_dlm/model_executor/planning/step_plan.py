@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the rows that the scheduler chose to a `SegmentPlan`.
+"""SegmentPlan: what one forward computes, sees and decides; and how it is made.
 
-Everything is laid out on the host: lengths, starts and ends are known there, and what
-the last step decided has arrived with its outcome (`host_slots.py`). One transfer
-brings the plan to the device; nothing here waits for it.
+The scheduler has chosen each request's rows. The plan of them is made on the host:
+lengths, starts and ends are known there, and what the last step decided has arrived
+with its outcome (`host_slots.py`). One transfer brings the plan to the device; nothing
+here waits for it, and nothing here changes a request.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,12 @@ from vllm_dlm.model_executor.planning.branches import BranchPlan, plan_branches
 from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_dlm.config.model import ModelDefaults
+    from vllm_dlm.model_executor.facts import EngineFacts
+    from vllm_dlm.model_executor.host_slots import HostSlots
+    from vllm_dlm.model_executor.slots import RequestSlots
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,11 @@ class SegmentPlan(BlockRows):
 
     segments: Segments
     kv_lens: torch.Tensor
-    """[S] int32: keys each segment attends to; those of class A may reach beyond the
-    rows of this forward."""
+    """[S] int32: keys each segment attends to. With full attention they may reach
+    beyond the rows of this forward."""
     causal: torch.Tensor | None
-    """[S] int32: 1 where a position sees none to its right, as in class C's finished
-    text; None where there is no such segment."""
+    """[S] int32: 1 where a position sees none to its right, as finished text does with
+    causal attention; None where there is no such segment."""
     batch_rows_np: np.ndarray
     """[R]: index of each deciding request in vLLM's batch."""
     ends: torch.Tensor
@@ -46,8 +52,9 @@ class SegmentPlan(BlockRows):
     """[R] int64: one past each canvas' last position."""
     cells: Cells
     """Where the canvases' positions are kept."""
-    seeds: torch.Tensor
-    """[R] bool: the rows end before the block, and predict its first position alone."""
+    leads: torch.Tensor
+    """[R] bool: the rows end before the block, and predict its lead, the first
+    position, alone."""
     rows_ends: torch.Tensor
     """[R] int64: `ends`, and the rows of branches counted on from there."""
     branches: BranchPlan | None
@@ -77,150 +84,183 @@ class SegmentPlan(BlockRows):
         return self.branches.all_rows_at[canvas, offsets]
 
 
-def plan_forward(state: DlmModelState, input_batch: Any, page_size: int) -> SegmentPlan:
-    """Plan the forward of vLLM's `input_batch`; updates the canvas ends.
+def plan_forward(
+    slots: RequestSlots, facts: EngineFacts, batch: InputBatch, page_size: int
+) -> SegmentPlan:
+    """Plan the forward of a batch.
 
     Args:
+        batch: the rows that vLLM has scheduled.
         page_size: tokens in a KV page.
     """
-    state.host.settle()
-    starts = input_batch.num_computed_tokens_np.astype(np.int64)
+    host, in_batch = slots.host, batch.idx_mapping_np
+    host.settle()
+    starts = batch.num_computed_tokens_np.astype(np.int64)
     branches = np.ones_like(starts)
-    if input_batch.num_draft_tokens_per_req is not None:
+    if batch.num_draft_tokens_per_req is not None:
         # What vLLM takes for a number of draft tokens (`scheduler.py`).
-        branches += input_batch.num_draft_tokens_per_req
-    ends = starts + input_batch.num_scheduled_tokens // branches
-    host, slots = state.host, input_batch.idx_mapping_np
-    first_blocks = host.first_block[slots]
+        branches += batch.num_draft_tokens_per_req
+    ends = starts + batch.num_scheduled_tokens // branches
+    first_blocks = host.first_block[in_batch]
     # Until its first block is reached, a request's rows are a part of its prompt.
-    decides = (ends > first_blocks) | (host.seeds[slots] & (ends == first_blocks))
-    if state.commits_alone:
-        decides &= ends > host.block_start[slots]
+    decides = (ends > first_blocks) | (host.leads[in_batch] & (ends == first_blocks))
+    if facts.commits_alone:
+        decides &= ends > host.block_start[in_batch]
     segments = cut_segments(
-        state.defaults.model_class,
+        facts.defaults.model_class,
         starts,
         ends,
-        host.block_length[slots],
-        host.origin[slots],
+        host.block_length[in_batch],
+        host.origin[in_batch],
         first_blocks,
     )
     # A request with branches computes its active block, or all: one segment.
     segments = segments.repeated(branches[segments.request])
-    rows = decides.nonzero()[0]
-    plan = _plan_blocks(state, input_batch, segments, rows, starts, ends)
+    deciding = decides.nonzero()[0]
+    plan = _plan_blocks(slots, facts, batch, segments, deciding, starts, ends)
     if branches.max() == 1:
         return plan
     return replace(
         plan,
-        branches=plan_branches(starts, ends, branches, segments, rows, plan, page_size),
+        branches=plan_branches(
+            starts, ends, branches, segments, deciding, plan, page_size
+        ),
     )
 
 
 def _plan_blocks(
-    state: DlmModelState,
-    input_batch: Any,
+    slots: RequestSlots,
+    facts: EngineFacts,
+    batch: InputBatch,
     segments: Segments,
-    rows: np.ndarray,
+    deciding: np.ndarray,
     starts: np.ndarray,
     ends: np.ndarray,
 ) -> SegmentPlan:
-    """The active blocks of the batch's `rows`, and where their logits come from."""
-    host, defaults = state.host, state.defaults
-    slots = input_batch.idx_mapping_np[rows].astype(np.int64)
-    start, end = starts[rows, None], ends[rows, None]
-    block_start, canvas_end = host.block_start[slots], host.canvas_end[slots]
-    kv_lens = segments.kv_lens
-    if defaults.reuses_blocks:
-        # A strategy cut the canvas at a block's end, and the text goes on.
-        goes_on = canvas_end <= block_start
-        canvas_end = np.where(goes_on, host.text_end[slots], canvas_end)
-    else:
-        # A canvas' first forward covers it, as wide as the scheduler has opened it.
-        canvas_end = np.where(canvas_end <= block_start, end[:, 0], canvas_end)
-        seen = np.minimum(end[:, 0] + host.keys_behind[slots], canvas_end)
-        kv_lens = seen[segments.request]
-    host.canvas_end[slots] = canvas_end
+    """The active blocks of a batch, and where their logits come from.
 
+    Args:
+        deciding: [R]: the requests, of the batch, that decide.
+        starts, ends: [start, end) of the rows of each request of the batch.
+    """
+    host, defaults = slots.host, facts.defaults
+    slots_np = batch.idx_mapping_np[deciding].astype(np.int64)
+    start, end = starts[deciding, None], ends[deciding, None]
+    block_start = host.block_start[slots_np]
+    canvas_end = _canvas_ends(host, defaults, slots_np, end[:, 0])
     # Rows that end before the block predict its first position.
-    seeds = end[:, 0] <= block_start
-    is_causal = None
-    if defaults.reuses_blocks:
-        # The active block is its request's last segment, and sees itself whole, also
-        # where a sub-block of it is computed.
-        block_end = np.zeros(len(starts), dtype=kv_lens.dtype)
-        block_end[rows] = np.where(
-            seeds, 0, np.minimum(block_start + host.block_length[slots], canvas_end)
-        )
-        block_end = np.where(segments.is_last, block_end[segments.request], 0)
-        kv_lens = np.maximum(kv_lens, block_end)
-        if defaults.model_class == "C":
-            is_causal = block_end == 0
+    leads = end[:, 0] <= block_start
 
     # B of the batch is the longest request's.
-    lengths = host.block_length[slots, None]
+    lengths = host.block_length[slots_np, None]
     offsets = np.arange(lengths.max(initial=1))
     positions = block_start[:, None] + offsets
     valid = (positions < canvas_end[:, None]) & (offsets < lengths)
-    source = positions - np.where(seeds, 1, defaults.shift)[:, None]
-    # After an opening or a seed no row left of the block is computed: a first token
+    source = positions - np.where(leads, 1, defaults.shift)[:, None]
+    # After an opening or a lead no row left of the block is computed: a first token
     # that is still missing is predicted by its own row.
-    is_over = ~seeds if defaults.seeds_blocks else host.opens_alone[slots]
-    is_own = is_over[:, None] & host.masked[slots, : len(offsets)]
+    is_over = ~leads if defaults.seeds_blocks else host.opens_alone[slots_np]
+    is_own = is_over[:, None] & host.masked[slots_np, : len(offsets)]
     source = np.where(is_own & (source < start), positions, source)
     readable = valid & (start <= source) & (source < end)
-    is_read = readable & _rows_to_read(state, slots, valid)
-    row_request_np, row_offset_np = is_read.nonzero()
+    is_read = readable & _rows_to_read(host, slots_np, valid)
+    row_request, row_offset = is_read.nonzero()
     row_at = np.full(positions.shape, -1)
-    row_at[is_read] = np.arange(len(row_request_np))
-    first_rows = input_batch.query_start_loc_np[rows].astype(np.int64) - start[:, 0]
-    logits_rows = (first_rows[:, None] + source)[is_read]
-    there = upload_named(
-        state.device,
-        {
-            "slots": slots,
-            "ends": end[:, 0],
-            "rows_ends": (starts + input_batch.num_scheduled_tokens)[rows],
-            "canvas_end": canvas_end,
-            "seeds": seeds,
-            "positions": positions,
-            "valid": valid,
-            "readable": readable,
-            "row_at": row_at,
-            "logits_rows": logits_rows,
-            "row_places": row_request_np * len(offsets) + row_offset_np,
-            "row_request": row_request_np,
-            "kv_lens": kv_lens,
-            "places": valid.ravel().nonzero()[0],
-            "cells": (slots[:, None] * state.max_model_len + positions)[valid],
-            **({} if is_causal is None else {"causal": is_causal}),
-        },
-    )
-    plan = SegmentPlan(
+    row_at[is_read] = np.arange(len(row_request))
+    first_rows = batch.query_start_loc_np[deciding].astype(np.int64) - start[:, 0]
+    if defaults.reuses_blocks:
+        block_end = np.minimum(block_start + lengths[:, 0], canvas_end)
+        seen = np.zeros(len(starts), dtype=np.int64)
+        seen[deciding] = np.where(leads, 0, block_end)
+        kv_lens, is_left = _keys_of_blocks(segments, seen)
+        causal = is_left if defaults.model_class == "C" else None
+    else:
+        seen = np.minimum(end[:, 0] + host.keys_behind[slots_np], canvas_end)
+        kv_lens, causal = seen[segments.request], None
+
+    fields = {
+        "slots": slots_np,
+        "ends": end[:, 0],
+        "rows_ends": (starts + batch.num_scheduled_tokens)[deciding],
+        "canvas_end": canvas_end,
+        "leads": leads,
+        "positions": positions,
+        "valid": valid,
+        "readable": readable,
+        "row_at": row_at,
+        "logits_rows": (first_rows[:, None] + source)[is_read],
+        "row_places": row_request * len(offsets) + row_offset,
+        "row_request": row_request,
+    }
+    others = {
+        "kv_lens": kv_lens,
+        "places": valid.ravel().nonzero()[0],
+        "cells": (slots_np[:, None] * slots.length + positions)[valid],
+    }
+    if causal is not None:
+        others["causal"] = causal
+    there = upload_named(facts.device, {**fields, **others})
+    return SegmentPlan(
+        **{name: there[name] for name in fields},
         segments=segments,
-        slots_np=slots,
-        batch_rows_np=rows,
-        row_request_np=row_request_np,
-        row_offset_np=row_offset_np,
-        kv_lens=there.pop("kv_lens").int(),
-        causal=None if is_causal is None else there.pop("causal").int(),
-        cells=Cells(there.pop("places"), there.pop("cells")),
+        slots_np=slots_np,
+        batch_rows_np=deciding,
+        row_request_np=row_request,
+        row_offset_np=row_offset,
+        kv_lens=there["kv_lens"].int(),
+        causal=None if causal is None else there["causal"].int(),
+        cells=Cells(there["places"], there["cells"]),
         branches=None,
-        **there,
     )
-    state.canvas_end[plan.slots] = plan.canvas_end
-    return plan
+
+
+def _canvas_ends(
+    host: HostSlots, defaults: ModelDefaults, slots_np: np.ndarray, ends: np.ndarray
+) -> np.ndarray:
+    """[R]: where the canvases end in this forward.
+
+    Args:
+        ends: [R]: one past the last position computed for each request.
+    """
+    canvas_end = host.canvas_end[slots_np]
+    is_over = canvas_end <= host.block_start[slots_np]
+    if defaults.reuses_blocks:
+        # A strategy cut the canvas at a block's end, and the text goes on.
+        return np.where(is_over, host.text_end[slots_np], canvas_end)
+    # A canvas's first forward covers it, as wide as the scheduler has opened it.
+    return np.where(is_over, ends, canvas_end)
+
+
+def _keys_of_blocks(
+    segments: Segments, block_end: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys that segments see where attention is by blocks, and which are left of one.
+
+    The active block is its request's last segment, and sees itself whole, also where a
+    sub-block of it is computed.
+
+    Args:
+        block_end: where the active block of each request of the batch ends; 0 where
+            none of its rows is computed.
+
+    Returns:
+        [S] keys; and [S] bool: segments of prompts and of finished blocks.
+    """
+    of_block = np.where(segments.is_last, block_end[segments.request], 0)
+    kv_lens = np.maximum(segments.kv_lens, of_block)
+    return kv_lens, of_block == 0
 
 
 def _rows_to_read(
-    state: DlmModelState, slots: np.ndarray, valid: np.ndarray
+    host: HostSlots, slots_np: np.ndarray, valid: np.ndarray
 ) -> np.ndarray:
     """[R, B] bool: positions of the active blocks whose logits are read.
 
-    The device's own masks are `Views.masked`, the open ones of them `Views._open`.
+    The device's own masks are `RequestSlots.masks`; `Views._open` picks the open ones.
     """
-    width, reads = valid.shape[1], state.host.reads[slots, None]
-    masked = state.host.masked[slots, :width] & valid
-    sub_block = np.arange(width) // state.host.sub_block_length[slots, None]
+    width, reads = valid.shape[1], host.reads[slots_np, None]
+    masked = host.masked[slots_np, :width] & valid
+    sub_block = np.arange(width) // host.sub_block_length[slots_np, None]
     first = np.where(masked, sub_block, width).min(axis=1, keepdims=True)
     masked &= (sub_block == first) | (reads != OPEN_MASKS)
     is_read: np.ndarray = masked | (reads == BLOCK)

@@ -27,9 +27,9 @@ from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
 
 if TYPE_CHECKING:
-    from vllm_dlm.kernels.shards import VocabShard
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.block_rows import BlockRows
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
 
 
 FEW_STOP_IDS = 2
@@ -45,40 +45,41 @@ class Sampling(NamedTuple):
     min_p: torch.Tensor
 
     def at(self, rows: torch.Tensor) -> Sampling:
-        """Of some of the rows."""
+        """The parameters of some of the rows."""
         return Sampling(*(values[rows] for values in self))
 
 
 class Candidates:
     """Draws candidates and knows which of them end a text."""
 
-    def __init__(self, state: DlmModelState) -> None:
-        self.state = state
-        slots, device = state.max_num_reqs, state.device
-        self._temperature = torch.zeros(slots, device=device)
-        self._top_p = torch.ones(slots, device=device)
-        self._min_p = torch.zeros(slots, device=device)
-        self._top_k = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._seed = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._min_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+    def __init__(self, slots: RequestSlots, facts: EngineFacts) -> None:
+        self.slots = slots
+        self.facts = facts
+        count, device = slots.num_slots, facts.device
+        self._temperature = torch.zeros(count, device=device)
+        self._top_p = torch.ones(count, device=device)
+        self._min_p = torch.zeros(count, device=device)
+        self._top_k = torch.zeros(count, dtype=torch.int64, device=device)
+        self._seed = torch.zeros(count, dtype=torch.int64, device=device)
+        self._min_tokens = torch.zeros(count, dtype=torch.int64, device=device)
         self._stop_ids = self._no_stop_ids()
 
         def flags() -> np.ndarray:
-            return np.zeros(slots, dtype=bool)
+            return np.zeros(count, dtype=bool)
 
         # On the host: which rows need more than their argmax.
         self._draws, self._truncates = flags(), flags()
-        self._measures_drawn, self._seeds_greedily = flags(), flags()
+        self._measures_drawn, self._leads_greedily = flags(), flags()
         self._restrictions: dict[int, Restriction] = {}
         self._with_many_stop_ids: set[int] = set()
         """Slots of requests with more than `FEW_STOP_IDS`."""
-        self._restricted_until = np.zeros(slots, dtype=np.int64)
+        self._restricted_until = np.zeros(count, dtype=np.int64)
         """[slots]: the position where a request's restriction ends, 0 without one."""
 
     def _no_stop_ids(self) -> torch.Tensor:
         """[slots, K] int64: room for the ids that end each request's text; -1."""
-        shape = self.state.max_num_reqs, FEW_STOP_IDS
-        return torch.full(shape, -1, dtype=torch.int64, device=self.state.device)
+        shape = self.slots.num_slots, FEW_STOP_IDS
+        return torch.full(shape, -1, dtype=torch.int64, device=self.facts.device)
 
     def remove(self, slot: int) -> None:
         """A request has left: its lists of tokens are not kept."""
@@ -90,17 +91,17 @@ class Candidates:
 
     def add(self, slot: int) -> None:
         """Take over a new request's sampling parameters."""
-        request = self.state.requests[slot]
+        request = self.slots.requests[slot]
         params = request.params
         self._temperature[slot] = params.temperature
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
         # Larger numbers than a vocabulary has tokens are valid: they keep all.
-        vocab_size = self.state.model_config.get_vocab_size()
+        vocab_size = self.facts.vocab_size
         self._top_k[slot] = min(max(params.top_k, 0), vocab_size)
         self._seed[slot] = request.seed
         # A text is never longer; the number may be.
-        min_tokens = min(params.min_tokens, self.state.max_model_len)
+        min_tokens = min(params.min_tokens, self.facts.max_model_len)
         self._min_tokens[slot] = min_tokens
         ends = known_ids(request.stop_ids, vocab_size)
         if len(ends) > FEW_STOP_IDS:
@@ -112,42 +113,35 @@ class Candidates:
         self._stop_ids[slot] = -1
         if ends:
             self._stop_ids[slot, : len(ends)] = torch.tensor(
-                ends, device=self.state.device
+                ends, device=self.facts.device
             )
 
         draws = params.temperature > 0
         self._draws[slot] = draws
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
         self._measures_drawn[slot] = draws and request.measures_drawn
-        defaults = self.state.defaults
-        is_seeding_family = defaults.seeds_blocks and defaults.shift == 1
+        defaults = self.facts.defaults
+        shifts_leads = defaults.seeds_blocks and defaults.shift == 1
         exact = request.config.reference_exact
-        # Fast-dLLM v2 never draws a block's first token.
-        self._seeds_greedily[slot] = is_seeding_family and exact
-        restriction = Restriction.of(request, vocab_size, self.state.device)
+        # Fast-dLLM v2 never draws a block's lead.
+        self._leads_greedily[slot] = shifts_leads and exact
+        restriction = Restriction.of(request, vocab_size, self.facts.device)
         self._restricted_until[slot] = 0
         if restriction is not None:
             self._restrictions[slot] = restriction
-            end = self.state.host.prompt_len[slot] + min_tokens
+            end = request.layout.prompt_len + min_tokens
             for_ever = np.iinfo(np.int64).max
             self._restricted_until[slot] = end if restriction.is_early else for_ever
 
     # -- drawing -----------------------------------------------------------
 
-    def choose(
-        self,
-        tile: Tile,
-        stats: TokenStats,
-        masked: torch.Tensor,
-        step: torch.Tensor,
-        blocks: BlockRows,
-    ) -> Choice:
+    def choose(self, tile: Tile, stats: TokenStats) -> Choice:
         """Candidates of a tile of rows, and how sure the model is of them.
+
+        Decided positions have the argmax as candidate.
 
         Args:
             stats: of the tile, with the statistics that strategies need.
-            masked: [n] bool; decided positions have the argmax as candidate.
-            step: [R] int64: which noise is drawn with.
         """
         choice = Choice(
             stats.argmax,
@@ -157,49 +151,34 @@ class Candidates:
             stats.margin,
             broken=~stats.logsumexp.isfinite(),
         )
-        slots = blocks.row_slots_np[tile.own]
-        restricts = self._restricts()
+        slots, restricts = tile.slots_np, self._restricts()
         special = self._draws[slots] | restricts[slots]
-        if not special.any():
-            return choice
         # Who draws from the model's own distribution needs no other rank's logits.
-        shaped = restricts | self._truncates | self._measures_drawn
-        whole = special & shaped[slots]
-        for rows, shard in ((special & ~whole, tile.logits.shard), (whole, None)):
-            (some,) = rows.nonzero()
-            if len(some):
-                choice = self._redo(
-                    choice, tile, some, shard, rows is whole, masked, step, blocks
-                )
-        return choice
+        shaped = (restricts | self._truncates | self._measures_drawn)[slots]
+        choice = self._rechosen(choice, tile, special & ~shaped, gathers=False)
+        return self._rechosen(choice, tile, special & shaped, gathers=True)
 
-    def _redo(
-        self,
-        choice: Choice,
-        tile: Tile,
-        some: np.ndarray,
-        shard: VocabShard | None,
-        gather: bool,
-        masked: torch.Tensor,
-        step: torch.Tensor,
-        blocks: BlockRows,
+    def _rechosen(
+        self, choice: Choice, tile: Tile, wanted: np.ndarray, *, gathers: bool
     ) -> Choice:
-        """The same with other candidates for some of a tile's rows.
+        """The same choice, but for the rows that are drawn or restricted.
 
         Args:
-            some: [m], which of the n rows.
-            shard: of their logits, where these are not gathered.
-            gather: whether they are.
-            masked, step, blocks: as for `choose`.
+            wanted: [n] bool: which rows of the tile.
+            gathers: whether they need the logits of all ranks.
         """
-        logits, slots = tile.logits, blocks.row_slots_np[tile.own][some]
+        (some,) = wanted.nonzero()
+        if not len(some):
+            return choice
+        logits, blocks, slots = tile.logits, tile.blocks, tile.slots_np[some]
+        shard = None if gathers else logits.shard
 
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(logits.device, non_blocking=True)
 
         at = on_device(some)
-        raw, argmax = tile.values[at], choice.candidate[at]
-        if gather:
+        masked, raw, argmax = tile.masked[at], tile.values[at], choice.candidate[at]
+        if gathers:
             raw = logits.whole(raw, at + tile.rows.start)
         processed = raw
         if self._restricts()[slots].any():
@@ -208,8 +187,8 @@ class Candidates:
             self._restrict(processed, some + tile.own.start, blocks)
             left = token_stats(processed)
             argmax = left.argmax
-            # What is written already needs no token.
-            stuck = (left.logsumexp == -torch.inf) & masked[at]
+            # A position that is written already needs no token.
+            stuck = (left.logsumexp == -torch.inf) & masked
             broken = choice.broken.index_copy(0, at, choice.broken[at] | stuck)
             choice = choice._replace(broken=broken)
         owners = blocks.row_request[tile.own][at]
@@ -224,16 +203,16 @@ class Candidates:
             min_p=sampling.min_p,
             seed=self._seed[blocks.slots[owners]],
             position=blocks.positions.flatten()[blocks.row_places[tile.own][at]],
-            step=step[owners],
+            step=tile.step[owners],
             rows=on_device((self._draws[slots] & ~cut).nonzero()[0]),
             truncated_rows=on_device(cut.nonzero()[0]),
             banned=logits.banned[tile.rows][at],
             ban_id=logits.mask_id,
             shard=shard,
         )
-        drawn = torch.where(masked[at], drawn, argmax)
+        drawn = torch.where(masked, drawn, argmax)
         is_first = blocks.row_offset_np[tile.own][some] == 0
-        greedy = on_device(self._seeds_greedily[slots] & is_first)
+        greedy = on_device(self._leads_greedily[slots] & is_first)
         drawn = torch.where(greedy, argmax, drawn)
         sure = prob_of(raw, drawn, choice.logsumexp[at], shard)
         choice = choice._replace(
@@ -246,7 +225,7 @@ class Candidates:
         return choice
 
     def _sampling(self, slots: torch.Tensor) -> Sampling:
-        """Of rows of these slots [n]."""
+        """The sampling parameters of rows of these slots [n]."""
         return Sampling(
             self._temperature[slots],
             self._top_k[slots],
@@ -297,7 +276,7 @@ class Candidates:
 
     def _restricts(self) -> np.ndarray:
         """[slots] bool: not every token is allowed in the active block."""
-        return self.state.host.block_start < self._restricted_until
+        return self.slots.host.block_start < self._restricted_until
 
     def _restrict(
         self, logits: torch.Tensor, rows: np.ndarray, blocks: BlockRows
@@ -326,7 +305,7 @@ class Candidates:
 
     def _early(self, plan: BlockRows) -> torch.Tensor:
         """[R, B] bool: output positions at which `min_tokens` forbids to stop."""
-        output_index = plan.positions - self.state.prompt_len[plan.slots][:, None]
+        output_index = plan.positions - self.slots.prompt_len[plan.slots][:, None]
         return output_index < self._min_tokens[plan.slots][:, None]
 
     def is_stop(self, tokens: torch.Tensor, plan: BlockRows) -> torch.Tensor:
@@ -378,10 +357,10 @@ class Candidates:
 
         And the block offset of the first of them.
         """
-        state, slot = self.state, int(plan.slots_np[row])
+        table, slot = self.slots, int(plan.slots_np[row])
         block_start = int(plan.positions[row, 0])
-        begin = max(block_start - reach, int(state.host.prompt_len[slot]))
+        begin = max(block_start - reach, int(table.host.prompt_len[slot]))
         end = block_start + int(plan.valid[row].sum())
-        tokens = state.tokens[slot, begin:end]
-        hidden = state.masked[slot, begin:end]
+        tokens = table.tokens[slot, begin:end]
+        hidden = table.masked[slot, begin:end]
         return tokens.masked_fill(hidden, MASKED).tolist(), begin - block_start

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """Some rows of a step's logits."""
+    """Some rows of a step's logits, n of them, and the positions they are read for."""
 
     logits: Logits
     values: torch.Tensor
@@ -78,4 +79,15 @@ class Tile:
     rows: slice
     """Which rows of `logits` these are."""
     own: slice
-    """Which rows of the blocks that are being decided."""
+    """Which rows of `blocks` these are."""
+    blocks: BlockRows
+    """What is being decided: R canvases, or their branches."""
+    masked: torch.Tensor
+    """[n] bool: positions that may be written."""
+    step: torch.Tensor
+    """[R] int64: which noise is drawn with."""
+
+    @property
+    def slots_np(self) -> np.ndarray:
+        """[n]: slot of each row's request."""
+        return self.blocks.row_slots_np[self.own]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import (
     NOT_DRAFTED,
@@ -27,14 +26,11 @@ from vllm_dlm.strategies.base import (
 
 if TYPE_CHECKING:
     from vllm_dlm.config.request import RequestConfig
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
 
 GroupKey = tuple[object, ...]
-
-
-NEVER = 1 << 62
-"""Steps that no block takes."""
 
 MOST_IDLE_GROUPS = 64
 """Groups without a request that are kept for the next one like them."""
@@ -108,77 +104,54 @@ class Group:
         }
 
     def remember(
-        self, slots: torch.Tensor, state: dict[str, Any], seeds: torch.Tensor
+        self, slots: torch.Tensor, state: dict[str, Any], leads: torch.Tensor
     ) -> None:
         """Keep a step's state.
 
         Args:
             slots: [R] int64.
             state: name -> [R, ...].
-            seeds: [R] bool: the step wrote a block's seed, which a replay of the block
+            leads: [R] bool: the step wrote a block's lead, which a replay of the block
                 does not repeat: it leaves no memory.
         """
         seats = self._seat_of[slots]
         for name, field in self.strategy.state.items():
             memory = self._memory[name]
-            memory[seats] = _where(seeds, field.fill, state[name]).to(memory.dtype)
+            memory[seats] = _where(leads, field.fill, state[name]).to(memory.dtype)
 
 
 class StrategyGroups:
     """Maps slots to strategies and runs each strategy on its rows."""
 
-    def __init__(self, state: DlmModelState) -> None:
-        self.state = state
-
-        def per_slot(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(state.max_num_reqs, dtype=dtype, device=state.device)
-
-        self.may_rewrite = per_slot(torch.bool)
-        """[slots] bool: the slot's strategy may change decided positions."""
-        self.step_limit = per_slot(torch.int64)
-        """[slots] int64: steps after which a block ends in any case."""
-        self.reference_steps = per_slot(torch.int64)
-        """[slots] int64: with `reference_exact`, steps after which what is masked in a
-        block is text; `NEVER` without it, and where the published loop has no such end.
-        """
-        self.drafts = per_slot(torch.bool)
-        """[slots] bool: the slot's strategy has branches evaluated."""
+    def __init__(self, slots: RequestSlots, facts: EngineFacts) -> None:
+        self.slots = slots
+        self.facts = facts
         self._groups: dict[GroupKey, Group] = {}
         self._group_of: dict[int, Group] = {}
-        self._group_number = np.full(state.max_num_reqs, -1)
+        self._group_number = np.full(slots.num_slots, -1)
         """[slots]: the number of each slot's group, to tell them apart in a batch."""
         self._next_number = count()
         self._numbers: dict[tuple[str, str], torch.Tensor] = {}
 
     def add(self, slot: int) -> None:
         """Put a new request's slot into its group, making the group if needed."""
-        request = self.state.requests[slot]
-        config = request.config
+        config = self.slots.requests[slot].config
         strategy_class = STRATEGIES[config.strategy]
         numeric = numeric_fields(strategy_class.Params)
         key = group_key(config, numeric)
         if key not in self._groups or not self._groups[key].strategy.is_current():
             strategy = strategy_class(
-                config.params, config.block_length, self.state.context(config.cache)
+                config.params, config.block_length, self.facts.context(config.cache)
             )
             self._groups[key] = Group(
-                strategy, self.state.max_num_reqs, next(self._next_number)
+                strategy, self.slots.num_slots, next(self._next_number)
             )
         group = self._group_of[slot] = self._groups[key]
-        request.strategy = group.strategy
         self._group_number[slot] = group.number
         group.admit(slot)
-        self.may_rewrite[slot] = group.strategy.may_rewrite
-        # A seed that is the mask id (`reference_exact`) is a step that writes nothing.
-        wasted = config.reference_exact and self.state.defaults.seeds_blocks
-        limit = group.strategy.step_limit(config.params)
-        self.step_limit[slot] = limit + int(wasted)
-        steps = None
-        if config.reference_exact:
-            scheduled = request.layout.steps_per_block
-            steps = group.strategy.reference_steps(config.params, scheduled)
-        self.reference_steps[slot] = NEVER if steps is None else steps
-        self.drafts[slot] = "branches" in group.strategy.needs
+        # A lead that is the mask id (`reference_exact`) is a step that writes nothing.
+        wasted = config.reference_exact and self.facts.defaults.seeds_blocks
+        self.slots.assign_strategy(slot, group.strategy, wasted_steps=int(wasted))
         for name in numeric:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
 
@@ -196,46 +169,29 @@ class StrategyGroups:
             if key not in kept:
                 del self._groups[key]
 
-    def strategy_of(self, slot: int) -> Strategy:
-        """The strategy that decides a slot."""
-        return self._group_of[slot].strategy
-
-    def ends(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which blocks end with this step in any case.
-
-        Args:
-            slots: [R] int64.
-
-        Returns:
-            [R] bool: those that do; of these, those that keep their masks as text.
-        """
-        taken = self.state.step[slots] + 1
-        keeps_masks = taken >= self.reference_steps[slots]
-        return keeps_masks | (taken >= self.step_limit[slots]), keeps_masks
-
     def _tensor(self, strategy: type[Strategy], name: str) -> torch.Tensor:
         key = (strategy.name, name)
         if key not in self._numbers:
             is_int = strategy.Params.model_fields[name].annotation is int
             self._numbers[key] = torch.zeros(
-                self.state.max_num_reqs,
+                self.slots.num_slots,
                 dtype=torch.int64 if is_int else torch.float32,
-                device=self.state.device,
+                device=self.facts.device,
             )
         return self._numbers[key]
 
-    def needs(self, slots: np.ndarray) -> set[str]:
-        """Statistics that any of these slots' strategies reads."""
+    def needs(self, slots_np: np.ndarray) -> set[str]:
+        """Statistics that the strategy of any of these slots [R] reads."""
         return {
-            need for group, _ in self._split(slots) for need in group.strategy.needs
+            need for group, _ in self._split(slots_np) for need in group.strategy.needs
         }
 
-    def _split(self, slots: np.ndarray) -> Iterator[tuple[Group, np.ndarray]]:
+    def _split(self, slots_np: np.ndarray) -> Iterator[tuple[Group, np.ndarray]]:
         """Each group of some slots [R], and which of them are its."""
-        numbers = self._group_number[slots]
+        numbers = self._group_number[slots_np]
         for number in np.unique(numbers):
             (rows,) = (numbers == number).nonzero()
-            yield self._group_of[int(slots[rows[0]])], rows
+            yield self._group_of[int(slots_np[rows[0]])], rows
 
     def select(self, view: View, plan: SegmentPlan) -> Decision:
         """Let every group decide its rows; one `Decision` for the whole batch."""
@@ -246,7 +202,7 @@ class StrategyGroups:
                 index: slice | torch.Tensor = slice(None)
                 part = view.take(slice(None), strategy.block_length)
             else:
-                index = torch.from_numpy(rows).to(self.state.device, non_blocking=True)
+                index = torch.from_numpy(rows).to(self.facts.device, non_blocking=True)
                 part = view.take(rows, strategy.block_length)
             slots = plan.slots[index]
             part = replace(part, state=group.recall(slots, part.step))
@@ -256,17 +212,9 @@ class StrategyGroups:
             }
             decision = strategy.select(part, numbers)
             state = {**part.state, **(decision.state or {})}
-            group.remember(slots, state, plan.seeds[index])
+            group.remember(slots, state, plan.leads[index])
             _merge(whole, decision, index, strategy, view)
         return whole
-
-
-def rows_read_by(strategy: Strategy) -> int:
-    """Of which positions a strategy reads the logits: a value of `HostSlots.reads`."""
-    if strategy.logit_rows == "block":
-        return BLOCK
-    # In the course of its branches a request may reach the next sub-block.
-    return MASKS if "branches" in strategy.needs else OPEN_MASKS
 
 
 def _where(flags: torch.Tensor, fill: float, values: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,11 @@ from vllm_dlm.model_executor.planning.segments import ragged
 from vllm_dlm.model_executor.step_maps import COLUMNS, NOT_WRITTEN, note_writes
 
 if TYPE_CHECKING:
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.logits import Logits
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
 
 
 class RevealedLogprobs:
@@ -33,23 +34,24 @@ class RevealedLogprobs:
     Each has a seat in tensors that grow with the number of such requests at a time.
     """
 
-    def __init__(self, state: DlmModelState) -> None:
-        self.state = state
-        self._seat = np.full(state.max_num_reqs, -1)
+    def __init__(self, slots: RequestSlots, facts: EngineFacts) -> None:
+        self.slots = slots
+        self.facts = facts
+        self._seat = np.full(slots.num_slots, -1)
         """[slots]: -1 for requests that did not ask."""
-        self._top = np.zeros(state.max_num_reqs, dtype=np.int64)
+        self._top = np.zeros(slots.num_slots, dtype=np.int64)
         """[slots]: how many tokens they want besides the chosen one."""
-        self._maps = np.zeros(state.max_num_reqs, dtype=bool)
+        self._maps = np.zeros(slots.num_slots, dtype=bool)
         """[slots]: whether they want a step map."""
         self._make_seats()
 
     def _make_seats(self) -> None:
-        """None yet: what nobody asks for takes no memory."""
-        state, self._free = self.state, list[int]()
-        length = state.tokens.shape[1]
+        """Begin without seats: what nobody asks for takes no memory."""
+        length, device = self.slots.length, self.slots.device
+        self._free = list[int]()
 
         def seats(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(0, length, *shape, dtype=dtype, device=state.device)
+            return torch.zeros(0, length, *shape, dtype=dtype, device=device)
 
         # [seats, max_model_len, k + 1]: column 0 is the token's own.
         self._ids = seats(1, dtype=torch.int32)
@@ -59,7 +61,7 @@ class RevealedLogprobs:
 
     def add(self, slot: int) -> None:
         """Make room for a new request that asked for logprobs or a step map."""
-        request = self.state.requests[slot]
+        request = self.slots.requests[slot]
         top = request.params.num_logprobs
         if request.config.step_map:
             top = top or 0
@@ -81,7 +83,7 @@ class RevealedLogprobs:
                 self._make_seats()
 
     def _add_seats(self) -> None:
-        """Twice as many."""
+        """Double the number of seats."""
         have = len(self._ids)
         more = max(have, 1)
         self._ids, self._values, self._ranks, self._step_maps = (
@@ -131,7 +133,7 @@ class RevealedLogprobs:
             self._ranks[where] = ranks
         if self._maps[slots].any():
             # A predicted mask (reference_exact) writes nothing.
-            noted = maps[which].bool() & (tokens != self.state.mask_id)
+            noted = maps[which].bool() & (tokens != self.facts.mask_id)
             steps = step[requests]
             if decision.step_ahead is not None:
                 steps = steps + decision.step_ahead[requests, offsets]
@@ -151,7 +153,7 @@ class RevealedLogprobs:
         if not asks.any():
             return None
         block_end = plan.positions[:, 0] + plan.valid.sum(dim=1)
-        prompt_len = self.state.prompt_len[plan.slots]
+        prompt_len = self.slots.prompt_len[plan.slots]
         bounds = torch.stack([old + prompt_len, new + prompt_len, block_end])
         # vLLM wants the counts on the host.
         first, last, block_end_np = bounds.cpu().numpy()

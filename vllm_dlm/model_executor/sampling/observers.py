@@ -9,7 +9,8 @@ entry-point group `vllm_dlm.observers`:
     [project.entry-points."vllm_dlm.observers"]
     my_observer = "my_package.my_observer:open_observer"
 
-Each engine calls every factory once, when its model is loaded. With tensor parallelism
+Each engine calls every factory once, when its model is loaded, with the request table
+(`slots.py`) and the engine's facts (`facts.py`). With tensor parallelism
 each rank is an engine in this sense and decides the same: an observer that writes files
 is one for the first rank alone.
 """
@@ -24,9 +25,10 @@ import torch
 from vllm_dlm.registry import Registry
 
 if TYPE_CHECKING:
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
 
 
@@ -37,7 +39,7 @@ class Observer:
 
     - It changes nothing. All tensors and arrays are the engine's own: read them, or
       copy what is to be kept. What `after_step` is handed is not written to
-      afterwards; the columns of the state are, by every step.
+      afterwards; the columns of the request table are, by every step.
     - It does not wait for the device: no `.item()`, no `.tolist()`, no `nonzero`, or
       the engine cannot prepare a step while the device computes another. Send a tensor
       with `host_slots.ToHost`, and read it when the next step is there.
@@ -87,7 +89,7 @@ class Observer:
         """
 
 
-Factory: TypeAlias = "Callable[[DlmModelState], Observer | None]"
+Factory: TypeAlias = "Callable[[RequestSlots, EngineFacts], Observer | None]"
 """Makes the observer of one engine; None where its server's options ask for none."""
 
 OBSERVERS: Registry[Factory] = Registry(
@@ -100,7 +102,7 @@ OBSERVERS: Registry[Factory] = Registry(
 )
 
 
-def open_observers(state: DlmModelState) -> dict[str, Observer]:
+def open_observers(slots: RequestSlots, facts: EngineFacts) -> dict[str, Observer]:
     """The observers that an engine's options ask for, by name."""
-    made = {name: OBSERVERS[name](state) for name in OBSERVERS}
+    made = {name: OBSERVERS[name](slots, facts) for name in OBSERVERS}
     return {name: observer for name, observer in made.items() if observer is not None}

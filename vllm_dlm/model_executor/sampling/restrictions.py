@@ -17,11 +17,11 @@ import torch
 from vllm_dlm.model_executor.sampling.bad_words import BadWords
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.state import DlmRequest
+    from vllm_dlm.model_executor.facts import RequestFacts
 
 
 def known_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
-    """Those that the model has tokens for, each once.
+    """The ids that the model has tokens for, each once, in order.
 
     The others are never written. The configs of a model and of its tokenizer may name
     some, as ends of text say, and so may words that are cut into tokens.
@@ -34,7 +34,7 @@ def known_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Restriction:
-    """Of one request."""
+    """Token restrictions of one request, as tensors."""
 
     biased: torch.Tensor
     """[k] int64 token ids of `logit_bias`."""
@@ -50,9 +50,9 @@ class Restriction:
 
     @classmethod
     def of(
-        cls, request: DlmRequest, vocab_size: int, device: torch.device
+        cls, request: RequestFacts, vocab_size: int, device: torch.device
     ) -> Restriction | None:
-        """None where every token is as good as the model finds it.
+        """The restriction of a request; None if the request restricts no token.
 
         Args:
             vocab_size: columns of the logits.
@@ -83,7 +83,7 @@ class Restriction:
 
     @property
     def is_early(self) -> bool:
-        """Whether `min_tokens` is all there is: what comes later is not restricted."""
+        """Whether `min_tokens` alone restricts: later positions are not restricted."""
         return not (len(self.biased) or self.allowed is not None or self.bad_words)
 
     def apply(
@@ -122,7 +122,7 @@ class Restriction:
     def _ban_words(
         self, logits: torch.Tensor, offsets: np.ndarray, banned: list[tuple[int, int]]
     ) -> None:
-        """The part of `apply` that bad words have."""
+        """Ban the bad words' tokens, for `apply`."""
         logits[:, self.bad_tokens] = -torch.inf
         row_of = {offset: row for row, offset in enumerate(offsets.tolist())}
         pairs = [(row_of[place], token) for place, token in banned if place in row_of]

@@ -16,11 +16,10 @@ from vllm_dlm.model_executor.sampling.eotp import canvas_cut, end_of_text
 from vllm_dlm.strategies.base import Decision, View, best_masked
 
 if TYPE_CHECKING:
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.candidates import Candidates
-    from vllm_dlm.model_executor.sampling.groups import StrategyGroups
-    from vllm_dlm.model_executor.sampling.views import Views
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
 
 
 @dataclass(kw_only=True)
@@ -45,29 +44,24 @@ class Safety:
     """Holds decisions to the rules of decoding; see the module docstring."""
 
     def __init__(
-        self,
-        state: DlmModelState,
-        groups: StrategyGroups,
-        candidates: Candidates,
-        views: Views,
+        self, slots: RequestSlots, facts: EngineFacts, candidates: Candidates
     ) -> None:
-        self.state = state
-        self.groups = groups
+        self.slots = slots
+        self.facts = facts
         self.candidates = candidates
-        self.views = views
 
     def hold_to_rules(
         self, view: View, decision: Decision, plan: SegmentPlan
     ) -> SafeDecision:
-        """What may be done of what a strategy has decided."""
-        state, slots = self.state, plan.slots
-        rewrites = self.groups.may_rewrite[slots][:, None]
+        """The part of a strategy's decision that the rules allow, and what they add."""
+        table, mask_id = self.slots, self.facts.mask_id
+        rewrites = table.may_rewrite[plan.slots][:, None]
         open_ = view.masked
         if view.branches is not None:
             # In the course of its branches a request may reach the next sub-block.
             open_ = view.branches.masked.any(dim=1)
         commit = decision.commit & open_
-        may_change = view.decided & rewrites & ~self.views.handed_out(plan)
+        may_change = view.decided & rewrites & ~table.is_emitted(plan)
         edit = may_change & _or_false(decision.edit, commit)
         remask = may_change & ~edit & _or_false(decision.remask, commit)
         new_tokens = (
@@ -77,18 +71,18 @@ class Safety:
         # Progress: a step that writes nothing would be repeated for ever.
         stalled = commit.sum(dim=1) <= remask.sum(dim=1)
         if decision.idle is not None:
-            # Not of a block's seed: without it no rows are left to compute.
-            stalled = stalled & (plan.seeds | ~decision.idle)
+            # But a block's lead is written: without it no rows are left to compute.
+            stalled = stalled & (plan.leads | ~decision.idle)
         commit = commit | (best_masked(view) & stalled[:, None])
         # A block ends.
-        last, keeps_masks = (ends[:, None] for ends in self.groups.ends(slots))
-        new_tokens = torch.where(keeps_masks & ~commit, state.mask_id, new_tokens)
+        last, keeps_masks = (ends[:, None] for ends in table.ending(plan.slots))
+        new_tokens = torch.where(keeps_masks & ~commit, mask_id, new_tokens)
         # A further sub-block, whose rows were not read, ends in the next step.
         rest = view.masks & ((plan.readable & plan.has_row) | keeps_masks)
         commit = torch.where(last, rest, commit)
         edit, remask = edit & ~last, remask & ~last
         # An edit may choose the mask id (`reference_exact`): so it is in LLaDA2.1's.
-        to_mask = edit & (new_tokens == state.mask_id)
+        to_mask = edit & (new_tokens == mask_id)
         edit, remask = edit & ~to_mask, remask | to_mask
         # Last, for what comes after it might write a bad word.
         self._veto_bad_words(view, commit, edit, remask, new_tokens, plan)
@@ -135,15 +129,15 @@ class Safety:
         plan: SegmentPlan,
     ) -> torch.Tensor | None:
         """Where the canvas ends now: `Decision.truncate_at`."""
-        state, slots = self.state, plan.slots
-        if not state.host.predicts_end[plan.slots_np].any():
+        table, slots = self.slots, plan.slots
+        if not table.host.predicts_end[plan.slots_np].any():
             return decision.truncate_at
         is_end = self.candidates.is_stop(new_tokens, plan)
         return canvas_cut(
-            end_of_text(view, write, is_end, state.eotp_threshold[slots]),
-            state.eotp[slots],
-            self.groups.may_rewrite[slots],
-            state.block_length[slots],
+            end_of_text(view, write, is_end, table.eotp_threshold[slots]),
+            table.eotp[slots],
+            table.may_rewrite[slots],
+            table.block_length[slots],
             decision.truncate_at,
         )
 

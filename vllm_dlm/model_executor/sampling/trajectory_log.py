@@ -16,20 +16,21 @@ from vllm_dlm.model_executor.sampling.observers import Observer
 from vllm_dlm.trajectories import PATTERN
 
 if TYPE_CHECKING:
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
-    from vllm_dlm.model_executor.state import DlmModelState
+    from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
 
 
-def open_log(state: DlmModelState) -> TrajectoryLog | None:
+def open_log(slots: RequestSlots, facts: EngineFacts) -> TrajectoryLog | None:
     """The log of this engine, if its server wants one; by one of parallel ranks."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    folder = state.server.trajectory_dir
+    folder = facts.server.trajectory_dir
     if folder is None or get_tensor_model_parallel_rank() != 0:
         return None
-    return TrajectoryLog(state, folder)
+    return TrajectoryLog(slots, facts.mask_id, folder)
 
 
 class TrajectoryLog(Observer):
@@ -39,12 +40,14 @@ class TrajectoryLog(Observer):
     device: whoever asks for the log pays that.
 
     Args:
-        state: the requests' canvases.
+        slots: the requests' canvases.
+        mask_id: the token id that stands for a mask.
         folder: where the file goes; it exists.
     """
 
-    def __init__(self, state: DlmModelState, folder: str) -> None:
-        self.state = state
+    def __init__(self, slots: RequestSlots, mask_id: int, folder: str) -> None:
+        self.slots = slots
+        self.mask_id = mask_id
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = PATTERN.replace("*", f"{stamp}-{secrets.token_hex(4)}")
         path = Path(folder).expanduser() / name
@@ -54,10 +57,9 @@ class TrajectoryLog(Observer):
 
     def add(self, slot: int) -> bool:
         """Write the line of a request that is admitted, or admitted again."""
-        request = self.state.requests[slot]
-        prompt_len = int(self.state.prompt_len[slot])
-        prompt = self.state.tokens[slot, :prompt_len].tolist()
-        line = {"request": request.id, "prompt": prompt, "mask": self.state.mask_id}
+        request = self.slots.requests[slot]
+        prompt = self.slots.tokens[slot, : request.layout.prompt_len].tolist()
+        line = {"request": request.id, "prompt": prompt, "mask": self.mask_id}
         self._append([line])
         return False
 
@@ -69,15 +71,15 @@ class TrajectoryLog(Observer):
         plan: SegmentPlan,
     ) -> None:
         """Write a line per request; the canvas holds the step's tokens already."""
-        state, slots = self.state, plan.slots
-        positions = plan.positions.clamp(max=state.tokens.shape[1] - 1)
-        tokens = state.tokens[slots[:, None], positions]
+        table, slots = self.slots, plan.slots
+        positions = plan.positions.clamp(max=table.length - 1)
+        tokens = table.tokens[slots[:, None], positions]
         # A predicted mask (reference_exact) writes nothing.
-        wrote = (decision.commit | decision.edit) & (tokens != state.mask_id)
+        wrote = (decision.commit | decision.edit) & (tokens != self.mask_id)
         changed = wrote | decision.remask
-        outputs = plan.positions - state.prompt_len[slots][:, None]
+        outputs = plan.positions - table.prompt_len[slots][:, None]
         width = plan.valid.sum(dim=1)
-        end = state.canvas_end[slots] - state.prompt_len[slots]
+        end = table.canvas_end[slots] - table.prompt_len[slots]
         ends = (outputs[:, 0] + width).minimum(end)
         ahead = torch.zeros_like(tokens)
         if decision.step_ahead is not None:
@@ -101,7 +103,7 @@ class TrajectoryLog(Observer):
                 pairs = zip(position[now].tolist(), token[now].tolist(), strict=True)
                 lines.append(
                     {
-                        "request": state.requests[slot].id,
+                        "request": table.requests[slot].id,
                         "block": [first, last],
                         "step": number + nth,
                         "writes": [list(pair) for pair in pairs if pair[0] < last],

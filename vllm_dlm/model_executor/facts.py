@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineFacts and RequestFacts: what stays as it is while an engine, a request lives.
+
+The engine's parts are given these and the request table (`slots.py`); they read no
+configuration themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import RequestConfig, resolve, server_config
+from vllm_dlm.config.stop_ids import stop_ids
+from vllm_dlm.config.tccf import Stages, one_at_a_time
+from vllm_dlm.model_executor.layout import Limits, RequestLayout, lay_out
+from vllm_dlm.model_executor.model_key import model_key
+from vllm_dlm.model_executor.sampling.logits import tile_rows
+from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import Context
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What is fixed when the engine starts: device, model, server options, limits."""
+
+    device: torch.device
+    model_config: ModelConfig
+    """vLLM's."""
+    model_key: str
+    """A name for the model's weights (`model_key.py`)."""
+    defaults: ModelDefaults
+    """What the model's family declares."""
+    server: DlmConfig
+    """Options of the server."""
+    additional_config: Mapping[str, Any]
+    """vLLM's option of this name, where other packages' observers find theirs."""
+    default_config: RequestConfig
+    """How a request without options of its own is decoded."""
+    max_canvas: int
+    """Widest canvas of a model with full attention, in positions."""
+    max_num_reqs: int
+    """Requests that can be served at a time: slots are numbered below it."""
+    max_num_tokens: int
+    """Rows that a forward may have."""
+    tile_rows: int
+    """Rows that go through lm_head at a time."""
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, device: torch.device) -> EngineFacts:
+        """Gather the facts of an engine.
+
+        Raises:
+            ValueError: options of the server are wrong.
+        """
+        model_config = vllm_config.model_config
+        hf_config = model_config.hf_config
+        server = server_config(vllm_config)
+        defaults = ModelDefaults.from_hf_config(hf_config)
+        max_canvas: int = hf_config.canvas_length
+        return cls(
+            device=device,
+            model_config=model_config,
+            model_key=model_key(model_config.model, model_config.revision, hf_config),
+            defaults=defaults,
+            server=server,
+            additional_config=vllm_config.additional_config,
+            default_config=resolve(server, None, defaults).sized(
+                max_canvas, max_canvas
+            ),
+            max_canvas=max_canvas,
+            max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
+            max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            tile_rows=tile_rows(hf_config.vocab_size, model_config.dtype, device),
+        )
+
+    @property
+    def mask_id(self) -> int:
+        """The token id that stands for a mask."""
+        return self.defaults.mask_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+        size: int = self.model_config.get_vocab_size()
+        return size
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions that a request can have.
+
+        vLLM may lower it once more after the model is loaded, to what its KV cache
+        holds.
+        """
+        length: int = self.model_config.max_model_len
+        return length
+
+    @property
+    def limits(self) -> Limits:
+        """What the server grants every request."""
+        return Limits(self.max_canvas, self.max_model_len)
+
+    @property
+    def commits_alone(self) -> bool:
+        """Whether a forward that ends before the active block only writes KV."""
+        return self.server.commit == "separate" and not self.defaults.seeds_blocks
+
+    def context(self, cache: str) -> Context:
+        """What strategies are told of the engine, for requests under one KV policy."""
+        from vllm.distributed import get_tp_group
+
+        return Context(
+            device=self.device,
+            model=self.model_config.model,
+            model_key=self.model_key,
+            model_class=self.defaults.model_class,
+            cache=cache,
+            options=self.server.strategy_options(),
+            agreed=get_tp_group().broadcast_object,
+        )
+
+
+@dataclass(frozen=True)
+class RequestFacts:
+    """What is fixed when a request is admitted; on the host."""
+
+    id: str
+    config: RequestConfig
+    """Its options, `sized`."""
+    layout: RequestLayout
+    params: SamplingParams
+    seed: int
+    """Of what is drawn for the request."""
+    stop_ids: tuple[int, ...]
+    """Token ids at which the scheduler ends this request, in order."""
+    measures_drawn: bool
+    """Whether statistics are those of the distribution that is drawn from."""
+
+    @classmethod
+    def of(cls, new: NewRequestData, engine: EngineFacts) -> RequestFacts:
+        """Gather the facts of a request that is new, or returns after a preemption."""
+        params, known = new.sampling_params, new.prefill_token_ids
+        prompt_len = new.prompt_len
+        config = resolve(engine.server, params.extra_args, engine.defaults)
+        config = config.sized(params.max_tokens, engine.max_canvas)
+        stages = Stages.of(config.tccf, engine.model_config)
+        if stages is not None and stages.is_over(known[prompt_len:]):
+            config = one_at_a_time(config)
+        layout = lay_out(
+            config,
+            engine.defaults,
+            engine.limits,
+            prompt_len=prompt_len,
+            num_known=len(known),
+            max_tokens=params.max_tokens,
+        )
+        # Unseeded requests still need one seed that all tensor-parallel ranks share.
+        text = f"{engine.model_config.seed}:{new.req_id}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        own_seed = int.from_bytes(digest, "little") >> 1
+        follows_reference = (
+            config.reference_exact and engine.defaults.reference_confidence == "drawn"
+        )
+        return cls(
+            id=new.req_id,
+            config=config,
+            layout=layout,
+            params=params,
+            seed=own_seed if params.seed is None else params.seed,
+            stop_ids=tuple(sorted(stop_ids(params))),
+            measures_drawn=follows_reference
+            or STRATEGIES[config.strategy].measures == "drawn",
+        )

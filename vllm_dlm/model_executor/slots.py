@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RequestSlots: the table of running requests, a row (slot) for each.
+
+vLLM gives a request a slot when it is admitted and takes it back when the request ends
+or is preempted. The columns are tensors on the engine's device, and a step reads and
+writes them for its whole batch at once; `host` holds what planning must know of them in
+host memory (`host_slots.py`). Each column is written in one place:
+
+- facts of a request, by `admit`, from its layout and options;
+- facts of its strategy, by `assign_strategy`;
+- where the request stands, by `admit` at first and by each step's advance from then on
+  (`sampling/advance.py`).
+
+A request that was preempted comes back as a new one with its finished tokens; its
+active block is masked again and replayed (`layout.lay_out`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_dlm.config.cache import Reach
+from vllm_dlm.model_executor.drafts import Drafts
+from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS, HostSlots
+from vllm_dlm.model_executor.sampling.eotp import MODES
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.facts import RequestFacts
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.strategies.base import Strategy
+
+NEVER = 1 << 62
+"""Steps that no block takes."""
+
+
+class RequestSlots:
+    """Columns of all requests, by slot; see the module docstring.
+
+    Args:
+        num_slots: requests that there can be at a time.
+        length: positions that a request can have.
+        mask_id: the token id that stands for a mask.
+        device: the engine's.
+    """
+
+    def __init__(
+        self, num_slots: int, length: int, mask_id: int, device: torch.device
+    ) -> None:
+        self._mask_id = mask_id
+
+        def column(dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(num_slots, dtype=dtype, device=device)
+
+        # -- where each request stands -----------------------------------------
+        # int32 as vLLM's own token buffers; 4 bytes x slots x max_model_len.
+        self.tokens = torch.zeros(num_slots, length, dtype=torch.int32, device=device)
+        # A bitmap, not a comparison with the mask id: a literal mask token in a
+        # prompt is ordinary text.
+        self.masked = torch.zeros(num_slots, length, dtype=torch.bool, device=device)
+        self.canvas_end = column()
+        """One past the canvas's last position."""
+        self.block_start = column()
+        """Position of the active block's first token."""
+        self.step = column()
+        """Denoise steps spent on the active block."""
+        self.block_masks = column()
+        """Masks the active block began with: what the step schedule divides."""
+        self.frontier = column()
+        """First position that was not final before the active block's last step."""
+        self.emitted = column()
+        """Output tokens handed to the scheduler so far."""
+
+        # -- facts of each request ---------------------------------------------
+        self.prompt_len = column()
+        self.text_end = column()
+        """End of the block in which the longest text ends."""
+        self.block_length = column()
+        self.sub_block_length = column()
+        self.steps_per_block = column()
+        """Denoise steps of a block by the step schedule."""
+        self.reach = torch.zeros(
+            num_slots, len(Reach._fields), dtype=torch.int64, device=device
+        )
+        """[slots, fields of `cache.Reach`]: cache policies with full attention."""
+        self.eotp = column()
+        """Index into `eotp.MODES`."""
+        self.eotp_threshold = column(torch.float32)
+        self.exact = column(torch.bool)
+        """`reference_exact`: the mask id may be predicted, as in the references."""
+        self.opens_alone = column(torch.bool)
+        """A block's first step writes its first token alone (`opening.py`)."""
+
+        # -- facts of each request's strategy ----------------------------------
+        self.may_rewrite = column(torch.bool)
+        """Decided positions may be changed."""
+        self.step_limit = column()
+        """Steps after which a block ends in any case."""
+        self.reference_steps = column()
+        """With `reference_exact`, steps after which what is masked in a block is text;
+        `NEVER` without, and where the published loop has no such end."""
+        self.has_branches = column(torch.bool)
+        """Drafts are evaluated beside the canvas."""
+
+        self.host = HostSlots(num_slots, length)
+        self.requests: dict[int, RequestFacts] = {}
+        """By slot: the requests that are running."""
+        self.strategies: dict[int, Strategy] = {}
+        """By slot: what decides each of them."""
+        self._slot_of: dict[str, int] = {}
+
+    @property
+    def num_slots(self) -> int:
+        """Requests that there can be at a time."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Positions that a request can have."""
+        return self.tokens.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the columns are."""
+        return self.tokens.device
+
+    @cached_property
+    def drafts(self) -> Drafts:
+        """Of requests that draft; 8 bytes x slots x max_model_len once there is one."""
+        return Drafts((self.num_slots, self.length), self._mask_id, self.device)
+
+    # -- requests ----------------------------------------------------------
+
+    def admit(self, slot: int, request: RequestFacts, known: Sequence[int]) -> None:
+        """Give a request its prompt, its emitted tokens and a masked canvas.
+
+        Args:
+            known: the tokens of prompt and output so far.
+        """
+        self.requests[slot] = request
+        self._slot_of[request.id] = slot
+        config, layout = request.config, request.layout
+        first_mask = layout.first_mask
+        self.tokens[slot].fill_(self._mask_id)
+        self.tokens[slot, :first_mask] = torch.tensor(
+            known[:first_mask], dtype=torch.int32
+        )
+        self.masked[slot].fill_(False)
+        self.masked[slot, first_mask:] = True
+        self.canvas_end[slot] = self.text_end[slot] = layout.text_end
+        self.block_start[slot] = self.frontier[slot] = layout.first_block
+        self.step[slot] = layout.first_step
+        self.emitted[slot] = layout.num_emitted
+
+        self.prompt_len[slot] = layout.prompt_len
+        self.block_length[slot] = layout.block_length
+        self.sub_block_length[slot] = layout.sub_block_length
+        self.steps_per_block[slot] = layout.steps_per_block
+        self.reach[slot] = torch.tensor(layout.reach)
+        self.eotp[slot] = MODES.index(config.eotp)
+        self.eotp_threshold[slot] = config.eotp_threshold
+        self.exact[slot] = config.reference_exact
+        self.opens_alone[slot] = layout.opens_alone
+        self.host.admit(slot, layout, predicts_end=config.eotp != "off")
+
+    def assign_strategy(
+        self, slot: int, strategy: Strategy, *, wasted_steps: int
+    ) -> None:
+        """Say which strategy decides a new request.
+
+        Args:
+            wasted_steps: steps of a block that may write nothing, beyond those that
+                the strategy counts with.
+        """
+        request = self.requests[slot]
+        config, reference_steps = request.config, None
+        if config.reference_exact:
+            reference_steps = strategy.reference_steps(
+                config.params, request.layout.steps_per_block
+            )
+        self.strategies[slot] = strategy
+        self.may_rewrite[slot] = strategy.may_rewrite
+        self.step_limit[slot] = strategy.step_limit(config.params) + wasted_steps
+        self.reference_steps[slot] = (
+            NEVER if reference_steps is None else reference_steps
+        )
+        self.has_branches[slot] = has_branches = "branches" in strategy.needs
+        if has_branches:
+            self.drafts.forget(slot)
+        # In the course of its branches a request may reach the next sub-block.
+        masks = MASKS if has_branches else OPEN_MASKS
+        self.host.reads[slot] = BLOCK if strategy.logit_rows == "block" else masks
+
+    def release(self, slot: int) -> None:
+        """Forget a request that has ended or was preempted."""
+        del self._slot_of[self.requests.pop(slot).id]
+        self.strategies.pop(slot, None)
+
+    def slot_of(self, req_id: str) -> int | None:
+        """The slot of a request; None if it is not running."""
+        return self._slot_of.get(req_id)
+
+    # -- what follows from the columns -------------------------------------
+
+    def masks(self, blocks: BlockRows) -> torch.Tensor:
+        """[R, B] bool: all masks of the active blocks."""
+        # Positions past max_model_len do not exist in the table.
+        positions = blocks.positions.clamp(max=self.length - 1)
+        return self.masked[blocks.slots[:, None], positions] & blocks.valid
+
+    def is_emitted(self, blocks: BlockRows) -> torch.Tensor:
+        """[R, B] bool: what a client has: a prompt's tail, and a block's lead."""
+        end = self.prompt_len[blocks.slots] + self.emitted[blocks.slots]
+        return blocks.positions < end[:, None]
+
+    def ending(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which blocks end with this step in any case.
+
+        Args:
+            slots: [R] int64.
+
+        Returns:
+            [R] bool: those that do; of these, those that keep their masks as text.
+        """
+        taken = self.step[slots] + 1
+        keeps_masks = taken >= self.reference_steps[slots]
+        return keeps_masks | (taken >= self.step_limit[slots]), keeps_masks
