@@ -13,6 +13,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm_dlm.model_executor.models.experts import unstack
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_states.interface import ModelState
+
     from vllm_dlm.kernels.shards import VocabShard
 
 
@@ -28,7 +30,7 @@ class DiffusionModelMixin:
     _is_loaded = False
 
     @staticmethod
-    def get_model_state_cls() -> type[Any]:
+    def get_model_state_cls() -> type[ModelState]:
         """The `ModelState` vLLM's V2 runner builds for this model."""
         from vllm_dlm.model_executor.state import DlmModelState
 

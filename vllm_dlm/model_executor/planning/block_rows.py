@@ -18,13 +18,13 @@ class BlockRows:
     """R active blocks, and the rows of a forward whose logits are read for them.
 
     Blocks are of different lengths, and of each only some positions are read. Tensors
-    are on the engine's device, arrays on the host.
+    are on the engine's device; names of arrays on the host end in `_np`.
     """
 
     slots: torch.Tensor
     """[R] int64: state slot of each block's request."""
     slots_np: np.ndarray
-    """The same on the host."""
+    """`slots` on the host."""
     positions: torch.Tensor
     """[R, B] int64: absolute positions of the active blocks."""
     valid: torch.Tensor

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,11 @@ import torch
 from vllm_dlm.model_executor.planning.block_rows import BlockRows
 from vllm_dlm.model_executor.planning.segments import Segments, ragged
 
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
-def page_size_of(kv_cache_config: Any) -> int:
+
+def page_size_of(kv_cache_config: KVCacheConfig) -> int:
     """Tokens in a KV page; requests with branches have one kind of pages."""
     return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
 
@@ -46,12 +49,12 @@ class Pages(NamedTuple):
 
     @classmethod
     def of(cls, start: Any, end: Any, page_size: int) -> Pages:
-        """Of numbers, or of arrays of them."""
+        """The pages of rows [start, end): of numbers, or of arrays of them."""
         return cls(start // page_size, -(-end // page_size))
 
     @property
     def count(self) -> Any:
-        """How many: what each branch needs as scratch pages."""
+        """How many pages these are: each branch needs as many scratch pages."""
         return self.end - self.first
 
     def with_branches(self, branches: int) -> int:
@@ -76,24 +79,29 @@ class Wish(NamedTuple):
     """What one request would do with room for drafts."""
 
     branches: int
-    """That it can use; 1 without drafts."""
+    """Branches that the request can use; 1 without drafts."""
     held: int
-    """Pages that it has."""
+    """Pages that the request has."""
     start: int
+    """First row of each branch."""
     end: int
-    """One past the last of the rows of each."""
+    """One past the last row of each branch."""
 
 
 def share_out(
     wishes: Sequence[Wish], *, rows: int, pages: int, longest: int, page_size: int
 ) -> list[int]:
-    """Branches of each request: what one each leaves free, in the requests' order.
+    """Give every request one branch, then hand out spare rows and pages in order.
 
     Args:
-        rows: that a forward may have.
-        pages: that are free.
-        longest: pages that a request may have.
+        wishes: of the requests, in their order.
+        rows: the most that a forward may have.
+        pages: how many are free.
+        longest: the most pages that a request may have.
         page_size: tokens in a page.
+
+    Returns:
+        Branches of each request.
     """
     spans = [Pages.of(wish.start, wish.end, page_size) for wish in wishes]
     held = [max(wish.held, span.end) for wish, span in zip(wishes, spans, strict=True)]
@@ -115,7 +123,7 @@ def share_out(
 class BranchPlan:
     """A forward's rows that belong to branches from number 1 on; E such branches.
 
-    Arrays are on the host, tensors on the engine's device.
+    Tensors are on the engine's device; names of arrays on the host end in `_np`.
     """
 
     row_branch: torch.Tensor
@@ -141,7 +149,7 @@ class BranchPlan:
     numbers: torch.Tensor
     """[E] int64: 1 or more."""
     blocks: BlockRows
-    """The branches' active blocks, E of them."""
+    """The active blocks of the E branches."""
     index: torch.Tensor
     """[R, K] int64: branch k of request r, counted from 0 to R - 1 for the canvases
     and on from R for the branches; -1 where it is not evaluated."""

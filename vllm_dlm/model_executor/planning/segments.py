@@ -6,12 +6,12 @@ requests. A forward of a diffusion model is therefore described as a list of seg
 each one row of **non-causal** attention: a query range and how many keys it sees. KV
 is written before attention runs, so a segment sees the keys of the whole forward.
 
-    class A, no cache      |prompt ........ canvas ........|   one segment, keys = all
-    class A, dual cache            |block|                     keys reach past the query
-    class B, first step    |block|block|block|tail+masks|      one segment per block,
-    class B, next block                |final|new block|       keys = up to its end
-    class B, inner step                      |new block|
-    class C                |causal prompt ...|new block|       as B, older rows causal
+    full, no cache         |prompt ........ canvas ........|   one segment, keys = all
+    full, dual cache               |block|                     keys reach past the query
+    block, first step      |block|block|block|tail+masks|      one segment per block,
+    block, next block                  |final|new block|       keys = up to its end
+    block, inner step                        |new block|
+    causal                 |causal prompt ...|new block|       as block, the rest causal
 
 Segments of one request share its row of the block table.
 """
@@ -42,7 +42,7 @@ class Segments:
     """[S] bool: the last one of its request, or of a branch of it."""
 
     def repeated(self, counts: np.ndarray) -> Segments:
-        """The same with `counts` [S] of each, one behind the other: branches."""
+        """These segments, each `counts` [S] times, one behind the other: branches."""
         lengths = np.repeat(np.diff(self.query_start_loc), counts)
         return Segments(
             np.repeat(self.request, counts),

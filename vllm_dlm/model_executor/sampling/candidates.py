@@ -82,7 +82,7 @@ class Candidates:
         return torch.full(shape, -1, dtype=torch.int64, device=self.facts.device)
 
     def remove(self, slot: int) -> None:
-        """A request has left: its lists of tokens are not kept."""
+        """Forget a request that has left, and its lists of tokens."""
         self._restrictions.pop(slot, None)
         self._restricted_until[slot] = 0
         self._with_many_stop_ids.discard(slot)

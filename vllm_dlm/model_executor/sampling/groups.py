@@ -39,8 +39,8 @@ MOST_IDLE_GROUPS = 64
 class Group:
     """A strategy, and what it remembers of the requests that it decides.
 
-    Each of them has a seat in tensors that grow with the requests of the group at a
-    time, and are given back with the last: there may be a group per block length.
+    Each of these requests has a seat in tensors, which grow with the number of requests
+    in the group and are freed with the last one: there may be a group per block length.
     """
 
     def __init__(self, strategy: Strategy, num_slots: int, number: int) -> None:
@@ -65,7 +65,7 @@ class Group:
 
     @property
     def num_bytes(self) -> int:
-        """What the group's memory takes."""
+        """Bytes of the group's memory."""
         return sum(memory.nbytes for memory in self._memory.values())
 
     def admit(self, slot: int) -> None:
@@ -156,7 +156,7 @@ class StrategyGroups:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
 
     def remove(self, slot: int) -> None:
-        """A request has left."""
+        """Forget a request that has left, and groups that nobody will use."""
         group = self._group_of.pop(slot, None)
         if group is not None:
             group.dismiss(slot)

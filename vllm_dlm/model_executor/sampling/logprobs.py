@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probabilities of the step that revealed a token.
 
-Tokens are revealed out of order and handed out left to right, so what was measured at
-the reveal is kept until the token is streamed. Raw logits, as vLLM's default
+Tokens are revealed out of order and emitted left to right, so what was measured at the
+reveal is kept until the token is emitted. Raw logits, as vLLM's default
 `raw_logprobs`: before temperature and restrictions. Only requests that asked pay.
 A step map (`step_maps.py`) asks for the log-probability of the token alone.
 """

@@ -72,7 +72,7 @@ class Observer:
 
         The columns of tokens and masks, and where a canvas ends, are those after the
         step. Where a request goes on (its active block, its count of steps, what is
-        handed out) is still what the step began with, on the device and on the host.
+        emitted) is still what the step began with, on the device and on the host.
 
         Args:
             view: what the strategies saw: the blocks before the step, [R, B].

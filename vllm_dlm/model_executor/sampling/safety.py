@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safety: what holds for every strategy, whatever it decides.
 
-Only open masks are written, what was streamed never changes, every block makes progress
+Only open masks are written, what was emitted never changes, every block makes progress
 and every block ends.
 """
 
