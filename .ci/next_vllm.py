@@ -35,7 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITES = {
     "kernels": "kernels/test_runner_cpu.py spec_decode/test_verification_cpu.py",
     "platform": "test_platform.py test_plugin.py test_request.py",
-    "prefix-cache": "model_executor/test_canvas_request.py engine/test_prefix_cache.py",
+    "prefix-cache": (
+        "model_executor/test_page_publishing.py engine/test_prefix_cache.py"
+    ),
     "independence": "engine/test_independence.py engine/test_block_independence.py",
     "families": "engine/test_families.py",
     "step-maps": "engine/test_step_maps.py server/test_step_maps.py",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a step, canvas widths and step schedules, by hand."""
+"""Rows of a step under each cache policy, by hand."""
 
 from typing import get_args
 
@@ -8,12 +8,10 @@ import torch
 
 from vllm_dlm.config.cache import POLICIES, Cache, Reach
 from vllm_dlm.model_executor.layout import (
-    canvas_width,
     next_start,
     part_rows,
     part_start,
     plan_rows,
-    steps_per_block,
 )
 
 VICINITY = {"look_back": 6, "look_ahead": 5, "warmup_steps": 2}
@@ -167,22 +165,3 @@ def test_the_worker_starts_where_the_scheduler_does(policy, shift):
         ]
         for step, first, start, frontiers in cases
     ]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "block", "most", "width"),
-    [(1, 8, 64, 8), (8, 8, 64, 8), (9, 8, 64, 16), (500, 8, 64, 64), (500, 8, 63, 56)],
-)
-def test_a_canvas_is_made_of_whole_blocks(tokens, block, most, width):
-    assert canvas_width(tokens, block, most) == width
-
-
-def test_a_canvas_holds_one_block_at_least():
-    assert canvas_width(1, 32, 8) == 32
-
-
-@pytest.mark.parametrize(
-    ("steps", "per_block"), [(None, 16), (64, 16), (32, 8), (4, 1), (1, 1), (999, 16)]
-)
-def test_steps_are_spread_evenly_over_the_blocks(steps, per_block):
-    assert steps_per_block(steps, 64, 16) == per_block

@@ -1,85 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
 """CanvasRequest: a vLLM request that counts blocks, a canvas, and rows to compute.
 
-Text is decoded in blocks of B positions, counted from `origin`: from position 0 where
-the model was trained so (class B: the prompt's last tokens may share the first block),
-from the prompt's end otherwise. The **canvas** ends where the request's text may end.
+Where its blocks and its canvas lie is in its `RequestLayout` (`layout.py`); how far the
+request has come is counted here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_dlm.config.cache import Reach
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
+from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import Stages, one_at_a_time
 from vllm_dlm.model_executor.layout import (
+    Limits,
+    RequestLayout,
     Rows,
-    block_start,
-    canvas_width,
+    lay_out,
     part_rows,
     plan_rows,
-    text_end,
 )
-from vllm_dlm.model_executor.planning.branches import Pages, page_size_of
+from vllm_dlm.model_executor.reply import take_canvas_end
 from vllm_dlm.model_executor.step_maps import StepCount
-from vllm_dlm.vllm_objects import replace
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash
 
 
 class CanvasRequest(Request):
-    """A vLLM request with a canvas; made of one by `DiffusionStepScheduler`."""
+    """A vLLM request with a canvas; `adopt` makes it of one that vLLM has built."""
 
+    # What was asked for, and of which model and server.
     dlm: RequestConfig
+    """Its options, `sized`; in the second stage of `tccf`, those of that stage."""
     model: ModelDefaults
+    limits: Limits
     stages: Stages | None
     """What is left of `tccf`; None without it, and in its second stage."""
     stop_ids: frozenset[int]
     """Token ids that end the text."""
-    origin: int
-    """Absolute position from which blocks are counted."""
-    canvas_end: int
-    """Absolute position one past the canvas' last token."""
-    block_canvas_end: int
-    """`canvas_end` when the active block began: where a replay of it starts from."""
-    refreshed_block: int
-    """Start of the block whose surroundings the KV pages hold; -1 for none."""
-    first_block: int
-    """Start of the block that was active when the request was (re-)admitted."""
-    kv_final: int
-    """Leading positions whose KV never changes again; 0 in class A."""
-    rows_end: int
-    """One past the last position of the rows to compute next."""
-    cache_salt: Any
-    """vLLM's: requests share pages only if theirs are the same. A text or None, which
-    the client gives, or in the second stage of `tccf` what no client can give."""
-    block_hashes: list[Any]
-    """vLLM's: of its full pages."""
-    steps: StepCount
-    """Its denoise steps."""
-    reach: Reach
-    """Its cache policy; of class A."""
-    frontiers: list[int]
-    """Its tokens after each step of the active block, from before the first one on.
-    Kept when it is preempted: a replay computes the same rows again."""
-    last_step: int
-    """The scheduler's step that it last took part in; -1 for none."""
-    allotted: int
-    """Rows of it that the next step may compute; of a running request."""
     commits_alone: bool
     """A finished block's KV is written by a forward of its own."""
     max_branches: int
-    """Canvases that a forward of its may evaluate (`branches.py`)."""
-    branches: int
-    """Canvases that its next forward evaluates."""
-    branch_rows: int
-    """Rows of each of them, if there are several."""
+    """Canvases that one forward may evaluate (`planning/branches.py`)."""
+
+    # Where its blocks and its canvas lie.
+    layout: RequestLayout
+    """Laid out when it was (re-)admitted."""
+    canvas_end: int
+    """Absolute position one past the canvas's last token."""
+    block_canvas_end: int
+    """`canvas_end` when the active block began: where a replay of it starts from."""
+
+    # How far it has come.
+    steps: StepCount
+    """Its denoise steps."""
+    frontiers: list[int]
+    """Its number of tokens before the active block's first step, and after each of its
+    steps. Kept when it is preempted: a replay computes the same rows again."""
+    kv_final: int
+    """Leading positions whose KV never changes again; 0 with full attention."""
+    refreshed_block: int
+    """Start of the block whose surroundings the KV pages hold; -1 for none."""
     drafted_block: int
     """Start of the block that the last forward has left drafts of; -1 for none."""
+
+    # What its next forward computes, and when its last one was.
+    rows_end: int
+    """One past the last position of the rows to compute."""
+    branches: int
+    """Canvases that the forward evaluates."""
+    branch_rows: int
+    """Rows of each of them, if there are several."""
+    allotted: int
+    """Rows that the token budget has room for; of a running request."""
+    last_step: int
+    """The scheduler's step that it last took part in; -1 for none."""
+
+    # vLLM's own attributes that are changed here.
+    cache_salt: object
+    """Requests share pages only if their salts are equal. A client gives a text or
+    None; in the second stage of `tccf` it is what no client can give."""
+    block_hashes: list[BlockHash]
+    """Hashes of its full pages."""
+
+    @classmethod
+    def adopt(
+        cls,
+        request: Request,
+        config: RequestConfig,
+        model: ModelDefaults,
+        limits: Limits,
+        *,
+        stages: Stages | None,
+        commits_alone: bool,
+        max_branches: int,
+    ) -> CanvasRequest:
+        """Give a new request, which vLLM has built, its canvas.
+
+        The same object is returned, of this class: which class it is of says how its
+        tokens are counted. Its sampling parameters get the model's stop ids.
+
+        Args:
+            request: a text-only request that has not been scheduled.
+            config: its options, `sized`.
+            model: what the model declares.
+            limits: the server's.
+            stages: those of the option `tccf`, if it is set.
+            commits_alone: the server's option `commit` is "separate".
+            max_branches: canvases that one forward of it may evaluate.
+        """
+        params = request.sampling_params
+        if not params.ignore_eos:
+            # Ids that end a text but are known to the tokenizer only.
+            params.stop_token_ids = sorted(
+                {*(params.stop_token_ids or ()), *model.stop_ids}
+            )
+        request.__class__ = cls
+        assert isinstance(request, cls)
+        request.dlm = config
+        request.model = model
+        request.limits = limits
+        request.stages = stages
+        request.stop_ids = stop_ids(params)
+        request.commits_alone = commits_alone
+        request.max_branches = max_branches
+        # Forwards and tokens per forward, on every request's output.
+        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(config.block_length)
+        request._lay_out()
+        request.open_canvas()
+        request.steps = StepCount()
+        request.frontiers = [request.layout.first_block]
+        request.last_step = -1
+        request._begin()
+        return request
 
     @property
     def num_tokens(self) -> int:
@@ -96,66 +154,74 @@ class CanvasRequest(Request):
     @property
     def block_start(self) -> int:
         """Absolute position of the active block's first token."""
-        length = self.dlm.block_length
-        return block_start(len(self._all_token_ids), length, self.origin)
+        return self.layout.block_at(len(self._all_token_ids))
 
     @property
     def step(self) -> int:
         """Denoise steps that the active block has had."""
         return self.steps.in_block if self.steps.block == self.block_start else 0
 
-    def open_canvas(self, max_canvas: int, max_model_len: int) -> None:
-        """Lay out the canvas for (the rest of) the output.
+    # -- canvas and stages -------------------------------------------------
 
-        The references denoise whole blocks and cut afterwards: it ends with a block,
-        unless the context ends first. In class A, where it is computed whole, it is at
-        most `max_canvas` wide, and a further one may follow.
-        """
-        length = self.dlm.block_length
-        end = self.num_prompt_tokens + self.max_tokens
-        if self.model.reuses_blocks:
-            end = text_end(end, length, self.origin)
-        else:
-            begin = len(self._all_token_ids)
-            end = begin + canvas_width(end - begin, length, max_canvas)
-        self.canvas_end = self.block_canvas_end = min(end, max_model_len)
+    def open_canvas(self) -> None:
+        """Open a canvas for the output, or for what is left of it."""
+        self.canvas_end = self.layout.canvas_from(len(self._all_token_ids))
+        self.block_canvas_end = self.canvas_end
 
-    def enter_second_stage(self, max_canvas: int, max_model_len: int) -> None:
+    def enter_second_stage(self) -> None:
         """From now on one token at a time, as `tccf` says; then it must be preempted.
 
         Pages that blocks of one have filled are no others' pages.
         """
         self.stages = None
         self.dlm = one_at_a_time(self.dlm)
-        self.origin = self.model.origin(self.num_prompt_tokens, 1)
         self.cache_salt = ("blocks of 1", self.cache_salt)
         self.block_hashes = []
         self.update_block_hashes()
-        self.open_canvas(max_canvas, max_model_len)
+        self._lay_out()
+        self.open_canvas()
 
-    def begin(self) -> None:
-        """Forget what was computed: a new request, or one that was preempted."""
+    def start_over(self) -> None:
+        """Forget what was computed, because the request is preempted.
+
+        The active block is replayed, on the canvas that there was when it began.
+        """
+        self.canvas_end = self.block_canvas_end
+        self._lay_out()
+        self._begin()
+
+    def _lay_out(self) -> None:
+        """Lay the request out, with the tokens that are known by now."""
+        self.layout = lay_out(
+            self.dlm,
+            self.model,
+            self.limits,
+            prompt_len=self.num_prompt_tokens,
+            num_known=len(self._all_token_ids),
+            max_tokens=self.max_tokens,
+        )
+
+    def _begin(self) -> None:
+        """Stand before the first step of the layout's first block; no KV is there."""
         self.refreshed_block = self.drafted_block = -1
         self.branches = 1
-        self.first_block = self.block_start
-        self.steps.enter(self.first_block)
-        # A replay does not repeat a block's seed, if it was handed out.
-        seeded = self.model.begins_with_seed(
-            self.first_block, self.num_prompt_tokens
-        ) and (len(self._all_token_ids) > self.first_block)
-        self.steps.in_block, self.steps.joined = int(seeded), 0
-        if self.frontiers[0] != self.first_block:
-            self.frontiers = [self.first_block]
+        first_block = self.layout.first_block
+        self.steps.enter(first_block)
+        self.steps.in_block, self.steps.joined = self.layout.first_step, 0
+        if self.frontiers[0] != first_block:
+            self.frontiers = [first_block]
         self.kv_final = 0
         self.rows_end = self.next_rows().end
 
+    # -- rows of a forward -------------------------------------------------
+
     def next_rows(self) -> Rows:
         """Rows that its next forward computes."""
-        block, length = self.block_start, self.dlm.block_length
-        if not self.model.reuses_blocks:
+        block, length = self.block_start, self.layout.block_length
+        if self.layout.is_full:
             step = self.step
             return plan_rows(
-                self.reach,
+                self.layout.reach,
                 step=step,
                 is_first_block=block <= self.num_prompt_tokens,
                 block_start=block,
@@ -165,10 +231,10 @@ class CanvasRequest(Request):
             )
         is_new = self.step == 0 and len(self._all_token_ids) == block
         if self.model.seeds_blocks and is_new:
-            # The rows left of the block, finished now, predict its first token. It is
-            # not repeated where they predict the mask id (`reference_exact`).
+            # The rows left of the block, finished now, predict its lead. This is not
+            # repeated where they predict the mask id (`reference_exact`).
             return Rows(self.kv_final, block)
-        if self.commits_alone and self.kv_final < block != self.first_block:
+        if self.commits_alone and self.kv_final < block != self.layout.first_block:
             return Rows(self.kv_final, block)
         # What is finished but not final (the block before this one, or the prompt)
         # and the block itself: no forward is spent on writing final KV alone.
@@ -181,27 +247,23 @@ class CanvasRequest(Request):
         if step < len(self.frontiers):
             frontier = self.frontiers[step]
         return part_rows(
-            self.reach, block_start=block, block_end=end, frontier=frontier
+            self.layout.reach, block_start=block, block_end=end, frontier=frontier
         )
 
-    def note_step(self) -> None:
-        """A denoise step is over; its tokens are not appended yet."""
-        self.steps.enter(self.block_start)
-        self.steps.in_block += 1
+    def plan_step(self) -> None:
+        """Fix the rows of the next forward; of one canvas, until `take_branches`.
 
-    def note_frontier(self) -> None:
-        """The tokens of a denoise step have been appended."""
-        if self.frontiers[0] != self.block_start:
-            self.frontiers = [self.block_start]
-        elif self.step == len(self.frontiers):
-            self.frontiers.append(len(self._all_token_ids))
+        vLLM computes what `num_tokens_with_spec` has beyond `num_computed_tokens`.
+        """
+        self.num_computed_tokens, self.rows_end = self.next_rows()
+        self.branches = 1
 
     def useful_branches(self) -> int:
         """Canvases that its next forward can learn from; 1 where nothing is drafted."""
         block = self.block_start
         if self.drafted_block != block:
             return 1
-        block_end = min(block + self.dlm.block_length, self.canvas_end)
+        block_end = min(block + self.layout.block_length, self.canvas_end)
         # One for each token that is missing: masks, as far as is known here.
         return max(min(self.max_branches, block_end - len(self._all_token_ids)), 1)
 
@@ -223,10 +285,9 @@ class CanvasRequest(Request):
         if self.branches > 1:
             return (end - start) // self.branch_rows * self.branch_rows
         block = self.block_start
-        if not self.model.reuses_blocks or block != self.first_block:
+        if self.layout.is_full or block != self.layout.first_block:
             return 0
-        cut = block_start(end, self.dlm.block_length, self.origin)
-        return max(min(cut, block) - start, 0)
+        return max(min(self.layout.block_at(end), block) - start, 0)
 
     def computed(self, start: int, end: int) -> int:
         """Note that rows [start, end) are being computed; how many of them are canvas.
@@ -236,13 +297,30 @@ class CanvasRequest(Request):
         block = self.block_start
         self.refreshed_block = block
         self.drafted_block = block if end > block else -1
-        if not self.model.reuses_blocks:
+        if self.layout.is_full:
             return end - max(start, self.num_prompt_tokens)
         self.kv_final = min(end, block)
         if end > block:
             return end - max(block, start, self.num_prompt_tokens)
-        seeds = self.model.seeds_blocks and len(self._all_token_ids) == end
-        return int(seeds)
+        # The rows left of the block decide its lead, if that is what is missing.
+        return int(self.model.seeds_blocks and len(self._all_token_ids) == end)
+
+    # -- the outcome of a step -----------------------------------------------
+
+    def take_tokens(self, tokens: list[int]) -> None:
+        """Take a denoise step's reply: only text is left of it, to be appended.
+
+        Args:
+            tokens: of the worker's reply, changed in place.
+        """
+        canvas_end = take_canvas_end(tokens)
+        if canvas_end is not None:
+            self.canvas_end = min(self.canvas_end, canvas_end)
+        # What became final behind the end of the text is padding: not counted.
+        del tokens[self.num_tokens_to_stop(tokens) :]
+        if self.stages is not None:
+            del tokens[self.stages.first_stage(self.output_token_ids, tokens) :]
+        self.note_step()
 
     def num_tokens_to_stop(self, tokens: list[int]) -> int:
         """How many of the tokens that follow the output belong to the text."""
@@ -251,75 +329,33 @@ class CanvasRequest(Request):
                 return count
         return len(tokens)
 
+    def note_step(self) -> None:
+        """Count a denoise step; its tokens are not appended yet."""
+        self.steps.enter(self.block_start)
+        self.steps.in_block += 1
 
-class FinalBlocksKVCacheManager(KVCacheManager):
-    """Publishes a page for prefix caching once its KV is final, not before.
+    def go_on(self) -> None:
+        """The tokens of a step have been appended: a further canvas may be needed."""
+        self.note_frontier()
+        if self.num_tokens == self.canvas_end:
+            self.open_canvas()
+        elif self.refreshed_block != self.block_start:
+            self.block_canvas_end = self.canvas_end
 
-    vLLM publishes pages as far as a request's tokens go: where it allocates them, and
-    in some versions once more when tokens were appended. But the tokens of a waiting
-    request count its first block, those of the active block are not final, and those
-    of a block that was finished just now have KV that was computed with masks in it.
-    So `publish` alone publishes; whatever vLLM calls for that does nothing.
-    """
+    def note_frontier(self) -> None:
+        """Note how far the text has come, for a replay of the active block."""
+        if self.frontiers[0] != self.block_start:
+            self.frontiers = [self.block_start]
+        elif self.step == len(self.frontiers):
+            self.frontiers.append(len(self._all_token_ids))
 
-    _publishes: bool
-    """Whether `publish` is at work."""
+    def was_cut(self) -> bool:
+        """Whether the text ends here, because its strategy cut the canvas here.
 
-    @classmethod
-    def take_over(cls, manager: KVCacheManager) -> None:
-        """Make a manager that vLLM has built one of this class."""
-        manager.__class__ = cls
-        assert isinstance(manager, cls)
-        manager._publishes = False
-        # All of vLLM's ways to publish end here: in the managers of each kind of page.
-        for pages in manager.coordinator.single_type_managers:
-            replace(pages, "cache_blocks", manager._unless_vllm_calls(pages))
-
-    def _unless_vllm_calls(self, pages: Any) -> Callable[..., None]:
-        publish = pages.cache_blocks
-
-        def cache_blocks(*args: Any, **kwargs: Any) -> None:
-            if self._publishes:
-                publish(*args, **kwargs)
-
-        return cache_blocks
-
-    def publish(self, request: CanvasRequest, end: int) -> None:
-        """Let others find the full pages of a request's positions left of `end`.
-
-        Args:
-            end: up to there, KV is computed by now, or will be by the next forward;
-                what is in or behind the active block is left out in any case.
+        It is so inside a block, also where no stop token came. A cut at a block's end
+        drops padding only: without a stop token the text goes on, on a further canvas.
         """
-        self._publishes = True
-        try:
-            self.cache_blocks(request, min(end, request.block_start))
-        finally:
-            self._publishes = False
-
-    def allocate_slots(
-        self,
-        request: Request,
-        num_new_tokens: int,
-        num_new_computed_tokens: int = 0,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """As vLLM's, but for what is published, and with pages for branches."""
-        assert isinstance(request, CanvasRequest)
-        start = request.num_computed_tokens + num_new_computed_tokens
-        if request.branches > 1:
-            rows = request.branch_rows
-            page_size = page_size_of(self.kv_cache_config)
-            pages = Pages.of(start, start + rows, page_size)
-            end = pages.with_branches(num_new_tokens // rows) * page_size
-            kwargs["num_lookahead_tokens"] = end - start - rows
-            num_new_tokens = rows
-        blocks = super().allocate_slots(
-            request, num_new_tokens, num_new_computed_tokens, *args, **kwargs
+        end = self.num_tokens
+        return end == self.canvas_end < self.block_canvas_end and (
+            end != self.block_start
         )
-        # Whoever runs may yet be preempted, by one of higher priority, before this
-        # forward computes anything: the scheduler publishes its pages at the end.
-        if blocks is not None and request.status != RequestStatus.RUNNING:
-            self.publish(request, start + num_new_tokens)
-        return blocks

@@ -23,41 +23,34 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
-from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.admission import broken_logits
 from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.config.request import resolve, server_config
-from vllm_dlm.config.stop_ids import stop_ids
+from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.config.tccf import Stages
 from vllm_dlm.model_executor.clean_pages import note_device
+from vllm_dlm.model_executor.layout import Limits
 from vllm_dlm.model_executor.planning.branches import (
     Pages,
     Wish,
     page_size_of,
     share_out,
 )
-from vllm_dlm.model_executor.reply import take_canvas_end, take_health
-from vllm_dlm.model_executor.scheduling.canvas_request import (
-    CanvasRequest,
-    FinalBlocksKVCacheManager,
-)
-from vllm_dlm.model_executor.step_maps import (
-    StepCount,
-    request_rows,
-    take_columns,
-    up_to_the_end,
-)
+from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
+from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
+from vllm_dlm.model_executor.scheduling.step_outcome import StepOutcome, take_apart
 from vllm_dlm.strategies import STRATEGIES
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
@@ -71,13 +64,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
     max_num_active_reqs: int
     """vLLM's: requests that may run; `_reserve_prefill_lookahead` ends admissions."""
 
-    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         note_device(vllm_config.device_config.device_type)
         super().__init__(vllm_config, *args, **kwargs)
         self.dlm_server = server_config(self.vllm_config)
         hf_config = self.vllm_config.model_config.hf_config
         self.dlm_defaults = ModelDefaults.from_hf_config(hf_config)
-        self.max_canvas: int = hf_config.canvas_length
+        self.dlm_limits = Limits(hf_config.canvas_length, self.max_model_len)
         # vLLM builds it; ours says which pages may be shared.
         FinalBlocksKVCacheManager.take_over(self.kv_cache_manager)
         self._page_size = page_size_of(self.kv_cache_config)
@@ -86,7 +79,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Canvas rows that each request of the step in flight evaluates."""
         self._work = [0, 0, 0]
         """Since the last statistics, in the order of `metrics.COUNTERS`."""
-        self._broken: set[str] = set()
+        self._broken: frozenset[str] = frozenset()
         """Requests of the step in flight whose logits are broken."""
         self._reports = broken_logits.Reports(
             self.vllm_config.model_config.served_model_name
@@ -98,33 +91,17 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Give a request its canvas and enqueue it."""
         if not isinstance(request, CanvasRequest):
             params = request.sampling_params
-            # vLLM builds the request; only its class says how tokens are counted.
-            request.__class__ = CanvasRequest
-            request.model = self.dlm_defaults
-            request.dlm = resolve(self.dlm_server, params.extra_args, self.dlm_defaults)
-            request.dlm = request.dlm.sized(params.max_tokens, self.max_canvas)
-            request.origin = self.dlm_defaults.origin(
-                request.num_prompt_tokens, request.dlm.block_length
+            config = resolve(self.dlm_server, params.extra_args, self.dlm_defaults)
+            config = config.sized(params.max_tokens, self.dlm_limits.max_canvas)
+            CanvasRequest.adopt(
+                request,
+                config,
+                self.dlm_defaults,
+                self.dlm_limits,
+                stages=Stages.of(config.tccf, self.vllm_config.model_config),
+                commits_alone=self.dlm_server.commit == "separate",
+                max_branches=self._max_branches(config, params),
             )
-            if not params.ignore_eos:
-                # Ids that end a text but are known to the tokenizer only.
-                params.stop_token_ids = sorted(
-                    {*(params.stop_token_ids or ()), *self.dlm_defaults.stop_ids}
-                )
-            request.stop_ids = stop_ids(params)
-            request.stages = Stages.of(request.dlm.tccf, self.vllm_config.model_config)
-            request.steps = StepCount()
-            request.reach = request.dlm.reach(self.dlm_defaults.shift)
-            request.frontiers = [request.block_start]
-            request.commits_alone = self.dlm_server.commit == "separate"
-            request.max_branches = self._max_branches(request)
-            request.last_step = -1
-            # Forwards and tokens per forward, on every request's output.
-            request.spec_decode_metrics = RequestSpecDecodeMetrics.new(
-                request.dlm.block_length
-            )
-            request.open_canvas(self.max_canvas, self.max_model_len)
-            request.begin()
         super().add_request(request)
 
     # -- one step ----------------------------------------------------------
@@ -132,8 +109,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule one forward: each running request's rows, then admissions."""
         for request in self.running:
-            request.num_computed_tokens, request.rows_end = request.next_rows()
-            request.branches = 1
+            request.plan_step()
         self._hand_out_branches()
         self._allot_rows()
         seats = self.max_num_active_reqs
@@ -150,7 +126,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             branches = self._settle_branches(output, request, start, num_rows)
             canvas_rows = request.computed(start, start + num_rows // branches)
             self._canvas_rows[request_id] = branches * canvas_rows
-            if canvas_rows == 0 and request.block_start != request.first_block:
+            if canvas_rows == 0 and request.block_start != request.layout.first_block:
                 # vLLM counts no forward that decides nothing, as the prompt's parts.
                 request.spec_decode_metrics.observe(0, 0)
             self.kv_cache_manager.publish(request, request.kv_final)
@@ -173,14 +149,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
 
     # -- branches (`branches.py`) ------------------------------------------
 
-    def _max_branches(self, request: CanvasRequest) -> int:
+    def _max_branches(self, config: RequestConfig, params: SamplingParams) -> int:
         """Canvases that one forward of a request may evaluate."""
-        strategy, params = STRATEGIES[request.dlm.strategy], request.sampling_params
         # What looks at every step misses those that branches skip.
-        watched = request.dlm.eotp != "off" or params.bad_words_token_ids
+        watched = config.eotp != "off" or params.bad_words_token_ids
         if watched or len(self.kv_cache_config.kv_cache_groups) != 1:
             return 1
-        return strategy.branches(request.dlm.params)
+        return STRATEGIES[config.strategy].branches(config.params)
 
     def _hand_out_branches(self) -> None:
         """Let drafts use the rows and pages that no other request wants now."""
@@ -260,39 +235,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
-        self._work[0] += scheduler_output.total_num_scheduled_tokens
-        broken, head_rows = take_health(
-            model_runner_output, for_vllm=envs.VLLM_COMPUTE_NANS_IN_LOGITS
-        )
-        self._work[1] += head_rows
-        self._note_broken(broken)
-        logprobs, columns = take_columns(model_runner_output.logprobs)
-        model_runner_output.logprobs = logprobs
-        step_maps = {}
-        drafting: set[str] = set()
-        for row, tokens in enumerate(model_runner_output.sampled_token_ids or ()):
-            request = self.requests.get(model_runner_output.req_ids[row])
-            if request is None or not tokens:
-                continue
-            canvas_end = take_canvas_end(tokens)
-            if canvas_end is not None:
-                request.canvas_end = min(request.canvas_end, canvas_end)
-            # What became final behind the end of the text is padding: not counted.
-            del tokens[request.num_tokens_to_stop(tokens) :]
-            if request.stages is not None:
-                before = request.output_token_ids
-                del tokens[request.stages.first_stage(before, tokens) :]
-            request.note_step()
-            if request.request_id in self._broken:
-                # Nothing of it is handed out; vLLM looks at a request that got tokens.
-                tokens[:] = [0]
-                continue
-            if request.dlm.step_map and logprobs is not None and columns is not None:
-                rows = request_rows(columns, logprobs, row, request.steps.before)
-                step_maps[request.request_id] = rows
-                if request.max_branches > 1:
-                    request.steps.note_rows(rows)
-                    drafting.add(request.request_id)
+        outcome = take_apart(model_runner_output, self.requests)
+        self._note_work(scheduler_output.total_num_scheduled_tokens, outcome)
         # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
         # that its diffusion metrics and the per-request ones are right.
         scheduler_output.scheduled_spec_decode_tokens = {
@@ -301,35 +245,16 @@ class DiffusionStepScheduler(DiffusionScheduler):
         }
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._begin_second_stages()
-        if step_maps:
-            for of_client in outputs.values():
-                for output in of_client.outputs:
-                    found = step_maps.get(output.request_id)
-                    if found is None:
-                        continue
-                    count = len(output.new_token_ids)
-                    if not output.finished:
-                        found = found[:count]
-                    elif output.request_id in drafting:
-                        found = up_to_the_end(found, count)
-                    output.routed_experts = found
+        for of_client in outputs.values():
+            outcome.put_step_maps(of_client.outputs)
         for request in self.running:
-            request.note_frontier()
-            if request.num_tokens == request.canvas_end:
-                request.open_canvas(self.max_canvas, self.max_model_len)
-            elif request.refreshed_block != request.block_start:
-                request.block_canvas_end = request.canvas_end
+            request.go_on()
         return outputs
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> tuple[list[int], bool]:
-        """Append and stop as vLLM does; a canvas cut inside a block stops too.
-
-        Its strategy said that the text ends there, also where no stop token came. A cut
-        at a block's end drops padding only: without a stop token the text goes on, on a
-        further canvas.
-        """
+        """Append and stop as vLLM does; a canvas cut inside a block stops too."""
         if request.request_id in self._broken:
             request.status = RequestStatus.FINISHED_ERROR
             request.resumable = False
@@ -346,20 +271,17 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 request, list(stages.check), is_stale
             )
             return [*new_token_ids, *check], stopped
-        if (
-            not stopped
-            and request.num_tokens == request.canvas_end < request.block_canvas_end
-            and request.num_tokens != request.block_start
-        ):
+        if not stopped and request.was_cut():
             request.status = RequestStatus.FINISHED_STOPPED
             stopped = True
         return new_token_ids, stopped
 
-    def _note_broken(self, request_ids: list[str]) -> None:
-        """These requests end with this step, in an error (`reply.py`)."""
-        self._broken = {name for name in request_ids if name in self.requests}
-        self._work[2] += len(self._broken)
-        line = self._reports.add(len(self._broken))
+    def _note_work(self, num_rows: int, outcome: StepOutcome) -> None:
+        """Count a step's rows and its broken requests, for `/metrics` and the log."""
+        self._broken = outcome.broken
+        step = (num_rows, outcome.head_rows, len(outcome.broken))
+        self._work = [sum(counts) for counts in zip(self._work, step, strict=True)]
+        line = self._reports.add(len(outcome.broken))
         if line is not None:
             logger.error(line)
 
@@ -369,7 +291,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
         for request in entering:
             if request.status != RequestStatus.RUNNING:
                 continue  # its check text ended it
-            request.enter_second_stage(self.max_canvas, self.max_model_len)
+            request.enter_second_stage()
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)
 
@@ -419,6 +341,5 @@ class DiffusionStepScheduler(DiffusionScheduler):
         blocks may still be found by prefix caching.
         """
         assert isinstance(request, CanvasRequest)
-        request.canvas_end = request.block_canvas_end
-        request.begin()
+        request.start_over()
         super()._preempt_request(request, timestamp, drop_stale_output)

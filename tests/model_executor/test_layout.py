@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a request's blocks, masks and canvas lie; by hand, and for any lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from canvas_requests import (
+    MAX_CANVAS,
+    compute,
+    declared,
+    make_request,
+    preempt,
+    write,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve
+from vllm_dlm.config.tccf import one_at_a_time
+from vllm_dlm.model_executor.layout import (
+    Limits,
+    RequestLayout,
+    canvas_width,
+    lay_out,
+    steps_per_block,
+)
+
+BLOCK = declared()
+LEADS = declared(shift=1)
+CAUSAL = declared(model_class="C", block_origin="prompt", seeds=True)
+FULL = declared(model_class="A", block_origin="prompt")
+MODELS = {"block": BLOCK, "leads": LEADS, "causal": CAUSAL, "full": FULL}
+
+
+def laid_out(
+    model: ModelDefaults,
+    prompt_len: int,
+    num_known: int | None = None,
+    max_tokens: int = 8,
+    *,
+    max_model_len: int = 1024,
+    second_stage: bool = False,
+    **options: Any,
+) -> RequestLayout:
+    """The layout of a new request, or of one of which more tokens are known."""
+    config = resolve(DlmConfig(**options), None, model).sized(max_tokens, MAX_CANVAS)
+    return lay_out(
+        one_at_a_time(config) if second_stage else config,
+        model,
+        Limits(MAX_CANVAS, max_model_len),
+        prompt_len=prompt_len,
+        num_known=prompt_len if num_known is None else num_known,
+        max_tokens=max_tokens,
+    )
+
+
+# -- by hand -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt_len", "num_known", "wanted"),
+    [
+        # origin, first block, first mask, end of the text
+        (BLOCK, 10, 10, (0, 8, 10, 20)),  # the prompt begins the block
+        (BLOCK, 8, 8, (0, 8, 8, 16)),
+        (BLOCK, 10, 11, (0, 8, 10, 20)),  # replayed, also what was emitted
+        (BLOCK, 10, 15, (0, 12, 12, 20)),
+        (LEADS, 8, 8, (0, 8, 8, 16)),
+        (LEADS, 8, 9, (0, 8, 9, 16)),  # the lead stays
+        (LEADS, 8, 11, (0, 8, 9, 16)),  # the lead alone
+        (LEADS, 9, 11, (0, 8, 9, 20)),  # the prompt holds the lead's place
+        (LEADS, 9, 12, (0, 12, 12, 20)),
+        (CAUSAL, 10, 10, (2, 10, 10, 18)),
+        (CAUSAL, 10, 12, (2, 10, 11, 18)),
+        (FULL, 10, 10, (2, 10, 10, 18)),
+        (FULL, 10, 15, (2, 14, 14, 18)),
+    ],
+)
+def test_blocks_and_masks(
+    model: ModelDefaults,
+    prompt_len: int,
+    num_known: int,
+    wanted: tuple[int, int, int, int],
+):
+    layout = laid_out(model, prompt_len, num_known)
+    assert wanted == (
+        layout.origin,
+        layout.first_block,
+        layout.first_mask,
+        layout.text_end,
+    )
+    assert layout.num_emitted == num_known - prompt_len
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt_len", "num_known", "leads_first", "first_step"),
+    [
+        (LEADS, 8, 8, True, 0),
+        (LEADS, 8, 9, False, 1),
+        (LEADS, 8, 12, True, 0),
+        (LEADS, 9, 9, False, 0),
+        (LEADS, 9, 11, False, 0),
+        (CAUSAL, 9, 9, True, 0),
+        (CAUSAL, 9, 10, False, 1),
+        (BLOCK, 8, 8, False, 0),
+        (BLOCK, 8, 9, False, 0),
+        (FULL, 8, 8, False, 0),
+    ],
+)
+def test_who_decides_the_first_blocks_lead(
+    model: ModelDefaults,
+    prompt_len: int,
+    num_known: int,
+    leads_first: bool,
+    first_step: int,
+):
+    layout = laid_out(model, prompt_len, num_known)
+    assert (layout.leads_first, layout.first_step) == (leads_first, first_step)
+    assert layout.knows_lead == (first_step == 1)
+
+
+def test_the_context_may_end_the_text():
+    assert laid_out(BLOCK, 10, max_model_len=14).text_end == 14
+    assert laid_out(FULL, 10, max_model_len=14).canvas_from(10) == 14
+
+
+def test_full_attention_opens_canvases_as_wide_as_they_may_be():
+    layout = laid_out(FULL, 3, max_tokens=50)
+    assert [layout.canvas_from(tokens) for tokens in (3, 35)] == [35, 55]
+    # Where blocks are final, a canvas ends with the text.
+    assert laid_out(BLOCK, 3, max_tokens=50).canvas_from(3) == 56
+
+
+def test_a_block_may_be_the_whole_canvas():
+    for max_tokens, length in ((8, 8), (50, MAX_CANVAS)):
+        layout = laid_out(FULL, 3, max_tokens=max_tokens, block_length="canvas")
+        assert layout.block_length == layout.sub_block_length == length
+
+
+def test_the_second_stage_has_blocks_of_one():
+    layout = laid_out(CAUSAL, 10, 15, second_stage=True)
+    assert (layout.block_length, layout.sub_block_length) == (1, 1)
+    assert (layout.origin, layout.first_block, layout.text_end) == (0, 15, 18)
+    assert (layout.leads_first, layout.steps_per_block) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 4),
+        ({"steps": 4}, 2),  # over a canvas of two blocks
+        ({"steps_per_block": 3}, 3),
+        ({"steps_per_block": 9}, 4),
+    ],
+)
+def test_steps_of_a_block(options: dict[str, int], steps: int):
+    assert laid_out(FULL, 10, **options).steps_per_block == steps
+
+
+@pytest.mark.parametrize(
+    ("model_class", "shift", "options", "opens"),
+    [
+        ("A", 1, {"cache": "dual", "reference_exact": True}, True),
+        ("A", 0, {"cache": "dual", "reference_exact": True}, False),
+        ("A", 1, {"cache": "dual"}, False),
+        ("A", 1, {"cache": "window", "reference_exact": True}, False),
+        ("C", 1, {"reference_exact": True}, False),
+    ],
+)
+def test_whose_blocks_open_alone(
+    model_class: str, shift: int, options: dict[str, Any], opens: bool
+):
+    model = declared(model_class=model_class, shift=shift, block_origin="prompt")
+    assert laid_out(model, 10, **options).opens_alone == opens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "most", "width"),
+    [(1, 8, 64, 8), (8, 8, 64, 8), (9, 8, 64, 16), (500, 8, 64, 64), (500, 8, 63, 56)],
+)
+def test_a_canvas_is_made_of_whole_blocks(tokens, block, most, width):
+    assert canvas_width(tokens, block, most) == width
+
+
+def test_a_canvas_holds_one_block_at_least():
+    assert canvas_width(1, 32, 8) == 32
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_block"), [(None, 16), (64, 16), (32, 8), (4, 1), (1, 1), (999, 16)]
+)
+def test_steps_are_spread_evenly_over_the_blocks(steps, per_block):
+    assert steps_per_block(steps, 64, 16) == per_block
+
+
+# -- for any lengths ---------------------------------------------------------
+
+lengths = st.integers(1, 40)
+
+
+@given(model=st.sampled_from(list(MODELS)), prompt_len=lengths, emitted=lengths)
+def test_a_replay_masks_the_active_block_alone(
+    model: str, prompt_len: int, emitted: int
+):
+    """Blocks lie where they lay; what stands left of the active one stays."""
+    new = laid_out(MODELS[model], prompt_len, max_tokens=40)
+    known = prompt_len + emitted
+    layout = laid_out(MODELS[model], prompt_len, known, max_tokens=40)
+    assert (layout.origin, layout.block_length) == (new.origin, new.block_length)
+    assert layout.text_end == new.text_end
+    assert layout.steps_per_block == new.steps_per_block
+    block = layout.first_block
+    assert block == layout.block_at(known) and (block - layout.origin) % 4 == 0
+    assert block <= known < block + 4
+    # The prompt is never masked, nor a lead that was emitted.
+    assert layout.first_mask == max(block + layout.knows_lead, prompt_len)
+    assert layout.first_mask <= known
+    assert not (layout.leads_first and layout.knows_lead)
+
+
+@given(
+    model=st.sampled_from(list(MODELS)),
+    prompt_len=lengths,
+    counts=st.lists(st.integers(0, 4), max_size=12),
+)
+def test_the_worker_lays_out_what_the_scheduler_computes(
+    model: str, prompt_len: int, counts: list[int]
+):
+    """Of a request that is preempted after some steps: from its number of tokens."""
+    defaults = MODELS[model]
+    request = make_request(
+        prompt_len,
+        40,
+        model_class=defaults.model_class,
+        shift=defaults.shift,
+        seeds=defaults.seeds,
+        block_origin=defaults.block_origin,
+    )
+    for count in counts:
+        _, end, _ = compute(request)
+        is_lead = end == request.block_start
+        room = min(request.block_start + 4, end) - len(request.all_token_ids)
+        write(request, min(count, 1 if is_lead else room))
+        request.go_on()
+    preempt(request)
+    known = len(request.all_token_ids)
+    worker = laid_out(defaults, prompt_len, known, max_tokens=40)
+    assert worker == request.layout
+    assert request.block_start == worker.first_block
+    assert request.step == worker.first_step
+    # From these rows the worker knows whether the forward decides a lead.
+    start, end = request.next_rows()
+    assert start == 0
+    assert (end == worker.first_block) == worker.leads_first
+    if not worker.is_full:
+        assert request.canvas_end == worker.text_end
+
+
+@given(prompt_len=lengths, max_tokens=st.integers(1, 200))
+def test_canvases_follow_each_other_to_the_texts_end(prompt_len: int, max_tokens: int):
+    layout = laid_out(FULL, prompt_len, max_tokens=max_tokens)
+    at = prompt_len
+    while at < layout.text_end:
+        end = layout.canvas_from(at)
+        assert 0 < end - at <= MAX_CANVAS and (end - at) % 4 == 0
+        at = end
+    assert at == layout.text_end
