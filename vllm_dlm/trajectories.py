@@ -12,8 +12,8 @@ canvas ends if that is cut. `step` counts the block's steps. `writes` are the
 positions (in output tokens) that the step wrote, overwrote or masked again, each with
 the token it holds then. A preempted request goes through its block once more: its
 lines replace those of the same block and step, and all after them.
-`model_executor/trajectory_log.py` writes them. They hold texts: the file is for its
-owner alone, and so is the folder if it was made for it.
+`model_executor/sampling/trajectory_log.py` writes them. They hold texts: the file is
+for its owner alone, and so is the folder if it was made for it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from spec_decode.harness import (
     ragged_prompts,
 )
 
-from vllm_dlm.spec_decode.aded import proposer as aded_proposer
+from vllm_dlm.spec_decode.aded import proposer
 from vllm_dlm.spec_decode.aded.trigram_table import TrigramCounts, save_table
 
 FEW = list(range(3, 9))
@@ -120,7 +120,7 @@ def test_several_threads_draft_what_one_does(
 
     monkeypatch.setattr(engine.drafter, "draft", draft)
     monkeypatch.setattr(engine.drafter, "num_threads", 4)
-    monkeypatch.setattr(aded_proposer, "ROWS_PER_THREAD", 2)
+    monkeypatch.setattr(proposer, "ROWS_PER_THREAD", 2)
     rows = engine.drafter.counts["rows"]
     assert engine.run(prompts, sampling) == texts
     assert sorted(drafts.values()) == by_one

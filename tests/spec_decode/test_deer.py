@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from reference.network import block_causal, causal_context
 
 from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.spec_decode.deer import drafting as deer
+from vllm_dlm.spec_decode.deer.drafting import (
+    Plan,
+    check_drafter,
+    context_of,
+    first_rows,
+    greedy_drafts,
+    plan_forward,
+    split,
+    suffix_weights,
+    why_not_cached,
+)
 
 
 def declared(model_class: str, **changes: Any) -> ModelDefaults:
@@ -32,12 +42,12 @@ def declared(model_class: str, **changes: Any) -> ModelDefaults:
 
 
 def test_suffix_weights_of_the_paper():
-    weights = deer.suffix_weights(4, 1.01)
+    weights = suffix_weights(4, 1.01)
     np.testing.assert_allclose(weights, [1.030301, 1.0201, 1.01, 1], rtol=1e-12)
 
 
 def test_suffix_weights_without_a_preference():
-    assert deer.suffix_weights(3, alpha=1.0).tolist() == [1, 1, 1]
+    assert suffix_weights(3, alpha=1.0).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +56,7 @@ def test_suffix_weights_without_a_preference():
 )
 def test_suffix_weights_refuse(length: int, alpha: float, message: str):
     with pytest.raises(ValueError, match=message):
-        deer.suffix_weights(length, alpha)
+        suffix_weights(length, alpha)
 
 
 # -- drafters and contexts ----------------------------------------------------
@@ -54,17 +64,17 @@ def test_suffix_weights_refuse(length: int, alpha: float, message: str):
 
 def test_a_drafter_must_be_a_diffusion_model():
     with pytest.raises(ValueError, match=r"is a 'llama'.*`vllm-dlm models` lists"):
-        deer.check_drafter(SimpleNamespace(model_type="llama"), 8)
+        check_drafter(SimpleNamespace(model_type="llama"), 8)
 
 
 @pytest.mark.parametrize(("masks", "fits"), [(32, True), (33, False)])
 def test_a_causal_drafter_drafts_one_block(masks: int, fits: bool):
     config = SimpleNamespace(dlm_class="C", mask_token_id=9, dlm_block_length=32)
     if fits:
-        assert deer.check_drafter(config, masks).model_class == "C"
+        assert check_drafter(config, masks).model_class == "C"
         return
     with pytest.raises(ValueError, match="at most 32"):
-        deer.check_drafter(config, masks)
+        check_drafter(config, masks)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +95,14 @@ def test_context(
     automatic: str,
     reason: str | None,
 ):
-    found = deer.why_not_cached(drafter, page_size, shares_pages)
-    assert deer.context_of("auto", found) == automatic
-    assert deer.context_of("recompute", found) == "recompute"
+    found = why_not_cached(drafter, page_size, shares_pages)
+    assert context_of("auto", found) == automatic
+    assert context_of("recompute", found) == "recompute"
     if reason is None:
-        assert not found and deer.context_of("cached", found) == "cached"
+        assert not found and context_of("cached", found) == "cached"
         return
     with pytest.raises(ValueError, match=rf"{reason}.*Use 'recompute'"):
-        deer.context_of("cached", found)
+        context_of("cached", found)
 
 
 # -- the rows of a forward ----------------------------------------------------
@@ -107,7 +117,7 @@ def visible(defaults: ModelDefaults, text: int, width: int) -> torch.Tensor:
     return block_causal(text + width, defaults.block_length)
 
 
-def seen(plan: deer.Plan) -> list[tuple[int, int, int]]:
+def seen(plan: Plan) -> list[tuple[int, int, int]]:
     """Request, position, and number of keys that are seen, of each row."""
     rows = []
     segments = plan.segments
@@ -143,9 +153,9 @@ def test_rows_see_what_the_drafter_was_trained_to_see(
     if model_class != "A":
         # The last token at least is new.
         known = [int(part * (end - 1)) for end, _, part in requests]
-        starts = deer.first_rows(defaults, np.array(known))
+        starts = first_rows(defaults, np.array(known))
     batch_rows = np.arange(len(ends)) * 2
-    plan = deer.plan_forward(defaults, batch_rows, starts, ends, widths)
+    plan = plan_forward(defaults, batch_rows, starts, ends, widths)
 
     wanted = []
     for request, (start, end, width) in enumerate(
@@ -172,7 +182,7 @@ def test_rows_see_what_the_drafter_was_trained_to_see(
 def test_blocks_counted_from_the_prompt_begin_with_the_masks():
     defaults = declared("B", block_origin="prompt")
     one = np.array([6])
-    plan = deer.plan_forward(defaults, one * 0, one * 0, one, np.array([5]))
+    plan = plan_forward(defaults, one * 0, one * 0, one, np.array([5]))
     # Blocks of 4, from 6 in both directions.
     assert [keys for _, _, keys in seen(plan)] == [2] * 2 + [6] * 4 + [10] * 4 + [11]
 
@@ -182,7 +192,7 @@ def test_blocks_counted_from_the_prompt_begin_with_the_masks():
     most=st.integers(1, 20),
 )
 def test_forwards_hold_whole_requests(lengths: list[int], most: int):
-    parts = [part.tolist() for part in deer.split(np.array(lengths, np.int64), most)]
+    parts = [part.tolist() for part in split(np.array(lengths, np.int64), most)]
     assert [request for part in parts for request in part] == list(range(len(lengths)))
     rows = [sum(lengths[request] for request in part) for part in parts]
     for part, total in zip(parts, rows, strict=True):
@@ -196,4 +206,4 @@ def test_forwards_hold_whole_requests(lengths: list[int], most: int):
 
 def test_a_mask_is_never_drafted():
     logits = torch.tensor([[1.0, 5.0, 3.0], [2.0, 9.0, 1.0]])
-    assert deer.greedy_drafts(logits, mask_id=1).tolist() == [2, 0]
+    assert greedy_drafts(logits, mask_id=1).tolist() == [2, 0]

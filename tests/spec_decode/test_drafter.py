@@ -13,8 +13,8 @@ import pytest
 import torch
 from spec_decode.harness import MAX_MODEL_LEN, Engine, Rounds, params, ragged_prompts
 
-from vllm_dlm.spec_decode import options as spec
 from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
+from vllm_dlm.spec_decode.options import REQUEST_KEY, SpecDecPlusPlus
 from vllm_dlm.spec_decode.sampling import draw_drafts
 from vllm_dlm.spec_decode.worker import SpeculativeWorker, probability_bytes
 
@@ -40,12 +40,12 @@ class Scripted(Drafter):
 
 @pytest.fixture(scope="module")
 def engine(draft: Path, engines: Callable[..., Engine]) -> Engine:
-    own = spec.SpecDecPlusPlus.proposer
-    spec.SpecDecPlusPlus.proposer = PROPOSER
+    own = SpecDecPlusPlus.proposer
+    SpecDecPlusPlus.proposer = PROPOSER
     engine = engines(
         {"method": "specdec++", "model": str(draft), "num_speculative_tokens": 6}
     )
-    spec.SpecDecPlusPlus.proposer = own
+    SpecDecPlusPlus.proposer = own
     return engine
 
 
@@ -112,7 +112,7 @@ def test_a_request_may_ask_for_shorter_drafts_or_none(engine: Engine, plain: Eng
     wanted = plain.run(prompts, params(20))
     texts = dict(zip(map(tuple, prompts), wanted, strict=True))
     engine.drafter.script = right_tokens(texts)
-    own = [params(20, extra_args={spec.REQUEST_KEY: n}) for n in (0, 2, 6)]
+    own = [params(20, extra_args={REQUEST_KEY: n}) for n in (0, 2, 6)]
     rounds = Rounds(engine.drafter)
     assert engine.run(prompts, own) == wanted
     rounds.close()

@@ -2,7 +2,7 @@
 """Texts at temperature 1 have the target's distribution; and this test can fail.
 
 It fails for vLLM's own speculative decoding on a CPU, whose verification reads
-uninitialised memory (`kernels/verification_cpu.py`), and for the tempting stop rule
+uninitialised memory (`patches/cpu_verification.py`), and for the tempting stop rule
 that drops a token because the drafter itself found it improbable.
 """
 
@@ -26,9 +26,9 @@ from spec_decode.test_drafter import PROPOSER
 from transformers import PreTrainedTokenizerFast
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_dlm.spec_decode import options as spec
 from vllm_dlm.spec_decode.aded.trigram_table import TrigramCounts, save_table
 from vllm_dlm.spec_decode.drafter import Batch, Drafts
+from vllm_dlm.spec_decode.options import METHODS, SpecDecPlusPlus
 from vllm_dlm.spec_decode.sampling import draw_drafts
 from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 
@@ -55,11 +55,11 @@ def probability(small: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def scripted(small: Path, engines: Callable[..., Engine]) -> Engine:
-    own = spec.SpecDecPlusPlus.proposer
-    spec.SpecDecPlusPlus.proposer = PROPOSER
+    own = SpecDecPlusPlus.proposer
+    SpecDecPlusPlus.proposer = PROPOSER
     config = {"method": "specdec++", "model": str(small), "num_speculative_tokens": 2}
     engine = engines(config, model=small, skip_tokenizer_init=False, **MANY)
-    spec.SpecDecPlusPlus.proposer = own
+    SpecDecPlusPlus.proposer = own
     return engine
 
 
@@ -162,7 +162,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     }
 
 
-@pytest.mark.parametrize("method", spec.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method(
     small: Path,
     engines: Callable[..., Engine],

@@ -17,18 +17,26 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from vllm_dlm.config.aliases import resolve
-from vllm_dlm.spec_decode import options as spec
+from vllm_dlm.spec_decode.options import (
+    METHODS,
+    REQUEST_KEY,
+    WithDrafter,
+    from_plain,
+    parse,
+    request_limit,
+    to_plain,
+)
 
 
-@pytest.mark.parametrize("method", spec.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_options_travel_to_the_worker(method: str):
-    kind = spec.METHODS[method]
+    kind = METHODS[method]
     given = {"method": method, "num-speculative-tokens": 5}
-    if issubclass(kind, spec.WithDrafter):
+    if issubclass(kind, WithDrafter):
         given["model"] = "folder"
-    options = spec.parse(given)
+    options = parse(given)
     assert options.num_speculative_tokens == 5
-    assert spec.from_plain(spec.to_plain(method, options)) == options
+    assert from_plain(to_plain(method, options)) == options
     assert kind.summary and kind.paper
 
 
@@ -47,21 +55,21 @@ def test_options_travel_to_the_worker(method: str):
 )
 def test_invalid_options(config: dict[str, Any], message: str):
     with pytest.raises(ValueError, match="speculative config of") as error:
-        spec.parse(config)
+        parse(config)
     assert message in str(error.value)
 
 
 def test_a_requests_own_limit():
-    assert spec.request_limit(None, 8) == 8
-    assert spec.request_limit({spec.REQUEST_KEY: 0}, 8) == 0
-    assert spec.request_limit({spec.REQUEST_KEY: 3.0}, 8) == 3
+    assert request_limit(None, 8) == 8
+    assert request_limit({REQUEST_KEY: 0}, 8) == 0
+    assert request_limit({REQUEST_KEY: 3.0}, 8) == 3
     for wrong in (9, -1, 2.5, "3", True, None):
         with pytest.raises(ValueError, match="from 0 .no speculation. to 8"):
-            spec.request_limit({spec.REQUEST_KEY: wrong}, 8)
+            request_limit({REQUEST_KEY: wrong}, 8)
 
 
 def with_limit(limit: Any) -> SamplingParams:
-    return params(4, extra_args={spec.REQUEST_KEY: limit})
+    return params(4, extra_args={REQUEST_KEY: limit})
 
 
 def test_a_limit_without_speculation_is_refused(plain: Engine):

@@ -186,13 +186,13 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["deer", "llama-tiny-draft", "llada-tiny"])
 def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
-    from vllm_dlm.cli import command as cli
+    from vllm_dlm.cli.command import main
 
     command = ["train", name, "--output-dir", str(tmp_path)]
     with pytest.raises(SystemExit):
-        cli.main([*command, "--num-problems", "0"])
+        main([*command, "--num-problems", "0"])
     assert "'0' is not a whole number >= 1" in capsys.readouterr().err
-    assert cli.main([*command, "--skip-training"]) == 2
+    assert main([*command, "--skip-training"]) == 2
     assert "has no training.pt" in capsys.readouterr().err
 
 

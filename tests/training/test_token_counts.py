@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from vllm_dlm.cli import command as cli
+from vllm_dlm.cli.command import main
 from vllm_dlm.config import aliases
 from vllm_dlm.strategies.token_frequencies import load_frequencies
 from vllm_dlm.training.counts.token_counts import count_tokens, smoothed
@@ -54,7 +54,7 @@ def count(texts, *more: str) -> int:
     files = [str(texts / "a.txt"), str(texts / "b.jsonl")]
     out = str(texts / "new" / "table.safetensors")
     argv = ["count-tokens", "--tokenizer", "llada-tiny", "--out", out, *more]
-    return cli.main([*argv, "--", *files] if "--ends" in more else [*argv, *files])
+    return main([*argv, "--", *files] if "--ends" in more else [*argv, *files])
 
 
 def test_the_command(texts, capsys):

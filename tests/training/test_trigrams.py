@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from vllm_dlm.cli import command as cli
+from vllm_dlm.cli.command import main
 from vllm_dlm.config import aliases
 from vllm_dlm.spec_decode.aded.trigram_table import (
     TrigramTable,
@@ -61,7 +61,7 @@ def count(texts, *more: str) -> int:
     files = [str(texts / "a.txt"), str(texts / "b.jsonl")]
     out = str(texts / "new" / "table.safetensors")
     argv = ["count-trigrams", "--tokenizer", "llada-tiny", "--out", out, *more]
-    return cli.main([*argv, "--", *files] if "--ends" in more else [*argv, *files])
+    return main([*argv, "--", *files] if "--ends" in more else [*argv, *files])
 
 
 def test_the_command(texts, capsys):

@@ -7,8 +7,8 @@ other requests, never Python lists; it must not call `.item()` nor loop over row
 What it wants to remember it declares (`Strategy.state`), reads from the view and
 returns with the decision; the engine keeps it by slot and forgets it with the block.
 Everything that keeps decoding safe (mask-id ban, progress, step caps, NaN) belongs
-to the wrapper (`views.py` and `safety.py` in `model_executor/`) and is the same for
-all strategies.
+to the engine (`views.py` and `safety.py` in `model_executor/sampling/`) and is the
+same for all strategies.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class Context:
     model_class: str = "A"
     """"A" sees the whole canvas; "B" and "C" decode block after block."""
     cache: str = "none"
-    """KV policy that is served: a name of `model_executor/cache.py`."""
+    """KV policy that is served: a name of `config/cache.py`."""
     options: Mapping[str, Any] | None = None
     """Server-level options (folder for learned filters, ...)."""
     positions: int | None = None

@@ -13,7 +13,7 @@ import torch
 
 
 class RowLogits(Protocol):
-    """Rows of logits that may not all exist at a time (`model_executor/logits.py`)."""
+    """Rows of logits that may not all exist at a time (`sampling/logits.py`)."""
 
     def over(self, rows: torch.Tensor) -> Iterable[tuple[slice, torch.Tensor]]:
         """The logits of rows [n] int64, some rows at a time.

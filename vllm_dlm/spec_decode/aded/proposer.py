@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ADED as vLLM's "custom_class" drafter: the glue between model runner and `aded.py`.
+"""ADED as vLLM's "custom_class" drafter: from the model runner to `drafting.py`.
 
 A large batch is searched by several threads: the compiled loops release the GIL.
 

@@ -3,7 +3,8 @@
 
 Compiled by numba; without it they run as they are, and take a hundred times as long.
 They are in one file because numba's cache on disk sees changes in it only. Tables and
-learned weights come as tuples of arrays: `trigram_table.TrigramTable`, `aded.Learned`.
+learned weights come as tuples of arrays: `trigram_table.TrigramTable` and
+`drafting.Learned`.
 """
 
 from __future__ import annotations

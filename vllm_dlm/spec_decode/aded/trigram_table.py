@@ -4,7 +4,7 @@
 `TrigramCounts` counts token sequences, `TrigramTable` keeps the most frequent
 successors of each pair as weights p(c | a, b), and a safetensors file holds the table
 with the vocabulary that it is about. `vllm-dlm count-trigrams` writes such files, ADED
-(`aded.py`, arXiv 2407.12021) drafts from them.
+(`drafting.py`, arXiv 2407.12021) drafts from them.
 """
 
 from __future__ import annotations

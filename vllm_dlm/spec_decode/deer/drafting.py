@@ -8,7 +8,7 @@ the paper (arXiv 2512.15176), whose code is not public.
 
 The paper computes the whole text in every round. Where a drafter's text does not see
 the masks behind it, its keys and values are final, and only what is new is computed:
-`why_not_cached` says where. Pure: the vLLM side is `deer_proposer.py`.
+`why_not_cached` says where. Nothing of vLLM is used here: `proposer.py` faces that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DEER in vLLM: a batch's texts in, a block of drafts for each out, in one step.
 
-What is computed is planned in `deer.py`; `deer_network.py` computes it.
+`drafting.py` plans the drafter's forward, and `network.py` runs it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ keys and values of all earlier ones are the target's. What it writes goes to the
 request's lookahead slots, which verification writes anew. The hidden states behind
 each exit come from the verifying forward itself (vLLM's auxiliary hidden states), so
 statistics grow in rounds without a draft as well. Drafts are verified as point masses:
-exact at any temperature, whatever ends a draft. The rules are in `del_exit.py`.
+exact at any temperature, whatever ends a draft. The rules are in `exits.py`.
 """
 
 from __future__ import annotations

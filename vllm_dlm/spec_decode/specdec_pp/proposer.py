@@ -5,7 +5,7 @@ The draft model is one of vLLM's own, with its keys in pages as the target's. A 
 first pass reads all tokens of the target's step, and the token just sampled; then each
 pass reads one drafted token per row. Rows that have stopped leave the batch, so a short
 draft costs few passes, not only a short verification.
-Source: arXiv 2405.19715; the rule is in `specdec_pp.py`.
+Source: arXiv 2405.19715; the rule is in `head.py`.
 """
 
 from __future__ import annotations
