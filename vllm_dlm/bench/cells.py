@@ -27,7 +27,7 @@ from vllm_dlm.files.whole_files import (
 from vllm_dlm.model_executor.model_key import weights_digest
 
 VERSION = 1
-"""Of the JSON file's layout."""
+"""Version of the JSON file's layout."""
 
 
 @dataclass(frozen=True)

@@ -112,19 +112,19 @@ class Counts:
     """What the workers of an engine did between two calls of `Counting`."""
 
     forwards: int
-    """Of the model, however many requests shared one."""
+    """Forwards of the model, however many requests share one."""
     rows: int
-    """Through the layers."""
+    """Rows through the layers."""
     head_rows: int
-    """Through lm_head."""
+    """Rows through lm_head."""
     pairs: int | None = None
     """Keys attended to, summed over rows; None where nobody counts."""
     forward_seconds: float | None = None
     head_seconds: float | None = None
     sampler_seconds: float | None = None
-    """Of the sampler without lm_head."""
+    """Time in the sampler, lm_head not included."""
     step_seconds: float | None = None
-    """From the first forward's start to the last step's end."""
+    """Time from the first forward's start to the last step's end."""
     forward_cpu: float | None = None
     """CPU seconds of the worker's process, all threads; as above."""
     head_cpu: float | None = None

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 PEAK_SECONDS = 1.0
-"""For how long the arithmetic limit is looked for."""
+"""How long the arithmetic limit is measured."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 

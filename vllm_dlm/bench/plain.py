@@ -41,7 +41,7 @@ class PlainEngine:
         self.softmax: torch.dtype = getattr(torch, softmax)
 
     def start(self, model: str, options: Mapping[str, Any]) -> None:
-        """As `Engine.start`."""
+        """Load the model; see `Engine.start`."""
         torch.set_num_threads(options["threads"])
         dtype: torch.dtype = getattr(torch, options["dtype"])
         self.model = PlainModel.load(resolve(model), dtype, options["max_length"])
@@ -49,7 +49,7 @@ class PlainEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
     ) -> list[Answer]:
-        """As `Engine.generate`; `work.concurrency` has no meaning here."""
+        """Answer all prompts; see `Engine.generate`. Nothing reads `work.concurrency`."""
         loop = PlainLoop(self.model, work, self.softmax)
         answers = []
         for first in range(0, len(prompts), self.batch):
@@ -62,12 +62,12 @@ class PlainEngine:
         return answers
 
     def start_counting(self) -> None:
-        """As `Counting.start_counting`."""
+        """Count from now on; see `Counting.start_counting`."""
         model = self.model
         model.rows = model.pairs = model.head_rows = model.forwards = 0
 
     def counts(self) -> Counts:
-        """As `Counting.counts`; nothing is timed apart."""
+        """What was counted; see `Counting.counts`. No part of a step is timed."""
         model = self.model
         return Counts(model.forwards, model.rows, model.head_rows, model.pairs)
 
@@ -113,7 +113,7 @@ class PlainLoop:
     rows: Tensor
     """[R, P + canvas]: prompts, and what is written behind them so far."""
     wanted: int
-    """One past the last position that is asked for."""
+    """One past the last position whose token is asked for."""
 
     def __init__(self, model: PlainModel, work: Work, softmax: torch.dtype) -> None:
         if work.strategy not in STRATEGIES:

@@ -72,7 +72,7 @@ class VllmEngine:
         self.count = 0
 
     def start(self, model: str, options: Mapping[str, Any]) -> None:
-        """As `Engine.start`."""
+        """Start vLLM; see `Engine.start`."""
         arguments: dict[str, Any] = {
             "model": model,
             "dtype": options["dtype"],
@@ -116,7 +116,7 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
     ) -> list[Answer]:
-        """As `Engine.generate`."""
+        """Answer all prompts; see `Engine.generate`."""
         sampling = self._sampling(work)
         if self.mode == "offline":
             return self._step_through(prompts, work, sampling, on_answer)
@@ -193,7 +193,7 @@ class VllmEngine:
         return f"bench-{self.count}"
 
     def start_counting(self) -> None:
-        """As `Counting.start_counting`."""
+        """Count from now on; see `Counting.start_counting`."""
         if self.step_times:
             self._rpc("dlm_clock_start")
 

@@ -18,7 +18,7 @@ class Shape:
     """Sizes of a dense Llama-like network; the defaults have 60 M parameters."""
 
     width: int = 512
-    """Of the residual stream."""
+    """Width of the residual stream."""
     layers: int = 8
     heads: int = 8
     kv_heads: int = 8
@@ -28,18 +28,18 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of all layers' matrices."""
+        """Parameters of all layers' matrices."""
         attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
         return self.layers * (attention + 3 * self.width * self.mlp)
 
     @property
     def parameters(self) -> int:
-        """Of all matrices, embedding and lm_head apart."""
+        """Parameters of all matrices; embedding and lm_head are two of them."""
         return self.layer_parameters + 2 * self.width * self.vocabulary
 
     @property
     def numbers_per_token(self) -> int:
-        """In the keys and values of a token."""
+        """Numbers in the keys and values of one token."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     def flops(self, rows: float, pairs: float, head_rows: float) -> float:

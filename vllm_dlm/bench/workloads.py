@@ -28,21 +28,21 @@ class Workload:
     """A model and prompts for it."""
 
     name: str
-    """As on the command line, a folder cut to its last part."""
+    """Name as on the command line; of a folder, its last part."""
     model: str
     """Folder, hub id or alias."""
     shape: Shape | None
-    """None where arithmetic is not counted (mixtures of experts)."""
+    """Sizes of the model; None for a mixture of experts, which is not counted."""
     prompts: list[list[int]]
     ignore_eos: bool
     check: Callable[[int, list[int]], bool] | None = None
     """Whether these tokens answer the prompt of this index."""
 
     block_length: int | None = None
-    """To ask for in every request; None leaves it to the model."""
+    """Block length that every request asks for; None leaves it to the model."""
 
     def first(self, num: int) -> Workload:
-        """The same with the first `num` prompts only."""
+        """This workload with its first `num` prompts only."""
         return replace(self, prompts=self.prompts[:num])
 
     @property
@@ -61,7 +61,7 @@ class Workload:
 
     @property
     def longest_prompt(self) -> int:
-        """In tokens."""
+        """Length of the longest prompt, in tokens."""
         return max(map(len, self.prompts))
 
 

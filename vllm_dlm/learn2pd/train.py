@@ -41,7 +41,7 @@ class Report:
     accepted: float
     """Share of right positions that the filter accepts."""
     accepted_by_threshold: float
-    """The same for the rule confidence >= 0.9."""
+    """Share of right positions that the rule confidence >= 0.9 accepts."""
 
     def __str__(self) -> str:
         return (

@@ -61,7 +61,7 @@ class Batch:
     target_hidden_states: torch.Tensor
     """[T, H]; auxiliary hidden states, side by side, where the model gives those."""
     attention: CommonAttentionMetadata
-    """Of the T tokens."""
+    """Attention metadata of the T tokens."""
     sampling: SamplingMetadata
     requests: list[CachedRequestState]
     """[R], as vLLM's runner keeps them."""

@@ -26,7 +26,7 @@ MAX_DRAFT = 128
 """Tokens; vLLM's rejection sampler takes no longer drafts (`MAX_SPEC_LEN`)."""
 
 REQUEST_KEY = "dlm_draft_tokens"
-"""Of a request's `extra_args` (HTTP `vllm_xargs`): its own limit; 0 drafts nothing."""
+"""Key of a request's own limit in its `extra_args` (HTTP: `vllm_xargs`); 0 drafts none."""
 
 
 class Options(BaseModel):

@@ -16,7 +16,7 @@ import torch
 from vllm_dlm.kernels.draw import draw, tempered
 
 DRAFT_STEP = -2
-"""In the hash, where a denoise step's number is: no step of a diffusion request."""
+"""Stands in the hash where a denoise step's number is; no denoise step has it."""
 
 
 def draw_drafts(

@@ -165,17 +165,17 @@ class PairClient(EngineClient):
             engine.check_admission(n, request_id)
 
     async def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for models that write text."""
+        """Refuse to pool: both models write text."""
         raise NotImplementedError("a pair of models writes text; it does not pool")
 
     async def add_lora(self, lora_request: Any) -> bool:
-        """Not supported."""
+        """Refuse an adapter, which would fit one of the two models only."""
         raise NotImplementedError("an adapter fits one of the two models only")
 
     async def notify_kv_transfer_request_rejected(
         self, *args: Any, **kwargs: Any
     ) -> None:
-        """Not supported: a text would have to be transferred to both engines."""
+        """Refuse KV transfer: a text would have to be transferred to both engines."""
         raise NotImplementedError("KV transfer is not supported for a pair of models")
 
     async def get_supported_tasks(self) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ SMALL: Model = "small"
 LARGE: Model = "large"
 
 PREFIX = "ead_"
-"""Of the rule's names in a request: `ead_tau`, `ead_window`, `ead_min_tokens`."""
+"""Begins the rule's names in a request: `ead_tau`, `ead_window`, `ead_min_tokens`."""
 
 
 class SwitchRule(BaseModel):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 KEY = "ead"
 CLASS_NAME = f"{__name__}:EntropyStop"
-"""As `logits_processors` of an engine wants it."""
+"""The processor's name in an engine's `logits_processors`."""
 
 
 def stop_options(rule: SwitchRule, model: Model, token_id: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class EntropyStop(LogitsProcessor):
         self._rows: dict[int, _Row] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """It replaces the most likely token."""
+        """False: the processor replaces the most likely token."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

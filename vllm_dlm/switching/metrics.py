@@ -61,7 +61,7 @@ class _BothEngines:
         prometheus_client.REGISTRY.register(self)
 
     def describe(self) -> Iterable[Any]:
-        """Nothing: it may be registered before there is anything."""
+        """Describe nothing: the collector is registered before anything is counted."""
         return []
 
     def collect(self) -> Iterable[Any]:

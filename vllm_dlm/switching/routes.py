@@ -52,7 +52,7 @@ SERVER = (
     "/openapi.json",
     "/static",
 )
-"""Of the server itself."""
+"""Routes of the server itself."""
 
 SERVED = frozenset({*TEXT, *SHARED, *BOTH, *SERVER})
 

@@ -43,7 +43,7 @@ class PairOutput(CompletionOutput):
 
     @property
     def models(self) -> list[Model]:
-        """Of each token: the model that wrote it."""
+        """The model that wrote each token."""
         return [each.model for each in self.segments for _ in range(each.tokens)]
 
     @property

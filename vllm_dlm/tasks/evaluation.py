@@ -58,9 +58,9 @@ class Served:
     problems: int
     right: int
     forwards: int
-    """Of all requests; one that several requests share counts for each of them."""
+    """Forwards of all requests; one that several share counts for each of them."""
     tokens: int
-    """Of all answers, up to the end of the text and with it."""
+    """Tokens of all answers, the one that ends the text included."""
     seconds: float
 
     @property

@@ -69,10 +69,10 @@ def held_out_prompts(count: int) -> list[list[int]]:
 
 
 def megabytes(folder: Path) -> float:
-    """Of a folder's weights."""
+    """Size of a folder's weights, in MB."""
     return (folder / "model.safetensors").stat().st_size / 1e6
 
 
 def millions(model: torch.nn.Module) -> float:
-    """Of parameters."""
+    """Number of a model's parameters, in millions."""
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -14,7 +14,7 @@ from vllm_dlm.files.tensor_files import read_checkpoint, write_checkpoint
 from vllm_dlm.files.whole_files import BadFile, checked
 
 CHECKPOINT = "training.pt"
-"""In the folder of the model that is trained."""
+"""Name of the checkpoint in the folder of the model that is trained."""
 
 _WHAT = "training checkpoint"
 _MOST_BYTES = 1 << 40
@@ -30,7 +30,7 @@ class Progress(BaseModel):
     step: int = Field(ge=0)
     """Steps that are done."""
     seconds: float = Field(ge=0, allow_inf_nan=False)
-    """That they took, over all runs."""
+    """Seconds that these steps took, over all runs."""
     seed: int
 
     def restore(

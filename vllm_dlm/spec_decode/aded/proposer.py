@@ -133,7 +133,7 @@ class AdedProposer(drafter.FailSafe):
 
 
 def _fingerprint(model_config: ModelConfig) -> str | None:
-    """Of the model's tokenizer; None if the engine was started without one."""
+    """Fingerprint of the model's tokenizer; None if the engine has none."""
     if model_config.skip_tokenizer_init:
         return None
     from vllm.tokenizers import cached_tokenizer_from_config

@@ -22,7 +22,7 @@ _EXPLORATION = 32.0
 _EXPLORATION_GROWTH = 8.0
 """c2: visits after which c1 begins to grow."""
 PRIME = 2147483647
-"""Of the roll-outs' noise, a multiplicative congruential generator."""
+"""Modulus of the multiplicative congruential generator of the roll-outs' noise."""
 _UNEXPANDED = -1
 
 
@@ -36,7 +36,7 @@ def score(total, visits, weight, parent_visits):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _slot(keys, first, second):  # type: ignore[no-untyped-def]
-    """Where a pair is in the hash map, or the free place where it belongs."""
+    """Find a pair's place in the hash map, or the free place where it belongs."""
     key = (int(first) << 32) | int(second)
     # No product exceeds 63 bits: the same numbers with numba and without.
     mixed = (int(first) * 0x9E3779B1) ^ (int(second) * 0x85EBCA6B)

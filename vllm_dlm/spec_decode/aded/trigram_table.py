@@ -30,7 +30,7 @@ KEPT_SUCCESSORS = 12
 """Successors that a table keeps of each pair (the paper's code)."""
 
 _BITS = 21
-"""Of a token id: three fit into an int64."""
+"""Bits of a token id: three ids fit into an int64."""
 _CHUNK = 1 << 22
 """Tri-grams sorted at a time, 32 MiB."""
 _FORMAT = "tri-grams 1"
@@ -161,7 +161,7 @@ class TrigramCounts:
 def _table(
     pairs: np.ndarray, tokens: np.ndarray, weights: np.ndarray, vocab_size: int
 ) -> TrigramTable:
-    """From the pair of each successor, ascending, [N] int64."""
+    """Build a table from the pair of each successor, [N] int64, ascending."""
     distinct, begins = np.unique(pairs, return_index=True)
     return TrigramTable(
         firsts=np.searchsorted(distinct >> _BITS, np.arange(vocab_size + 1)),

@@ -114,7 +114,7 @@ class Round:
     request_id: str
     num_tokens: int
     acceptance: tuple[float, ...]
-    """Of each exit."""
+    """Share of each exit's drafts that the target accepted."""
     choice: Choice
     tokens: tuple[int, ...]
 

@@ -31,7 +31,7 @@ from vllm_dlm.files.tensor_files import (
 from vllm_dlm.files.whole_files import MIB, BadFile
 
 HEAD_FILE = "specdec/specdec_head.safetensors"
-"""In a model's folder; not beside its weights, where vLLM loads every such file."""
+"""Path in a model's folder; beside the weights, vLLM would load the file with them."""
 
 TRAIN_COMMAND = "vllm-dlm train specdec-head"
 
@@ -40,7 +40,7 @@ _OUTPUT = "output."
 _WHAT = "acceptance head"
 _MOST_BYTES = 8192 * MIB
 _MOST_BLOCKS = 64
-"""Of a file; the paper's heads have 3."""
+"""Most residual blocks that a file may hold; the paper's heads have 3."""
 
 
 class AcceptanceHead(nn.Module):

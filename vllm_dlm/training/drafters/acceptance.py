@@ -23,7 +23,7 @@ class Acceptance:
     drafted: int
     accepted: int
     tokens: int
-    """Of all answers, their ends included."""
+    """Tokens of all answers, their ends included."""
     answers: int
 
     @property
@@ -32,7 +32,7 @@ class Acceptance:
 
     @property
     def share_accepted(self) -> float:
-        """Of the drafted tokens; those behind the answer's end are not counted."""
+        """Share of the drafted tokens; those behind an answer's end are not counted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ALPHA = 1.01
 STAGE_ONE_SHARE = 0.7
-"""Of the steps."""
+"""Share of the steps that belong to stage I."""
 NUM_PROGRESS_PROMPTS = 120
 BATCH_ROWS = 64
 MAX_REFINED = 96
@@ -79,7 +79,7 @@ class Row:
     text: list[int]
     rest: list[int]
     weights: list[float]
-    """Of each token of `rest`; 0 where it is not masked."""
+    """The loss's weight of each token of `rest`; 0 where it is not masked."""
 
 
 def stage_one_row(

@@ -30,7 +30,7 @@ class Sequence:
     tokens: list[int]
     """Prompt and mixed answer."""
     labels: list[float]
-    """Of each token: how probably the target accepts it; -1 where it is not judged."""
+    """How probably the target accepts each token; -1 where it is not judged."""
 
 
 def distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -68,7 +68,7 @@ class Quality:
 
     loss: float
     constant_loss: float
-    """Of the best head that says the same of every token."""
+    """The loss of the best head that says the same of every token."""
     mean_label: float
     mean_verdict: float
     """Above the labels' mean or below: `reject_weight` pulls it down."""

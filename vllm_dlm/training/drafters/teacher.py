@@ -226,7 +226,7 @@ class RecordedAnswers(BaseModel):
     prompts: _Texts
     """Token ids."""
     answers: _Texts
-    """Of the prompts, in their order."""
+    """The target's answers, in the order of the prompts."""
 
     @model_validator(mode="after")
     def _check_count(self) -> Self:

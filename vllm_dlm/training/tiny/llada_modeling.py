@@ -36,7 +36,7 @@ class LLaDAShape:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole network, norms apart."""
+        """Parameters of the whole network without its norms."""
         layer = 4 * self.d_model**2 + 3 * self.d_model * self.mlp_hidden_size
         return 2 * self.vocab_size * self.d_model + self.n_layers * layer
 
