@@ -49,7 +49,7 @@ class PlainEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
     ) -> list[Answer]:
-        """Answer all prompts; see `Engine.generate`. Nothing reads `work.concurrency`."""
+        """Answer all prompts; see `Engine.generate`. `work.concurrency` is not read."""
         loop = PlainLoop(self.model, work, self.softmax)
         answers = []
         for first in range(0, len(prompts), self.batch):

@@ -26,7 +26,7 @@ MAX_DRAFT = 128
 """Tokens; vLLM's rejection sampler takes no longer drafts (`MAX_SPEC_LEN`)."""
 
 REQUEST_KEY = "dlm_draft_tokens"
-"""Key of a request's own limit in its `extra_args` (HTTP: `vllm_xargs`); 0 drafts none."""
+"""Key of a request's own limit in `extra_args` (HTTP: `vllm_xargs`); 0: no drafts."""
 
 
 class Options(BaseModel):
