@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from vllm_dlm.model_executor.sampling.observers import OBSERVERS
 from vllm_dlm.registry import Registry
+from vllm_dlm.strategies import STRATEGIES
 
 
 def make() -> Registry[type]:
@@ -35,3 +37,28 @@ def test_a_taken_name_is_refused():
     assert registry["fig"] is dict
     with pytest.raises(ValueError, match="'fig' is registered already"):
         registry.register("fig", list)
+
+
+def test_packages_add_names_and_replace_none(tmp_path, monkeypatch):
+    """Through an entry point of an installed distribution."""
+    installed = tmp_path / "grocer-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: grocer\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        "[tests.fruit]\nplum = collections:Counter\napple = no.such:Thing\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    ours = {"apple": "fractions:Fraction"}
+    registry = Registry("fruit", ours, group="tests.fruit")
+    assert registry.names() == ["apple", "plum"]
+    assert registry["plum"].__name__ == "Counter"
+    assert registry["apple"].__name__ == "Fraction"
+    assert Registry("fruit", ours).names() == ["apple"]
+
+
+@pytest.mark.parametrize(
+    ("registry", "group"),
+    [(STRATEGIES, "vllm_dlm.strategies"), (OBSERVERS, "vllm_dlm.observers")],
+)
+def test_groups_that_are_promised(registry, group):
+    assert registry.group == group

@@ -37,15 +37,15 @@ class Registry(Generic[T]):
     ) -> None:
         self.kind = kind
         self._targets = dict(table)
-        self._group = group
+        self.group = group
         self._loaded: dict[str, T] = {}
         self._scanned = False
 
     def _scan_entry_points(self) -> None:
-        if self._scanned or self._group is None:
+        if self._scanned or self.group is None:
             return
         self._scanned = True
-        for entry in entry_points(group=self._group):
+        for entry in entry_points(group=self.group):
             # A third party adds names; it does not silently replace ours.
             self._targets.setdefault(entry.name, entry.value)
 
