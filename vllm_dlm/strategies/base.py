@@ -8,7 +8,7 @@ What it wants to remember it declares (`Strategy.state`), reads from the view an
 returns with the decision; the engine keeps it by slot and forgets it with the block.
 Everything that keeps decoding safe (mask-id ban, progress, step caps, NaN) belongs
 to the engine (`views.py` and `safety.py` in `model_executor/sampling/`) and is the
-same for all strategies.
+same for all strategies. The contract is one file, for who writes a strategy to read.
 """
 
 from __future__ import annotations
@@ -285,11 +285,9 @@ class Strategy:
         return 1
 
     def is_current(self) -> bool:
-        """Whether requests to come may still be decided by this object.
+        """Whether it may decide requests to come, too; else they get a new object.
 
-        False once a new one would decide otherwise, as when a file that it has read was
-        written anew: then the engine builds another, and requests that are running keep
-        the one they began with. All tensor-parallel workers must say the same.
+        All tensor-parallel workers must say the same. Running requests keep this one.
         """
         return True
 
