@@ -63,7 +63,7 @@ def main() -> int:
         for name, options in _requests(llm):
             if wanted and name not in wanted:
                 continue
-            text = _decode(llm, options)
+            text = decode(llm, options)
             *_, trajectory = trajectories.read(log)
             steps = list(read_steps(trajectory, tokenizer))
             write(PAGES / f"{name}.md", text, draw(steps))
@@ -92,7 +92,8 @@ def _requests(llm: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, options
 
 
-def _decode(llm: Any, options: dict[str, Any]) -> str:
+def decode(llm: Any, options: dict[str, Any]) -> str:
+    """The answer to the pictures' question, decoded with these options."""
     return _answer(llm, options).outputs[0].text
 
 
