@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks: every strategy is measured, and the pictures show what happened."""
 
+import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -13,7 +15,7 @@ from vllm_dlm.strategies import STRATEGIES
 
 # They are no part of the package: found beside it, for this import only.
 sys.path.append(str(Path(__file__).parent.parent))
-from benchmarks import decodes, settings, strategies  # noqa: E402
+from benchmarks import decodes, picture, settings, strategies  # noqa: E402
 
 sys.path.pop()
 
@@ -99,3 +101,37 @@ def test_a_picture_replaces_the_one_before(tmp_path):
     page.write_text("# static\n")
     with pytest.raises(ValueError, match="has no line"):
         decodes.write(page, "[Ada]", "step 0")
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_moving_picture_shows_each_token_in_its_step():
+    steps = [
+        step(0, "a···", "›   "),
+        step(1, "·b∎·", "!›› "),
+        step(2, "cb∎d", "›  ›"),
+    ]
+    made = picture.Decode.of("threshold", steps)
+    assert made == picture.Decode("threshold", list("cb∎d"), [2, 1, 1, 2], 3)
+    svg = picture.draw([made, picture.Decode("static", list("<&"), [0, 1], 2)])
+    cells = [
+        (group.attrib["class"], group.find(f"{SVG}text").text)
+        for group in ElementTree.fromstring(svg).iter(f"{SVG}g")
+    ]
+    assert cells[:4] == [("s2", "c"), ("s1", "b"), ("s1", "∎"), ("s2", "d")]
+    assert cells[4:] == [("s0", "<"), ("s1", "&")]
+    # All cells begin masked; a later step's appear later, and the clock is one.
+    shown = re.findall(r"@keyframes o(\d)\{0%\{opacity:0\}([\d.]+)%", svg)
+    assert [int(number) for number, _ in shown] == [0, 1, 2]
+    times = [float(time) for _, time in shown]
+    assert 0 < times[0] < times[1] < times[2] < 100
+
+
+def test_the_picture_of_the_readme():
+    text = picture.PICTURE.read_text(encoding="utf-8")
+    assert len(text.encode()) < 30_000
+    cells = ElementTree.fromstring(text).findall(f"{SVG}g")
+    assert len(cells) == decodes.MAX_TOKENS * len(picture.STRATEGIES)
+    for strategy in picture.STRATEGIES:
+        assert f">{strategy}, " in text
