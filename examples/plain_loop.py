@@ -15,8 +15,8 @@ import torch
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Context, View, numeric_fields
-from vllm_dlm.tasks.evaluation import load_model
 from vllm_dlm.tasks.tokenizer import EOS_ID, MASK_ID, VOCABULARY, decode, encode_prompt
+from vllm_dlm.training.tiny.llada_modeling import load_llada
 
 CANVAS, BLOCK = 32, 8  # tokens; a served request has `max_tokens` and `block_length`
 WORDS = {i: word for i, word in enumerate(VOCABULARY)} | {MASK_ID: "·", EOS_ID: "∎"}
@@ -24,7 +24,7 @@ WORDS = {i: word for i, word in enumerate(VOCABULARY)} | {MASK_ID: "·", EOS_ID:
 
 @torch.inference_mode()
 def main(name="threshold", question="Shuffle [Ada, Ben, Carl, Dora, Emil]") -> None:
-    network, rule = load_model(resolve("llada-tiny")), STRATEGIES[name]
+    network, rule = load_llada(resolve("llada-tiny")), STRATEGIES[name]
     strategy = rule(rule.Params(), BLOCK, Context(torch.device("cpu"), "llada-tiny"))
     simple = (strategy.logit_rows, strategy.scope) == ("masked", "block")
     if not simple or strategy.needs - {"entropy"}:
