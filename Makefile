@@ -13,8 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
-# At a time; the tests of a folder stay in one, and share engines (tests/conftest.py).
-# A GPU's memory is for one.
+# At a time; tests/dealing.py says which of them runs what. A GPU's memory is for one.
 TEST_PROCESSES ?= $(if $(filter cuda,$(DEVICE)),1,2)
 
 # cuda where a GPU answers, cpu elsewhere; `make DEVICE=cpu ...` overrides.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings and marks for all tests. Nothing heavy is imported until a test needs it."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -51,18 +52,35 @@ def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's: unknown with `-p no:xdist`
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where tests run in several processes (`make test`), a folder's stay together.
-
-    They share engines and servers.
-    """
+    """Several processes (`make test`) take files of tests as `dealing` says."""
+    import dealing
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFolder(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            return path.removeprefix("tests/").partition("/")[0]
+    class ByFile(LoadScopeScheduling):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self._folders: dict[Any, str] = {}  # of each process
 
-    return ByFolder(config, log)
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.partition("::")[0]
+
+        def _assign_work_unit(self, node: Any) -> None:
+            others = {folder for one, folder in self._folders.items() if one != node}
+            file = dealing.next_file(self.workqueue, self._folders.get(node), others)
+            self._folders[node] = dealing.folder_of(file)
+            self.workqueue.move_to_end(file, last=False)
+            super()._assign_work_unit(node)
+
+    return ByFile(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and no garbage collection looks at it again.
+
+    vLLM collects whenever an engine starts or ends, a second each without this.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,6 @@ memory use one engine, and set what they need per request.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from engine.cases import write_filters, write_frequencies
-from engine.harness import Engine
+from engine.harness import Engine, end
 from reference.llada import TinyLLaDA, write_random_checkpoint
 
 
@@ -78,8 +77,7 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
         return started[key]
 
     yield engine
-    started.clear()
-    gc.collect()
+    end(started)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine.harness import end
 from spec_decode.harness import Engine, write_llama
 
 
@@ -48,8 +48,7 @@ def engines(target: Path) -> Iterator[Callable[..., Engine]]:
         return started[key]
 
     yield engine
-    started.clear()
-    gc.collect()
+    end(started)
 
 
 @pytest.fixture(scope="session")
