@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.cases import Expected
 from engine.harness import Engine
 from reference.checkpoints import write_checkpoint
 from reference.network import TinyModel
@@ -93,18 +92,6 @@ def rows_of(forwards: Sequence[Forward], request_id: str) -> list[tuple[int, int
         for forward in forwards
         if request_id in forward
     ]
-
-
-def assert_same_tokens(
-    got: Sequence[Sequence[int]], wanted: Sequence[Expected]
-) -> None:
-    """Tokens are the oracle's, but for near-ties; forwards are not compared."""
-    wrong = [
-        (number, tokens, expected.tokens)
-        for number, (tokens, expected) in enumerate(zip(got, wanted, strict=True))
-        if list(tokens) != expected.tokens and not expected.near_tie
-    ]
-    assert not wrong, f"{len(wrong)} of {len(wanted)} differ, first: {wrong[0]}"
 
 
 def assert_only_final_pages_are_published(engine: Engine) -> None:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +96,54 @@ class Engine:
         assert not self.busy
         self.step()
 
+    def drive(self, meddle: Callable[[int], None]) -> dict[str, RequestOutput]:
+        """Step until nothing is left, calling `meddle(step)` between steps.
+
+        Returns:
+            What each request finished with, by its id.
+        """
+        done = {}
+        step = 0
+        while self.busy:
+            for output in self.step():
+                if output.finished:
+                    done[output.request_id] = output
+            meddle(step)
+            step += 1
+        return done
+
+    def preempt(self, request_id: str) -> None:
+        """What the scheduler does to a running request when pages run out."""
+        request = self.scheduler.requests[request_id]
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, time.monotonic())
+
+    def run_short_of_pages(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParams],
+        watch: Callable[[int], None] = lambda step: None,
+    ) -> tuple[list[RequestOutput], set[str]]:
+        """Decode requests together of which some lose their pages on the way.
+
+        Args:
+            watch: called between steps, with their number.
+
+        Returns:
+            What they finished with, in their order; ids of those that were preempted.
+        """
+        preempted: set[str] = set()
+
+        def note(step: int) -> None:
+            watch(step)
+            waiting = self.scheduler.waiting
+            preempted.update(r.request_id for r in waiting if r.num_preemptions)
+
+        ids = [self.add(*one) for one in zip(prompts, sampling, strict=True)]
+        done = self.drive(note)
+        assert preempted, "pages sufficed for all"
+        return [done[i] for i in ids], preempted
+
     # -- insides -----------------------------------------------------------
 
     @property
@@ -109,6 +158,12 @@ class Engine:
     @property
     def free_pages(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def drive(engine: Engine, meddle: Callable[[int], None]) -> dict[str, Finished]:
+    """Step until nothing is left, calling `meddle(step)` between steps."""
+    done = engine.drive(meddle)
+    return {name: finished(output.outputs[0]) for name, output in done.items()}
 
 
 def end(engines: dict[Any, Any]) -> None:

@@ -13,11 +13,10 @@ from engine.block_engines import (
     BLOCK,
     BlockEngines,
     assert_only_final_pages_are_published,
-    assert_same_tokens,
 )
-from engine.cases import Expected, make_prompt
-from engine.harness import Engine
-from engine.test_independence import drive, preempt, stores
+from engine.cases import Expected, assert_same_tokens, make_prompt
+from engine.harness import Engine, drive
+from engine.test_independence import stores
 
 
 @pytest.fixture(params=["SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B"], scope="module")
@@ -79,7 +78,7 @@ def test_neighbours_are_preempted_and_aborted(engine: Engine, wanted: list[Expec
         assert_only_final_pages_are_published(engine)
         running = [r for r in engine.scheduler.running if r.num_preemptions < 2]
         if step % 3 == 1 and running:
-            preempt(engine, source.choice(running).request_id)
+            engine.preempt(source.choice(running).request_id)
             hit += 1
         if step % 4 == 2 and unharmed:
             engine.abort(unharmed.pop(source.randrange(len(unharmed))))
@@ -90,21 +89,30 @@ def test_neighbours_are_preempted_and_aborted(engine: Engine, wanted: list[Expec
     assert_same_tokens([done[i].tokens for i in ids], wanted)
 
 
-SOME = [(20, "sequential"), (32, "threshold"), (3, "static")]
-OTHERS = [
-    pair
-    for pair in itertools.product((3, 20, 32), ("sequential", "threshold", "static"))
-    if pair not in SOME
+FAST = [
+    (False, 32, "threshold"),
+    (False, 3, "static"),
+    (True, 20, "sequential"),
+    (True, 32, "threshold"),
+    (True, 3, "static"),
+]
+"""Whether its pages may be found again, a prompt's length, and a rule."""
+
+EVERY_STEP = [
+    pytest.param(
+        *one,
+        id="{}-{}-{}".format("found" if one[0] else "recomputed", *one[1:]),
+        marks=() if one in FAST else pytest.mark.slow,
+    )
+    for one in itertools.product(
+        (False, True), (3, 20, 32), ("sequential", "threshold", "static")
+    )
 ]
 
 
-@pytest.mark.parametrize(
-    ("length", "rule"),
-    [*SOME, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)],
-)
-@pytest.mark.parametrize("found", [False, True], ids=["recomputed", "found"])
+@pytest.mark.parametrize(("found", "length", "rule"), EVERY_STEP)
 def test_preempted_after_every_step(
-    model: BlockEngines, engine: Engine, length: int, rule: str, found: bool
+    model: BlockEngines, engine: Engine, found: bool, length: int, rule: str
 ):
     """Also right behind a seed; its own pages may be found again, or not."""
     case = BlockCase(
@@ -121,7 +129,7 @@ def test_preempted_after_every_step(
         def meddle(step: int, chosen: int = chosen) -> None:
             if step == chosen:
                 (request,) = engine.scheduler.running
-                preempt(engine, request.request_id)
+                engine.preempt(request.request_id)
                 if not found:
                     assert engine.llm.reset_prefix_cache()
 
@@ -158,20 +166,15 @@ def test_memory_runs_out(model: BlockEngines):
         for number in range(12)
     ]
     wanted = [expect(case, model.oracle, engine) for case in cases]
-    ids = [engine.add(case.prompt, case.params()) for case in cases]
-    preempted = set()
 
     def watch(step: int) -> None:
         assert_only_final_pages_are_published(engine)
-        preempted.update(
-            request.request_id
-            for request in engine.scheduler.waiting
-            if request.num_preemptions
-        )
 
-    done = drive(engine, watch)
+    outputs, preempted = engine.run_short_of_pages(
+        [case.prompt for case in cases], [case.params() for case in cases], watch
+    )
     assert len(preempted) >= 3
-    assert_same_tokens([done[i].tokens for i in ids], wanted)
+    assert_same_tokens([output.outputs[0].token_ids for output in outputs], wanted)
 
 
 @pytest.mark.parametrize("model", ["SDAR-4B-Chat-b16"], indirect=True)

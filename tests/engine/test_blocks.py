@@ -11,11 +11,10 @@ from engine.block_cases import RULES, BlockCase, expect, run
 from engine.block_engines import (
     BLOCK,
     BlockEngines,
-    assert_same_tokens,
     recording,
     rows_of,
 )
-from engine.cases import assert_equal, make_prompt
+from engine.cases import assert_equal, assert_same_tokens, make_prompt
 from engine.harness import Engine, finished
 from engine.test_counts import counting
 from reference.network import TinyModel, block_causal

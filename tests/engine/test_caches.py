@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +65,15 @@ def check(engine: Engine, oracle, cases: list[Case], **options) -> None:
     assert_equal(cases, got, [wanted[i] for i in alone])
 
 
-@pytest.mark.parametrize("block", [8, 16, 32, 48])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(8, marks=pytest.mark.slow),
+        16,
+        pytest.param(32, marks=pytest.mark.slow),
+        48,
+    ],
+)
 @pytest.mark.parametrize("cache", MOVING_CACHES)
 def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, block: int):
     """48 is the whole canvas; Learn2PD's tests have no filter of that length."""
@@ -192,14 +199,6 @@ def test_a_window_covers_the_block_of_who_reads_it(engine: Engine):
 # -- preemption --------------------------------------------------------------
 
 
-def preempt(engine: Engine, request_id: str) -> None:
-    """What the scheduler does to a running request when pages run out."""
-    scheduler = engine.scheduler
-    request = scheduler.requests[request_id]
-    scheduler.running.remove(request)
-    scheduler._preempt_request(request, time.monotonic())
-
-
 def step_by_step(
     engine: Engine, case: Case, preempt_after: int | None = None
 ) -> tuple[list[int], list[int], list[int]]:
@@ -211,7 +210,7 @@ def step_by_step(
     with counting(engine) as counts:
         while engine.busy:
             if len(blocks) == preempt_after:
-                preempt(engine, request.request_id)
+                engine.preempt(request.request_id)
             blocks.append(request.block_start)
             for output in engine.step():
                 tokens = list(output.outputs[0].token_ids)

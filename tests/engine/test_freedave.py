@@ -342,22 +342,12 @@ def test_drafts_fit_into_the_context(small_engine: Engine):
         assert_nothing_is_lost([asked], got, wanted)
 
 
-def preempted_while(engine: Engine, asked: Sequence[Asked]) -> list[Finished]:
+def run_short_of_pages(engine: Engine, asked: Sequence[Asked]) -> list[Finished]:
     """What requests finish with, of which some lose their pages on the way."""
-    number_of = {
-        engine.add(one.prompt, one.drafted()): number
-        for number, one in enumerate(asked)
-    }
-    done: dict[int, Finished] = {}
-    preempted = False
-    while engine.busy:
-        for output in engine.step():
-            if output.finished:
-                done[number_of[output.request_id]] = finished(output.outputs[0])
-        waiting = engine.scheduler.waiting
-        preempted |= any(request.num_preemptions for request in waiting)
-    assert preempted
-    return [done[number] for number in range(len(asked))]
+    outputs, _ = engine.run_short_of_pages(
+        [one.prompt for one in asked], [one.drafted() for one in asked]
+    )
+    return [finished(output.outputs[0]) for output in outputs]
 
 
 def assert_same_texts_and_steps(
@@ -377,7 +367,7 @@ def test_few_pages_in_full_attention(small_engine: Engine):
     ]
     wanted = one_by_one(small_engine, asked, static)
     free = small_engine.free_pages
-    assert_same_texts_and_steps(preempted_while(small_engine, asked), wanted)
+    assert_same_texts_and_steps(run_short_of_pages(small_engine, asked), wanted)
     small_engine.flush()
     assert small_engine.free_pages == free
 
@@ -390,7 +380,7 @@ def test_few_pages_block_after_block(serve: Serve, name: str):
         for length in (9, 64, 71, 95, 96, 100, 130, 150)
     ]
     wanted = one_by_one(engine, asked, static)
-    assert_same_texts_and_steps(preempted_while(engine, asked), wanted)
+    assert_same_texts_and_steps(run_short_of_pages(engine, asked), wanted)
 
 
 # -- what looks at every step ----------------------------------------------------

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from engine.cases import RULES, Case, make_prompt
-from engine.harness import Engine, Finished, finished
+from engine.harness import Engine, drive
 from reference.cached_procedures import ALL_CACHES
 from vllm import SamplingParams
 
@@ -64,19 +63,6 @@ def small_solo(small_engine: Engine, small_requests: list[Request]) -> Tokens:
     ]
 
 
-def drive(engine: Engine, meddle: Callable[[int], None]) -> dict[str, Finished]:
-    """Step until nothing is left, calling `meddle(step)` between steps."""
-    done = {}
-    step = 0
-    while engine.busy:
-        for output in engine.step():
-            if output.finished:
-                done[output.request_id] = finished(output.outputs[0])
-        meddle(step)
-        step += 1
-    return done
-
-
 def test_mixed_batch_equals_solo_runs(engine: Engine, solo: Tokens):
     prompts, sampling = zip(*REQUESTS, strict=True)
     assert [result.tokens for result in engine.run(prompts, sampling)] == solo
@@ -124,14 +110,6 @@ def test_neighbours_are_aborted(engine: Engine, solo: Tokens):
     assert got == dict(enumerate(solo))
 
 
-def preempt(engine: Engine, request_id: str) -> None:
-    """What the scheduler does to a running request when pages run out."""
-    scheduler = engine.scheduler
-    request = scheduler.requests[request_id]
-    scheduler.running.remove(request)
-    scheduler._preempt_request(request, time.monotonic())
-
-
 def test_preempted_at_any_step(engine: Engine, solo: Tokens):
     source = random.Random(4)
     number_of = {engine.add(*request): i for i, request in enumerate(REQUESTS)}
@@ -141,7 +119,7 @@ def test_preempted_at_any_step(engine: Engine, solo: Tokens):
         nonlocal hit
         running = [r for r in engine.scheduler.running if r.num_preemptions < 2]
         if step % 5 == 2 and running:
-            preempt(engine, source.choice(running).request_id)
+            engine.preempt(source.choice(running).request_id)
             hit += 1
 
     done = drive(engine, meddle)
@@ -164,7 +142,7 @@ def test_preempted_after_its_canvas_was_cut(engine: Engine, rule: str, cache: st
             for request in list(engine.scheduler.running):
                 cut = request.canvas_end < request.block_canvas_end
                 if cut and request.num_output_tokens % 8 and not preempted:
-                    preempt(engine, request.request_id)
+                    engine.preempt(request.request_id)
                     preempted = True
             for output in engine.step():
                 tokens = list(output.outputs[0].token_ids)
@@ -197,22 +175,10 @@ def test_memory_runs_out(
     small_engine: Engine, small_requests: list[Request], small_solo: Tokens
 ):
     """A further canvas finds no pages: someone is preempted, nobody notices."""
-    number_of = {
-        small_engine.add(*request): i for i, request in enumerate(small_requests)
-    }
-    preempted = set()
-
-    def watch(step: int) -> None:
-        preempted.update(
-            request.request_id
-            for request in small_engine.scheduler.waiting
-            if request.num_preemptions
-        )
-
-    done = drive(small_engine, watch)
+    prompts, sampling = zip(*small_requests, strict=True)
+    outputs, preempted = small_engine.run_short_of_pages(prompts, sampling)
     assert len(preempted) >= 3
-    got = {number_of[i]: result.tokens for i, result in done.items()}
-    assert got == dict(enumerate(small_solo))
+    assert [list(output.outputs[0].token_ids) for output in outputs] == small_solo
 
 
 def stores(engine: Engine) -> Iterator[tuple[str, int]]:

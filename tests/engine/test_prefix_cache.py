@@ -14,13 +14,11 @@ from engine.block_engines import (
     PAGE,
     BlockEngines,
     assert_only_final_pages_are_published,
-    assert_same_tokens,
     recording,
     rows_of,
 )
-from engine.cases import Expected, assert_equal, make_prompt
-from engine.harness import Engine
-from engine.test_independence import drive, preempt
+from engine.cases import Expected, assert_equal, assert_same_tokens, make_prompt
+from engine.harness import Engine, drive
 
 SDAR, FAST_DLLM = "SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B"
 
@@ -197,7 +195,7 @@ def test_pages_of_a_request_that_left_inside_a_block(
         last = forwards[-1][name]
         final = last.end - (BLOCK if last.canvas != 1 else 0)
         if how == "preempted":
-            preempt(engine, request.request_id)
+            engine.preempt(request.request_id)
         engine.abort(name)
         second = in_four_steps((*text, *make_prompt(130 - len(text))))
         expected = expect(second, model.oracle, engine)

@@ -15,7 +15,6 @@ from engine.block_engines import BLOCK, BlockEngines
 from engine.cases import make_prompt
 from engine.harness import Engine
 from engine.page_ledger import watching
-from engine.test_independence import preempt
 from vllm import SamplingParams
 from vllm.v1.request import RequestStatus
 
@@ -165,7 +164,7 @@ def live(engine: Engine, seed: int, count: int) -> int:
             chance = source.random()
             if chance < 0.06 and engine.scheduler.running:
                 victim = source.choice(engine.scheduler.running)
-                preempt(engine, victim.request_id)
+                engine.preempt(victim.request_id)
             elif chance < 0.1 and running:
                 name = source.choice([*running])
                 engine.abort(name)

@@ -118,36 +118,14 @@ def test_preempted_requests_have_the_same_maps(small_engine: Engine):
         small_engine.run([case.prompt], [one])[0]
         for case, one in zip(cases, asks, strict=True)
     ]
-    got, preempted = run_counting_preemptions(
-        small_engine, [case.prompt for case in cases], asks
-    )
-    assert preempted
-    for i, result in enumerate(alone):
-        tokens, found = got[i]
-        assert tokens == result.tokens
+    outputs, _ = small_engine.run_short_of_pages([case.prompt for case in cases], asks)
+    for output, result in zip(outputs, alone, strict=True):
+        found = step_map(output)
+        assert list(output.outputs[0].token_ids) == result.tokens
         wanted = map_of(result)
         assert found.steps == wanted.steps
         assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
         assert max(found.steps) + 1 == result.forwards
-
-
-def run_counting_preemptions(
-    engine: Engine, prompts: list[Any], sampling: list[Any]
-) -> tuple[dict[int, tuple[list[int], StepMap]], set[str]]:
-    number_of = {
-        engine.add(prompt, one): i
-        for i, (prompt, one) in enumerate(zip(prompts, sampling, strict=True))
-    }
-    preempted: set[str] = set()
-    got = {}
-    while engine.busy:
-        for output in engine.step():
-            if output.finished:
-                tokens = list(output.outputs[0].token_ids)
-                got[number_of[output.request_id]] = (tokens, step_map(output))
-        waiting = engine.scheduler.waiting
-        preempted |= {r.request_id for r in waiting if r.num_preemptions}
-    return got, preempted
 
 
 def test_several_outputs_of_a_request(engine: Engine):
@@ -280,20 +258,15 @@ def test_blocks_with_seeds(seeding: tuple[Engine, TinyModel]):
     for case, result in zip(cases, alone, strict=True):
         wanted = block_cases.expect(case, oracle, engine)
         assert wanted.near_tie or map_of(result).steps == wanted.written_at
-    got, preempted = run_counting_preemptions(engine, prompts, sampling)
-    assert preempted
-    for i, result in enumerate(alone):
-        assert got[i][0] == result.tokens
-        assert got[i][1].steps == map_of(result).steps
     again = [
         replayed(one, map_of(result))
         for one, result in zip(sampling, alone, strict=True)
     ]
-    got, preempted = run_counting_preemptions(engine, prompts, again)
-    assert preempted
-    for i, result in enumerate(alone):
-        assert got[i][0] == result.tokens
-        assert got[i][1].steps == map_of(result).steps
+    for asked in (sampling, again):
+        outputs, _ = engine.run_short_of_pages(prompts, asked)
+        for output, result in zip(outputs, alone, strict=True):
+            assert list(output.outputs[0].token_ids) == result.tokens
+            assert step_map(output).steps == map_of(result).steps
 
 
 def test_drawn_blocks_with_seeds_are_replayed(seeding: tuple[Engine, TinyModel]):

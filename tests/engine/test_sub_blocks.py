@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.cases import make_prompt
+from engine.cases import assert_same_tokens, make_prompt
 from engine.fast_dllm_cases import (
     Loop,
     Wanted,
@@ -251,21 +251,14 @@ def test_sub_blocks_in_chunks_and_few_pages(
     cases = [replace(case, max_tokens=80, ignore_eos=True) for case in cases]
     wanted = [v2_wanted(case, v2_oracle, max_model_len=213) for case in cases]
     mask_id = engine.scheduler.dlm_defaults.mask_token_id
-    number_of = {}
-    for number, case in enumerate(cases):
-        sampling = replace(case, mask=True).params(mask_id, sub_block_length=case.block)
-        number_of[engine.add(case.prompt, sampling)] = number
-    preempted, tokens = set(), {}
-    while engine.busy:
-        for output in engine.step():
-            if output.finished:
-                number = number_of[output.request_id]
-                tokens[number] = list(output.outputs[0].token_ids)
-        waiting = engine.scheduler.waiting
-        preempted |= {r.request_id for r in waiting if r.num_preemptions}
-    assert preempted
-    wrong = [i for i, one in enumerate(wanted) if tokens[i] != one.tokens]
-    assert not [i for i in wrong if not wanted[i].near_tie]
+    outputs, _ = engine.run_short_of_pages(
+        [case.prompt for case in cases],
+        [
+            replace(case, mask=True).params(mask_id, sub_block_length=case.block)
+            for case in cases
+        ],
+    )
+    assert_same_tokens([output.outputs[0].token_ids for output in outputs], wanted)
 
 
 def test_pages_of_sub_blocks_are_shared_once_final(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from engine.cases import Case, expect, make_prompt
@@ -33,20 +32,10 @@ def logging_engine(engines: Callable[..., Engine], folder: Path) -> Engine:
     )
 
 
-def run(
-    engine: Engine, folder: Path, prompts: list[Any], sampling: list[Any]
-) -> tuple[list[RequestOutput], list[Trajectory], bool]:
-    """Finished outputs, their trajectories, and whether one was preempted."""
-    ids = [engine.add(*one) for one in zip(prompts, sampling, strict=True)]
-    done, preempted = {}, False
-    while engine.busy:
-        for output in engine.step():
-            if output.finished:
-                done[output.request_id] = output
-        waiting = engine.scheduler.waiting
-        preempted |= any(request.num_preemptions for request in waiting)
-    logged = {one.request.rpartition("-")[0]: one for one in read(folder)}
-    return [done[i] for i in ids], [logged[i] for i in ids], preempted
+def logged(folder: Path, outputs: list[RequestOutput]) -> list[Trajectory]:
+    """The trajectories of requests that are finished."""
+    found = {one.request.rpartition("-")[0]: one for one in read(folder)}
+    return [found[output.request_id] for output in outputs]
 
 
 def assert_agrees(output: RequestOutput, trajectory: Trajectory) -> None:
@@ -86,10 +75,8 @@ def test_full_attention(logging_engine: Engine, folder: Path, oracle: TinyLLaDA)
         params(60, dlm=asks | {"strategy": "saber"}, ignore_eos=True) for _ in range(2)
     ]
     prompts = [case.prompt for case in cases]
-    outputs, trajectories, preempted = run(
-        logging_engine, folder / "A", prompts, sampling
-    )
-    assert preempted
+    outputs, _ = logging_engine.run_short_of_pages(prompts, sampling)
+    trajectories = logged(folder / "A", outputs)
     for output, trajectory in zip(outputs, trajectories, strict=True):
         assert_agrees(output, trajectory)
     assert any(any(step_map(output).edited) for output in outputs[6:])
@@ -116,8 +103,8 @@ def test_blocks_with_seeds(
         for i in range(8)
     ]
     prompts = [make_prompt(length) for length in (9, 64, 71, 95, 96, 100, 130, 150)]
-    outputs, trajectories, preempted = run(engine, folder / "B", prompts, sampling)
-    assert preempted
+    outputs, _ = engine.run_short_of_pages(prompts, sampling)
+    trajectories = logged(folder / "B", outputs)
     for output, trajectory in zip(outputs, trajectories, strict=True):
         assert_agrees(output, trajectory)
 
@@ -129,8 +116,9 @@ def test_steps_that_share_a_forward_have_lines_of_their_own(
     dlm = {"strategy": "freedave", "block_length": 16, "step_map": True}
     prompts = [make_prompt(9 + i) for i in range(2)]
     sampling = [params(32, dlm=dlm, ignore_eos=True)] * 2
-    outputs, logged, _ = run(logging_engine, folder / "A", prompts, sampling)
-    for output, trajectory in zip(outputs, logged, strict=True):
+    outputs = logging_engine.outputs(prompts, sampling)
+    trajectories = logged(folder / "A", outputs)
+    for output, trajectory in zip(outputs, trajectories, strict=True):
         steps = list(trajectory.steps())
         assert all(len(step.changed) == 1 for step in steps)
         assert [step.number for step in steps] == list(range(32))
