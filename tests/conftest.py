@@ -24,12 +24,17 @@ import slow_order
 from hypothesis import HealthCheck, settings
 
 # No limits of time: on shared cores they say nothing. CI repeats the same examples
-# every time, so that it fails only for what a change did.
+# every time, so that it fails only for what a change did. 30 of them: an example here
+# is a whole block of several rows; `--hypothesis-profile=vllm-dlm-thorough` tries 500.
 settings.register_profile(
     "vllm-dlm",
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize="CI" in os.environ,
+)
+settings.register_profile(
+    "vllm-dlm-thorough", settings.get_profile("vllm-dlm"), max_examples=500
 )
 settings.load_profile("vllm-dlm")
 

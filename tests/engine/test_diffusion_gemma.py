@@ -179,10 +179,15 @@ def test_every_part_is_vllms_own(served):
 
 def test_nothing_of_our_engine_is_loaded(served):
     assert "vllm_dlm.plugin" in served["loaded"]
-    ours = "scheduler", "state", "sampler", "segments", "models.llada"
-    assert not {f"vllm_dlm.model_executor.{name}" for name in ours} & set(
-        served["loaded"]
-    )
+    ours = {
+        f"vllm_dlm.model_executor.{name}"
+        for name in (
+            *("scheduling.scheduler", "state", "sampling.sampler"),
+            *("planning.segments", "models.llada"),
+        )
+    }
+    assert all(importlib.util.find_spec(name) for name in ours)
+    assert not ours & set(served["loaded"])
 
 
 def test_it_generates(served):
@@ -217,6 +222,7 @@ def test_our_options_are_refused(served, checkpoint):
     assert "dlm_steps: options of diffusion language models" in message
 
 
+@pytest.mark.slow
 def test_the_plugin_changes_nothing(served, checkpoint, environment):
     alone = run_report(checkpoint, environment | {"VLLM_PLUGINS": "dlm_cpu"})
     assert "vllm_dlm.platform" in alone["loaded"]

@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from server.launch import MODEL, START_SECONDS, VLLM
-
-Run = subprocess.CompletedProcess[str]
 
 # id: (arguments, what the message must hold)
 CASES: dict[str, tuple[list[str], list[str]]] = {
@@ -35,21 +31,9 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["'aded'", "unknown option 'windw'", "Did you mean 'window'?"],
     ),
 }
-HELP = ["--help=DlmConfig"]
 
 
-@pytest.fixture(scope="module")
-def runs() -> Callable[[list[str]], Run]:
-    """`runs(arguments)`: how `vllm serve` ended; two at a time, importing is slow."""
-    with ThreadPoolExecutor(2) as pool:
-        arguments = [arguments for arguments, _ in CASES.values()] + [HELP]
-        started: dict[str, Future[Run]] = {
-            repr(items): pool.submit(run, items) for items in arguments
-        }
-    return lambda items: started[repr(items)].result()
-
-
-def run(arguments: list[str]) -> Run:
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [VLLM, "serve", MODEL, *arguments],
         capture_output=True,
@@ -58,10 +42,20 @@ def run(arguments: list[str]) -> Run:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_wrong_flag_is_one_clear_message(runs: Callable[[list[str]], Run], name: str):
+FAST = ("unknown strategy", "speculative method")
+"""One of each parser; importing takes every run ten seconds."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in CASES
+    ],
+)
+def test_a_wrong_flag_is_one_clear_message(name: str):
     arguments, fragments = CASES[name]
-    ended = runs(arguments)
+    ended = run(arguments)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stdout + ended.stderr
     [message] = [line for line in ended.stderr.splitlines() if "error:" in line]
@@ -69,8 +63,8 @@ def test_a_wrong_flag_is_one_clear_message(runs: Callable[[list[str]], Run], nam
     assert not [part for part in fragments if part not in message], message
 
 
-def test_help_shows_the_flags(runs: Callable[[list[str]], Run]):
-    shown = runs(HELP)
+def test_help_shows_the_flags():
+    shown = run(["--help=DlmConfig"])
     assert shown.returncode == 0
     flags = ["strategy NAME", "strategy-config JSON", "block-length", "steps"]
     flags += [
