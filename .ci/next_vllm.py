@@ -41,7 +41,7 @@ SUITES = {
     "independence": "engine/test_independence.py engine/test_block_independence.py",
     "families": "engine/test_families.py",
     "step-maps": "engine/test_step_maps.py server/test_step_maps.py",
-    "refusals": "server/test_refusals.py",
+    "refusals": "server/test_refusals.py server/test_refused_bodies.py",
     "speculation": "spec_decode/test_deer_engine.py spec_decode/test_aded_engine.py",
     "serve-pair": "switching",
     "ray": "distributed/test_ray_cluster.py",

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from engine.harness import Engine, Finished, params
-from reference import procedures, rewriting_rules, rules, stateful_rules
+from reference import (
+    place_rules,
+    procedures,
+    rewriting_rules,
+    rules,
+    stateful_rules,
+)
 from reference.cached_procedures import ALL_CACHES
 from reference.llada import TinyLLaDA
 from reference.procedures import Rule, View, generate
@@ -279,11 +285,11 @@ def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
     if strategy == "cad":
         return rules.cad(0.8 if variant == "confidence" else 0.3, 1, 4, variant)
     if strategy == "localleap":
-        return rules.localleap()
+        return place_rules.localleap()
     if strategy == "hierarchy":
-        return rules.hierarchy(remask=variant == "remask")
+        return place_rules.hierarchy(remask=variant == "remask")
     if strategy == "pc":
-        return rules.pc(FREQUENCIES)
+        return place_rules.pc(FREQUENCIES)
     if strategy in REMEMBERING:
         options = dict(EVENTFUL[strategy])
         if strategy == "credit":

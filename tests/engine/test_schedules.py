@@ -24,7 +24,7 @@ from engine.cases import (
     run_cases,
 )
 from engine.harness import Engine, params
-from reference import rules, stateful_rules
+from reference import place_rules, rules, stateful_rules
 from reference.block_procedures import generate_blocks
 from reference.checkpoints import write_checkpoint
 from reference.llada import TinyLLaDA
@@ -122,7 +122,7 @@ BLOCK_RULES: dict[str, tuple[dict[str, Any], Callable[[], Rule]]] = {
             partial(stateful_rules.Klass, **EVENTFUL["klass"])
         )._replace(ends_by_schedule=True),
     ),
-    "pc": ({}, lambda: rules.pc(EQUAL_FREQUENCIES)),
+    "pc": ({}, lambda: place_rules.pc(EQUAL_FREQUENCIES)),
 }
 """Strategies whose published loops leave masks: parameters, and the oracle's rule."""
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from reference import rules
+from reference import place_rules
 from reference.views import (
     C8,
     CPU,
@@ -99,7 +99,7 @@ def test_each_row_has_its_own_numbers():
 )
 def test_agrees_with_the_row_wise_reference(seed, ties, tau, low):
     view = random_view(seed, ties=ties)
-    rule = rules.hierarchy(tau, low)
+    rule = place_rules.hierarchy(tau, low)
     assert chosen(hierarchy(tau, low), view) == expected(rule, view)
 
 
@@ -170,7 +170,7 @@ def test_the_prompts_tokens_are_not_taken_back():
 def test_remask_agrees_with_the_row_wise_reference(seed, ties, tau, low):
     view = random_view(seed, ties=ties)
     decision = select(hierarchy(tau, low, remask=True), view)
-    rule = rules.hierarchy(tau, low, remask=True)
+    rule = place_rules.hierarchy(tau, low, remask=True)
     for row in range(view.masked.shape[0]):
         wanted = rule.step(row_of(view, row))
         assert decision.commit[row].nonzero()[:, 0].tolist() == wanted.commit

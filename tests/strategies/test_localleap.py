@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from reference import rules
+from reference import place_rules
 from reference.views import (
     C8,
     CPU,
@@ -88,7 +88,7 @@ def test_distance():
 )
 def test_agrees_with_the_row_wise_reference(seed, ties, tau, relaxed, radius):
     view = random_view(seed, ties=ties)
-    rule = rules.localleap(tau, relaxed, radius)
+    rule = place_rules.localleap(tau, relaxed, radius)
     assert chosen(localleap(tau, relaxed, radius), view) == expected(rule, view)
 
 

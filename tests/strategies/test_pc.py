@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from reference import rules
+from reference import place_rules
 from reference.views import (
     C8,
     CPU,
@@ -118,7 +118,7 @@ def test_ids_beyond_the_table_are_as_rare_as_its_rarest(folder):
 def test_agrees_with_the_row_wise_reference(folder, seed, ties, weight, most):
     view = random_view(seed, ties=ties)
     strategy = sampler(folder / "random.safetensors", position_weight=weight, most=most)
-    rule = rules.pc(FREQUENCIES, weight, most)
+    rule = place_rules.pc(FREQUENCIES, weight, most)
     assert chosen(strategy, view) == expected(rule, view)
 
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests decoded with FreeDave and by `static`, and what must be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.harness import Engine, Finished, params
+from reference.checkpoints import write_checkpoint
+from vllm import SamplingParams
+
+from vllm_dlm import step_map
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, to be decoded by any strategy."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 40
+    drafts: int = 4
+    block: int | None = None
+    ignore_eos: bool = True
+    temperature: float = 0.0
+    seed: int = 0
+
+    def by(self, strategy: str, **config: Any) -> SamplingParams:
+        dlm: dict[str, Any] = {
+            "strategy": strategy,
+            "strategy_config": config,
+            "step_map": True,
+        }
+        if self.block is not None:
+            dlm["block_length"] = self.block
+        return params(
+            self.max_tokens,
+            dlm=dlm,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            seed=self.seed,
+            logprobs=1,
+        )
+
+    def drafted(self, **config: Any) -> SamplingParams:
+        return self.by("freedave", drafts=self.drafts, **config)
+
+
+def run(
+    engine: Engine, asked: Sequence[Asked], by: Callable[[Asked], SamplingParams]
+) -> list[Finished]:
+    return engine.run([one.prompt for one in asked], [by(one) for one in asked])
+
+
+def one_by_one(
+    engine: Engine, asked: Sequence[Asked], by: Callable[[Asked], SamplingParams]
+) -> list[Finished]:
+    return [run(engine, [one], by)[0] for one in asked]
+
+
+def static(one: Asked) -> SamplingParams:
+    """One token per step."""
+    return one.by("static")
+
+
+def assert_nothing_is_lost(
+    asked: Sequence[Asked], got: Sequence[Finished], wanted: Sequence[Finished]
+) -> None:
+    """Tokens, their steps and log-probabilities, and no more forwards."""
+    for one, result, expected in zip(asked, got, wanted, strict=True):
+        assert result.tokens == expected.tokens, one
+        ours, theirs = step_map(result.output), step_map(expected.output)
+        assert ours.steps == theirs.steps, one
+        assert ours.beyond == theirs.beyond, one
+        assert not any(ours.edited)
+        assert result.forwards <= expected.forwards, one
+        for ours, theirs in zip(
+            result.output.logprobs, expected.output.logprobs, strict=True
+        ):
+            assert list(ours) == list(theirs)
+            for token in ours:
+                assert ours[token].rank == theirs[token].rank
+                wanted_value = pytest.approx(theirs[token].logprob, abs=1e-4)
+                assert ours[token].logprob == wanted_value
+
+
+def forwards(results: Sequence[Finished]) -> int:
+    return sum(result.forwards for result in results)
+
+
+def compare(engine: Engine, asked: Sequence[Asked]) -> None:
+    """Together, alone, among others: as `static` alone, in fewer forwards."""
+    wanted = one_by_one(engine, asked, static)
+    together = run(engine, asked, Asked.drafted)
+    assert_nothing_is_lost(asked, together, wanted)
+    assert forwards(together) < forwards(wanted)
+    alone = one_by_one(engine, asked[:3], Asked.drafted)
+    assert_nothing_is_lost(asked[:3], alone, wanted[:3])
+
+    others = [one.by("threshold", threshold=0.3) for one in asked]
+    solo = [engine.run([o.prompt], p)[0] for o, p in zip(asked, others, strict=True)]
+    mixed = engine.run(
+        [one.prompt for one in asked for _ in range(2)],
+        [
+            p
+            for one, other in zip(asked, others, strict=True)
+            for p in (one.drafted(), other)
+        ],
+    )
+    assert_nothing_is_lost(asked, mixed[::2], wanted)
+    assert mixed[1::2] == solo
+
+
+FAMILIES = {
+    "SDAR-4B-Chat": ("sdar", 4, {}),
+    "SDAR-30B-A3B-Chat-b8": ("sdar_moe", 8, {}),
+    # Blocks are seeded; parts of 8 are decided together.
+    "Fast_dLLM_v2_7B": ("fast_dllm_v2", 16, {"bd_size": 16}),
+    # Blocks are counted from the prompt's end: a block begins anywhere in a page.
+    "Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1": ("a2d_qwen2", 8, {}),
+    "Nemotron-Labs-Diffusion-8B": ("nemotron", 8, {"block_size": 8, "head_dim": 64}),
+}
+"""Folder -> family, block length, entries of config.json."""
+
+Serve = Callable[..., Engine]
+
+
+def serving(engines: Serve, parent: Path) -> Serve:
+    """`serve(name, **options)`: an engine with a random model of `FAMILIES`."""
+
+    def start(name: str, **options: Any) -> Engine:
+        family, block, changes = FAMILIES[name]
+        if not (parent / name).exists():
+            write_checkpoint(family, parent / name, seed=2, **changes)
+        dlm = {"block_length": block}
+        return engines(dlm, model=str(parent / name), **options)
+
+    return start
+
+
+@contextmanager
+def branches_of(engine: Engine) -> Iterator[list[int]]:
+    """Branches of all requests in each forward, their canvases among them."""
+    runner, seen = engine.runner, []
+    prepare = runner.model_state.prepare_inputs
+
+    def note(input_batch: Any, req_states: Any) -> Any:
+        drafts = input_batch.num_draft_tokens_per_req
+        seen.append(input_batch.num_reqs + (0 if drafts is None else int(drafts.sum())))
+        return prepare(input_batch, req_states)
+
+    runner.model_state.prepare_inputs = note
+    try:
+        yield seen
+    finally:
+        del runner.model_state.prepare_inputs
