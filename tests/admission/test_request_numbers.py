@@ -4,9 +4,9 @@
 from types import SimpleNamespace
 
 import pytest
+from admission.test_request import MASK, model_config, verify
 from hypothesis import given
 from hypothesis import strategies as st
-from test_request import MASK, model_config, verify
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, SamplingParams
 

@@ -2,7 +2,7 @@
 """A refusal names the field that the client sent, whatever vLLM makes of it."""
 
 import pytest
-from test_request import model_config
+from admission.test_request import model_config
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest

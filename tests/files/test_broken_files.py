@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from file_kinds import (
+from files.file_kinds import (
     CELL,
     EVERYWHERE,
     KINDS,

@@ -6,8 +6,8 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
-from test_client_fields import ASKED, chat, completion, messages, responses
-from test_request import model_config
+from admission.test_client_fields import ASKED, chat, completion, messages, responses
+from admission.test_request import model_config
 from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest

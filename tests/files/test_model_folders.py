@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_kinds import EVERYWHERE, WHOLE
+from files.file_kinds import EVERYWHERE, WHOLE
 
 from vllm_dlm.files.whole_files import (
     write_json,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from file_kinds import CELL, ENVIRONMENT, KINDS, a_filter, file_of, write_filter
+from files.file_kinds import CELL, ENVIRONMENT, KINDS, a_filter, file_of, write_filter
 
 from vllm_dlm import trajectories
 from vllm_dlm.bench.cells import Results, digest
