@@ -38,7 +38,9 @@ def test_the_end_of_text_may_stand_in_the_config(
     assert result.tokens == whole
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "cache", ["none", pytest.param("prefix", marks=pytest.mark.slow), "dual"]
+)
 def test_outputs_longer_than_a_canvas_continue_on_another(
     small_engine: Engine, oracle: TinyLLaDA, cache: str
 ):

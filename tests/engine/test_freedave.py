@@ -136,7 +136,14 @@ def block_sample(name: str) -> list[Asked]:
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Its blocks are those of the other SDAR.
+        pytest.param(name, marks=pytest.mark.slow) if "A3B" in name else name
+        for name in FAMILIES
+    ],
+)
 def test_block_after_block(serve: Serve, name: str):
     compare(serve(name), block_sample(name))
 

@@ -102,9 +102,11 @@ def trimmed(own: list[float]) -> int:
 @pytest.mark.parametrize(
     ("keep", "attach", "lossless"),
     [
-        pytest.param(len, True, True, id="all"),
+        pytest.param(len, True, True, id="all", marks=pytest.mark.slow),
         pytest.param(lagged, True, True, id="lagged"),
-        pytest.param(trimmed, False, True, id="trimmed, point masses"),
+        pytest.param(
+            trimmed, False, True, id="trimmed, point masses", marks=pytest.mark.slow
+        ),
         pytest.param(trimmed, True, False, id="trimmed"),
     ],
 )
