@@ -93,7 +93,7 @@ def plan_forward(
         batch: the rows that vLLM has scheduled.
         page_size: tokens in a KV page.
     """
-    host, in_batch = slots.host, batch.idx_mapping_np
+    host, slots_in_batch = slots.host, batch.idx_mapping_np
     host.settle()
     starts = batch.num_computed_tokens_np.astype(np.int64)
     branches = np.ones_like(starts)
@@ -101,17 +101,19 @@ def plan_forward(
         # What vLLM takes for a number of draft tokens (`scheduler.py`).
         branches += batch.num_draft_tokens_per_req
     ends = starts + batch.num_scheduled_tokens // branches
-    first_blocks = host.first_block[in_batch]
+    first_blocks = host.first_block[slots_in_batch]
     # Until its first block is reached, a request's rows are a part of its prompt.
-    decides = (ends > first_blocks) | (host.leads[in_batch] & (ends == first_blocks))
+    decides = (ends > first_blocks) | (
+        host.leads[slots_in_batch] & (ends == first_blocks)
+    )
     if facts.commits_alone:
-        decides &= ends > host.block_start[in_batch]
+        decides &= ends > host.block_start[slots_in_batch]
     segments = cut_segments(
         facts.defaults.model_class,
         starts,
         ends,
-        host.block_length[in_batch],
-        host.origin[in_batch],
+        host.block_length[slots_in_batch],
+        host.origin[slots_in_batch],
         first_blocks,
     )
     # A request with branches computes its active block, or all: one segment.
@@ -156,12 +158,7 @@ def _plan_blocks(
     offsets = np.arange(lengths.max(initial=1))
     positions = block_start[:, None] + offsets
     valid = (positions < canvas_end[:, None]) & (offsets < lengths)
-    source = positions - np.where(leads, 1, defaults.shift)[:, None]
-    # After an opening or a lead no row left of the block is computed: a first token
-    # that is still missing is predicted by its own row.
-    is_over = ~leads if defaults.seeds_blocks else host.opens_alone[slots_np]
-    is_own = is_over[:, None] & host.masked[slots_np, : len(offsets)]
-    source = np.where(is_own & (source < start), positions, source)
+    source = _predicting_rows(host, defaults, slots_np, positions, start, leads)
     readable = valid & (start <= source) & (source < end)
     is_read = readable & _rows_to_read(host, slots_np, valid)
     row_request, row_offset = is_read.nonzero()
@@ -212,6 +209,29 @@ def _plan_blocks(
         cells=Cells(there["places"], there["cells"]),
         branches=None,
     )
+
+
+def _predicting_rows(
+    host: HostSlots,
+    defaults: ModelDefaults,
+    slots_np: np.ndarray,
+    positions: np.ndarray,
+    start: np.ndarray,
+    leads: np.ndarray,
+) -> np.ndarray:
+    """[R, B]: the position whose row predicts each position of the active blocks.
+
+    Args:
+        positions: [R, B]: of the blocks.
+        start: [R, 1]: first position computed for each request.
+        leads: [R] bool: only the block's lead is predicted.
+    """
+    source = positions - np.where(leads, 1, defaults.shift)[:, None]
+    # After an opening or a lead no row left of the block is computed: a first token
+    # that is still missing is predicted by its own row.
+    is_over = ~leads if defaults.seeds_blocks else host.opens_alone[slots_np]
+    is_own = is_over[:, None] & host.masked[slots_np, : positions.shape[1]]
+    return np.where(is_own & (source < start), positions, source)
 
 
 def _canvas_ends(
