@@ -193,8 +193,8 @@ class Advance:
         self.req_states.total_len.gpu[slots] = (prompt_len + old).to(torch.int32)
         new = torch.maximum(old, progress.final - prompt_len)
         table.emitted[slots] = new
-        reach = torch.arange(plan.positions.shape[1] + 1, device=slots.device)
-        source = (prompt_len + old)[:, None] + reach
+        places = torch.arange(plan.positions.shape[1] + 1, device=slots.device)
+        source = (prompt_len + old)[:, None] + places
         source = source.clamp(max=table.length - 1)
         sampled, num_sampled = put_canvas_end(
             table.tokens[slots[:, None], source].long(),
@@ -204,13 +204,13 @@ class Advance:
             # number into its row of token ids, which may end with the canvas.
             says_end=prompt_len + new < plan.canvas_end,
         )
-        next_rows = self._next_start(progress, prompt_len, plan)
+        start = self._next_start(progress, prompt_len, plan)
         return SamplerOutput(
             sampled_token_ids=sampled,
             logprobs_tensors=self.logprobs.emit(old, new, plan),
             num_nans=None,
             num_sampled=num_sampled,
-            num_rejected=(plan.rows_ends - next_rows).int(),
+            num_rejected=(plan.rows_ends - start).int(),
         )
 
     def _next_start(

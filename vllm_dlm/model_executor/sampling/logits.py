@@ -54,8 +54,8 @@ class Logits:
         head: computes them.
         hidden: [N, H], the rows as the network leaves them.
         rows_per_tile: as `tile_rows` says.
-        mask_id: a token that no row may predict,
-        may_predict_mask: [N] bool, but these.
+        mask_id: a token that no row may predict, but for some.
+        may_predict_mask: [N] bool: the rows that may.
     """
 
     def __init__(
