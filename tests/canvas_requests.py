@@ -77,7 +77,7 @@ def compute(request: CanvasRequest, end: int | None = None) -> tuple[int, int, i
     end = request.rows_end if end is None else end
     assert request.whole_rows(start, end) == end - start
     request.status = RequestStatus.RUNNING
-    canvas_rows = request.computed(start, end)
+    canvas_rows = request.note_computed(start, end)
     if canvas_rows:
         request.note_step()
     return start, end, canvas_rows

@@ -71,7 +71,7 @@ def test_a_prompt_is_cut_at_block_ends():
 
 def test_a_cached_prompt_is_not_computed():
     request = make_request(22)
-    assert request.computed(16, 24) == 2
+    assert request.note_computed(16, 24) == 2
     assert request.kv_final == 20
     assert request.next_rows() == (20, 24)
 

@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Think coarse, critic fine (TCCF): long blocks up to a token, then one at a time.
 
-A request thinks in the model's blocks until its text ends with the trigger (`</think>`,
-say). What the blocks hold right of it is dropped, the check text is appended to the
-output as if the model had written it, and the rest is decoded in blocks of one token.
-The scheduler preempts the request there: it is admitted again with all its tokens,
-whose KV is computed anew, because blocks of one have another. Source: TDAR, arXiv
-2602.09555, whose code runs the two stages on two engines.
+A request is decoded in the model's blocks until its text ends with the trigger
+(`</think>`, say). What the blocks hold right of the trigger is dropped, the check text
+is appended to the output as if the model had written it, and the rest is decoded in
+blocks of one token. In between, the scheduler preempts the request, which is then
+admitted again with all its tokens: their KV is computed anew, because it depends on the
+blocks.
+Source: TDAR, arXiv 2602.09555, whose code runs the two stages on two engines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.messages import quote
 from vllm_dlm.option_types import ThinkCoarse
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
 MOST_TOKENS = {"trigger": 64, "check": 1024}
-"""The trigger is looked for behind every token; the check text is computed as such."""
+"""The trigger is looked for behind every token; the check text is computed whole."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,12 @@ class Stages:
     check: tuple[int, ...]
 
     @classmethod
-    def of(cls, option: ThinkCoarse | None, model_config: Any) -> Stages | None:
-        """The stages that a request asks for, if it does.
+    def of(cls, option: ThinkCoarse | None, model_config: ModelConfig) -> Stages | None:
+        """Make token ids of the option's texts; None without the option.
 
         Raises:
-            ValueError: a text has no tokens, or there is no tokenizer to tell; ids
-                that the model has no token for.
+            ValueError: a text has no tokens, or there is no tokenizer; token ids are
+                too many, or the model has no such tokens.
         """
         if option is None:
             return None
@@ -46,7 +50,7 @@ class Stages:
         )
 
     def first_stage(self, before: Sequence[int], new: Sequence[int]) -> int:
-        """How many of the `new` tokens, behind those of `before`, belong to it."""
+        """How many `new` tokens, which follow `before`, are in the first stage."""
         length = len(self.trigger)
         tokens = [*before[max(len(before) - length + 1, 0) :], *new]
         known = len(tokens) - len(new)
@@ -56,22 +60,24 @@ class Stages:
         return len(new)
 
     def end_with(self, output: Sequence[int]) -> bool:
-        """Whether the first stage ends with the last token of an output."""
+        """Whether an output's last token completes the trigger."""
         return tuple(output[-len(self.trigger) :]) == self.trigger
 
     def is_over(self, output: Sequence[int]) -> bool:
-        """Whether an output is in the second stage: it goes on behind the trigger."""
+        """Whether an output goes on behind the trigger: in the second stage."""
         return self.first_stage((), output) < len(output)
 
 
 def one_at_a_time(config: RequestConfig) -> RequestConfig:
-    """How the second stage is decoded."""
+    """The options of the second stage, of a request with these."""
     return replace(
         config, block_length=1, sub_block_length=1, steps=None, steps_per_block=None
     )
 
 
-def _token_ids(name: str, text: str | list[int], model_config: Any) -> tuple[int, ...]:
+def _token_ids(
+    name: str, text: str | list[int], model_config: ModelConfig
+) -> tuple[int, ...]:
     if not isinstance(text, str):
         return _checked(name, tuple(text), model_config)
     from vllm.tokenizers import cached_tokenizer_from_config
@@ -87,8 +93,10 @@ def _token_ids(name: str, text: str | list[int], model_config: Any) -> tuple[int
     return _checked(name, ids, model_config)
 
 
-def _checked(name: str, ids: tuple[int, ...], model_config: Any) -> tuple[int, ...]:
-    """The ids, if the model has tokens for them and they are not too many."""
+def _checked(
+    name: str, ids: tuple[int, ...], model_config: ModelConfig
+) -> tuple[int, ...]:
+    """Return the ids, if they are not too many and the model has such tokens."""
     size, most = model_config.get_vocab_size(), MOST_TOKENS[name]
     if len(ids) > most:
         raise ValueError(

@@ -36,21 +36,23 @@ class CanvasRequest(Request):
 
     # What was asked for, and of which model and server.
     dlm: RequestConfig
-    """Its options, `sized`; in the second stage of `tccf`, those of that stage."""
+    """The request's options, `sized`; in the second stage of `tccf`, of that stage."""
     model: ModelDefaults
+    """What the model declares."""
     limits: Limits
+    """The server's."""
     stages: Stages | None
     """What is left of `tccf`; None without it, and in its second stage."""
     stop_ids: frozenset[int]
     """Token ids that end the text."""
     commits_alone: bool
-    """A finished block's KV is written by a forward of its own."""
+    """A finished block's KV is written by a forward of its own (option `commit`)."""
     max_branches: int
     """Canvases that one forward may evaluate (`planning/branches.py`)."""
 
     # Where its blocks and its canvas lie.
     layout: RequestLayout
-    """Laid out when it was (re-)admitted."""
+    """Made at every admission, the first and those after a preemption."""
     canvas_end: int
     """Absolute position one past the canvas's last token."""
     block_canvas_end: int
@@ -60,8 +62,8 @@ class CanvasRequest(Request):
     steps: StepCount
     """Its denoise steps."""
     frontiers: list[int]
-    """Its number of tokens before the active block's first step, and after each of its
-    steps. Kept when it is preempted: a replay computes the same rows again."""
+    """How many tokens there were before the active block's first step, and after each
+    step of it. Kept at a preemption: a replay computes the same rows again."""
     kv_final: int
     """Leading positions whose KV never changes again; 0 with full attention."""
     refreshed_block: int
@@ -69,7 +71,8 @@ class CanvasRequest(Request):
     drafted_block: int
     """Start of the block that the last forward has left drafts of; -1 for none."""
 
-    # What its next forward computes, and when its last one was.
+    # What its next forward computes, and when its last one was; the scheduler sets
+    # `allotted` and `last_step`.
     rows_end: int
     """One past the last position of the rows to compute."""
     branches: int
@@ -102,8 +105,8 @@ class CanvasRequest(Request):
     ) -> CanvasRequest:
         """Give a new request, which vLLM has built, its canvas.
 
-        The same object is returned, of this class: which class it is of says how its
-        tokens are counted. Its sampling parameters get the model's stop ids.
+        The request itself is returned, its class changed to this one, which counts its
+        tokens otherwise. The model's stop ids are added to its sampling parameters.
 
         Args:
             request: a text-only request that has not been scheduled.
@@ -136,6 +139,7 @@ class CanvasRequest(Request):
         request.steps = StepCount()
         request.frontiers = [request.layout.first_block]
         request.last_step = -1
+        request.allotted = request.branch_rows = 0
         request._begin()
         return request
 
@@ -148,7 +152,7 @@ class CanvasRequest(Request):
 
     @property
     def num_tokens_with_spec(self) -> int:
-        """What vLLM schedules up to."""
+        """Position up to which vLLM schedules the next forward's rows."""
         return self.rows_end
 
     @property
@@ -169,9 +173,10 @@ class CanvasRequest(Request):
         self.block_canvas_end = self.canvas_end
 
     def enter_second_stage(self) -> None:
-        """From now on one token at a time, as `tccf` says; then it must be preempted.
+        """Decode one token at a time from now on, as the option `tccf` says.
 
-        Pages that blocks of one have filled are no others' pages.
+        The caller must preempt the request then: KV of the tokens so far depends on
+        their blocks. Only requests in this stage can share the pages that it fills.
         """
         self.stages = None
         self.dlm = one_at_a_time(self.dlm)
@@ -184,14 +189,14 @@ class CanvasRequest(Request):
     def start_over(self) -> None:
         """Forget what was computed, because the request is preempted.
 
-        The active block is replayed, on the canvas that there was when it began.
+        It will replay its active block, on the canvas of the time when that began.
         """
         self.canvas_end = self.block_canvas_end
         self._lay_out()
         self._begin()
 
     def _lay_out(self) -> None:
-        """Lay the request out, with the tokens that are known by now."""
+        """Lay the request out with the tokens that it has by now."""
         self.layout = lay_out(
             self.dlm,
             self.model,
@@ -202,7 +207,7 @@ class CanvasRequest(Request):
         )
 
     def _begin(self) -> None:
-        """Stand before the first step of the layout's first block; no KV is there."""
+        """Set the progress to the start of the layout's first block, without any KV."""
         self.refreshed_block = self.drafted_block = -1
         self.branches = 1
         first_block = self.layout.first_block
@@ -216,7 +221,7 @@ class CanvasRequest(Request):
     # -- rows of a forward -------------------------------------------------
 
     def next_rows(self) -> Rows:
-        """Rows that its next forward computes."""
+        """Rows that the request's next forward computes, of one canvas."""
         block, length = self.block_start, self.layout.block_length
         if self.layout.is_full:
             step = self.step
@@ -231,8 +236,8 @@ class CanvasRequest(Request):
             )
         is_new = self.step == 0 and len(self._all_token_ids) == block
         if self.model.seeds_blocks and is_new:
-            # The rows left of the block, finished now, predict its lead. This is not
-            # repeated where they predict the mask id (`reference_exact`).
+            # The rows left of the block, which are finished now, predict its lead. They
+            # do so once, also if they predict the mask id (`reference_exact`).
             return Rows(self.kv_final, block)
         if self.commits_alone and self.kv_final < block != self.layout.first_block:
             return Rows(self.kv_final, block)
@@ -259,12 +264,12 @@ class CanvasRequest(Request):
         self.branches = 1
 
     def useful_branches(self) -> int:
-        """Canvases that its next forward can learn from; 1 where nothing is drafted."""
+        """How many canvases the next forward can learn from; 1 without drafts."""
         block = self.block_start
         if self.drafted_block != block:
             return 1
         block_end = min(block + self.layout.block_length, self.canvas_end)
-        # One for each token that is missing: masks, as far as is known here.
+        # One for each mask, as far as the scheduler knows: for each missing token.
         return max(min(self.max_branches, block_end - len(self._all_token_ids)), 1)
 
     def take_branches(self, count: int) -> None:
@@ -276,8 +281,8 @@ class CanvasRequest(Request):
     def whole_rows(self, start: int, end: int) -> int:
         """How many of the rows [start, end) one forward may compute.
 
-        Rows of a full-attention model are computed together or not at all, as are
-        those of a branch. Others may compute a prompt in chunks, which end where a
+        With full attention, rows are computed together or not at all, as are those of a
+        branch. Other requests may compute their prompt in chunks, which end where a
         block ends.
         """
         if end == self.rows_end:
@@ -289,10 +294,12 @@ class CanvasRequest(Request):
             return 0
         return max(min(self.layout.block_at(end), block) - start, 0)
 
-    def computed(self, start: int, end: int) -> int:
-        """Note that rows [start, end) are being computed; how many of them are canvas.
+    def note_computed(self, start: int, end: int) -> int:
+        """Note that the next forward computes rows [start, end).
 
-        0 says that the forward decides nothing: it computes a part of the prompt.
+        Returns:
+            How many of the rows are of the canvas; 0 if the forward decides nothing,
+            because it computes a part of the prompt or a finished block's KV.
         """
         block = self.block_start
         self.refreshed_block = block
@@ -302,21 +309,22 @@ class CanvasRequest(Request):
         self.kv_final = min(end, block)
         if end > block:
             return end - max(block, start, self.num_prompt_tokens)
-        # The rows left of the block decide its lead, if that is what is missing.
+        # The rows left of the block decide one token of it: its lead.
         return int(self.model.seeds_blocks and len(self._all_token_ids) == end)
 
     # -- the outcome of a step -----------------------------------------------
 
     def take_tokens(self, tokens: list[int]) -> None:
-        """Take a denoise step's reply: only text is left of it, to be appended.
+        """Take over what a denoise step says of this request, and count the step.
 
         Args:
-            tokens: of the worker's reply, changed in place.
+            tokens: the request's tokens of the worker's reply, changed in place: what
+                is left of them is text, to be appended.
         """
         canvas_end = take_canvas_end(tokens)
         if canvas_end is not None:
             self.canvas_end = min(self.canvas_end, canvas_end)
-        # What became final behind the end of the text is padding: not counted.
+        # Tokens that became final behind the end of the text are padding.
         del tokens[self.num_tokens_to_stop(tokens) :]
         if self.stages is not None:
             del tokens[self.stages.first_stage(self.output_token_ids, tokens) :]
@@ -335,7 +343,7 @@ class CanvasRequest(Request):
         self.steps.in_block += 1
 
     def go_on(self) -> None:
-        """The tokens of a step have been appended: a further canvas may be needed."""
+        """Go on behind the appended tokens, if need be on a further canvas."""
         self.note_frontier()
         if self.num_tokens == self.canvas_end:
             self.open_canvas()
@@ -350,10 +358,10 @@ class CanvasRequest(Request):
             self.frontiers.append(len(self._all_token_ids))
 
     def was_cut(self) -> bool:
-        """Whether the text ends here, because its strategy cut the canvas here.
+        """Whether the text ends here because the strategy has cut the canvas here.
 
-        It is so inside a block, also where no stop token came. A cut at a block's end
-        drops padding only: without a stop token the text goes on, on a further canvas.
+        A cut inside a block ends the text, also without a stop token. A cut at a
+        block's end drops padding only: the text goes on, on a further canvas.
         """
         end = self.num_tokens
         return end == self.canvas_end < self.block_canvas_end and (

@@ -35,7 +35,7 @@ class FinalBlocksKVCacheManager(KVCacheManager):
 
     @classmethod
     def take_over(cls, manager: KVCacheManager) -> None:
-        """Make a manager that vLLM has built one of this class."""
+        """Change the class of a manager that vLLM has built to this one."""
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager._publishes = False
@@ -58,8 +58,10 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         """Let others find the full pages of a request's positions left of `end`.
 
         Args:
-            end: up to there, KV is computed by now, or will be by the next forward;
-                what is in or behind the active block is left out in any case.
+            request: whose pages are published, but for those that hold a position in or
+                behind its active block.
+            end: position up to which KV is computed by now, or will be by the next
+                forward.
         """
         self._publishes = True
         try:
@@ -75,7 +77,10 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         *args: Any,
         **kwargs: Any,
     ) -> KVCacheBlocks | None:
-        """As vLLM's, but for what is published, and with pages for branches."""
+        """Allocate pages as vLLM does, and scratch pages for branches.
+
+        The pages of a request that is being admitted are published here.
+        """
         assert isinstance(request, CanvasRequest)
         start = request.num_computed_tokens + num_new_computed_tokens
         if request.branches > 1:
@@ -88,8 +93,8 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         blocks = super().allocate_slots(
             request, num_new_tokens, num_new_computed_tokens, *args, **kwargs
         )
-        # Whoever runs may yet be preempted, by one of higher priority, before this
-        # forward computes anything: the scheduler publishes its pages at the end.
+        # A running request may yet be preempted, for one of higher priority, before
+        # this forward computes anything: the scheduler publishes its pages at the end.
         if blocks is not None and request.status != RequestStatus.RUNNING:
             self.publish(request, start + num_new_tokens)
         return blocks

@@ -71,14 +71,15 @@ class DiffusionStepScheduler(DiffusionScheduler):
         hf_config = self.vllm_config.model_config.hf_config
         self.dlm_defaults = ModelDefaults.from_hf_config(hf_config)
         self.dlm_limits = Limits(hf_config.canvas_length, self.max_model_len)
-        # vLLM builds it; ours says which pages may be shared.
+        # vLLM builds the manager; our class of it says which pages may be shared.
         FinalBlocksKVCacheManager.take_over(self.kv_cache_manager)
         self._page_size = page_size_of(self.kv_cache_config)
         self._at_second_stage: list[CanvasRequest] = []
+        """Requests whose first stage (`tccf`) ended with the step in flight."""
         self._canvas_rows: dict[str, int] = {}
         """Canvas rows that each request of the step in flight evaluates."""
         self._work = [0, 0, 0]
-        """Since the last statistics, in the order of `metrics.COUNTERS`."""
+        """Work done since the last statistics, in the order of `metrics.COUNTERS`."""
         self._broken: frozenset[str] = frozenset()
         """Requests of the step in flight whose logits are broken."""
         self._reports = broken_logits.Reports(
@@ -88,7 +89,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
     # -- admission ---------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        """Give a request its canvas and enqueue it."""
+        """Lay a new request out and enqueue it."""
         if not isinstance(request, CanvasRequest):
             params = request.sampling_params
             config = resolve(self.dlm_server, params.extra_args, self.dlm_defaults)
@@ -124,7 +125,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             # vLLM has counted the rows as computed already.
             start = request.num_computed_tokens - num_rows
             branches = self._settle_branches(output, request, start, num_rows)
-            canvas_rows = request.computed(start, start + num_rows // branches)
+            canvas_rows = request.note_computed(start, start + num_rows // branches)
             self._canvas_rows[request_id] = branches * canvas_rows
             if canvas_rows == 0 and request.block_start != request.layout.first_block:
                 # vLLM counts no forward that decides nothing, as the prompt's parts.
@@ -135,10 +136,10 @@ class DiffusionStepScheduler(DiffusionScheduler):
     def _allot_rows(self) -> None:
         """Share the token budget out among the running requests.
 
-        Where it does not hold the rows of all, some sit this step out. Whose last step
-        is longest ago comes first, so a request sits out fewer steps in a row than
-        requests run. `running` itself stays in the order of admission: vLLM takes pages
-        from its end, that is, from who came last.
+        Where the budget does not hold the rows of all, some requests sit this step out.
+        The request whose last step is longest ago comes first, so a request sits out
+        fewer steps in a row than requests run. `running` itself stays in the order of
+        admission: vLLM takes pages from its end, that is, from the last to come.
         """
         left = self.max_num_scheduled_tokens
         for request in sorted(self.running, key=lambda r: r.last_step):
@@ -151,18 +152,18 @@ class DiffusionStepScheduler(DiffusionScheduler):
 
     def _max_branches(self, config: RequestConfig, params: SamplingParams) -> int:
         """Canvases that one forward of a request may evaluate."""
-        # What looks at every step misses those that branches skip.
+        # Options that look at every step would miss the steps that branches skip.
         watched = config.eotp != "off" or params.bad_words_token_ids
         if watched or len(self.kv_cache_config.kv_cache_groups) != 1:
             return 1
         return STRATEGIES[config.strategy].branches(config.params)
 
     def _hand_out_branches(self) -> None:
-        """Let drafts use the rows and pages that no other request wants now."""
+        """Give drafts the rows and pages that no other request wants in this step."""
         if all(request.useful_branches() == 1 for request in self.running):
             return
         manager = self.kv_cache_manager
-        # Whoever may be admitted in this step comes before drafts.
+        # Requests that may be admitted in this step come before drafts.
         seats = max(self.max_num_running_reqs - len(self.running), 0)
         requests = [*self.running, *islice(self.waiting, seats)]
         shares = share_out(
@@ -190,7 +191,18 @@ class DiffusionStepScheduler(DiffusionScheduler):
         start: int,
         num_rows: int,
     ) -> int:
-        """Tell the worker of a request's branches; their number, once it is certain."""
+        """Tell the worker how many branches a scheduled request has.
+
+        Fewer than were handed out, if vLLM had to cut the request's rows.
+
+        Args:
+            output: of this step; changed in place.
+            start: first row of the request.
+            num_rows: rows of all its branches.
+
+        Returns:
+            The number of branches; 1 for a request that has none but its canvas.
+        """
         if request.branches == 1:
             return 1
         branches = num_rows // request.branch_rows
@@ -207,16 +219,16 @@ class DiffusionStepScheduler(DiffusionScheduler):
         output.scheduled_spec_decode_tokens[request_id] = [-1] * (branches - 1)
         return branches
 
-    # ----------------------------------------------------------------------
+    # -- the token budget --------------------------------------------------
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """Cut rows that exceed the token budget where they may be cut.
 
-        vLLM's last word on how many rows of a request a forward takes; with 0 the
-        request sits this step out. If it is a waiting one, nobody is admitted behind it
-        in this step: smaller requests would, step after step, take the rows that it
+        vLLM asks here last how many rows of a request a forward takes. With 0 the
+        request sits this step out. If that request is waiting, none is admitted behind
+        it in this step: smaller requests would, step after step, take the rows that it
         waits for. (vLLM tries the next ones, from 0.33 on.)
         """
         assert isinstance(request, CanvasRequest)
@@ -229,6 +241,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
             self.max_num_active_reqs = 0  # until this step is scheduled
         return rows
 
+    # -- the outcome of a step ---------------------------------------------
+
     def update_from_output(
         self,
         scheduler_output: SchedulerOutput,
@@ -236,7 +250,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
         outcome = take_apart(model_runner_output, self.requests)
-        self._note_work(scheduler_output.total_num_scheduled_tokens, outcome)
+        self._note_outcome(scheduler_output.total_num_scheduled_tokens, outcome)
         # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
         # that its diffusion metrics and the per-request ones are right.
         scheduler_output.scheduled_spec_decode_tokens = {
@@ -276,8 +290,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
             stopped = True
         return new_token_ids, stopped
 
-    def _note_work(self, num_rows: int, outcome: StepOutcome) -> None:
-        """Count a step's rows and its broken requests, for `/metrics` and the log."""
+    def _note_outcome(self, num_rows: int, outcome: StepOutcome) -> None:
+        """Note which requests are broken; count them, and rows, for `/metrics`."""
         self._broken = outcome.broken
         step = (num_rows, outcome.head_rows, len(outcome.broken))
         self._work = [sum(counts) for counts in zip(self._work, step, strict=True)]
@@ -286,11 +300,14 @@ class DiffusionStepScheduler(DiffusionScheduler):
             logger.error(line)
 
     def _begin_second_stages(self) -> None:
-        """Preempt what goes on in blocks of one (`tccf.py`): its KV is another."""
+        """Preempt requests that go on in blocks of one (`tccf.py`).
+
+        The same text has other KV in blocks of one, so all of it is computed again.
+        """
         entering, self._at_second_stage = self._at_second_stage, []
         for request in entering:
             if request.status != RequestStatus.RUNNING:
-                continue  # its check text ended it
+                continue  # The check text filled or ended the output.
             request.enter_second_stage()
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)
@@ -303,7 +320,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
     ) -> SpecDecodingStats | None:
-        """Denoise steps, canvas positions evaluated and tokens finalized."""
+        """Count denoise steps, canvas positions evaluated and tokens finalized."""
         if not self.log_stats:
             return None
         stats = spec_decoding_stats
@@ -320,7 +337,10 @@ class DiffusionStepScheduler(DiffusionScheduler):
         *args: Any,
         **kwargs: Any,
     ) -> SchedulerStats | None:
-        """vLLM's, with the step's work, also where all its requests were aborted."""
+        """Add the work of the steps to vLLM's statistics.
+
+        Also where no statistics came with a step, because its requests were aborted.
+        """
         if self.log_stats and any(self._work):
             if spec_decoding_stats is None:
                 spec_decoding_stats = SpecDecodingStats.new(0)
