@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV policies: which rows a step recomputes.
 
-In a full-attention (class A) model every token's keys and values depend on the whole
-canvas, so only `none` is exact. The others compute all of it in a block's first step (a
-refresh), then less (`POLICIES`). Whatever they remember begins anew with each block, so
-that a preempted request, which replays its block, computes the same rows again.
+With full attention every token's keys and values depend on the whole canvas, so only
+`none` is exact. The other policies compute all of the canvas in a block's first step (a
+refresh), and less of it in later steps (`POLICIES`). What a policy remembers begins
+anew with each block, so that a preempted request, which replays its block, computes the
+same rows again.
 
-In models of the other classes the KV of a finished block is final, and a forward
+With block or causal attention the KV of a finished block is final, and a forward
 computes what is not final yet, up to the active block's end. Where a block is written
-in sub-blocks, `dual` computes less of it too.
+in sub-blocks, `dual` computes less than the block.
 
-Which rows follow from a policy says `model_executor/layout.py`.
+This file holds the policies, as users set them and as numbers (`Reach`). The rows that
+follow from these numbers are computed in `model_executor/layout.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +22,22 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FAR = 1 << 30
-"""Positions; further than any canvas reaches."""
+"""A number of positions, or of steps, beyond any that a request can have."""
 
 
 class Reach(NamedTuple):
-    """A policy in numbers, of one request or, as tensors [R], of many.
+    """A policy in numbers: integers for one request, tensors [R] for many.
 
-    Class A. Step s of a block is a refresh if s is a multiple of `refresh_every`, and
-    in the request's first block also while s < `first_refreshes`. Other steps compute
-    the rows from `left` before their anchor's beginning to `right` behind its end. The
-    anchor is the active block or, with `follows`, the span from the frontier of the
-    step before to the frontier now: the first position that is not final.
+    With full attention, step s of a block is a refresh if s is a multiple of
+    `refresh_every`, and in the request's first block also while s < `first_refreshes`.
+    Other steps compute the rows from `left` before their anchor's beginning to `right`
+    behind its end. The anchor is the active block or, with `follows`, the span from the
+    frontier of the step before to the frontier now. The frontier is the first position
+    that is not final.
 
-    Other classes. A step computes the active block. If the frontier is inside a
-    sub-block of `part` positions, whose first token is written then, it computes that
-    sub-block alone; not in the block's first step.
+    With block or causal attention, a step computes the active block. If the frontier is
+    inside a sub-block of `part` positions, whose first token is written then, the step
+    computes that sub-block alone, unless it is the block's first.
     """
 
     refresh_every: Any = FAR
@@ -43,26 +46,25 @@ class Reach(NamedTuple):
     left: Any = 0
     right: Any = FAR
     keys: Any = FAR
-    """Keys that are seen behind the last row computed."""
+    """Keys that rows see behind the last row computed."""
     part: Any = FAR
     """Positions of a sub-block, counted from the block's start."""
 
 
 class CachePolicy(BaseModel):
-    """Base of a policy; its fields are the option `cache_config`."""
+    """Base class of policies; the fields of a policy are the option `cache_config`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     opens_alone: ClassVar[bool] = False
-    """Whether its authors' code for models with a shift writes a block's first token
-    from the refresh, alone: then no row left of the block is computed after it."""
+    """Whether the authors' code, for models with a shift, writes a block's first token
+    from the refresh, alone: then no row left of the block is computed after that."""
 
     def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
-        """The policy in numbers.
+        """Return the policy in numbers, for one request.
 
         Args:
-            shift: with 1, a position is predicted by the row to its left, which is
-                computed along.
+            shift: with 1, the row left of a position predicts it, and is computed too.
             reads_block: the request's strategy reads decided positions too, or
                 rewrites them: rows must cover the block.
             part: positions of a sub-block.
@@ -71,7 +73,7 @@ class CachePolicy(BaseModel):
 
 
 class Exact(CachePolicy):
-    """Every step computes prompt and canvas: what the model defines."""
+    """Every step computes prompt and canvas, as the model defines."""
 
     def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """See `CachePolicy`."""
@@ -79,7 +81,7 @@ class Exact(CachePolicy):
 
 
 class Prefix(CachePolicy):
-    """The block and all right of it are computed; keys left of it stay.
+    """A step computes the block and all right of it; keys left of the block stay.
 
     Fast-dLLM, arXiv 2505.22618.
     """
@@ -92,10 +94,11 @@ class Prefix(CachePolicy):
 
 
 class Dual(CachePolicy):
-    """The block is computed; keys on both sides of it stay.
+    """A step computes the block; keys on both sides of the block stay.
 
-    Fast-dLLM, arXiv 2505.22618. Where blocks are written in sub-blocks and what is
-    finished is final, the sub-block is: Fast-dLLM v2's `use_block_cache`, 2509.26328.
+    Fast-dLLM, arXiv 2505.22618. Where finished blocks are final and written in
+    sub-blocks, a step computes a sub-block: `use_block_cache` of Fast-dLLM v2,
+    arXiv 2509.26328.
     """
 
     opens_alone = True
@@ -106,7 +109,7 @@ class Dual(CachePolicy):
 
 
 class Vicinity(CachePolicy):
-    """The block and some positions on both sides are computed; other keys stay.
+    """A step computes the block and some positions on both sides; other keys stay.
 
     dInfer, arXiv 2510.08666.
     """
@@ -135,7 +138,7 @@ class Vicinity(CachePolicy):
 
 
 class Window(CachePolicy):
-    """A window that moves with the text is computed, and sees a wider one.
+    """A step computes a window that moves with the text and sees a wider one.
 
     Window-Diffusion, arXiv 2601.20332, with contiguous windows (docs/caches.md).
     """
