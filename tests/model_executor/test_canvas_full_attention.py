@@ -21,11 +21,7 @@ def test_full_attention_computes_everything_at_once():
         10, max_tokens=9, model_class="A", block_origin="prompt", cache="dual"
     )
     # Blocks are counted from the prompt's end; the canvas is whole blocks.
-    assert places(request) == (
-        2,
-        10,
-        22,
-    )
+    assert places(request) == (2, 10, 22)
     assert request.whole_rows(0, 21) == 0
     assert compute(request) == (0, 22, 12)
     assert compute(request) == (10, 14, 4)

@@ -15,11 +15,7 @@ from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 
 def test_a_prompt_shares_its_last_block_with_the_text():
     request = make_request(10)
-    assert places(request) == (
-        0,
-        8,
-        20,
-    )
+    assert places(request) == (0, 8, 20)
     assert compute(request) == (0, 12, 2)  # positions 10 and 11
     assert compute(request) == (8, 12, 2)  # nothing was final: once more
     write(request, 1)
@@ -149,11 +145,7 @@ def test_waiting_counts_rows_and_running_counts_tokens():
 
 def test_blocks_counted_from_the_prompts_end():
     request = make_request(10, block_origin="prompt")
-    assert places(request) == (
-        2,
-        10,
-        18,
-    )
+    assert places(request) == (2, 10, 18)
     # The very first block is the shorter one, [0, 2).
     assert [request.whole_rows(0, end) for end in (1, 2, 9, 10, 13, 14)] == (
         [0, 2, 6, 10, 10, 14]

@@ -3,18 +3,19 @@
 
 vLLM's scheduler advances a request from `num_computed_tokens` to `num_tokens`. A
 diffusion request goes round instead: every denoise step computes its active block
-again, in class A all else too. So before each step this subclass says, per running
-request, where its rows begin (`num_computed_tokens`) and end
-(`CanvasRequest.rows_end`), and leaves admission, budgets, KV pages, prefix caching,
-preemption, priorities and aborts to vLLM.
+again and, with full attention, the rest of prompt and canvas. So before each step this
+subclass says, per running request, where the rows begin (`num_computed_tokens`) and end
+(`CanvasRequest.rows_end`). Admission, budgets, KV pages, prefix caching, preemption,
+priorities and aborts are vLLM's.
 
-A waiting request counts its first block (class A: its first canvas) among its tokens:
-its first forward is its first denoise step. There is no prompt-only forward, unless a
-prompt is longer than a forward's token budget.
+A waiting request counts its first block (with full attention, its first canvas) among
+its tokens: its first forward is its first denoise step. There is no prompt-only
+forward, unless a prompt is longer than a forward's token budget.
 
-The worker's reply: a request's sampled tokens are those that became final, contiguous
-from the left; behind them it may say where the canvas now ends (a strategy may cut it,
-never lengthen it). `reply.py` lists what else travels, and where.
+In the worker's reply, a request's sampled tokens are those that became final,
+contiguous from the left. Behind them the reply may say where the canvas now ends: a
+strategy may cut a canvas, never lengthen it. `reply.py` lists what else travels, and
+where.
 """
 
 from __future__ import annotations
