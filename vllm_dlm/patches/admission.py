@@ -175,7 +175,7 @@ def validate_diffusion(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
-    """Autoregressive models and vLLM's own diffusion models would not read our options.
+    """Refuse our options for models that would not read them, vLLM's own.
 
     Raises:
         VLLMValidationError: a request sets some of them (HTTP 400).
@@ -185,7 +185,7 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
     if ours:
         names = ", ".join(map(name_of, ours[:5]))
         others = "; ".join(
-            f"{key} is for other models, with {theirs[key]}" for key in theirs
+            f"{key} is for other models, with {flag}" for key, flag in theirs.items()
         )
         raise request.refusal(
             OptionError(
@@ -292,10 +292,10 @@ def checked_before_the_stream(original: Callable[..., Any]) -> Callable[..., Any
 def _check(
     prompt: Any, sampling_params: SamplingParams, vllm_config: VllmConfig
 ) -> None:
-    """Refuse what may not be asked now, and not in the first step of an answer.
+    """Refuse a request that cannot be honoured, before its answer begins.
 
     Raises:
-        VLLMValidationError: the request cannot be honoured (HTTP 400).
+        VLLMValidationError: HTTP 400.
     """
     model_config = vllm_config.model_config
     if not request.is_ours(model_config.hf_config):

@@ -94,7 +94,7 @@ def base_serving_init(original: Callable[..., None]) -> Callable[..., None]:
     requests before a stream begins, and adds step maps to answers."""
 
     def init(self: BaseServing, *args: Any, **kwargs: Any) -> None:
-        self.__class__ = subclass(type(self))
+        self.__class__ = subclass(type(self))  # type: ignore[arg-type]
         original(self, *args, **kwargs)
 
     return init
