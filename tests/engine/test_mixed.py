@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from engine.cases import RULES, Case, make_prompt
 from engine.harness import Engine, params
 from vllm import SamplingParams
 
 from vllm_dlm.model_executor.sampling.groups import MOST_IDLE_GROUPS, Group
+from vllm_dlm.strategies.base import Decision, View
+from vllm_dlm.strategies.threshold import Threshold
 
 Request = tuple[tuple[int, ...], SamplingParams]
 
@@ -101,3 +105,34 @@ def test_strategies_remember_the_requests_that_run_only(wide_engine: Engine):
         wide_engine.abort(request_id)
     wide_engine.flush()
     assert remembered() == 0
+
+
+def test_who_comes_later_is_decided_by_what_is_current(
+    wide_engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """As when a filter is learned meanwhile: who is running keeps the old object."""
+    dlm = {"strategy": "threshold", "block_length": 16}
+    prompts = [make_prompt(9 + i) for i in range(2)]
+    sampling = params(32, dlm=dlm, ignore_eos=True)
+    expected = wide_engine.run(prompts, sampling)
+    deciding: list[set[Threshold]] = []
+    select = Threshold.select
+
+    def noted(self: Threshold, view: View, numbers: Any) -> Decision:
+        deciding[-1].add(self)
+        return select(self, view, numbers)
+
+    monkeypatch.setattr(Threshold, "select", noted)
+    ids = []
+    for prompt in prompts:
+        ids.append(wide_engine.add(prompt, sampling))
+        deciding.append(set())
+        wide_engine.step()
+        monkeypatch.setattr(Threshold, "is_current", lambda self: False)
+    done = {}
+    while wide_engine.busy:
+        done |= {one.request_id: one for one in wide_engine.step() if one.finished}
+    assert [len(objects) for objects in deciding] == [1, 2]
+    assert deciding[0] < deciding[1]
+    found = [list(done[name].outputs[0].token_ids) for name in ids]
+    assert found == [one.tokens for one in expected]
