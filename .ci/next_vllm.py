@@ -165,7 +165,7 @@ def make_environment(folder: Path, version: str) -> Path:
     (site / "vllm_dlm").symlink_to(ROOT / "vllm_dlm")
     for name, target in (
         ("vllm", "vllm.entrypoints.cli.main"),
-        ("vllm-dlm", "vllm_dlm.cli"),
+        ("vllm-dlm", "vllm_dlm.cli.command"),
     ):
         program = folder / "bin" / name
         program.write_text(
