@@ -2,17 +2,22 @@
 """Which file of tests a process takes next where several share the work: `make test`.
 
 Tests of a folder share engines and servers, which each process starts for itself. So
-a process stays in its folder, and then takes one in which nobody is: those that need
-engines first, because they take longest. When none is left it takes files out of the
-folders of others, so that all processes are busy to the end.
+a process stays in its folder, and then takes a costly one in which nobody is. When
+none is left it helps in the costly folders of others. Tests that cost little and
+share nothing come last: they fill the gap until the longest of the others has ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-COSTLY = "engine server spec_decode switching training bench distributed".split()
-"""Folders whose tests start engines or servers, or train; the longest come first."""
+COSTLY = (
+    *("tests/engine", "tests/server", "tests/spec_decode", "tests/switching"),
+    *("tests/training", "tests/bench", "tests/distributed"),
+    # Programs in processes of their own, which import vLLM.
+    "tests",
+)
+"""Folders whose tests start engines, servers or programs; the longest come first."""
 
 
 def folder_of(file: str) -> str:
@@ -33,13 +38,12 @@ def next_file(waiting: Iterable[str], mine: str | None, others: set[str]) -> str
         files.setdefault(folder_of(file), []).append(file)
     if mine in files:
         return files[mine][0]
-    free = sorted(files.keys() - others, key=_place)
-    if free:
-        return files[free[0]][0]
-    # From the end: whoever is in that folder goes on from the beginning.
-    return max(files.values(), key=len)[-1]
 
+    def rank(folder: str) -> tuple[bool, bool, int, str]:
+        costly = folder in COSTLY
+        place = COSTLY.index(folder) if costly else 0
+        return not costly, folder in others, place, folder
 
-def _place(folder: str) -> tuple[int, str]:
-    name = folder.removeprefix("tests/")
-    return COSTLY.index(name) if name in COSTLY else len(COSTLY), folder
+    folder = min(files, key=rank)
+    # Help begins at the end: whoever is there goes on from the beginning.
+    return files[folder][-1 if folder in others else 0]
