@@ -5,13 +5,15 @@ import argparse
 import re
 import sys
 from types import SimpleNamespace
+from typing import Literal, get_args
 
 import pytest
 
 from vllm_dlm.admission import body_guard
 from vllm_dlm.cli import command as cli
 from vllm_dlm.config import aliases
-from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.options import REQUEST_OPTIONS, SERVER_ONLY, DlmConfig
+from vllm_dlm.entrypoints.flags import add_engine_arguments
 from vllm_dlm.patches import flags
 from vllm_dlm.patches.themes import apply_plugin_patches
 
@@ -219,6 +221,36 @@ def test_every_option_is_a_keyword_of_llm():
     names = inspect.signature(LLM.__init__).parameters
     keywords = {name for name in names if name.startswith("dlm_")}
     assert keywords == {f"dlm_{name}" for name in DlmConfig.model_fields}
+    assert names["dlm_block_length"].annotation == int | Literal["canvas"] | None
+    assert names["dlm_steps"].annotation == int | None
+    assert [*inspect.signature(LLM).parameters][0] == "model"
+    for name, field in DlmConfig.model_fields.items():
+        shown = names[f"dlm_{name}"]
+        assert shown.kind is shown.KEYWORD_ONLY
+        assert shown.default is None
+        assert type(None) in get_args(shown.annotation)
+        assert f"        dlm_{name}: {(field.description or '')[:30]}" in LLM.__doc__
+
+
+def test_an_option_is_declared_in_one_place():
+    """A field says what its flag and its error messages need to know of it."""
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    actions = {action.dest: action for action in parser._actions}
+    for name, field in DlmConfig.model_fields.items():
+        flag = actions[f"dlm_{name}"]
+        assert flag.help == field.description
+        assert (flag.metavar is None) == (field.annotation is bool)
+    assert actions["dlm_cache"].metavar == "{none,prefix,dual,vicinity,window}"
+    assert actions["dlm_block_length"].metavar == "{N,canvas}"
+    assert actions["dlm_strategy"].metavar == "NAME"
+    assert actions["dlm_eotp_threshold"].metavar == "N"
+    assert actions["dlm_trajectory_dir"].metavar == "FOLDER"
+    assert actions["dlm_tccf"].metavar == "JSON"
+    only = {"max_canvas", "commit", "online_learning"}
+    only |= {"filter_dir", "record_traces", "trajectory_dir"}
+    assert set(SERVER_ONLY) == only
+    assert {*SERVER_ONLY, *REQUEST_OPTIONS} == set(DlmConfig.model_fields)
 
 
 def test_strategies_command(capsys):

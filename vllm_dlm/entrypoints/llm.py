@@ -1,95 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm.LLM` with the dlm options as keyword arguments."""
+"""`vllm.LLM` with the dlm options as keyword arguments.
+
+Which there are, their types and their meaning follow from the fields of `DlmConfig`:
+`inspect.signature`, `help` and editors that ask for either show them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
 
 import vllm
 
+from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.entrypoints.flags import FLAG_PREFIX, fold_options
 from vllm_dlm.messages import unknown
 
 
+def _with_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Show the options in a constructor's signature, in front of `**kwargs`."""
+    own = inspect.signature(init)
+    *named, others = own.parameters.values()
+    # Without the validators.
+    kinds = get_type_hints(DlmConfig)
+    options = [
+        inspect.Parameter(
+            FLAG_PREFIX + name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=kinds[name] | None,
+        )
+        for name in DlmConfig.model_fields
+    ]
+    shown = own.replace(parameters=[*named, *options, others])
+    init.__signature__ = shown  # type: ignore[attr-defined]
+    return init
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as `additional_config` can hold it."""
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _described(kind: type[LLM]) -> type[LLM]:
+    """Describe the options in the class's docstring, where `{options}` stands."""
+    lines = [
+        textwrap.fill(
+            f"{FLAG_PREFIX}{name}: {field.description}",
+            width=88,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+            break_on_hyphens=False,
+        )
+        for name, field in DlmConfig.model_fields.items()
+    ]
+    # `python -OO` leaves no docstrings.
+    if kind.__doc__ is not None:
+        kind.__doc__ = kind.__doc__.replace("        {options}", "\n".join(lines))
+    return kind
+
+
+@_described
 class LLM(vllm.LLM):
     """`vllm.LLM` for diffusion language models.
 
     Args:
         model: a folder, a hub id, or an alias such as "llada-tiny".
-        dlm_strategy: decoding strategy; `vllm-dlm strategies` lists them.
-        dlm_strategy_config: the strategy's own parameters.
-        dlm_block_length: positions decoded together, or "canvas", all.
-        dlm_sub_block_length: positions of a block written at a time.
-        dlm_cache: "none" (exact), "prefix", "dual", "vicinity" or "window".
-        dlm_cache_config: the cache policy's own parameters.
-        dlm_steps: denoise steps over a request's whole canvas.
-        dlm_steps_per_block: the same per block.
-        dlm_eotp: end-of-text prediction: "off", "block" or "token".
-        dlm_eotp_threshold: least probability of an end that is not written yet.
-        dlm_tccf: think coarse, critic fine: {"trigger": ..., "check": ...}.
-        dlm_reference_exact: decode as the published reference code does.
-        dlm_step_map: give every output its step map; `vllm_dlm.step_map` reads it.
-        dlm_max_canvas: most positions of a canvas.
-        dlm_commit: "fused", or "separate" to compare with it.
-        dlm_online_learning: let strategies learn from finished requests.
-        dlm_filter_dir: folder of learned filters.
-        dlm_record_traces: keep confidences of finished requests in memory.
-        dlm_trajectory_dir: folder for a log of every step of every request.
+        {options}
         additional_config: as in `vllm.LLM`; the options above go into its "dlm".
-        **kwargs: everything else `vllm.LLM` takes.
+        **kwargs: everything else that `vllm.LLM` takes.
 
     Raises:
         TypeError: an unknown `dlm_*` argument; the message lists the known ones.
         ValueError: a value that is not valid; the message says what is.
     """
 
+    @_with_options
     def __init__(
         self,
         model: str,
         *,
-        dlm_strategy: str | None = None,
-        dlm_strategy_config: Mapping[str, Any] | None = None,
-        dlm_block_length: int | Literal["canvas"] | None = None,
-        dlm_sub_block_length: int | None = None,
-        dlm_cache: str | None = None,
-        dlm_cache_config: Mapping[str, Any] | None = None,
-        dlm_steps: int | None = None,
-        dlm_steps_per_block: int | None = None,
-        dlm_eotp: Literal["off", "block", "token"] | None = None,
-        dlm_eotp_threshold: float | None = None,
-        dlm_tccf: Mapping[str, Any] | None = None,
-        dlm_reference_exact: bool | None = None,
-        dlm_step_map: bool | None = None,
-        dlm_max_canvas: int | None = None,
-        dlm_commit: Literal["fused", "separate"] | None = None,
-        dlm_online_learning: bool | None = None,
-        dlm_filter_dir: str | None = None,
-        dlm_record_traces: bool | None = None,
-        dlm_trajectory_dir: str | None = None,
         additional_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         options = {
-            "strategy": dlm_strategy,
-            "strategy_config": dlm_strategy_config and dict(dlm_strategy_config),
-            "block_length": dlm_block_length,
-            "sub_block_length": dlm_sub_block_length,
-            "cache": dlm_cache,
-            "cache_config": dlm_cache_config and dict(dlm_cache_config),
-            "steps": dlm_steps,
-            "steps_per_block": dlm_steps_per_block,
-            "eotp": dlm_eotp,
-            "eotp_threshold": dlm_eotp_threshold,
-            "tccf": dlm_tccf and dict(dlm_tccf),
-            "reference_exact": dlm_reference_exact,
-            "step_map": dlm_step_map,
-            "max_canvas": dlm_max_canvas,
-            "commit": dlm_commit,
-            "online_learning": dlm_online_learning,
-            "filter_dir": dlm_filter_dir,
-            "record_traces": dlm_record_traces,
-            "trajectory_dir": dlm_trajectory_dir,
+            name: _plain(kwargs.pop(FLAG_PREFIX + name, None))
+            for name in DlmConfig.model_fields
         }
         for name in kwargs:
             if name.startswith(FLAG_PREFIX):
