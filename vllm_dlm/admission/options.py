@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_dlm.admission.handover import note, noted
 from vllm_dlm.admission.stray_options import refuse_unread
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import LONGEST_REQUEST_BLOCK, DlmConfig, served_config
@@ -30,6 +31,8 @@ DIFFUSION_GEMMA = "diffusion_"
 def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestConfig:
     """Read a request's options, and check them against the model and the server.
 
+    They are read once, and checked as often as the request is looked at.
+
     Returns:
         How the request will be decoded, `sized`.
 
@@ -38,8 +41,11 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
     """
     server = served_config(model_config.hf_config)
     defaults = ModelDefaults.from_hf_config(model_config.hf_config)
-    refuse_unread_options(params.extra_args or {})
-    config = resolve(server, params.extra_args, defaults)
+    config = noted(params)
+    if config is None:
+        refuse_unread_options(params.extra_args or {})
+        config = resolve(server, params.extra_args, defaults)
+        note(params, config)
     canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
     # A request without max_tokens takes what the context leaves: a whole canvas.
     config = config.sized(params.max_tokens or canvas, canvas)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_dlm.config.carried import request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
@@ -152,7 +153,7 @@ class RequestFacts:
         """Gather the facts of a request that is new, or returns after a preemption."""
         params, known = new.sampling_params, new.prefill_token_ids
         prompt_len = new.prompt_len
-        config = resolve(engine.server, params.extra_args, engine.defaults)
+        config = request_config(params.extra_args, engine.server, engine.defaults)
         config = config.sized(params.max_tokens, engine.max_canvas)
         stages = Stages.of(config.tccf, engine.model_config)
         if stages is not None and stages.is_over(known[prompt_len:]):

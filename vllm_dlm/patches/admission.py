@@ -8,7 +8,7 @@ handlers (`handlers.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission import sampling_params as request
@@ -20,6 +20,7 @@ from vllm_dlm.admission.client_fields import (
     options_field,
     sent_by,
 )
+from vllm_dlm.admission.handover import private_copy, send_off, take_notes
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
 from vllm_dlm.entrypoints import step_maps
@@ -31,14 +32,15 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from starlette.requests import Request
-    from vllm import PromptType, SamplingParams
+    from vllm import PoolingParams, PromptType, SamplingParams
     from vllm.config import ModelConfig, VllmConfig
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.exceptions import VLLMValidationError
     from vllm.inputs import EngineInput
-    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
 
 
 def handle(route: Route) -> Make:
@@ -197,28 +199,46 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
 
 
 @patch(
-    "vllm.renderers.base:BaseRenderer.validate_token_ids",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     why=(
         "Prompts may have any id that the tokenizer knows, and without one any at all; "
-        "the model may have no embedding for it, which ends the engine."
+        "the model may have no embedding for it, which ends the engine. And what the "
+        "check of a request's options has read of them has no way to the engine, which "
+        "would read them twice more."
     ),
-    upstream="docs/upstream.md#prompt-ids-may-lie-outside-the-vocabulary",
-    drop_when="vLLM checks prompts of text against the model's vocabulary",
+    upstream="docs/upstream.md#a-plugin-cannot-complete-the-engines-request",
+    drop_when=(
+        "vLLM checks prompts of text against the model's vocabulary, and a plugin can "
+        "add to the request that goes to the engine"
+    ),
+    where=Where.FRONT_END,
 )
-def validate_token_ids(original: Callable[..., None]) -> Callable[..., None]:
-    """Refuses such ids for our models."""
+def process_inputs(
+    original: Callable[..., EngineCoreRequest],
+) -> Callable[..., EngineCoreRequest]:
+    """For our models, refuses such ids, and sends what the options say along as plain
+    data in their place; the caller's parameters stay as they are."""
 
-    def validate(
-        self: BaseRenderer, token_ids: Any, *args: Any, parameter: str | None = None
-    ) -> None:
-        original(self, token_ids, *args, parameter=parameter)
-        if request.is_ours(self.model_config.hf_config):
-            try:
-                check_prompt({"prompt_token_ids": token_ids}, self.model_config)
-            except OptionError as error:
-                raise request.refusal(error) from None
+    def process(
+        self: InputProcessor,
+        request_id: str,
+        prompt: PromptType | EngineInput,
+        params: SamplingParams | PoolingParams,
+        *args: Any,
+        **kwargs: Any,
+    ) -> EngineCoreRequest:
+        from vllm.sampling_params import SamplingParams
 
-    return validate
+        ours = request.is_ours(self.model_config.hf_config)
+        if ours and isinstance(params, SamplingParams):
+            params = private_copy(params)
+        made = original(self, request_id, prompt, params, *args, **kwargs)
+        if ours and made.sampling_params is not None:
+            _refuse_unknown_ids(made.prompt_token_ids, self.model_config)
+            send_off(made.sampling_params)
+        return made
+
+    return process
 
 
 @patch(
@@ -261,6 +281,8 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if request.is_ours(self.vllm_config.model_config.hf_config):
+            sampling_params = private_copy(sampling_params)
         _check(prompt, sampling_params, self.vllm_config)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
@@ -277,7 +299,11 @@ def checked_before_the_stream(original: Callable[..., Any]) -> Callable[..., Any
         sampling_params: SamplingParams,
         **kwargs: Any,
     ) -> Any:
-        _check(engine_input, sampling_params, self.engine_client.vllm_config)
+        vllm_config = self.engine_client.vllm_config
+        if request.is_ours(vllm_config.model_config.hf_config):
+            # Made for this request alone.
+            take_notes(sampling_params)
+        _check(engine_input, sampling_params, vllm_config)
         return original(
             self,
             *args,
@@ -305,7 +331,17 @@ def _check(
         return
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
+    if isinstance(prompt, dict):
+        _refuse_unknown_ids(prompt.get("prompt_token_ids"), model_config)
+
+
+def _refuse_unknown_ids(ids: Sequence[int] | None, model_config: ModelConfig) -> None:
+    """Refuse a prompt with ids that the model has no embedding for.
+
+    Raises:
+        VLLMValidationError: it says which id (HTTP 400).
+    """
     try:
-        check_prompt(prompt, model_config)
+        check_prompt({"prompt_token_ids": ids}, model_config)
     except OptionError as error:
         raise request.refusal(error) from None

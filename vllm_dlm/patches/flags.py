@@ -15,7 +15,7 @@ from vllm_dlm.config import aliases
 from vllm_dlm.entrypoints.flags import add_engine_arguments, prepared
 from vllm_dlm.entrypoints.wings import wings
 from vllm_dlm.patches.ledger import Where, patch
-from vllm_dlm.patches.themes import apply_plugin_patches
+from vllm_dlm.patches.themes import apply_front_end_patches, apply_plugin_patches
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -130,6 +130,8 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 "`vllm-dlm models` lists them"
             )
         body_guard.process["ours"] = ours
+        if ours:
+            apply_front_end_patches()
         if _SERVER_MODULE in sys.modules:
             # Requests of a server are checked when they come, for models of vLLM's
             # own too.

@@ -43,6 +43,7 @@ class Where(Enum):
 
     EVERYWHERE = "wherever the plugin is loaded"
     SERVER = "where the module is loaded already, as in an HTTP server"
+    FRONT_END = "where an engine's configuration is made, as its front end does"
     CPU = "where vLLM runs on our CPU platform"
     CPU_KERNELS = "on that platform, if there is no Triton"
     CPU_WORKER = "in workers there"

@@ -32,6 +32,17 @@ def every_patch() -> dict[str, Patch]:
     return PATCHES
 
 
+def apply_front_end_patches() -> None:
+    """What requests meet in the process that admits them to an engine of ours.
+
+    That process imports these modules in any case, but later than it loads plugins, and
+    no other process needs them.
+    """
+    every_patch()
+    for theme in THEMES:
+        apply(entries(theme, Where.FRONT_END))
+
+
 def apply_plugin_patches() -> None:
     """Flags, model aliases, the admission of requests, answers.
 

@@ -33,8 +33,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.admission import broken_logits
+from vllm_dlm.config.carried import request_config
 from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.config.request import RequestConfig, resolve, server_config
+from vllm_dlm.config.request import RequestConfig, server_config
 from vllm_dlm.config.tccf import Stages
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.layout import Limits
@@ -93,7 +94,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Lay a new request out and enqueue it."""
         if not isinstance(request, CanvasRequest):
             params = request.sampling_params
-            config = resolve(self.dlm_server, params.extra_args, self.dlm_defaults)
+            config = request_config(
+                params.extra_args, self.dlm_server, self.dlm_defaults
+            )
             config = config.sized(params.max_tokens, self.dlm_limits.max_canvas)
             CanvasRequest.adopt(
                 request,

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's options are read once, in the process that admits the request.
+
+Several checks in that process need what the options say, and so do the scheduler and
+the worker, in processes of their own. The first check notes it in a private copy of the
+request's parameters, for a user may use an object for many requests and engines. When
+vLLM has made the engine's request, the note takes the options' place as plain data
+(`config/carried.py`).
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+from vllm_dlm.config.carried import carry
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_dlm.config.request import RequestConfig
+
+
+class NotedOptions(dict[str, Any]):
+    """`extra_args` as they were sent, with a note of what they say.
+
+    No client can send one: the note is an attribute, and a body holds dicts.
+    """
+
+    config: RequestConfig | None = None
+    """How the request will be decoded; None before its options are read."""
+
+
+def take_notes(params: SamplingParams) -> None:
+    """Let what is read of a request's options be noted in its parameters.
+
+    Args:
+        params: of one request to one engine, nobody else's.
+    """
+    if not isinstance(params.extra_args, NotedOptions):
+        params.extra_args = NotedOptions(params.extra_args or {})
+
+
+def private_copy(params: SamplingParams) -> SamplingParams:
+    """Parameters that can take notes: a copy, or these if they can already."""
+    if not isinstance(params.extra_args, NotedOptions):
+        params = copy(params)
+        take_notes(params)
+    return params
+
+
+def noted(params: SamplingParams) -> RequestConfig | None:
+    """What was noted of a request's options, if anything was."""
+    asked = params.extra_args
+    return asked.config if isinstance(asked, NotedOptions) else None
+
+
+def note(params: SamplingParams, config: RequestConfig) -> None:
+    """Note what a request's options say, if its parameters can take notes."""
+    if isinstance(params.extra_args, NotedOptions):
+        params.extra_args.config = config
+
+
+def send_off(params: SamplingParams) -> None:
+    """Give an engine's request what was noted, as plain data in place of its options.
+
+    Args:
+        params: of the engine's request; `extra_args` are replaced, not changed.
+    """
+    asked = params.extra_args
+    if isinstance(asked, NotedOptions):
+        sent = asked if asked.config is None else carry(asked, asked.config)
+        params.extra_args = dict(sent) or None
