@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How errors about options read: what is wrong, what would be right."""
+"""The wording of errors about options: what is wrong, and what would be right."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 MOST_FINDINGS = 3
-"""Of one validation that a message names; it counts the others."""
+"""Findings of one validation that a message names; it counts the others."""
 
 LONGEST_QUOTE = 80
 """Characters of a value, and of a name, that a message repeats."""
 
 LONGEST_MESSAGE = 2000
-"""Characters; what a client sent has no part in how long an answer is."""
+"""Characters of a message: its length must not depend on what a client sent."""
 
 _MOST_ENTRIES = 3
 _LONGEST_GUESS = 64
@@ -45,7 +45,7 @@ class OptionError(ValueError):
 def quote(value: object, depth: int = 2) -> str:
     """A value as a message repeats it: its `repr`, cut short where it is long.
 
-    It costs no more for a long value than for a short one.
+    A long value costs no more time than a short one.
 
     Args:
         value: anything that a client or a user has set.
@@ -83,7 +83,8 @@ def _quote_entries(value: Any, depth: int) -> str:
 
 
 def name_of(name: object) -> str:
-    """A name, in a message that shows it without quotes; as `quote`, it is bounded."""
+    """A name as a message shows it, without quotes; its length is bounded, as by
+    `quote`."""
     text = str(name)
     if len(text) > LONGEST_QUOTE or not text.isprintable():
         return quote(text)
@@ -99,7 +100,7 @@ def bounded(message: str) -> str:
 
 
 def unknown(name: object, valid: Iterable[str], *, hint: str = "") -> str:
-    """Text about an unknown option: a guess at what was meant, and what is valid.
+    """The text about an unknown option: what may have been meant, and what is valid.
 
     Args:
         name: what was given.
@@ -126,7 +127,7 @@ def closest(name: object, valid: Iterable[str], cutoff: float = 0.6) -> str | No
 
 
 def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
-    """pydantic's first findings in one line: `name: what is wrong, got value`.
+    """The first findings of pydantic in one line: `name: what is wrong, got value`.
 
     Args:
         error: what pydantic found.
@@ -152,7 +153,8 @@ def with_parameters(values: Mapping[str, Any]) -> str:
 
 
 def first_field(error: ValidationError, names: Mapping[str, str]) -> str | None:
-    """The name that pydantic's first finding was set under, if it is of one field."""
+    """The name that the field of the first finding was set under; None if the finding
+    is about no single field."""
     [first] = error.errors(include_url=False)[:1]
     return _field(first, names) or None
 

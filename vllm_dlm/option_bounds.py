@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a request's options may hold, checked before anything reads them all."""
+"""How much a request's options may hold; checked before anything reads all of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ DEEPEST = 8
 
 
 def check_size(name: str, value: Any) -> None:
-    """Refuse an option that holds more than any valid one; stops as soon as it does.
+    """Refuse an option that holds more than any valid one does.
+
+    No more is looked at than it takes to find that out.
 
     Args:
         name: what the option is called where it was set.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of options: what pydantic would take for a number, a length or an object."""
+"""Types of options, stricter than pydantic's: numbers, lengths, objects as JSON."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Count = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 
 WHOLE_CANVAS = "canvas"
-"""A block length: the whole canvas is one block, as wide as `max_tokens`."""
+"""The block length that makes the whole canvas, as wide as `max_tokens`, one block."""
 
 
 def read_json(value: Any) -> Any:
-    """Options that came as JSON text; what is no text is left as it is.
+    """Parse an option that came as JSON text; any other value is returned as it is.
 
     Raises:
-        ValueError: it is not JSON, nested deeper than Python reads, or too much.
+        ValueError: the text is no JSON, nested deeper than Python reads, or too long.
     """
     if not isinstance(value, str):
         return value
@@ -58,7 +58,7 @@ def _check_block_length(value: Any) -> Any:
 
 
 MOST_OF_TEXT = 4096
-"""Characters or token ids of a text of `tccf`, whose tokens `tccf.py` counts."""
+"""Most characters or token ids of a text of `tccf`; `tccf.py` bounds its tokens."""
 
 TokenIds = Annotated[
     list[Count], Field(min_length=1, max_length=MOST_OF_TEXT, fail_fast=True)
@@ -91,4 +91,5 @@ class ThinkCoarse(BaseModel):
 
 Stages = Annotated[ThinkCoarse | None, BeforeValidator(_read_stages)]
 Object = Annotated[dict[str, Any], BeforeValidator(read_json)]
-"""Parameters, checked by whoever they are for; JSON text will do."""
+"""Parameters, as a dict or as JSON text; the strategy or cache policy that they are for
+checks them."""

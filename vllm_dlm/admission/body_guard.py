@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large bodies whose long fields hold something wrong: refused at the first of it.
+"""Refuses large bodies whose long fields hold something wrong, at the first of it.
 
 vLLM's protocol classes validate every entry of a list, by each type it may have, and
 report each that is none: a million bad entries take a minute, in which the server
-answers nobody. Here they are looked at one by one, up to the first.
+answers nobody. Here the entries are looked at one by one, up to the first wrong one.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm_dlm.messages import OptionError, bounded, name_of, quote
 
 LARGE = 1 << 16
-"""Bytes of a body from which it is looked at: smaller ones hold no long lists."""
+"""Bytes from which a body is looked at: smaller ones hold no long lists."""
 
 MOST_OPTIONS = 256
-"""Keys of `vllm_xargs`: far more than there are options."""
+"""Most keys of `vllm_xargs`: far more than there are options."""
 
 MOST_IDS = 1 << 18
-"""Entries of a sampling parameter: no vocabulary is larger."""
+"""Most entries of a sampling parameter: no vocabulary is larger."""
 
 process = {"ours": False}
-"""Whether this process is the front end of one of our models. It is a front end's own:
-neither middleware nor `get_max_tokens` is told whom it works for."""
+"""Whether this process is the front end of one of our models: neither the middleware
+nor `get_max_tokens` is told which model it works for."""
 
 MIDDLEWARE = f"{__name__}.BodyGuard"
 
@@ -39,14 +39,14 @@ class BodyGuard:
     """ASGI middleware, for `--middleware`.
 
     Args:
-        app: what it guards.
+        app: the application behind it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, as it came, or answer 400."""
+        """Pass a request on as it came, or answer 400."""
         if not process["ours"] or not _is_large(scope):
             await self._app(scope, receive, send)
             return
@@ -69,12 +69,12 @@ def _is_large(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
     length = Headers(scope=scope).get("content-length", "")
-    # Without one it comes in pieces, and may be of any length.
+    # A body without a length comes in pieces, and may be of any length.
     return not length.isdigit() or int(length) >= LARGE
 
 
 def _answer(path: str, error: OptionError) -> JSONResponse:
-    """As vLLM writes it for this route."""
+    """The answer, as vLLM words errors on this route."""
     told: dict[str, Any] = {
         "message": bounded(str(error)),
         "type": "BadRequestError",
@@ -86,10 +86,10 @@ def _answer(path: str, error: OptionError) -> JSONResponse:
 
 
 def check_body(text: bytes) -> None:
-    """Look at the fields of a body that may be long.
+    """Check the fields of a body that may be long.
 
     Raises:
-        OptionError: one holds an entry of a wrong type; it names the first.
+        OptionError: a field holds an entry of a wrong type; it names the first.
     """
     try:
         body = json.loads(text)
@@ -200,4 +200,4 @@ _LONG: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop_sequences": (_is_text, "texts"),
     "bad_words": (_is_text, "texts"),
 }
-"""Field -> what every entry must be, if it is a list, and how that reads."""
+"""Field -> the test that every entry of a list must pass, and its name in a message."""

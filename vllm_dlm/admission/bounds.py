@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds on what multiplies a request's work: how many ids, words and strings it has.
+"""Bounds on what multiplies a request's work: its numbers of ids, words and strings.
 
-`docs/serving.md` lists these and those that are set elsewhere. What each number and id
-may be is `numbers.py`'s.
+`docs/serving.md` lists these bounds and those that are set elsewhere. Which numbers and
+ids are valid at all is `numbers.py`'s.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 MOST_STOP_IDS = 128
-"""Each position of a step's blocks is compared with all of them."""
+"""Stop ids: each position of a step's blocks is compared with all of them."""
 MOST_STOP_STRINGS = 128
 LONGEST_STOP_STRING = 1024
-"""Characters. The front end looks for all of them behind every token."""
+"""Characters. The front end looks for all stop strings behind every token."""
 MOST_BAD_WORDS = 128
-"""As in vLLM, which counts the ways to cut them into tokens as well."""
+"""Bad words, as in vLLM, which counts the ways to cut them into tokens as well."""
 LONGEST_BAD_WORD = 256
 MOST_BAD_CHARACTERS = 2048
-"""Of one word, and of all together: a token is compared with each word that has its
-neighbour, as often as it has it."""
+"""Characters of all bad words together: a token is compared with each word that holds
+the token to its left, as often as the word holds it."""
 
 
 def check_bounds(params: SamplingParams, model_config: ModelConfig) -> None:
-    """Refuse more than that, and what leaves no token to write.
+    """Refuse what exceeds these bounds, and what leaves no token to write.
 
     Raises:
         OptionError: it names the parameter as the client did, and what is taken.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users are told of a request whose logits are no numbers."""
+"""What users and the log are told of a request whose logits are no numbers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ REASON = (
     "weights or a number format that overflows make them, or the request allows only "
     "tokens of logit -inf"
 )
-"""Of an output: its `stop_reason`, and the text of the HTTP error 500."""
+"""The `stop_reason` of such an output, and the text of the HTTP error 500."""
 
 SECONDS_BETWEEN_LINES = 60.0
 
 
 class Reports:
-    """Log lines about such requests: the first at once, then one a minute.
+    """Makes log lines about such requests: the first at once, then one a minute.
 
     Args:
-        model: as its users call it.
+        model: its name, as users call it.
     """
 
     def __init__(self, model: str) -> None:
@@ -28,7 +28,7 @@ class Reports:
         self._quiet_until = float("-inf")
 
     def add(self, requests: int) -> str | None:
-        """The line to log now that so many requests more have failed, if any."""
+        """The line to log, if any is due, after so many more requests have failed."""
         self._unreported += requests
         now = time.monotonic()
         if not self._unreported or now < self._quiet_until:

@@ -3,8 +3,8 @@
 
 vLLM's routes give sampling parameters other names, and make one of several fields:
 `max_output_tokens`, `response_format`, `output_config`. A refusal names the field that
-was sent. The handlers' wrappers (`admission.py`) say which route a request came by;
-what runs on behalf of it asks here.
+was sent. The wrapped handlers (`patches/handlers.py`) note which route a request came
+by; code that runs on behalf of the request asks here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Route:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Sampling parameter -> the fields it may come from; the first that is set wins."""
     prefix: str = ""
-    """What stands before the names of all others."""
+    """What stands before the names of all other parameters."""
 
 
 OFFLINE = Route("extra_args")
@@ -80,7 +80,7 @@ HARMLESS = {
     "text.format": "text",
     "tool_choice": ("none", "auto", None),
 }
-"""Values, or their `type`, that ask for no grammar."""
+"""Field -> the values, or their `type`, with which it asks for no grammar."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +94,22 @@ _sent: ContextVar[_Sent] = ContextVar("vllm_dlm_sent", default=_Sent())  # noqa:
 
 @contextmanager
 def sent_by(route: Route, request: Any) -> Iterator[bool]:
-    """While a request is handled: where its sampling parameters come from.
+    """Note where a request's sampling parameters come from, while it is handled.
 
-    A route may hand its request on to another's handler; the first one says what the
-    client sent.
+    A route may hand its request on to the handler of another route: the first one knows
+    what the client sent.
 
     Args:
         route: of the handler.
         request: the body, as vLLM's protocol class.
 
     Yields:
-        Whether this is the first.
+        Whether this is the first handler of the request.
     """
     if _sent.get().route is not OFFLINE:
         yield False
         return
-    # Now: parsers of tools write into the request.
+    # Not later: parsers of tools write into the request.
     fields = {
         name: next((each for each in sources if _is_set(request, each)), sources[0])
         for name, sources in route.names.items()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of a request that reach tensors, or index them: what each may be.
+"""Ranges of a request's numbers that are put into tensors, or index them.
 
-The HTTP routes check some of them, `/inference/v1/generate` and offline use few; what
-does not fit its tensor would end the engine, and with it everybody's requests.
+The HTTP routes check some of these numbers; `/inference/v1/generate` and offline use
+check few. A number that does not fit its tensor would end the engine, and with it
+everybody's requests.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 LEAST, MOST = -(2**63), 2**63 - 1
-"""What an int64 holds, and the messages between processes."""
+"""Least and largest integer of an int64, and of the messages between processes."""
 
 MOST_TOKENS = 2**30
-"""Of counts that are added to a prompt's length in int32."""
+"""Largest count that is added to a prompt's length in int32."""
 
 LARGEST_BIAS = 1e9
-"""Of a logit: float32 holds its sum with any logit."""
+"""Largest bias of a logit: float32 holds its sum with any logit."""
 
 RANGES: dict[str, tuple[int, int]] = {
     "n": (1, MOST_TOKENS),
@@ -131,7 +132,7 @@ def check_prompt(prompt: Any, model_config: ModelConfig) -> None:
 
 
 def _is_integer(value: object) -> TypeGuard[int]:
-    """Also of numpy, offline."""
+    """Whether a value is an integer, of Python or (offline) of numpy."""
     return isinstance(value, Integral)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Admission of a request: what is honoured, what is refused, nothing ignored.
+"""Sampling parameters of a request: each is honoured or refused, none is ignored.
 
 vLLM refuses most sampling parameters for its own diffusion model; ours honour them.
-What they cannot honour is refused here, in the API process, as HTTP 400.
+What they cannot honour is refused here, in the API process, as HTTP 400. The request's
+own options, in `extra_args`, are `options.py`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.messages import OptionError, bounded, name_of, quote
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import ModelConfig
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
@@ -54,7 +56,7 @@ HONOURED = frozenset(
         "output_text_buffer_length",
         # A hint that cannot change a result: prefix caching is vLLM's affair.
         "skip_reading_prefix_cache",
-        # Read below.
+        # See `options.py`.
         "extra_args",
     }
 )
@@ -81,7 +83,7 @@ REFUSED: dict[str, str] = {
 """Fields that are refused when set, and why."""
 
 
-def is_ours(hf_config: Any) -> bool:
+def is_ours(hf_config: PretrainedConfig) -> bool:
     """Whether a model is served by this package (not vLLM's DiffusionGemma)."""
     return getattr(hf_config, "dlm_class", None) is not None
 
@@ -126,7 +128,7 @@ def validate_sampling_params(
 
 
 def refusal(error: ValueError) -> VLLMValidationError:
-    """What a client is told: a text of bounded length, and the field it sent.
+    """The error that a client is told: of bounded length, and about the field it sent.
 
     Args:
         error: the `field` of an `OptionError` is a sampling parameter, or a field of
@@ -161,7 +163,7 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
 
 
 def refuse_beam_search(model_config: ModelConfig | None) -> None:
-    """Beam search extends texts token by token, which no diffusion model does.
+    """Refuse beam search, which extends texts token by token.
 
     Raises:
         VLLMValidationError: the model is one of ours (HTTP 400).
@@ -179,7 +181,9 @@ def refuse_beam_search(model_config: ModelConfig | None) -> None:
 def refuse_long_request(
     max_model_len: int, max_tokens: int | None, prompt_length: int
 ) -> None:
-    """A canvas is laid out for `max_tokens`: what does not fit is no silent cut.
+    """Refuse a `max_tokens` that does not fit, which vLLM would cut without a word.
+
+    A canvas is laid out for `max_tokens`.
 
     Args:
         max_model_len: context length, in tokens.

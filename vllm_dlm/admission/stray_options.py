@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys that a reader would take for our options, where nobody reads them.
+"""Keys that people would take for our options, where nobody reads them.
 
 A body's unknown fields are dropped by vLLM, and so are unknown keys of `vllm_xargs`:
 the request would be answered with 200, and the option would have changed nothing. What
@@ -35,26 +35,28 @@ EVERYDAY = frozenset(
         *("most", "preset", "radius", "schedule", "strict", "weight", "window"),
     }
 )
-"""Ours that are words of everyday: at the top level of a body they may mean anything,
-and are recognised in `vllm_xargs` alone."""
+"""Names of ours that are everyday words: at the top level of a body they may mean
+anything, so they are recognised in `vllm_xargs` alone."""
 
 CARRIERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
 """Objects in which options are sent; which one is read depends on the route."""
 
 _LONGEST_NAME = 64
 _MOST_KEYS = 1000
-"""Keys of one object that are looked at; a request that was written by hand, or by a
-program that reads answers, has fewer."""
+"""Keys of one object that are looked at; a request written by hand, or by a program
+that reads the answers, has fewer."""
 _MOST_GUESSES = 32
 """Keys of one object that are compared with ours for misspellings."""
 _CLOSE, _VERY_CLOSE = 0.84, 0.93
-"""Similarity, of `difflib`, from which a name is taken for ours, or for another's."""
+"""Similarity, as `difflib` measures it, from which a name is taken for one of ours, or
+for another server's."""
 _SHORTEST_GUESS = 6
 
 
 @cache
 def own_names() -> frozenset[str]:
-    """Every option and every strategy's and cache policy's parameter, unprefixed."""
+    """The names of all options and of all parameters of strategies and cache policies,
+    without a prefix."""
     names = set(DlmConfig.model_fields)
     for name in STRATEGIES:
         names.update(STRATEGIES[name].Params.model_fields)
@@ -77,7 +79,7 @@ def meant(key: str, everyday: bool, guess: bool) -> str | None:
 
     Args:
         key: as the client sent it.
-        everyday: whether words of everyday are taken for ours.
+        everyday: whether everyday words are taken for ours.
         guess: whether misspellings are looked for.
     """
     name, ours = plain(key), own_names()
@@ -107,7 +109,7 @@ def find_stray(
     Args:
         keys: any number of keys that nobody reads.
         ours: whether the model is one of ours; for others, only `dlm...` is for us.
-        everyday: whether words of everyday are taken for ours.
+        everyday: whether everyday words are taken for ours.
     """
     guesses = _MOST_GUESSES
     for key in islice(keys, _MOST_KEYS):

@@ -25,7 +25,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Alias:
-    """What a short name stands for."""
+    """The model that a short name stands for."""
 
     family: Family
     target: str
@@ -33,7 +33,8 @@ class Alias:
     summary: str
     built_in: bool = False
     trained_by: str = ""
-    """What `vllm-dlm train` calls a built-in model, if not by its alias."""
+    """The argument of `vllm-dlm train` that trains a built-in model, where that is not
+    its alias."""
 
     @property
     def path(self) -> str:
@@ -163,8 +164,8 @@ def resolve(
         token: Hugging Face token, as `huggingface_hub` takes it.
 
     Raises:
-        ValueError: the alias stands for something that cannot be had here; the
-            message says what to do.
+        ValueError: the alias stands for a model that this machine does not have and
+            cannot fetch; the message says what to do.
     """
     alias = ALIASES.get(model)
     if alias is None or os.path.isdir(model):
@@ -218,7 +219,7 @@ def cached_folder(repo_id: str, revision: str | None = None) -> str | None:
 
 
 def _hub_answers(repo_id: str, revision: str | None, token: bool | str | None) -> bool:
-    """Whether the hub can be asked at all; its refusals are left to vLLM to report."""
+    """Whether the hub can be reached at all; what it refuses, vLLM reports."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

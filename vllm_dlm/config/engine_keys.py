@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys of an engine's `additional_config` that say what the engine is for.
 
-It imports nothing, and so can be read while vLLM is half imported.
+This file imports nothing, and so can be imported while vLLM is half imported.
 """
 
 SPECULATION = "dlm_speculation"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other servers, and the models' own scripts, call what has a name of ours."""
+"""Names that other servers and the models' own scripts have for our options."""
 
 from __future__ import annotations
 
 import re
 
 PREFIX = "dlm_"
-"""Of the flat form of a request's options (`dlm_strategy`, `dlm_threshold`, ...)."""
+"""With it begins each key of a request's options (`dlm_strategy`, `dlm_threshold`)."""
 
 _STEPS = "dlm_steps"
 _BLOCK = "dlm_block_length"
@@ -88,24 +88,24 @@ FOREIGN: dict[str, str] = {
         _GRAMMAR,
     ),
 }
-"""Other servers' names, and those of the models' scripts -> the field or option that
-means it here, or a clause that says why there is none."""
+"""Name in other servers and scripts -> the field or option that means the same here, or
+a clause that says why there is none."""
 
 OTHERS_PREFIXES = ("diffusion_", "dllm_", "dlm_", "ddlm_", "mdlm_")
-"""What other servers put before their names."""
+"""Prefixes of other servers' options."""
 
 
 def plain(key: str) -> str:
-    """A key in the way our options are spelt: `dlm-blockLength` is dlm_block_length."""
+    """A key spelt as our options are: `dlm_block_length` for `dlm-blockLength`."""
     key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
     return re.sub(r"[^0-9a-z]+", "_", key.lower()).strip("_")
 
 
 def advice(name: str) -> str | None:
-    """What means another server's option here; None if it is none.
+    """What means the same here as an option of another server; None if none is known.
 
     Args:
-        name: `plain`, with or without a prefix.
+        name: the option, as `plain` spells it, with or without a prefix.
     """
     for prefix in ("", *OTHERS_PREFIXES):
         if name.startswith(prefix) and (found := FOREIGN.get(name[len(prefix) :])):

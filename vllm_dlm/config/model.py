@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DEFAULT_MAX_CANVAS = 1024
-"""Positions; the canvas limit of a model that knows none of its own."""
+"""Canvas limit, in positions, of a model that declares none of its own."""
 
 ModelClass: TypeAlias = Literal["A", "B", "C"]
-"""What a position sees. A: everything. B: all blocks up to its own, the prompt's
-included. C: the prompt and finished text causally, its own block whole."""
+"""What a position sees. A, full attention: everything. B, block attention: all blocks
+up to its own, the prompt's included. C, causal attention: the prompt and finished text
+causally, its own block whole."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,17 @@ class ModelDefaults:
     mask_token_id: int
     model_class: ModelClass = "A"
     max_canvas: int = DEFAULT_MAX_CANVAS
-    """Widest canvas by default: the widest it was trained on, where that is known."""
+    """Widest canvas by default, in positions: the widest that the model was trained
+    on, where that is known."""
     stop_ids: tuple[int, ...] = ()
-    """Ids that end a text besides the tokenizer's end of text."""
+    """Token ids that end a text besides the tokenizer's end of text."""
     shift: int = 0
     """The logits for position i are those of row i - shift."""
     seeds: bool = False
     """Without a shift too, a block's first token is that of the row to its left."""
     sub_block_length: int | None = None
-    """Positions of a block decided together, from the left; None is the whole block."""
+    """Positions of a block that are decided together, from the left; None for the
+    whole block."""
     block_origin: Literal["start", "prompt"] = "prompt"
     """Where blocks are counted from: position 0, or the prompt's end."""
     schedule: Literal["even", "rounded"] = "even"
@@ -51,7 +57,7 @@ class ModelDefaults:
 
     @property
     def reuses_blocks(self) -> bool:
-        """Whether a finished block's KV is final: all but class A."""
+        """Whether a finished block's KV is final: with all but full attention."""
         return self.model_class != "A"
 
     @property
@@ -71,11 +77,11 @@ class ModelDefaults:
         return (block_start >= prompt_len) & self.seeds_blocks
 
     def origin(self, prompt_len: int, block_length: int) -> int:
-        """Position from which the blocks of a request are counted, below B."""
+        """Position from which the blocks of a request are counted, below its length."""
         return 0 if self.block_origin == "start" else prompt_len % block_length
 
     @classmethod
-    def from_hf_config(cls, hf_config: Any) -> ModelDefaults:
+    def from_hf_config(cls, hf_config: PretrainedConfig) -> ModelDefaults:
         """Read the `dlm_*` attributes of one of our HF config classes."""
         return cls(
             strategy=getattr(hf_config, "dlm_strategy", "threshold"),
@@ -101,24 +107,25 @@ class ModelDefaults:
         )
 
 
-def declared_stop_ids(hf_config: Any) -> list[int]:
-    """The ids that end a text by `dlm_stop_ids` and `eos_token_id`, in order.
+def declared_stop_ids(hf_config: PretrainedConfig) -> list[int]:
+    """The ids in `dlm_stop_ids` and `eos_token_id`, which end a text, in rising order.
 
-    Some may lie outside the vocabulary: a family's own where the vocabulary is smaller.
+    Some may lie outside the vocabulary, where a checkpoint's is smaller than its
+    family's.
     """
     fields = (getattr(hf_config, n, None) for n in ("dlm_stop_ids", "eos_token_id"))
     return sorted({id_ for ids in fields for id_ in as_ids(ids)})
 
 
 def as_ids(ids: int | Iterable[int] | None) -> tuple[int, ...]:
-    """Token ids as config files have them: one, several, or none."""
+    """Token ids as config files write them: one id, a list of ids, or nothing."""
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def declare(
-    config: Any,
+    config: PretrainedConfig,
     given: dict[str, Any],
     *,
     dlm_class: ModelClass,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
@@ -27,6 +27,9 @@ from vllm_dlm.option_types import BlockLength, Count, Number, Object, Stages
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 EndOfText = Literal["off", "block", "token"]
 
 SERVER_PARAMETER: JsonDict = {"server_only": True}
@@ -37,13 +40,16 @@ SERVER_FOLDER: JsonDict = {"server_only": True, "metavar": "FOLDER"}
 """The same, of an option that is a folder's path."""
 
 LONGEST_REQUEST_BLOCK = 256
-"""Positions; a request may not ask for longer blocks, unless the server's are longer.
+"""Longest block, in positions, that a request may ask for, unless the server's own are
+longer.
 
-Each takes a row of logits per position, memory that vLLM did not set aside at start.
+A block takes a row of logits per position: memory that vLLM did not set aside when it
+started.
 """
 
 LARGEST_NUMBER = 1e18
-"""Of a strategy's numeric parameter: the engine keeps them as float32 and int64."""
+"""Largest value of a strategy's numeric parameter, which the engine keeps as float32 or
+int64."""
 
 
 class DlmConfig(BaseModel):
@@ -238,7 +244,7 @@ class DlmConfig(BaseModel):
         return Path(cache) / "vllm-dlm" / "filters"
 
     def strategy_options(self) -> dict[str, Any]:
-        """`Context.options` of the strategies this server builds."""
+        """`Context.options` of the strategies that this server builds."""
         return {
             "filter_dir": str(self.filters_path()),
             "online_learning": self.online_learning,
@@ -254,15 +260,15 @@ def is_server_only(field: FieldInfo) -> bool:
 SERVER_ONLY = tuple(
     name for name, field in DlmConfig.model_fields.items() if is_server_only(field)
 )
-"""Options a request cannot change."""
+"""The options that a request cannot change."""
 
 REQUEST_OPTIONS = tuple(
     name for name in DlmConfig.model_fields if name not in SERVER_ONLY
 )
-"""Options a request may set."""
+"""The options that a request may set."""
 
 
-def served_config(hf_config: Any) -> DlmConfig:
+def served_config(hf_config: PretrainedConfig) -> DlmConfig:
     """The server's options as our config hook left them in `hf_config.dlm_server`."""
     stored = getattr(hf_config, "dlm_server", None)
     if isinstance(stored, DlmConfig):

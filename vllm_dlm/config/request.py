@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one request is decoded: its options over the server's over the model's."""
+"""How one request is decoded: its own options win over the server's, those over the
+model's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.config.block_causal import check_block_causal
 from vllm_dlm.config.cache import Cache, CachePolicy, Reach
@@ -17,25 +18,29 @@ from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 
 @dataclass(frozen=True)
 class RequestConfig:
-    """How one request is decoded: nothing left to default."""
+    """How one request is decoded, with every option decided."""
 
     strategy: str
     params: Params
     block_length: int
-    """`sized` replaces 0, the whole canvas, by the request's canvas width."""
+    """Positions of a block; 0 for the whole canvas, until `sized` knows its width."""
     sub_block_length: int
-    """0, the whole block, is replaced by `sized` too."""
+    """Positions written at a time; 0 for the whole block, until `sized` knows its
+    length."""
     cache: Cache
     cache_policy: CachePolicy
     reads_block: bool
-    """Positions that are decided are read too, or rewritten."""
+    """The strategy reads decided positions too, or rewrites them."""
     steps: int | None
-    """Over the whole canvas; None writes one token per step."""
+    """Denoise steps over the whole canvas; None writes one token per step."""
     steps_per_block: int | None
-    """Wins over `steps`."""
+    """Denoise steps of a block; wins over `steps`."""
     eotp: EndOfText
     eotp_threshold: float
     tccf: ThinkCoarse | None
@@ -43,7 +48,12 @@ class RequestConfig:
     step_map: bool
 
     def sized(self, max_tokens: int, max_canvas: int) -> RequestConfig:
-        """With the lengths, in positions, that a request's output gives them."""
+        """This configuration with block lengths in positions.
+
+        Args:
+            max_tokens: of the request.
+            max_canvas: most positions of a canvas.
+        """
         length = self.block_length or min(max_tokens, max_canvas)
         sub = min(self.sub_block_length or length, length)
         return replace(self, block_length=length, sub_block_length=sub)
@@ -64,7 +74,7 @@ class RequestConfig:
         return self.reference_exact and self.cache_policy.opens_alone
 
 
-def server_config(vllm_config: Any) -> DlmConfig:
+def server_config(vllm_config: VllmConfig) -> DlmConfig:
     """The options of a server, checked against its model's default strategy.
 
     Raises:

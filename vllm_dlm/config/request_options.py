@@ -25,7 +25,8 @@ from vllm_dlm.option_types import read_json
 from vllm_dlm.strategies import STRATEGIES
 
 MOST_KEYS = 256
-"""Of a request's `extra_args`, that are ours: far more than there are options."""
+"""Most keys of a request's `extra_args` that are ours: far more than there are
+options."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _refuse_the_servers(options: Mapping[str, Any], names: Mapping[str, str]) ->
 
 
 def _unknown_key(key: str, strategy: str) -> OptionError:
-    """A flat key that is neither an option nor a parameter of the strategy."""
+    """The error about a flat key that is neither an option nor a parameter of the
+    strategy."""
     fields = STRATEGIES[strategy].Params.model_fields
     valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *fields)]
     found = advice(plain(key[:LONGEST_QUOTE]))
