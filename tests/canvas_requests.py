@@ -25,7 +25,7 @@ init_none_hash(sha256)
 
 def declared(**model: Any) -> ModelDefaults:
     """What a model declares: block attention and blocks of 4, unless `model` says."""
-    block_attention = {"model_class": "B", "block_length": 4, "block_origin": "start"}
+    block_attention = {"attention": "block", "block_length": 4, "block_origin": "start"}
     return ModelDefaults(
         strategy="static",
         mask_token_id=120,

@@ -23,7 +23,7 @@ from vllm_dlm.registry import load
 A2D_LLAMA = (
     A2D_QWEN3
     | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"}
-    | {"mask_token_id": 7, "dlm_class": "A"}
+    | {"mask_token_id": 7, "dlm_class": "full"}
 )
 CONFIGS = {
     "llada": LLADA,
@@ -33,8 +33,8 @@ CONFIGS = {
     "sdar": SDAR,
     "sdar_moe": SDAR_MOE,
     "fast_dllm": FAST_DLLM,
-    "a2d_qwen3": A2D_QWEN3 | {"dlm_class": "A"},
-    "a2d_qwen2": A2D_QWEN2 | {"dlm_class": "A"},
+    "a2d_qwen3": A2D_QWEN3 | {"dlm_class": "full"},
+    "a2d_qwen2": A2D_QWEN2 | {"dlm_class": "full"},
     "a2d_llama": A2D_LLAMA,
     "nemotron": NEMOTRON,
 }

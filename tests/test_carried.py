@@ -32,7 +32,7 @@ from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy
 
 FULL = ModelDefaults("threshold", 32, mask_token_id=9)
-BLOCKS = ModelDefaults("threshold", 8, mask_token_id=9, model_class="B")
+BLOCKS = ModelDefaults("threshold", 8, mask_token_id=9, attention="block")
 OURS = [name for name in STRATEGIES if STRATEGIES[name].__module__.startswith("vllm_")]
 REQUIRED = {"replay": {"dlm_recorded_steps": [0, 2, 1]}}
 

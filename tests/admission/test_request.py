@@ -29,7 +29,7 @@ def patched():
 
 def model_config(server=None, **hf_config):
     hf = SimpleNamespace(
-        dlm_class="A",
+        dlm_class="full",
         dlm_strategy="threshold",
         dlm_block_length=32,
         mask_token_id=MASK,
@@ -149,7 +149,7 @@ def test_both_stages_of_tccf_are_checked(tmp_path):
     file = tmp_path / "filter.safetensors"
     Filter.identity(16, 0.5).save(file)
     server = {"strategy": "learn2pd", "strategy_config": {"filter": str(file)}}
-    config = model_config(server, dlm_class="B", dlm_block_length=16)
+    config = model_config(server, dlm_class="block", dlm_block_length=16)
     verify(SamplingParams(), config)
     stages = {"dlm": {"tccf": {"trigger": [1], "check": [2]}}}
     with pytest.raises(VLLMValidationError, match="block length 16, not 1"):

@@ -49,7 +49,7 @@ def test_ids_are_tokens_of_the_model(field: str, chosen: list[int]):
 def test_texts_of_tccf_are_tokens_of_the_model(name: str, chosen: list[int]):
     texts = {"trigger": [1], "check": [2], name: chosen}
     options = {"extra_args": {"dlm": {"tccf": texts}}}
-    config = model_config(dlm_class="B", dlm_block_origin="start")
+    config = model_config(dlm_class="block", dlm_block_origin="start")
     if all(0 <= token < SIZE for token in chosen):
         verify(SamplingParams(**options), config)
         return
@@ -122,7 +122,7 @@ def test_numbers_that_multiply_work_are_bounded(options, fragment):
     ],
 )
 def test_texts_of_tccf_are_bounded(texts, fragment):
-    config = model_config(dlm_class="B", dlm_block_origin="start")
+    config = model_config(dlm_class="block", dlm_block_origin="start")
     sampling = SamplingParams(extra_args={"dlm": {"tccf": texts}})
     if fragment is None:
         verify(sampling, config)

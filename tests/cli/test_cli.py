@@ -164,7 +164,7 @@ def test_plain_engine_args_are_resolved_and_checked(monkeypatch, tiny_model):
 
     create = flags.create_engine_config(original)
     monkeypatch.setitem(body_guard.process, "ours", False)
-    dlm_class = "A"
+    dlm_class = "full"
     args = SimpleNamespace(
         model="llada-tiny",
         tokenizer="llada-tiny",

@@ -114,7 +114,7 @@ def test_end_of_text_prediction_is_the_strategys_unless_set():
 
 
 def test_tccf_is_for_block_causal_models():
-    block_causal = ModelDefaults("threshold", 8, 9, model_class="B")
+    block_causal = ModelDefaults("threshold", 8, 9, attention="block")
     text = '{"trigger": "</think>", "check": [1, 2]}'
     for option in (text, {"trigger": "</think>", "check": [1, 2]}):
         config = resolve(server(), {"dlm_tccf": option}, block_causal)
@@ -287,7 +287,7 @@ def test_server_options_are_checked_with_their_strategy():
 
 def vllm_config(options, **hf_config):
     hf = SimpleNamespace(
-        dlm_class="A",
+        dlm_class="full",
         dlm_strategy="threshold",
         dlm_block_length=32,
         mask_token_id=9,

@@ -17,7 +17,7 @@ from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Strategy, numeric_fields
 
 FULL_ATTENTION = ModelDefaults("threshold", 32, mask_token_id=5)
-BLOCK_CAUSAL = ModelDefaults("threshold", 8, 5, model_class="B")
+BLOCK_CAUSAL = ModelDefaults("threshold", 8, 5, attention="block")
 OURS = [name for name in STRATEGIES if STRATEGIES[name].__module__.startswith("vllm_")]
 
 

@@ -64,7 +64,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of class A, with Learn2PD filters."""
+    """A model with full attention, and Learn2PD filters."""
     folder = write_random_checkpoint(
         tmp_path_factory.mktemp("llada"), seed=2, vocab_size=VOCABULARY
     )
@@ -74,7 +74,7 @@ def llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of class B, blocks of 16."""
+    """A model with block attention, blocks of 16."""
     folder = tmp_path_factory.mktemp("sdar") / "SDAR-4B-Chat-b16"
     return write_checkpoint("sdar", folder, seed=2, vocab_size=VOCABULARY)
 

@@ -48,7 +48,7 @@ class PageLedger:
         (group,) = manager.kv_cache_config.kv_cache_groups
         self._page_size = group.kv_cache_spec.block_size
         self._pool = manager.block_pool
-        self._is_causal = self._scheduler.dlm_defaults.model_class == "C"
+        self._is_causal = self._scheduler.dlm_defaults.attention == "causal"
         self._rows: dict[int, Row] = {}
         self._requests: dict[str, Any] = {}
         self._texts: dict[Any, Text] = {}

@@ -103,7 +103,7 @@ def test_a_seed_writes_the_block_before_it_in_any_case(fast_dllm: BlockEngines):
 
 
 def test_a_causal_context(engines: Callable[..., Engine], tmp_path_factory):
-    """Class C: the finished block becomes causal in a forward of its own."""
+    """Causal attention: the finished block becomes causal in a forward of its own."""
     folder: Path = tmp_path_factory.mktemp("nemotron") / "unseeded"
     write_checkpoint("nemotron", folder, seed=2, dlm_seeds=False)
     results = [

@@ -158,18 +158,18 @@ def first_block(
     prompt = list(case.prompt)
     with first_logits(engine) as seen:
         tokens = engine.run([prompt], case.params())[0].tokens
-    if model.model_class == "A":
+    if model.attention == "full":
         start, end, visible = len(prompt), len(prompt) + block, {}
     else:
         origin = len(prompt) % block if model.block_origin == "prompt" else 0
         start = origin + (len(prompt) - origin) // block * block
         end = start + block
         visible = {"visible": block_causal(end, block, origin)}
-        if model.model_class == "C":
+        if model.attention == "causal":
             visible = {"visible": causal_context(end, start)}
     row = prompt + [oracle.mask_id] * (end - len(prompt))
     pairs = []
-    if model.seeds_blocks and start == len(prompt):
+    if model.leads_blocks and start == len(prompt):
         # The forward before has read the prompt and written one token.
         seed = oracle.forward(prompt, visible=causal_context(start, start))[-1:]
         pairs.append((unbanned(seen[0][:1], oracle), unbanned(seed, oracle)))

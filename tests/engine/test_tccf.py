@@ -40,7 +40,7 @@ def two_stages(
             rule=threshold(0.5),
             origin=defaults.block_origin,
             shift=defaults.shift,
-            seeds=defaults.seeds_blocks,
+            seeds=defaults.leads_blocks,
             sub_block_length=defaults.sub_block_length if block > 1 else None,
             schedule=defaults.schedule,
             max_model_len=250,

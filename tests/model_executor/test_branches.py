@@ -56,7 +56,7 @@ def test_a_forward_with_branches():
     starts, ends = np.array([4, 8]), np.array([8, 12])
     branches = np.array([3, 1])
     segments = cut_segments(
-        "B", starts, ends, np.array([4, 4]), np.zeros(2, int), np.zeros(2, int)
+        "block", starts, ends, np.array([4, 4]), np.zeros(2, int), np.zeros(2, int)
     ).repeated(branches)
     assert segments.request.tolist() == [0, 0, 0, 1]
     assert segments.query_start_loc.tolist() == [0, 4, 8, 12, 16]

@@ -18,7 +18,7 @@ from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 
 def test_full_attention_computes_everything_at_once():
     request = make_request(
-        10, max_tokens=9, model_class="A", block_origin="prompt", cache="dual"
+        10, max_tokens=9, attention="full", block_origin="prompt", cache="dual"
     )
     # Blocks are counted from the prompt's end; the canvas is whole blocks.
     assert places(request) == (2, 10, 22)
@@ -33,14 +33,14 @@ def test_full_attention_computes_everything_at_once():
 
 def test_full_attention_with_a_shift_reads_the_row_to_the_left():
     request = make_request(
-        10, model_class="A", block_origin="prompt", cache="dual", shift=1
+        10, attention="full", block_origin="prompt", cache="dual", shift=1
     )
     assert compute(request) == (0, 18, 8)
     assert compute(request) == (9, 14, 4)
 
 
 def test_full_attention_continues_on_a_further_canvas():
-    request = make_request(3, max_tokens=50, model_class="A", block_origin="prompt")
+    request = make_request(3, max_tokens=50, attention="full", block_origin="prompt")
     assert request.canvas_end == 3 + MAX_CANVAS
     write(request, 32)
     request.open_canvas()
@@ -50,7 +50,7 @@ def test_full_attention_continues_on_a_further_canvas():
 def test_vicinity_warms_up_once():
     request = make_request(
         10,
-        model_class="A",
+        attention="full",
         block_origin="prompt",
         cache="vicinity",
         cache_config={"look_back": 3, "look_ahead": 2, "warmup_steps": 1},
@@ -64,7 +64,7 @@ def window_request() -> CanvasRequest:
     return make_request(
         10,
         max_tokens=12,
-        model_class="A",
+        attention="full",
         block_origin="prompt",
         block_length=12,
         cache="window",

@@ -212,7 +212,7 @@ def test_who_was_preempted_behind_a_lead_keeps_it():
 
 
 def test_causal_context_keeps_finished_blocks_too():
-    request = make_request(10, model_class="C", block_origin="prompt")
+    request = make_request(10, attention="causal", block_origin="prompt")
     assert (request.block_start, request.canvas_end) == (10, 18)
     assert compute(request) == (0, 14, 4)
     assert compute(request) == (10, 14, 4)

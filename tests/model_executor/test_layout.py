@@ -31,8 +31,8 @@ from vllm_dlm.model_executor.layout import (
 
 BLOCK = declared()
 LEADS = declared(shift=1)
-CAUSAL = declared(model_class="C", block_origin="prompt", seeds=True)
-FULL = declared(model_class="A", block_origin="prompt")
+CAUSAL = declared(attention="causal", block_origin="prompt", leads=True)
+FULL = declared(attention="full", block_origin="prompt")
 MODELS = {"block": BLOCK, "leads": LEADS, "causal": CAUSAL, "full": FULL}
 
 
@@ -162,19 +162,19 @@ def test_steps_of_a_block(options: dict[str, int], steps: int):
 
 
 @pytest.mark.parametrize(
-    ("model_class", "shift", "options", "opens"),
+    ("attention", "shift", "options", "opens"),
     [
-        ("A", 1, {"cache": "dual", "reference_exact": True}, True),
-        ("A", 0, {"cache": "dual", "reference_exact": True}, False),
-        ("A", 1, {"cache": "dual"}, False),
-        ("A", 1, {"cache": "window", "reference_exact": True}, False),
-        ("C", 1, {"reference_exact": True}, False),
+        ("full", 1, {"cache": "dual", "reference_exact": True}, True),
+        ("full", 0, {"cache": "dual", "reference_exact": True}, False),
+        ("full", 1, {"cache": "dual"}, False),
+        ("full", 1, {"cache": "window", "reference_exact": True}, False),
+        ("causal", 1, {"reference_exact": True}, False),
     ],
 )
 def test_whose_blocks_open_alone(
-    model_class: str, shift: int, options: dict[str, Any], opens: bool
+    attention: str, shift: int, options: dict[str, Any], opens: bool
 ):
-    model = declared(model_class=model_class, shift=shift, block_origin="prompt")
+    model = declared(attention=attention, shift=shift, block_origin="prompt")
     assert laid_out(model, 10, **options).opens_alone == opens
 
 
@@ -235,9 +235,9 @@ def test_the_worker_lays_out_what_the_scheduler_computes(
     request = make_request(
         prompt_len,
         40,
-        model_class=defaults.model_class,
+        attention=defaults.attention,
         shift=defaults.shift,
-        seeds=defaults.seeds,
+        leads=defaults.leads,
         block_origin=defaults.block_origin,
     )
     for count in counts:

@@ -159,9 +159,18 @@ def test_a2d_without_a_telling_name(read):
     config = read(A2D_QWEN3, "renamed")
     with pytest.raises(ValueError, match=r"dlm_class.*--hf-overrides"):
         check_declarations(config)
-    config.update({"dlm_class": "B"})
+    config.update({"dlm_class": "block"})
     check_declarations(config)
-    assert read(A2D_QWEN3 | {"dlm_class": "B"}, "other").dlm_class == "B"
+
+
+@pytest.mark.parametrize(
+    ("declared", "attention"),
+    [("full", "full"), ("B", "block"), ("block", "block"), ("C", "causal")],
+)
+def test_attention_in_words_or_letters(read, declared, attention):
+    config = read(A2D_QWEN3 | {"dlm_class": declared}, "renamed")
+    check_declarations(config)
+    assert ModelDefaults.from_hf_config(config).attention == attention
 
 
 @pytest.mark.parametrize(
@@ -191,7 +200,7 @@ def test_what_is_not_implemented_is_refused(read, released, fields, message):
         (
             A2D_QWEN3
             | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"},
-            {"dlm_class": "A"},
+            {"dlm_class": "full"},
             "mask_token_id is not known",
         ),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_dlm.config.model import ModelClass
+from vllm_dlm.config.model import Attention
 from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
 
 
@@ -25,12 +25,12 @@ class Asked:
     origin: int = 0
 
 
-def cut(model_class: ModelClass, *asked: Asked) -> Segments:
+def cut(attention: Attention, *asked: Asked) -> Segments:
     def column(name: str) -> Any:
         return np.array([getattr(one, name) for one in asked])
 
     return cut_segments(
-        model_class,
+        attention,
         starts=column("start"),
         ends=column("end"),
         block_lengths=column("length"),
@@ -70,7 +70,7 @@ def bounds(segments: Segments, start: int) -> list[tuple[int, int]]:
     ],
 )
 def test_block_causal(asked: Asked, wanted: list[tuple[int, int]]):
-    segments = cut("B", asked)
+    segments = cut("block", asked)
     assert bounds(segments, asked.start) == wanted
 
 
@@ -91,11 +91,11 @@ def test_block_causal(asked: Asked, wanted: list[tuple[int, int]]):
 )
 def test_causal_context(asked: Asked, wanted: list[tuple[int, int]]):
     """One segment for all that was known at admission: it is causal anyway."""
-    assert bounds(cut("C", asked), asked.start) == wanted
+    assert bounds(cut("causal", asked), asked.start) == wanted
 
 
 def test_full_attention_is_one_segment_per_request():
-    segments = cut("A", Asked(0, 48, 16), Asked(32, 40, 32, length=8))
+    segments = cut("full", Asked(0, 48, 16), Asked(32, 40, 32, length=8))
     assert segments.request.tolist() == [0, 1]
     assert segments.query_start_loc.tolist() == [0, 48, 56]
     assert segments.kv_lens.tolist() == [48, 40]
@@ -105,7 +105,7 @@ def test_full_attention_is_one_segment_per_request():
 def test_segments_of_a_batch_keep_the_order_of_its_rows():
     """A first step, a chunk that decides nothing, an inner step, a next block."""
     segments = cut(
-        "B",
+        "block",
         Asked(0, 10, 8),
         Asked(16, 32, 64, length=8),
         Asked(12, 16, 8),
@@ -120,7 +120,7 @@ def test_segments_of_a_batch_keep_the_order_of_its_rows():
 
 def test_the_last_segment_of_each_request_is_known():
     segments = cut(
-        "C",
+        "causal",
         Asked(0, 12, 8),
         Asked(0, 16, 40),
         Asked(8, 12, 8),

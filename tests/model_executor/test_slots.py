@@ -26,7 +26,7 @@ MASK = 99
 LENGTH = 24
 FULL = ModelDefaults("threshold", 4, MASK)
 LEADS = ModelDefaults(
-    "threshold", 4, MASK, model_class="B", shift=1, block_origin="start"
+    "threshold", 4, MASK, attention="block", shift=1, block_origin="start"
 )
 
 

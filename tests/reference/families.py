@@ -192,7 +192,7 @@ FAMILIES = {
         per_layer={"layer_types": "full_attention"},
         names_head_dim=False,
     ),
-    # Whether it is one of class A (-mdlm-) or B (-bd3lm-) is in its repository's name.
+    # Its repository's name says which attention it has: -mdlm- full, -bd3lm- block.
     "a2d_qwen3": Family(
         "A2DQwen3LMHeadModel",
         "a2d-qwen3",

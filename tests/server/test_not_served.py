@@ -240,7 +240,7 @@ def test_an_override_is_read_as_config_json_is(tmp_path: Path):
 def test_the_context_of_full_attention_is_what_one_forward_holds(
     tmp_path: Path, asked: int | None, served: int
 ):
-    """Dream's config says 131072, and a class A forward computes all of it."""
+    """Dream's config says 131072, of which a forward of full attention computes all."""
     from vllm.engine.arg_utils import EngineArgs
 
     changes = {"max_position_embeddings": 131072}

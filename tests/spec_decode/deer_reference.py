@@ -24,7 +24,7 @@ from vllm_dlm.spec_decode.drafter import Batch, Drafts
 
 MASKS = 6
 BLOCK = 8
-"""Of drafters of class B: blocks end inside drafts, and inside pages."""
+"""Of drafters with block attention: blocks end inside drafts, and inside pages."""
 TIE = 1e-3
 """Logits nearer than that may change places between two programs."""
 

@@ -27,13 +27,13 @@ from vllm_dlm.spec_decode.deer.drafting import (
 )
 
 
-def declared(model_class: str, **changes: Any) -> ModelDefaults:
+def declared(attention: str, **changes: Any) -> ModelDefaults:
     values: dict[str, Any] = {
         "strategy": "threshold",
         "block_length": 4,
         "mask_token_id": 60,
-        "model_class": model_class,
-        "block_origin": "prompt" if model_class == "C" else "start",
+        "attention": attention,
+        "block_origin": "prompt" if attention == "causal" else "start",
     }
     return ModelDefaults(**values | changes)
 
@@ -69,9 +69,9 @@ def test_a_drafter_must_be_a_diffusion_model():
 
 @pytest.mark.parametrize(("masks", "fits"), [(32, True), (33, False)])
 def test_a_causal_drafter_drafts_one_block(masks: int, fits: bool):
-    config = SimpleNamespace(dlm_class="C", mask_token_id=9, dlm_block_length=32)
+    config = SimpleNamespace(dlm_class="causal", mask_token_id=9, dlm_block_length=32)
     if fits:
-        assert check_drafter(config, masks).model_class == "C"
+        assert check_drafter(config, masks).attention == "causal"
         return
     with pytest.raises(ValueError, match="at most 32"):
         check_drafter(config, masks)
@@ -80,12 +80,24 @@ def test_a_causal_drafter_drafts_one_block(masks: int, fits: bool):
 @pytest.mark.parametrize(
     ("drafter", "page_size", "shares_pages", "automatic", "reason"),
     [
-        (declared("A"), 32, False, "recompute", "both directions"),
-        (declared("B"), 32, True, "cached", None),
-        (declared("B"), 30, True, "recompute", "blocks of 4 tokens do not fill pages"),
-        (declared("B"), 30, False, "cached", None),
-        (declared("B", block_origin="prompt"), 32, True, "recompute", "which moves"),
-        (declared("C"), 30, True, "cached", None),
+        (declared("full"), 32, False, "recompute", "both directions"),
+        (declared("block"), 32, True, "cached", None),
+        (
+            declared("block"),
+            30,
+            True,
+            "recompute",
+            "blocks of 4 tokens do not fill pages",
+        ),
+        (declared("block"), 30, False, "cached", None),
+        (
+            declared("block", block_origin="prompt"),
+            32,
+            True,
+            "recompute",
+            "which moves",
+        ),
+        (declared("causal"), 30, True, "cached", None),
     ],
 )
 def test_context(
@@ -110,9 +122,9 @@ def test_context(
 
 def visible(defaults: ModelDefaults, text: int, width: int) -> torch.Tensor:
     """[text + width, text + width] bool: what each row sees, after the oracle."""
-    if defaults.model_class == "A":
+    if defaults.attention == "full":
         return torch.ones(text + width, text + width, dtype=torch.bool)
-    if defaults.model_class == "C":
+    if defaults.attention == "causal":
         return causal_context(text + width, text)
     return block_causal(text + width, defaults.block_length)
 
@@ -138,19 +150,19 @@ REQUESTS = st.lists(
 )
 
 
-@pytest.mark.parametrize("model_class", ["A", "B", "C"])
+@pytest.mark.parametrize("attention", ["full", "block", "causal"])
 @pytest.mark.parametrize("shift", [0, 1])
 @given(requests=REQUESTS)
 def test_rows_see_what_the_drafter_was_trained_to_see(
-    model_class: str, shift: int, requests: list[tuple[int, int, float]]
+    attention: str, shift: int, requests: list[tuple[int, int, float]]
 ):
     """Texts, masks, and how much of the text is known already."""
-    defaults = declared(model_class, shift=shift)
+    defaults = declared(attention, shift=shift)
     ends, widths = (
         np.array(column) for column in list(zip(*requests, strict=True))[:2]
     )
     starts = np.zeros_like(ends)
-    if model_class != "A":
+    if attention != "full":
         # The last token at least is new.
         known = [int(part * (end - 1)) for end, _, part in requests]
         starts = first_rows(defaults, np.array(known))
@@ -180,7 +192,7 @@ def test_rows_see_what_the_drafter_was_trained_to_see(
 
 
 def test_blocks_counted_from_the_prompt_begin_with_the_masks():
-    defaults = declared("B", block_origin="prompt")
+    defaults = declared("block", block_origin="prompt")
     one = np.array([6])
     plan = plan_forward(defaults, one * 0, one * 0, one, np.array([5]))
     # Blocks of 4, from 6 in both directions.

@@ -10,7 +10,7 @@ import torch
 
 from vllm_dlm.admission.handover import note, noted
 from vllm_dlm.admission.stray_options import refuse_unread
-from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.model import ModelDefaults, attention_of
 from vllm_dlm.config.options import LONGEST_REQUEST_BLOCK, DlmConfig, served_config
 from vllm_dlm.config.request import RequestConfig, resolve
 from vllm_dlm.config.request_options import own_options
@@ -127,7 +127,7 @@ def check_strategy(
         context = Context(
             device=torch.device("cpu"),
             model=model_config.model,
-            model_class=model_config.hf_config.dlm_class,
+            attention=attention_of(model_config.hf_config),
             cache=config.cache,
             options=server.strategy_options(),
             positions=positions,

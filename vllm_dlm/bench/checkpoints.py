@@ -42,7 +42,7 @@ def write_random(
     """Write config.json and model.safetensors of a diffusion model; its folder.
 
     Args:
-        block_length: class B models are declared with it.
+        block_length: models with block attention are declared with it.
         seed: the same seed gives the same weights.
     """
     shape = model.shape

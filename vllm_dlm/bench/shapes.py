@@ -92,7 +92,7 @@ class RandomModel:
 
     shape: Shape = Shape()
     family: str = "llada"
-    """llada (class A: full attention) or sdar (class B: block after block)."""
+    """llada (full attention) or sdar (block attention)."""
 
     @classmethod
     def parse(cls, text: str) -> RandomModel:

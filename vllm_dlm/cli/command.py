@@ -302,8 +302,9 @@ def _show_models() -> None:
         console.print(table)
     console.print(
         Text(
-            "\nClass A sees everything, B all blocks up to its own, C what is finished "
-            "causally. Strategy and block are the model's defaults.\nAny other "
+            "\nFull attention sees everything, block attention all blocks up to its "
+            "own, causal attention what is finished causally.\nStrategy and block are "
+            "the model's defaults. Any other "
             "checkpoint of these architectures is served by its folder or hub id: "
             f"{', '.join(ARCHITECTURES)}.\n"
             f"On this machine: {'; '.join(present) or 'none of them'}."
@@ -312,7 +313,7 @@ def _show_models() -> None:
 
 
 def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
-    """Class, block and strategy of a model, as the table shows them."""
+    """Attention, block and strategy of a model, as the table shows them."""
     from vllm_dlm.config.model import ModelDefaults
     from vllm_dlm.model_executor.models.tables import HF_CONFIGS
     from vllm_dlm.registry import load
@@ -332,7 +333,7 @@ def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
     defaults = ModelDefaults.from_hf_config(config)
     shift = ", shifted" if defaults.shift else ""
     return (
-        f"class {defaults.model_class}{shift}",
+        f"{defaults.attention} attention{shift}",
         f"block {defaults.block_length}",
         defaults.strategy,
     )

@@ -92,7 +92,7 @@ def from_plain(plain: Mapping[str, Any]) -> RequestConfig:
             them.
     """
     kind = STRATEGIES[plain["strategy"]].Params
-    params = {
+    params: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in plain["params"].items()
     }

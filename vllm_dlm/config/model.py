@@ -18,10 +18,24 @@ if TYPE_CHECKING:
 DEFAULT_MAX_CANVAS = 1024
 """Canvas limit, in positions, of a model that declares none of its own."""
 
-ModelClass: TypeAlias = Literal["A", "B", "C"]
-"""What a position sees. A, full attention: everything. B, block attention: all blocks
-up to its own, the prompt's included. C, causal attention: the prompt and finished text
-causally, its own block whole."""
+Attention: TypeAlias = Literal["full", "block", "causal"]
+"""What a position sees. `full`: everything. `block`: all blocks up to its own, the
+prompt's included. `causal`: the prompt and finished text causally, its own block whole.
+"""
+
+LETTERS: Mapping[str, Attention] = {"A": "full", "B": "block", "C": "causal"}
+"""What `dlm_class` in a config.json may say in place of the words."""
+
+
+def attention_of(hf_config: PretrainedConfig) -> Any:
+    """The `Attention` that a config declares as `dlm_class`.
+
+    Returns:
+        What it declares, as it is, where that is no kind of attention: refused by
+        `check_declarations`.
+    """
+    declared = hf_config.dlm_class
+    return LETTERS.get(declared, declared)
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class ModelDefaults:
     strategy: str
     block_length: int
     mask_token_id: int
-    model_class: ModelClass = "A"
+    attention: Attention = "full"
     max_canvas: int = DEFAULT_MAX_CANVAS
     """Widest canvas by default, in positions: the widest that the model was trained
     on, where that is known."""
@@ -39,7 +53,7 @@ class ModelDefaults:
     """Token ids that end a text besides the tokenizer's end of text."""
     shift: int = 0
     """The logits for position i are those of row i - shift."""
-    seeds: bool = False
+    leads: bool = False
     """Without a shift too, a block's first token is that of the row to its left."""
     sub_block_length: int | None = None
     """Positions of a block that are decided together, from the left; None for the
@@ -58,23 +72,23 @@ class ModelDefaults:
     @property
     def reuses_blocks(self) -> bool:
         """Whether a finished block's KV is final: with all but full attention."""
-        return self.model_class != "A"
+        return self.attention != "full"
 
     @property
-    def seeds_blocks(self) -> bool:
+    def leads_blocks(self) -> bool:
         """Whether a block's first token is predicted by the row to its left.
 
         That row is in the block before, whose rows are right only once it is finished:
         they are computed first, alone. With a shift it cannot be otherwise.
         """
-        return self.reuses_blocks and (self.seeds or self.shift == 1)
+        return self.reuses_blocks and (self.leads or self.shift == 1)
 
-    def begins_with_seed(self, block_start: Any, prompt_len: Any) -> Any:
-        """Whether a block's first step is its seed; of one block or, tensors, of many.
+    def begins_with_lead(self, block_start: Any, prompt_len: Any) -> Any:
+        """Whether a block's first step is its lead; of one block or, tensors, of many.
 
         Not where the prompt ends inside the block.
         """
-        return (block_start >= prompt_len) & self.seeds_blocks
+        return (block_start >= prompt_len) & self.leads_blocks
 
     def origin(self, prompt_len: int, block_length: int) -> int:
         """Position from which the blocks of a request are counted, below its length."""
@@ -87,7 +101,7 @@ class ModelDefaults:
             strategy=getattr(hf_config, "dlm_strategy", "threshold"),
             block_length=getattr(hf_config, "dlm_block_length", 32),
             mask_token_id=hf_config.mask_token_id,
-            model_class=hf_config.dlm_class,
+            attention=attention_of(hf_config),
             max_canvas=getattr(hf_config, "dlm_max_canvas", None) or DEFAULT_MAX_CANVAS,
             # vLLM takes a config's end of text from its generation_config.json only.
             stop_ids=tuple(
@@ -96,7 +110,7 @@ class ModelDefaults:
                 if 0 <= id_ < hf_config.vocab_size
             ),
             shift=getattr(hf_config, "dlm_shift", 0),
-            seeds=getattr(hf_config, "dlm_seeds", False),
+            leads=getattr(hf_config, "dlm_seeds", False),
             sub_block_length=getattr(hf_config, "dlm_sub_block_length", None),
             block_origin=getattr(hf_config, "dlm_block_origin", "prompt"),
             schedule=getattr(hf_config, "dlm_schedule", "even"),
@@ -128,7 +142,7 @@ def declare(
     config: PretrainedConfig,
     given: dict[str, Any],
     *,
-    dlm_class: ModelClass,
+    dlm_class: Attention,
     mask_token_id: int,
     dlm_block_length: int = 32,
     dlm_shift: int = 0,

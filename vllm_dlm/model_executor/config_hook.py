@@ -3,7 +3,7 @@
 
 It turns "a checkpoint with a mask token" into a vLLM configuration that serves it
 right, so that a user sets no flag: our scheduler, synchronous stepping, non-causal
-attention; for full attention (class A) no prefix caching and a token budget that holds
+attention; for full attention no prefix caching and a token budget that holds
 one whole prompt plus canvas, for the others KV pages made of whole blocks.
 """
 
@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from vllm_dlm.admission.options import check_strategy
 from vllm_dlm.admission.server_options import refuse_server_options
-from vllm_dlm.config.model import ModelDefaults, as_ids, declared_stop_ids
+from vllm_dlm.config.model import ModelDefaults, as_ids, attention_of, declared_stop_ids
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve, server_config
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
@@ -157,7 +157,7 @@ def _limit_context(model_config: ModelConfig) -> None:
     """
     is_asked_for = model_config.original_max_model_len not in (None, -1)
     if (
-        model_config.hf_config.dlm_class == "A"
+        attention_of(model_config.hf_config) == "full"
         and not is_asked_for
         and model_config.max_model_len > WIDEST_DEFAULT_CONTEXT
     ):
@@ -213,7 +213,7 @@ def _check_stop_ids(model_config: ModelConfig) -> None:
 
 
 def _serve_full_attention(vllm_config: VllmConfig, server: DlmConfig) -> None:
-    """Class A: every position attends to every other.
+    """Full attention: every position attends to every other.
 
     A prompt plus its canvas is one forward, or it is wrong; and a page's KV changes
     with the canvas in every forward: there is nothing to share.
@@ -244,7 +244,7 @@ def _serve_full_attention(vllm_config: VllmConfig, server: DlmConfig) -> None:
 def _serve_blocks(
     vllm_config: VllmConfig, defaults: ModelDefaults, server: DlmConfig
 ) -> None:
-    """Classes B and C: finished blocks keep their KV, and requests may share it.
+    """Block and causal attention: finished blocks keep their KV, which may be shared.
 
     Raises:
         ValueError: pages that do not hold whole blocks.
@@ -262,12 +262,12 @@ def _serve_blocks(
         scheduler.long_prefill_token_threshold = max(
             scheduler.long_prefill_token_threshold, least
         )
-    if defaults.model_class == "C":
+    if defaults.attention == "causal":
         _choose_causal_backend(vllm_config)
-    if defaults.model_class == "B" and defaults.block_origin == "prompt":
+    if defaults.attention == "block" and defaults.block_origin == "prompt":
         # What a token sees depends on the length of its prompt, which no hash covers.
         cache.enable_prefix_caching = False
-    if defaults.model_class != "B" or not cache.enable_prefix_caching:
+    if defaults.attention != "block" or not cache.enable_prefix_caching:
         return
     # A page's hash covers the page: KV that depends on tokens of the next page must
     # not be found by it.
@@ -288,7 +288,7 @@ def _serve_blocks(
 
 
 def _choose_causal_backend(vllm_config: VllmConfig) -> None:
-    """Class C mixes causal and non-causal rows of attention in a forward.
+    """Causal attention mixes causal and non-causal rows of attention in a forward.
 
     On a GPU, vLLM's Triton backend does; FlashAttention before version 4 and FlashInfer
     take one or the other. (The CPU's does too.)

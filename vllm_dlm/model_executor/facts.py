@@ -115,7 +115,7 @@ class EngineFacts:
     @property
     def commits_alone(self) -> bool:
         """Whether a forward that ends before the active block only writes KV."""
-        return self.server.commit == "separate" and not self.defaults.seeds_blocks
+        return self.server.commit == "separate" and not self.defaults.leads_blocks
 
     def context(self, cache: str) -> Context:
         """What strategies are told of the engine, for requests under one KV policy."""
@@ -125,7 +125,7 @@ class EngineFacts:
             device=self.device,
             model=self.model_config.model,
             model_key=self.model_key,
-            model_class=self.defaults.model_class,
+            attention=self.defaults.attention,
             cache=cache,
             options=self.server.strategy_options(),
             agreed=get_tp_group().broadcast_object,

@@ -128,7 +128,7 @@ def lay_out(
     length = config.block_length
     origin = model.origin(prompt_len, length)
     first_block = block_start(num_known, length, origin)
-    begins_with_lead = bool(model.begins_with_seed(first_block, prompt_len))
+    begins_with_lead = bool(model.begins_with_lead(first_block, prompt_len))
     knows_lead = begins_with_lead and num_known > first_block
     end = text_end(prompt_len + max_tokens, length, origin)
     is_full = not model.reuses_blocks

@@ -323,8 +323,8 @@ class Context:
     """Folder or hub id the engine was started with."""
     model_key: str = ""
     """Stable key of the model's weights and shape, to file learned filters under."""
-    model_class: str = "A"
-    """"A" sees the whole canvas; "B" and "C" decode block after block."""
+    attention: str = "full"
+    """`full` sees the whole canvas; `block` and `causal` decode block after block."""
     cache: str = "none"
     """KV policy that is served: a name of `config/cache.py`."""
     options: Mapping[str, Any] | None = None

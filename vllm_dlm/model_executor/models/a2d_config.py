@@ -2,9 +2,9 @@
 """HF configs of the A2D models: autoregressive models taught to diffuse.
 
 A checkpoint is trained in one of two ways, and only its name says which: `-mdlm-` sees
-everything (class A), `-bd3lm-` decodes in blocks of 32 counted from the prompt's end
-(class B). The mask token is the first id behind the base model's tokenizer; that is
-inferred from its vocabulary. For Llama bases it is not known.
+everything (full attention), `-bd3lm-` decodes in blocks of 32 counted from the prompt's
+end (block attention). The mask token is the first id behind the base model's tokenizer;
+that is inferred from its vocabulary. For Llama bases it is not known.
 Source: ZHZisZZ/dllm.
 """
 
@@ -93,7 +93,7 @@ def _declare_a2d(
     declare(
         config,
         given,
-        dlm_class="B" if "bd3lm" in name else "A",
+        dlm_class="block" if "bd3lm" in name else "full",
         mask_token_id=mask_token_id,
         dlm_shift=1 if given.get("right_shift_logits") else 0,
         dlm_schedule="rounded",

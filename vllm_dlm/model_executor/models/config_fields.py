@@ -10,9 +10,11 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
+
+from vllm_dlm.config.model import LETTERS, Attention
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("d_model", "n_embd", "dim"),
@@ -226,7 +228,7 @@ KINDS: dict[str, Kind] = {
     "initializer_range": FRACTION,
     "mlp_only_layers": LAYERS,
     "moe_layer_freq": EACH_LAYER,
-    "dlm_class": one_of("A", "B", "C"),
+    "dlm_class": one_of(*get_args(Attention), *LETTERS),
     "dlm_shift": one_of(0, 1),
     "dlm_block_origin": one_of("start", "prompt"),
     "dlm_schedule": one_of("even", "rounded"),

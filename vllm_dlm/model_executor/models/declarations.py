@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
+from vllm_dlm.config.model import Attention, attention_of
 from vllm_dlm.model_executor.models.config_fields import KINDS
 
 UNKNOWN_MASK_ID = -1
@@ -60,14 +61,14 @@ def check_declarations(hf_config: Any) -> None:
         ValueError: a declaration is missing or impossible; the message names the
             field, and how to set it.
     """
-    model_class = hf_config.dlm_class
+    attention = attention_of(hf_config)
     mask = hf_config.mask_token_id
-    if model_class not in ("A", "B", "C"):
+    if attention not in get_args(Attention):
         problem = (
-            f"dlm_class is {model_class!r}, not A, B or C: neither config.json nor the "
-            "checkpoint's name says what its positions see"
+            f"dlm_class is {attention!r}, not full, block or causal: neither "
+            "config.json nor the checkpoint's name says what its positions see"
         )
-        example = '{"dlm_class": "A"}'
+        example = '{"dlm_class": "full"}'
     elif mask == UNKNOWN_MASK_ID:
         problem = "mask_token_id is not known: config.json does not name it"
         example = '{"mask_token_id": ID}'

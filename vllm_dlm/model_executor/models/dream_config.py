@@ -49,7 +49,7 @@ class DreamConfig(FamilyConfig, Qwen2Config):
         declare(
             self,
             kwargs,
-            dlm_class="A",
+            dlm_class="full",
             mask_token_id=DREAM_MASK_ID,
             dlm_reference_confidence="drawn",
             dlm_shift=1,

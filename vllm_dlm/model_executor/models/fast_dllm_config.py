@@ -45,7 +45,7 @@ class FastDLLMQwenConfig(FamilyConfig, Qwen2Config):
         declare(
             self,
             kwargs,
-            dlm_class="B",
+            dlm_class="block",
             mask_token_id=FAST_DLLM_MASK_ID,
             dlm_reference_confidence="drawn",
             dlm_block_length=kwargs["bd_size"],

@@ -114,7 +114,7 @@ class LLaDA2MoeConfig(FamilyConfig, PretrainedConfig):
         declare(
             self,
             kwargs,
-            dlm_class="B",
+            dlm_class="block",
             mask_token_id=LLADA2_MASK_ID,
             dlm_reference_confidence="drawn",
             dlm_block_origin="start",

@@ -77,7 +77,7 @@ class LLaDAConfig(FamilyConfig, PretrainedConfig):
         declare(
             self,
             kwargs,
-            dlm_class="A",
+            dlm_class="full",
             mask_token_id=LLADA_MASK_ID,
             dlm_stop_ids=stop_ids(kwargs, LLADA_MASK_ID, (LLADA_EOT_ID,)),
         )

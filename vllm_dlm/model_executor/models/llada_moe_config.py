@@ -61,5 +61,5 @@ class LLaDAMoEConfig(FamilyConfig, Qwen3MoeConfig):
             # Null in the released config; vLLM compares it with 0.
             shared_expert_intermediate_size=0,
         )
-        declare(self, kwargs, dlm_class="A", mask_token_id=LLADA_MOE_MASK_ID)
+        declare(self, kwargs, dlm_class="full", mask_token_id=LLADA_MOE_MASK_ID)
         super().__init__(**kwargs)

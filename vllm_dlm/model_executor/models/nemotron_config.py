@@ -43,7 +43,7 @@ class NemotronLabsDiffusionConfig(FamilyConfig, Ministral3Config):
         declare(
             self,
             kwargs,
-            dlm_class="C",
+            dlm_class="causal",
             dlm_seeds=True,
             mask_token_id=NEMOTRON_MASK_ID,
             dlm_block_length=kwargs["block_size"],

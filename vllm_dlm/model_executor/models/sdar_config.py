@@ -87,7 +87,7 @@ def _declare_sdar(config: Any, given: dict[str, Any]) -> None:
     declare(
         config,
         given,
-        dlm_class="B",
+        dlm_class="block",
         mask_token_id=SDAR_MASK_ID,
         dlm_reference_confidence="drawn",
         dlm_block_length=block_length(given),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_dlm.config.model import ModelClass
+from vllm_dlm.config.model import Attention
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Segments:
 
 
 def cut_segments(
-    model_class: ModelClass,
+    attention: Attention,
     starts: np.ndarray,
     ends: np.ndarray,
     block_lengths: np.ndarray,
@@ -70,11 +70,11 @@ def cut_segments(
     """
     request = np.arange(len(starts))
     lengths = ends - starts
-    if model_class == "A":
+    if attention == "full":
         one = np.ones(len(starts), dtype=bool)
         return Segments(request, _starts_of(lengths), ends.astype(np.int32), one)
     first = (starts - origins) // block_lengths
-    if model_class == "C":
+    if attention == "causal":
         # One causal segment holds all that was known at admission.
         first = np.maximum(first, (first_blocks - origins) // block_lengths - 1)
     counts = np.maximum(-((origins - ends) // block_lengths) - first, 1)

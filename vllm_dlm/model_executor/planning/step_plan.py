@@ -109,7 +109,7 @@ def plan_forward(
     if facts.commits_alone:
         decides &= ends > host.block_start[slots_in_batch]
     segments = cut_segments(
-        facts.defaults.model_class,
+        facts.defaults.attention,
         starts,
         ends,
         host.block_length[slots_in_batch],
@@ -170,7 +170,7 @@ def _plan_blocks(
         seen = np.zeros(len(starts), dtype=np.int64)
         seen[deciding] = np.where(leads, 0, block_end)
         kv_lens, is_left = _keys_of_blocks(segments, seen)
-        causal = is_left if defaults.model_class == "C" else None
+        causal = is_left if defaults.attention == "causal" else None
     else:
         seen = np.minimum(end[:, 0] + host.keys_behind[slots_np], canvas_end)
         kv_lens, causal = seen[segments.request], None
@@ -229,7 +229,7 @@ def _predicting_rows(
     source = positions - np.where(leads, 1, defaults.shift)[:, None]
     # After an opening or a lead no row left of the block is computed: a first token
     # that is still missing is predicted by its own row.
-    is_over = ~leads if defaults.seeds_blocks else host.opens_alone[slots_np]
+    is_over = ~leads if defaults.leads_blocks else host.opens_alone[slots_np]
     is_own = is_over[:, None] & host.masked[slots_np, : positions.shape[1]]
     return np.where(is_own & (source < start), positions, source)
 

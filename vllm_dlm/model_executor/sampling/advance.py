@@ -163,7 +163,7 @@ class Advance:
         block_start, prompt_len = plan.positions[:, 0], table.prompt_len[slots]
         has_lead = prompt_len + table.emitted[slots] > block_start
         is_whole = table.reach[slots, Reach._fields.index("part")] == FAR
-        begins = self.facts.defaults.begins_with_seed(block_start, prompt_len)
+        begins = self.facts.defaults.begins_with_lead(block_start, prompt_len)
         lacks: torch.Tensor = begins & ~has_lead & is_whole
         return lacks
 
@@ -227,7 +227,7 @@ class Advance:
         if defaults.reuses_blocks:
             # A finished block's KV is not final yet.
             decided = plan.positions[:, 0]
-            begins = step <= defaults.begins_with_seed(decided, prompt_len)
+            begins = step <= defaults.begins_with_lead(decided, prompt_len)
             is_whole = begins | (block_start != decided)
             frontier = torch.maximum(progress.frontier, prompt_len)
             start = part_start(reach, decided, torch.where(is_whole, decided, frontier))

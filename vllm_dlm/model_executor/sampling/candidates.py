@@ -121,7 +121,7 @@ class Candidates:
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
         self._measures_drawn[slot] = draws and request.measures_drawn
         defaults = self.facts.defaults
-        shifts_leads = defaults.seeds_blocks and defaults.shift == 1
+        shifts_leads = defaults.leads_blocks and defaults.shift == 1
         exact = request.config.reference_exact
         # Fast-dLLM v2 never draws a block's lead.
         self._leads_greedily[slot] = shifts_leads and exact

@@ -150,7 +150,7 @@ class StrategyGroups:
         self._group_number[slot] = group.number
         group.admit(slot)
         # A lead that is the mask id (`reference_exact`) is a step that writes nothing.
-        wasted = config.reference_exact and self.facts.defaults.seeds_blocks
+        wasted = config.reference_exact and self.facts.defaults.leads_blocks
         self.slots.assign_strategy(slot, group.strategy, wasted_steps=int(wasted))
         for name in numeric:
             self._tensor(strategy_class, name)[slot] = getattr(config.params, name)

@@ -235,7 +235,7 @@ class CanvasRequest(Request):
                 canvas_end=self.canvas_end,
             )
         is_new = self.step == 0 and len(self._all_token_ids) == block
-        if self.model.seeds_blocks and is_new:
+        if self.model.leads_blocks and is_new:
             # The rows left of the block, which are finished now, predict its lead. They
             # do so once, also if they predict the mask id (`reference_exact`).
             return Rows(self.kv_final, block)
@@ -245,7 +245,7 @@ class CanvasRequest(Request):
         # and the block itself: no forward is spent on writing final KV alone.
         end = min(block + length, self.canvas_end)
         step = self.step
-        if step <= self.model.begins_with_seed(block, self.num_prompt_tokens):
+        if step <= self.model.begins_with_lead(block, self.num_prompt_tokens):
             return Rows(self.kv_final, end)
         # In a replay, fewer tokens than are known were there before this step.
         frontier = len(self._all_token_ids)
@@ -310,7 +310,7 @@ class CanvasRequest(Request):
         if end > block:
             return end - max(block, start, self.num_prompt_tokens)
         # The rows left of the block decide one token of it: its lead.
-        return int(self.model.seeds_blocks and len(self._all_token_ids) == end)
+        return int(self.model.leads_blocks and len(self._all_token_ids) == end)
 
     # -- the outcome of a step -----------------------------------------------
 

@@ -63,7 +63,7 @@ def check_drafter(hf_config: Any, num_masks: int) -> ModelDefaults:
             "`vllm-dlm models` lists, with the target's tokenizer"
         )
     defaults = ModelDefaults.from_hf_config(hf_config)
-    if defaults.model_class == "C" and num_masks > defaults.block_length:
+    if defaults.attention == "causal" and num_masks > defaults.block_length:
         raise ValueError(
             f"this drafter decodes blocks of {defaults.block_length}, and "
             f"num_speculative_tokens asks for {num_masks} masks: set it to at most "
@@ -80,12 +80,12 @@ def why_not_cached(defaults: ModelDefaults, page_size: int, shares_pages: bool) 
         shares_pages: whether prefix caching is on.
     """
     block = defaults.block_length
-    if defaults.model_class == "A":
+    if defaults.attention == "full":
         return (
             "the drafter attends in both directions, so that all keys change with "
             "every token and mask"
         )
-    if defaults.model_class == "C":
+    if defaults.attention == "causal":
         return ""
     if defaults.block_origin == "prompt":
         return "the drafter's blocks are counted from the end of the text, which moves"
@@ -121,7 +121,7 @@ def first_rows(defaults: ModelDefaults, starts: np.ndarray) -> np.ndarray:
 
     Of a block that was not complete then, they did not see the block's end.
     """
-    if defaults.model_class == "B":
+    if defaults.attention == "block":
         return starts - starts % defaults.block_length
     return starts
 
@@ -167,14 +167,14 @@ def plan_forward(
     # A text is to the drafter what a prompt is: blocks may be counted from its end.
     origins = np.array([defaults.origin(end, defaults.block_length) for end in ends])
     lengths = np.full_like(ends, defaults.block_length)
-    if defaults.model_class == "C":
+    if defaults.attention == "causal":
         # The text causally, then one block, of all masks.
         origins, lengths = ends, np.maximum(widths, 1)
     segments = cut_segments(
-        defaults.model_class, starts, last, lengths, origins, first_blocks=ends
+        defaults.attention, starts, last, lengths, origins, first_blocks=ends
     )
     causal = None
-    if defaults.model_class == "C":
+    if defaults.attention == "causal":
         causal = ~(segments.is_last & (widths > 0)[segments.request])
     owners, offsets = ragged(last - starts)
     first = np.cumsum(last - starts) - (last - starts)

@@ -104,7 +104,7 @@ class DiffusionDrafter(Drafter):
         self.draft_model_config.config_updated = True
         base = super()._create_draft_vllm_config()
         attention = replace(base.attention_config, use_non_causal=True)
-        if self.defaults.model_class == "C" and current_platform.is_cuda_alike():
+        if self.defaults.attention == "causal" and current_platform.is_cuda_alike():
             # Text and masks differ in causality.
             attention.backend = attention.backend or AttentionBackendEnum.TRITON_ATTN
         # Layers and experts are found by name in these, and experts also by order.
