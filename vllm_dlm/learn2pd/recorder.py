@@ -104,11 +104,10 @@ class TraceRecorder:
     def record(self, view: View, written: torch.Tensor, plan: SegmentPlan) -> None:
         """Note one step: how sure the model was of which tokens, and what was written.
 
-        Args: as `Observer.after_step` has them.
+        The arguments are those of `Observer.after_step`.
         """
         self._receive()
-        slots = plan.slots_np
-        followed = [slot for slot in slots.tolist() if slot in self._steps]
+        followed = [slot for slot in plan.slots_np.tolist() if slot in self._steps]
         if not followed:
             return
         width = self.slots.host.block_length[followed].max()
@@ -119,18 +118,22 @@ class TraceRecorder:
             written.int(),
         ]
         packed = torch.stack([part[:, :width] for part in step], dim=1)
-        begins = self.slots.host.block_start[slots]
-        self._arriving = slots, begins, ToHost(packed)
+        # Of this step still: where the requests go on is not known yet.
+        block_start = self.slots.host.block_start[plan.slots_np]
+        self._arriving = plan.slots_np, block_start, ToHost(packed)
 
     def _receive(self) -> None:
-        """Take the last step apart, once it is known which blocks it ended."""
+        """Take the last step apart, once it is known which blocks it ended.
+
+        Within a step nothing is waited for: planning has settled the host's columns.
+        """
         if self._arriving is None:
             return
-        (slots, begins, sent), self._arriving = self._arriving, None
+        (slots_np, block_start, sent), self._arriving = self._arriving, None
         packed, host = sent.numpy(), self.slots.host
         host.settle()
-        ended = host.block_start[slots] != begins
-        for row, slot in enumerate(slots.tolist()):
+        ended = host.block_start[slots_np] != block_start
+        for row, slot in enumerate(slots_np.tolist()):
             if slot in self._steps:
                 width = host.block_length[slot]
                 self._steps[slot].append(packed[row, :, :width].copy())
