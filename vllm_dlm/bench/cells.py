@@ -32,7 +32,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement."""
+    """What one measurement is of."""
 
     engine: str
     """"vllm-dlm", "plain", "ar" or an adapter's spec."""

@@ -112,7 +112,7 @@ def entropy_bits(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Turn:
-    """One model's turn, as the rule sees it."""
+    """What the rule knows of one model's turn."""
 
     def __init__(self, rule: SwitchRule, model: Model) -> None:
         self._rule = rule

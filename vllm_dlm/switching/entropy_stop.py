@@ -47,7 +47,7 @@ class _Row:
 
 
 class EntropyStop(LogitsProcessor):
-    """See the module docstring."""
+    """Ends a turn when the rule says so; see the module docstring."""
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Counters:
-    """One set a process. No "vllm" in the names: vLLM removes collectors with it."""
+    """The metrics of a process. vLLM removes collectors with "vllm" in their names."""
 
     def __init__(self) -> None:
         counter = prometheus_client.Counter

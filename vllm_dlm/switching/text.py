@@ -128,7 +128,7 @@ class Text:
         self.request = request
         self.index = index
         self.model: Model = SMALL
-        """Whose turn it is."""
+        """The model whose turn it is."""
         self.first: RequestOutput | None = None
         """The first output of the first turn."""
         self.finish_reason: str | None = None
@@ -152,7 +152,7 @@ class Text:
 
     @property
     def segments(self) -> list[Segment]:
-        """Who wrote what so far."""
+        """Which model wrote which tokens so far."""
         return self._segments_from(0)
 
     def next_turn(self) -> tuple[Any, SamplingParams]:

@@ -27,7 +27,7 @@ class DeerProposer(DiffusionDrafter):
     """Drafts k tokens in one denoising step of a diffusion model."""
 
     def draft(self, batch: Batch) -> Drafts:
-        """One denoising step for all requests, in as few forwards as rows allow."""
+        """Draft by one denoising step for all requests, in few forwards."""
         starts, ends, widths = self._work(batch)
         rows = np.flatnonzero(ends > starts)
         tokens: list[list[int]] = [[] for _ in batch.request_ids]

@@ -30,7 +30,7 @@ class Choice:
     exit: int
     """Layers of a draft pass."""
     length: int
-    """Most tokens; 0: no draft pays this round."""
+    """Most tokens that the draft may have; 0 if no draft pays in this round."""
     threshold: float
     """The draft ends with a token less probable than this; NaN: with none."""
 

@@ -70,7 +70,7 @@ class SpecDecPlusPlusProposer(Drafter):
         logger.info("SpecDec++: acceptance head of %s", about or "unknown training")
 
     def draft(self, batch: Batch) -> Drafts:
-        """One round: a first pass of all rows, then passes of those that go on."""
+        """Draft one round: a pass of all rows, then passes of the rows that go on."""
         self.counts["rounds"] += 1
         hidden, positions, attention = self._first_pass(batch)
         tokens: list[list[int]] = [[] for _ in batch.limits]

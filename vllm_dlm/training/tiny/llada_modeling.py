@@ -42,7 +42,7 @@ class LLaDAShape:
 
 
 class LLaDABlock(nn.Module):
-    """One layer: attention over the whole row, then SwiGLU."""
+    """A layer: attention over the whole row, then SwiGLU."""
 
     def __init__(self, shape: LLaDAShape) -> None:
         super().__init__()
