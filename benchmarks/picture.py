@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from benchmarks.decodes import MAX_TOKENS, QUESTION, Step, decode, read_steps
+from benchmarks.decodes import END, MAX_TOKENS, QUESTION, Step, decode, read_steps
 from benchmarks.engine import start_engine
 from vllm_dlm import trajectories
 
@@ -100,7 +100,9 @@ def draw(decodes: Sequence[Decode]) -> str:
     width = max(right for _, right in rows) + MARGIN
     height = MARGIN + 30 + len(rows) * ROW
     lines = "\n".join(row for row, _ in rows)
-    title = escape(f"{QUESTION}: {MAX_TOKENS} masks become an answer")
+    title = escape(
+        f"{QUESTION}: {MAX_TOKENS} masks become an answer ({END} ends the text)"
+    )
     size = f'width="{width:g}" height="{height:g}"'
     return f"""\
 <svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width:g} {height:g}">
