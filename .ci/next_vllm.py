@@ -39,7 +39,7 @@ SUITES = {
         "model_executor/test_page_publishing.py engine/test_prefix_cache.py"
     ),
     "independence": "engine/test_independence.py engine/test_block_independence.py",
-    "families": "engine/test_families.py",
+    "families": "engine/test_families.py engine/test_family_logits.py",
     "step-maps": "engine/test_step_maps.py server/test_step_maps.py",
     "refusals": "server/test_refusals.py server/test_refused_bodies.py",
     "speculation": "spec_decode/test_deer_engine.py spec_decode/test_aded_engine.py",
