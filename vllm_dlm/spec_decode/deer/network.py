@@ -235,7 +235,7 @@ class DiffusionDrafter(Drafter):
         self._forward(empty, empty, None, None)
 
     def denoise(self, plan: Plan, token_ids: np.ndarray) -> torch.Tensor:
-        """One forward.
+        """Compute one forward of the drafter.
 
         Args:
             token_ids: [rows of the batch, positions], the texts.
