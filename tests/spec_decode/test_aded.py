@@ -168,12 +168,12 @@ import sys
 sys.modules["numba"] = None
 import numpy as np
 from vllm_dlm.kernels import numba_jit
-from vllm_dlm.spec_decode import aded, trigram_table
+from vllm_dlm.spec_decode.aded import drafting, trigram_table
 from vllm_dlm.spec_decode.options import Aded
 
 assert numba_jit.numba is None
 text = np.random.default_rng(0).integers(0, 9, 200).astype(np.int32)
-trigrams = aded.AdaptiveTrigrams(trigram_table.empty_table(9), Aded())
+trigrams = drafting.AdaptiveTrigrams(trigram_table.empty_table(9), Aded())
 trigrams.observe(text)
 print(trigrams.best_chain(text, 12))
 """
