@@ -88,9 +88,9 @@ def test_min_tokens_costs_nothing_behind_them(engine: Engine, monkeypatch):
     candidates = engine.runner.sampler.candidates
     redo, calls = candidates._redo, []
 
-    def counting(*args):
+    def counting(*args, **kwargs):
         calls.append(1)
-        return redo(*args)
+        return redo(*args, **kwargs)
 
     monkeypatch.setattr(candidates, "_redo", counting)
     dlm = {"strategy": "static", "block_length": 16}

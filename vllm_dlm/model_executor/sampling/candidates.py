@@ -155,21 +155,21 @@ class Candidates:
         special = self._draws[slots] | restricts[slots]
         # Who draws from the model's own distribution needs no other rank's logits.
         shaped = (restricts | self._truncates | self._measures_drawn)[slots]
-        choice = self._rechosen(choice, tile, special & ~shaped, gathers=False)
-        return self._rechosen(choice, tile, special & shaped, gathers=True)
+        for wanted, gathers in ((special & ~shaped, False), (special & shaped, True)):
+            (some,) = wanted.nonzero()
+            if len(some):
+                choice = self._redo(choice, tile, some, gathers=gathers)
+        return choice
 
-    def _rechosen(
-        self, choice: Choice, tile: Tile, wanted: np.ndarray, *, gathers: bool
+    def _redo(
+        self, choice: Choice, tile: Tile, some: np.ndarray, *, gathers: bool
     ) -> Choice:
-        """The same choice, but for the rows that are drawn or restricted.
+        """The same choice, but for rows that are drawn or restricted.
 
         Args:
-            wanted: [n] bool: which rows of the tile.
+            some: [m]: which rows of the tile.
             gathers: whether they need the logits of all ranks.
         """
-        (some,) = wanted.nonzero()
-        if not len(some):
-            return choice
         logits, blocks, slots = tile.logits, tile.blocks, tile.slots_np[some]
         shard = None if gathers else logits.shard
 
