@@ -190,9 +190,9 @@ def stores(engine: Engine) -> Iterator[tuple[str, int]]:
     yield "scheduler.waiting", len(scheduler.waiting)
     yield "runner slots", len(runner.req_states.req_id_to_index)
     parts = [part for part in vars(sampler).values() if hasattr(part, "__dict__")]
-    # What is said of an engine at its start is of no request.
-    parts.remove(sampler.facts)
-    for owner in (state, sampler, *parts):
+    # What is there before the first request is of no request.
+    parts = [part for part in parts if part not in (sampler.facts, sampler.head)]
+    for owner in (state, sampler, runner.req_states, *parts):
         for name, value in vars(owner).items():
             # Grows with the variety of requests, not with their number.
             if isinstance(value, dict) and name not in ("_groups", "_numbers"):
