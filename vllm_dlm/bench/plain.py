@@ -138,7 +138,8 @@ class PlainLoop:
         else:
             self.length = work.block_length or model.block_length or SHORT_BLOCK
         num_blocks = -(-work.max_tokens // self.length)
-        steps = (work.steps or num_blocks * self.length) // num_blocks
+        # `threshold` follows no schedule: a step of its own writes one token at least.
+        steps = (work.scheduled_steps or num_blocks * self.length) // num_blocks
         self.steps = min(max(steps, 1), self.length)
 
     def decode(self, prompts: Tensor) -> Iterator[int]:
@@ -233,10 +234,7 @@ class PlainLoop:
         scheduled = count + (step < over)
         if self.work.strategy == "threshold":
             chosen = confidence >= self.work.strategy_config.get("threshold", 0.9)
-            # What a step writes at the least is SDAR's schedule, or one token.
-            least = 1 if self.model.is_llada else scheduled
         else:
             chosen = torch.zeros_like(masked)
-            least = scheduled
-        chosen.scatter_(1, confidence.topk(least, dim=1).indices, True)
+        chosen.scatter_(1, confidence.topk(scheduled, dim=1).indices, True)
         block.copy_(torch.where(chosen & masked, tokens, block))
