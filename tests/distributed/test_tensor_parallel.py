@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 BACKENDS = ("mp", "ray")
 Engines = Callable[..., Engine]
 
-CLASS_A = [
+FULL = [
     Case(make_prompt(length, 5), rule, cache, block, max_tokens=40)
     for length, block, cache in ((1, 16, "none"), (7, 16, "dual"), (40, 32, "none"))
     for rule in (
@@ -41,27 +41,27 @@ CLASS_A = [
 ]
 """Rules that read confidences, entropies, margins, whole rows (klass); that rewrite."""
 
-CLASS_B = [
+BLOCK_CAUSAL = [
     BlockCase(make_prompt(length, 5), 40, rule)
     for length in (3, 16, 37)
     for rule in ("static", "entropy", "threshold", "joint")
 ]
 
 
-def test_class_a(engines: Engines, llada: Path, backend: str):
+def test_full_attention(engines: Engines, llada: Path, backend: str):
     """The oracle's tokens and forwards, as one worker's."""
     oracle = TinyLLaDA.from_folder(llada)
-    expected = [expect(case, oracle) for case in CLASS_A]
-    one = run_cases(engines(llada, "mp", 1), CLASS_A)
-    two = run_cases(engines(llada, backend, 2), CLASS_A)
-    assert_equal(CLASS_A, one, expected)
-    assert_equal(CLASS_A, two, expected)
+    expected = [expect(case, oracle) for case in FULL]
+    one = run_cases(engines(llada, "mp", 1), FULL)
+    two = run_cases(engines(llada, backend, 2), FULL)
+    assert_equal(FULL, one, expected)
+    assert_equal(FULL, two, expected)
 
 
-def test_class_b(engines: Engines, sdar: Path, backend: str):
-    one = block_cases.run(engines(sdar, "mp", 1), CLASS_B)
-    two = block_cases.run(engines(sdar, backend, 2), CLASS_B)
-    assert len({tuple(result.tokens) for result in one}) > len(CLASS_B) // 2
+def test_block_attention(engines: Engines, sdar: Path, backend: str):
+    one = block_cases.run(engines(sdar, "mp", 1), BLOCK_CAUSAL)
+    two = block_cases.run(engines(sdar, backend, 2), BLOCK_CAUSAL)
+    assert len({tuple(result.tokens) for result in one}) > len(BLOCK_CAUSAL) // 2
     assert two == one
 
 

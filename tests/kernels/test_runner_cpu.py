@@ -3,6 +3,7 @@
 
 The references below are the Triton programs of vLLM 0.32 and 0.33 read one program at a
 time, in plain Python on flat lists: no shared code with `vllm_dlm.kernels.runner_cpu`.
+A reference and its test for each kernel make this file long.
 """
 
 import inspect

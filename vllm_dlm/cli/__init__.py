@@ -1,6 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `vllm-dlm` command."""
-
-from vllm_dlm.cli.command import main
-
-__all__ = ["main"]
+"""The command `vllm-dlm`: its subcommands, doctor, and the demo."""
