@@ -8,33 +8,16 @@ what that layer hands on, as LayerSkip (arXiv 2404.16710) and DEL (arXiv 2504.05
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vllm_dlm.files.model_folders import Config, check_room, check_weights, read_weights
+from vllm_dlm.model_executor.models.names import LLADA_NAMES
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.tiny.export import decoder_config, write_folder
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
-
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "attn_out": "self_attn.o_proj",
-    "ff_norm": "post_attention_layernorm",
-    "ff_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "ff_out": "mlp.down_proj",
-}
-_OUTER_NAMES = {
-    "model.transformer.wte.weight": "model.embed_tokens.weight",
-    "model.transformer.ln_f.weight": "model.norm.weight",
-    "model.transformer.ff_out.weight": "lm_head.weight",
-}
 
 
 class LlamaModel(nn.Module):
@@ -105,8 +88,9 @@ def answer_greedy(
 
 def export_llama(model: LlamaModel, output_dir: str | Path) -> None:
     """Write the model as a Hugging Face folder of a `LlamaForCausalLM`."""
+    names = _llama_names(model)
     tensors = {
-        _llama_name(name): tensor for name, tensor in model.network.state_dict().items()
+        names[name]: tensor for name, tensor in model.network.state_dict().items()
     }
     write_folder(output_dir, tensors, make_llama_config(model.shape))
 
@@ -132,9 +116,10 @@ def load_llama(model_dir: str | Path) -> LlamaModel:
     tensors = read_weights(file)
     check_room(shape.num_parameters, tensors, config)
     model = LlamaModel(shape)
-    names = {name: _llama_name(name) for name in model.network.state_dict()}
     ours = {
-        name: tensors[theirs] for name, theirs in names.items() if theirs in tensors
+        name: tensors[theirs]
+        for name, theirs in _llama_names(model).items()
+        if theirs in tensors
     }
     check_weights(ours, model.network, file)
     model.network.load_state_dict(ours)
@@ -151,11 +136,7 @@ def make_llama_config(shape: LLaDAShape) -> dict[str, object]:
     }
 
 
-def _llama_name(name: str) -> str:
-    if name in _OUTER_NAMES:
-        return _OUTER_NAMES[name]
-    match = re.fullmatch(r"model\.transformer\.blocks\.(\d+)\.(\w+)\.weight", name)
-    if match is None:
-        raise ValueError(f"no Llama has a tensor for {name!r}")
-    layer, part = match.groups()
-    return f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"
+def _llama_names(model: LlamaModel) -> dict[str, str]:
+    """Each tensor of the network -> its name in a `LlamaForCausalLM`."""
+    modules = LLADA_NAMES.modules(model.shape.n_layers)
+    return {f"{ours}.weight": f"{llamas}.weight" for ours, llamas in modules.items()}
