@@ -4,6 +4,7 @@
 import gc
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Engines share this process, and vLLM ends the groups of all with any of them.
+
+    By now a test's fixtures have started the engines that it shares with others.
+    """
+    core = sys.modules.get("vllm.v1.engine.core")
+    if core is not None and hasattr(core, "cleanup_dist_env_and_memory"):
+        core.cleanup_dist_env_and_memory = gc.collect  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
