@@ -195,7 +195,7 @@ def stores(engine: Engine) -> Iterator[tuple[str, int]]:
     for owner in (state, sampler, runner.req_states, *parts):
         for name, value in vars(owner).items():
             # Grows with the variety of requests, not with their number.
-            if isinstance(value, dict) and name not in ("_groups", "_numbers"):
+            if isinstance(value, dict) and name != "_groups":
                 yield f"{type(owner).__name__}.{name}", len(value)
 
 

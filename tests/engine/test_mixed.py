@@ -96,11 +96,13 @@ def test_strategies_remember_the_requests_that_run_only(wide_engine: Engine):
     ]
     wide_engine.step()
     # Two requests a group.
-    seats = [Group(group.strategy, 1, 0) for group in set(groups._group_of.values())]
-    for seat in seats:
-        seat.admit(0)
-    assert len(seats) == 5
-    assert remembered() == 2 * sum(seat.num_bytes for seat in seats) > 0
+    alike = [Group(group.strategy, 0) for group in set(groups._group_of.values())]
+    for group in alike:
+        assert [group.admit(slot, forget=False) for slot in range(2)] == [1, 2]
+        # Theirs, and the dummy slot's.
+        assert all(len(memory) == 3 for memory in group.memory.values())
+    assert len(alike) == 5
+    assert remembered() == sum(group.num_bytes for group in alike) > 0
     for request_id in ids:
         wide_engine.abort(request_id)
     wide_engine.flush()

@@ -12,9 +12,10 @@ import pytest
 import torch
 from reference.views import make_view
 
+from vllm_dlm.model_executor.columns import NEVER
 from vllm_dlm.model_executor.sampling.safety import SafeDecision, Safety
 from vllm_dlm.model_executor.sampling.views import Views
-from vllm_dlm.model_executor.slots import NEVER, RequestSlots
+from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.strategies.base import Decision, View
 
 MASK = 99

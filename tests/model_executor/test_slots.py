@@ -13,14 +13,26 @@ import torch
 from reference.views import CPU
 
 import vllm_dlm
+from vllm_dlm.config.cache import Reach
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
+from vllm_dlm.model_executor.columns import (
+    FACTS,
+    FLOATS,
+    LIVE,
+    NEVER,
+    NO_TOKEN,
+    REACH,
+    Flags,
+    number_columns,
+)
 from vllm_dlm.model_executor.facts import RequestFacts
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS
 from vllm_dlm.model_executor.layout import Limits, lay_out
-from vllm_dlm.model_executor.slots import NEVER, RequestSlots
+from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import Params, Strategy, numeric_fields
 
 MASK = 99
 LENGTH = 24
@@ -102,11 +114,12 @@ def test_what_a_strategy_does(strategy: str, reads: int, rewrites: int):
     of = request(FULL, 5, 5, strategy=strategy)
     slots.admit(0, of, [7] * 5)
     made = STRATEGIES[strategy](of.config.params, 4, CPU)
-    slots.assign_strategy(0, made, wasted_steps=1)
+    slots.assign_strategy(0, made, seat=3, wasted_steps=1)
     assert slots.host.reads[0] == reads
     assert int(slots.may_rewrite[0]) == rewrites
     assert int(slots.step_limit[0]) == made.step_limit(of.config.params) + 1
     assert int(slots.reference_steps[0]) == NEVER
+    assert int(slots.seat[0]) == 3
     assert bool(slots.has_branches[0]) == (strategy == "freedave")
     slots.host.read_whole_block(0)
     assert slots.host.reads[0] == BLOCK
@@ -114,11 +127,104 @@ def test_what_a_strategy_does(strategy: str, reads: int, rewrites: int):
     assert not slots.strategies
 
 
+# -- tensors and their columns -----------------------------------------------------
+
+
+def test_columns_are_views_of_a_few_tensors():
+    slots = table()
+    names = (*FACTS, *FLOATS, *LIVE)
+    of = [*slots.facts.unbind(1)[: len(FACTS)]]
+    of += [*slots.facts_f.unbind(1)[: len(FLOATS)], *slots.live.unbind(1)]
+    named = columns(slots) | dict(zip(REACH, slots.reach.unbind(1), strict=True))
+    for name, column in zip(names, of, strict=True):
+        assert named[name].data_ptr() == column.data_ptr(), name
+        assert named[name].stride() == column.stride(), name
+    assert slots.facts.dtype == slots.live.dtype == slots.stop_ids.dtype == torch.int64
+    assert slots.facts_f.dtype == torch.float32
+    rows = {len(column) for column in columns(slots).values()}
+    assert rows == {4} and slots.num_slots == 3
+
+
+def test_no_tensor_is_over_another():
+    """A number for each cell of every tensor, and all are still there."""
+    slots = table()
+    tensors = [slots.facts, slots.stop_ids, slots.facts_f, slots.live, slots.tokens]
+    numbers = [
+        torch.arange(tensor.numel()).view(tensor.shape) + 1000 * nth
+        for nth, tensor in enumerate(tensors)
+    ]
+    for tensor, values in zip(tensors, numbers, strict=True):
+        tensor.copy_(values)
+    for tensor, values in zip(tensors, numbers, strict=True):
+        assert torch.equal(tensor, values.to(tensor.dtype))
+
+
+def test_the_dummy_slot_divides_safely():
+    slots = table()
+    dummy = slots.num_slots
+    for column in (
+        slots.steps_per_block,
+        slots.block_length,
+        slots.sub_block_length,
+        slots.text_end - slots.prompt_len,
+    ):
+        assert column[dummy] == 1
+    reach = Reach(*slots.reach[dummy].tolist())
+    assert reach.refresh_every == reach.part == 1
+    assert not slots.masked[dummy].any()
+    ends, keeps_masks = slots.ending(torch.tensor([dummy]))
+    assert not ends.any() and not keeps_masks.any()
+    assert (slots.stop_ids == NO_TOKEN).all()
+
+
+def test_strategies_share_the_columns_of_their_numbers():
+    slots = table()
+    for name in STRATEGIES:
+        params = STRATEGIES[name].Params
+        at = number_columns(params)
+        assert [*at] == numeric_fields(params)
+        assert len({*at.values()}) == len(at)
+        for field, (is_int, column) in at.items():
+            assert is_int == (params.model_fields[field].annotation is int)
+            columns_ = slots.numbers if is_int else slots.numbers_f
+            assert column < columns_.shape[1]
+
+
+def test_more_numbers_make_more_columns(monkeypatch: pytest.MonkeyPatch):
+    class Many(Params):
+        a: int = 1
+        b: float = 1.0
+        c: int = 1
+        d: int = 1
+        e: int = 1
+        f: int = 1
+        g: str = ""
+
+    class OfAnotherPackage(Strategy):
+        name = "of_another_package"
+        Params = Many
+
+    before = table()
+    monkeypatch.setattr(STRATEGIES, "_targets", dict(STRATEGIES._targets))
+    monkeypatch.setattr(STRATEGIES, "_loaded", dict(STRATEGIES._loaded))
+    STRATEGIES.register(OfAnotherPackage.name, OfAnotherPackage)
+    # One that cannot be imported is no other's harm.
+    STRATEGIES._targets["broken"] = "no_such_package:Broken"
+    after = table()
+    assert after.numbers.shape[1] == 5 > before.numbers.shape[1]
+    assert after.numbers_f.shape == before.numbers_f.shape
+
+
 # -- one writer ------------------------------------------------------------------
 
 
 def columns(slots: RequestSlots) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in vars(slots).items() if isinstance(v, torch.Tensor)}
+    """What the table keeps on the device, by name."""
+    parts = {
+        name: value.column if isinstance(value, Flags) else value
+        for name, value in vars(slots).items()
+    }
+    return {name: part for name, part in parts.items() if torch.is_tensor(part)}
 
 
 class Writes(ast.NodeVisitor):
@@ -168,8 +274,14 @@ def test_where_a_request_stands_is_written_at_admission_and_by_the_advance():
             written[str(file.relative_to(folder / "model_executor"))] = writes.found
     stands = {"tokens", "masked", "canvas_end", "block_start", "step"}
     stands |= {"block_masks", "frontier", "emitted"}
+    sampling = {"temperature", "top_p", "min_p", "top_k", "seed", "min_tokens"}
+    sampling |= {"stop_ids"}
+    wholes = {"_constants", "facts", "facts_f", "live", "numbers", "numbers_f"}
+    admitted = {*columns(slots)} - wholes - sampling - {"block_masks"}
     assert written == {
-        "slots.py": {*columns(slots)} - {"block_masks"} | {"reads"},
+        "columns.py": {"stop_ids"},
+        "slots.py": admitted | {"reads"},
+        "sampling/candidates.py": sampling,
         "host_slots.py": {*vars(slots.host)} - {"_arriving"},
         "sampling/advance.py": stands,
     }

@@ -2,9 +2,10 @@
 """RequestSlots: the table of running requests, a row (slot) for each.
 
 vLLM gives a request a slot when it is admitted and takes it back when the request ends
-or is preempted. The columns are tensors on the engine's device, and a step reads and
-writes them for its whole batch at once; `host` holds what planning must know of them in
-host memory (`host_slots.py`). Each column is written in one place:
+or is preempted. The columns lie side by side in a few tensors on the engine's device
+(`columns.py`), and a step reads and writes them for its whole batch at once; `host`
+holds what planning must know of them in host memory (`host_slots.py`). Each column is
+written in one place:
 
 - facts of a request, by `admit`, from its layout and options;
 - facts of its strategy, by `assign_strategy`;
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_dlm.config.cache import Reach
+from vllm_dlm.model_executor.columns import NEVER, Columns, number_columns
 from vllm_dlm.model_executor.drafts import Drafts
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS, HostSlots
 from vllm_dlm.model_executor.sampling.eotp import MODES
@@ -33,11 +34,8 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.strategies.base import Strategy
 
-NEVER = 1 << 62
-"""Steps that no block takes."""
 
-
-class RequestSlots:
+class RequestSlots(Columns):
     """Columns of all requests, by slot; see the module docstring.
 
     Args:
@@ -50,82 +48,14 @@ class RequestSlots:
     def __init__(
         self, num_slots: int, length: int, mask_id: int, device: torch.device
     ) -> None:
+        super().__init__(num_slots, length, device)
         self._mask_id = mask_id
-
-        def column(dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(num_slots, dtype=dtype, device=device)
-
-        # -- where each request stands -----------------------------------------
-        # int32 as vLLM's own token buffers; 4 bytes x slots x max_model_len.
-        self.tokens = torch.zeros(num_slots, length, dtype=torch.int32, device=device)
-        # A bitmap, not a comparison with the mask id: a literal mask token in a
-        # prompt is ordinary text.
-        self.masked = torch.zeros(num_slots, length, dtype=torch.bool, device=device)
-        self.canvas_end = column()
-        """One past the canvas's last position."""
-        self.block_start = column()
-        """Position of the active block's first token."""
-        self.step = column()
-        """Denoise steps spent on the active block."""
-        self.block_masks = column()
-        """Masks the active block began with: what the step schedule divides."""
-        self.frontier = column()
-        """First position that was not final before the active block's last step."""
-        self.emitted = column()
-        """Output tokens handed to the scheduler so far."""
-
-        # -- facts of each request ---------------------------------------------
-        self.prompt_len = column()
-        self.text_end = column()
-        """End of the block in which the longest text ends."""
-        self.block_length = column()
-        self.sub_block_length = column()
-        self.steps_per_block = column()
-        """Denoise steps of a block by the step schedule."""
-        self.reach = torch.zeros(
-            num_slots, len(Reach._fields), dtype=torch.int64, device=device
-        )
-        """[slots, fields of `cache.Reach`]: cache policies with full attention."""
-        self.eotp = column()
-        """Index into `eotp.MODES`."""
-        self.eotp_threshold = column(torch.float32)
-        self.exact = column(torch.bool)
-        """`reference_exact`: the mask id may be predicted, as in the references."""
-        self.opens_alone = column(torch.bool)
-        """A block's first step writes its first token alone (`opening.py`)."""
-
-        # -- facts of each request's strategy ----------------------------------
-        self.may_rewrite = column(torch.bool)
-        """Decided positions may be changed."""
-        self.step_limit = column()
-        """Steps after which a block ends in any case."""
-        self.reference_steps = column()
-        """With `reference_exact`, steps after which what is masked in a block is text;
-        `NEVER` without, and where the published loop has no such end."""
-        self.has_branches = column(torch.bool)
-        """Drafts are evaluated beside the canvas."""
-
         self.host = HostSlots(num_slots, length)
         self.requests: dict[int, RequestFacts] = {}
         """By slot: the requests that are running."""
         self.strategies: dict[int, Strategy] = {}
         """By slot: what decides each of them."""
         self._slot_of: dict[str, int] = {}
-
-    @property
-    def num_slots(self) -> int:
-        """Requests that there can be at a time."""
-        return self.tokens.shape[0]
-
-    @property
-    def length(self) -> int:
-        """Positions that a request can have."""
-        return self.tokens.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the columns are."""
-        return self.tokens.device
 
     @cached_property
     def drafts(self) -> Drafts:
@@ -167,11 +97,12 @@ class RequestSlots:
         self.host.admit(slot, layout, predicts_end=config.eotp != "off")
 
     def assign_strategy(
-        self, slot: int, strategy: Strategy, *, wasted_steps: int
+        self, slot: int, strategy: Strategy, *, seat: int, wasted_steps: int
     ) -> None:
         """Say which strategy decides a new request.
 
         Args:
+            seat: the request's, in the strategy's group.
             wasted_steps: steps of a block that may write nothing, beyond those that
                 the strategy counts with.
         """
@@ -182,6 +113,10 @@ class RequestSlots:
                 config.params, request.layout.steps_per_block
             )
         self.strategies[slot] = strategy
+        self.seat[slot] = seat
+        for name, (is_int, column) in number_columns(strategy.Params).items():
+            numbers = self.numbers if is_int else self.numbers_f
+            numbers[slot, column] = getattr(config.params, name)
         self.may_rewrite[slot] = strategy.may_rewrite
         self.step_limit[slot] = strategy.step_limit(config.params) + wasted_steps
         self.reference_steps[slot] = (

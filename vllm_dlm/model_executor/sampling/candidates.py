@@ -22,6 +22,7 @@ import torch
 
 from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered
 from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
+from vllm_dlm.model_executor.columns import NO_TOKEN, STOP_IDS
 from vllm_dlm.model_executor.sampling.bad_words import MASKED
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.slots import RequestSlots
-
-
-FEW_STOP_IDS = 2
-"""Stop ids per request that there is always room for."""
 
 
 class Sampling(NamedTuple):
@@ -55,14 +52,7 @@ class Candidates:
     def __init__(self, slots: RequestSlots, facts: EngineFacts) -> None:
         self.slots = slots
         self.facts = facts
-        count, device = slots.num_slots, facts.device
-        self._temperature = torch.zeros(count, device=device)
-        self._top_p = torch.ones(count, device=device)
-        self._min_p = torch.zeros(count, device=device)
-        self._top_k = torch.zeros(count, dtype=torch.int64, device=device)
-        self._seed = torch.zeros(count, dtype=torch.int64, device=device)
-        self._min_tokens = torch.zeros(count, dtype=torch.int64, device=device)
-        self._stop_ids = self._no_stop_ids()
+        count = slots.num_slots
 
         def flags() -> np.ndarray:
             return np.zeros(count, dtype=bool)
@@ -72,49 +62,37 @@ class Candidates:
         self._measures_drawn, self._leads_greedily = flags(), flags()
         self._restrictions: dict[int, Restriction] = {}
         self._with_many_stop_ids: set[int] = set()
-        """Slots of requests with more than `FEW_STOP_IDS`."""
+        """Slots of requests with more stop ids than the table has room for."""
+        self._further_stop_ids: torch.Tensor | None = None
+        """[slots + 1, ...] int64: their further ones; None without such requests."""
         self._restricted_until = np.zeros(count, dtype=np.int64)
         """[slots]: the position where a request's restriction ends, 0 without one."""
-
-    def _no_stop_ids(self) -> torch.Tensor:
-        """[slots, K] int64: room for the ids that end each request's text; -1."""
-        shape = self.slots.num_slots, FEW_STOP_IDS
-        return torch.full(shape, -1, dtype=torch.int64, device=self.facts.device)
 
     def remove(self, slot: int) -> None:
         """Forget a request that has left, and its lists of tokens."""
         self._restrictions.pop(slot, None)
         self._restricted_until[slot] = 0
         self._with_many_stop_ids.discard(slot)
-        if not self._with_many_stop_ids and self._stop_ids.shape[1] > FEW_STOP_IDS:
-            self._stop_ids = self._stop_ids[:, :FEW_STOP_IDS].clone()
+        if not self._with_many_stop_ids:
+            self._further_stop_ids = None
 
     def add(self, slot: int) -> None:
         """Take over a new request's sampling parameters."""
         request = self.slots.requests[slot]
         params = request.params
-        self._temperature[slot] = params.temperature
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
-        # Larger numbers than a vocabulary has tokens are valid: they keep all.
-        vocab_size = self.facts.vocab_size
-        self._top_k[slot] = min(max(params.top_k, 0), vocab_size)
-        self._seed[slot] = request.seed
+        vocab_size, table = self.facts.vocab_size, self.slots
         # A text is never longer; the number may be.
         min_tokens = min(params.min_tokens, self.facts.max_model_len)
-        self._min_tokens[slot] = min_tokens
+        table.temperature[slot] = params.temperature
+        table.top_p[slot] = params.top_p
+        table.min_p[slot] = params.min_p
+        # Larger numbers than a vocabulary has tokens are valid: they keep all.
+        table.top_k[slot] = min(max(params.top_k, 0), vocab_size)
+        table.seed[slot] = request.seed
+        table.min_tokens[slot] = min_tokens
         ends = known_ids(request.stop_ids, vocab_size)
-        if len(ends) > FEW_STOP_IDS:
-            self._with_many_stop_ids.add(slot)
-        missing = len(ends) - self._stop_ids.shape[1]
-        if missing > 0:
-            more = self._stop_ids.new_full((self._stop_ids.shape[0], missing), -1)
-            self._stop_ids = torch.cat([self._stop_ids, more], dim=1)
-        self._stop_ids[slot] = -1
-        if ends:
-            self._stop_ids[slot, : len(ends)] = torch.tensor(
-                ends, device=self.facts.device
-            )
+        table.stop_ids[slot] = torch.tensor(padded(ends, STOP_IDS))
+        self._keep_further(slot, ends[STOP_IDS:])
 
         draws = params.temperature > 0
         self._draws[slot] = draws
@@ -132,6 +110,19 @@ class Candidates:
             end = request.layout.prompt_len + min_tokens
             for_ever = np.iinfo(np.int64).max
             self._restricted_until[slot] = end if restriction.is_early else for_ever
+
+    def _keep_further(self, slot: int, stop_ids: list[int]) -> None:
+        """Keep the stop ids of a request that the table has no room for."""
+        kept = self._further_stop_ids
+        if stop_ids:
+            self._with_many_stop_ids.add(slot)
+            if kept is None:
+                kept = self.slots.stop_ids.new_empty(self.slots.num_slots + 1, 0)
+            missing = (0, max(len(stop_ids) - kept.shape[1], 0))
+            kept = torch.nn.functional.pad(kept, missing, value=NO_TOKEN)
+            self._further_stop_ids = kept
+        if kept is not None:
+            kept[slot] = torch.tensor(padded(stop_ids, kept.shape[1]))
 
     # -- drawing -----------------------------------------------------------
 
@@ -201,7 +192,7 @@ class Candidates:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            seed=self._seed[blocks.slots[owners]],
+            seed=self.slots.seed[blocks.slots[owners]],
             position=blocks.positions.flatten()[blocks.row_places[tile.own][at]],
             step=tile.step[owners],
             rows=on_device((self._draws[slots] & ~cut).nonzero()[0]),
@@ -227,10 +218,10 @@ class Candidates:
     def _sampling(self, slots: torch.Tensor) -> Sampling:
         """The sampling parameters of rows of these slots [n]."""
         return Sampling(
-            self._temperature[slots],
-            self._top_k[slots],
-            self._top_p[slots],
-            self._min_p[slots],
+            self.slots.temperature[slots],
+            self.slots.top_k[slots],
+            self.slots.top_p[slots],
+            self.slots.min_p[slots],
         )
 
     def _measure_drawn(
@@ -269,7 +260,7 @@ class Candidates:
         """Seed, position, step [R] of every block position, each [R * B] int64."""
         width = plan.positions.shape[1]
         return (
-            self._seed[plan.slots].repeat_interleave(width),
+            self.slots.seed[plan.slots].repeat_interleave(width),
             plan.positions.flatten(),
             step.repeat_interleave(width),
         )
@@ -306,12 +297,15 @@ class Candidates:
     def _early(self, plan: BlockRows) -> torch.Tensor:
         """[R, B] bool: output positions at which `min_tokens` forbids to stop."""
         output_index = plan.positions - self.slots.prompt_len[plan.slots][:, None]
-        return output_index < self._min_tokens[plan.slots][:, None]
+        return output_index < self.slots.min_tokens[plan.slots][:, None]
 
     def is_stop(self, tokens: torch.Tensor, plan: BlockRows) -> torch.Tensor:
         """[R, B] bool: the token would end its request's text there."""
-        stop = self._stop_ids[plan.slots][:, None, :]
-        return (tokens[:, :, None] == stop).any(dim=2) & ~self._early(plan)
+        stop = self.slots.stop_ids[plan.slots]
+        if self._further_stop_ids is not None:
+            stop = torch.cat([stop, self._further_stop_ids[plan.slots]], dim=1)
+        is_stop = (tokens[:, :, None] == stop[:, None, :]).any(dim=2)
+        return is_stop & ~self._early(plan)
 
     # -- bad words ---------------------------------------------------------
 
@@ -364,3 +358,8 @@ class Candidates:
         tokens = table.tokens[slot, begin:end]
         hidden = table.masked[slot, begin:end]
         return tokens.masked_fill(hidden, MASKED).tolist(), begin - block_start
+
+
+def padded(stop_ids: list[int], length: int) -> list[int]:
+    """The first so many stop ids, `NO_TOKEN` behind them."""
+    return stop_ids[:length] + [NO_TOKEN] * (length - len(stop_ids))

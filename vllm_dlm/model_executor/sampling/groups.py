@@ -2,7 +2,7 @@
 """Groups of requests that decode by the same strategy, side by side in one batch.
 
 A group shares strategy, non-numeric parameters and block length; numeric parameters
-may differ from row to row and live in one tensor per parameter, addressed by slot.
+may differ from row to row and are columns of the request table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_dlm.model_executor.columns import number_columns
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import (
     NOT_DRAFTED,
@@ -39,84 +40,97 @@ MOST_IDLE_GROUPS = 64
 class Group:
     """A strategy, and what it remembers of the requests that it decides.
 
-    Each of these requests has a seat in tensors, which grow with the number of requests
-    in the group and are freed with the last one: there may be a group per block length.
+    Each of these requests has a seat, a row of tensors, which grow with the number of
+    requests in the group and are freed with the last one: there may be a group per
+    block length. Row 0 is the dummy slot's seat (`columns.py`).
     """
 
-    def __init__(self, strategy: Strategy, num_slots: int, number: int) -> None:
+    def __init__(self, strategy: Strategy, number: int) -> None:
         self.strategy = strategy
         self.number = number
         self._seats: dict[int, int] = {}
         """slot -> seat; never by row of a batch: rows change from step to step."""
-        device = strategy.context.device
-        self._seat_of = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self._memory = self._empty(0)
+        self.memory = self._rows(0)
+        """name of `Strategy.state` -> [seats + 1, ...]; no row without requests."""
 
-    def _empty(self, num_seats: int) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.full(
-                (num_seats, *field.shape),
-                field.fill,
-                dtype=field.dtype,
-                device=self.strategy.context.device,
-            )
-            for name, field in self.strategy.state.items()
-        }
+    def _rows(self, num_rows: int) -> dict[str, torch.Tensor]:
+        """So many rows of which nothing is remembered."""
+        # vLLM's runner works in inference mode, and its loader does not: a tensor is
+        # to be of one kind wherever it is made.
+        with torch.inference_mode(False):
+            return {
+                name: torch.full(
+                    (num_rows, *field.shape),
+                    field.fill,
+                    dtype=field.dtype,
+                    device=self.strategy.context.device,
+                )
+                for name, field in self.strategy.state.items()
+            }
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the group's memory."""
-        return sum(memory.nbytes for memory in self._memory.values())
+        return sum(memory.nbytes for memory in self.memory.values())
 
-    def admit(self, slot: int) -> None:
-        """Give a new request a seat, of which nothing is remembered."""
+    def admit(self, slot: int, *, forget: bool) -> int:
+        """Give a new request a seat, and say which.
+
+        Args:
+            forget: whether the request's first step recalls what is in its seat: that
+                is not a block's step 0, for which nothing is remembered.
+        """
         taken = set(self._seats.values())
-        seat = next(seat for seat in count() if seat not in taken)
+        seat = next(seat for seat in count(1) if seat not in taken)
         self._seats[slot] = seat
-        if not self._memory:
-            return
-        self._seat_of[slot] = seat
-        if seat == len(next(iter(self._memory.values()))):
-            more = self._empty(max(seat, 1))
-            self._memory = {
+        if any(seat >= len(memory) for memory in self.memory.values()):
+            self._add_seats()
+        if forget:
+            for name, field in self.strategy.state.items():
+                self.memory[name][seat] = field.fill
+        return seat
+
+    def _add_seats(self) -> None:
+        """Double the number of seats; the first time, make the dummy slot's too."""
+        have = max(len(memory) for memory in self.memory.values())
+        more = self._rows(have - 1 if have > 1 else 2)
+        with torch.inference_mode(False):
+            self.memory = {
                 name: torch.cat([memory, more[name]])
-                for name, memory in self._memory.items()
+                for name, memory in self.memory.items()
             }
-        for name, field in self.strategy.state.items():
-            self._memory[name][seat] = field.fill
 
     def dismiss(self, slot: int) -> None:
         """Take back the seat of a request that has left."""
         del self._seats[slot]
         if not self._seats:
-            self._memory = self._empty(0)
+            self.memory = self._rows(0)
 
-    def recall(self, slots: torch.Tensor, step: torch.Tensor) -> dict[str, Any]:
+    def recall(self, seats: torch.Tensor, step: torch.Tensor) -> dict[str, Any]:
         """name -> [R, ...]: what is remembered of each request's block.
 
         Args:
-            slots, step: [R] int64; nothing is remembered in step 0.
+            seats: [R] int64, as `admit` gave them.
+            step: [R] int64; nothing is remembered in step 0.
         """
-        seats = self._seat_of[slots]
         return {
-            name: _where(step == 0, field.fill, self._memory[name][seats])
+            name: _where(step == 0, field.fill, self.memory[name][seats])
             for name, field in self.strategy.state.items()
         }
 
     def remember(
-        self, slots: torch.Tensor, state: dict[str, Any], leads: torch.Tensor
+        self, seats: torch.Tensor, state: dict[str, Any], leads: torch.Tensor
     ) -> None:
         """Keep a step's state.
 
         Args:
-            slots: [R] int64.
+            seats: [R] int64.
             state: name -> [R, ...].
             leads: [R] bool: the step wrote a block's lead, which a replay of the block
                 does not repeat: it leaves no memory.
         """
-        seats = self._seat_of[slots]
         for name, field in self.strategy.state.items():
-            memory = self._memory[name]
+            memory = self.memory[name]
             memory[seats] = _where(leads, field.fill, state[name]).to(memory.dtype)
 
 
@@ -131,7 +145,6 @@ class StrategyGroups:
         self._group_number = np.full(slots.num_slots, -1)
         """[slots]: the number of each slot's group, to tell them apart in a batch."""
         self._next_number = count()
-        self._numbers: dict[tuple[str, str], torch.Tensor] = {}
 
     def add(self, slot: int) -> None:
         """Put a new request's slot into its group, making the group if needed."""
@@ -143,17 +156,17 @@ class StrategyGroups:
             strategy = strategy_class(
                 config.params, config.block_length, self.facts.context(config.cache)
             )
-            self._groups[key] = Group(
-                strategy, self.slots.num_slots, next(self._next_number)
-            )
+            self._groups[key] = Group(strategy, next(self._next_number))
         group = self._group_of[slot] = self._groups[key]
         self._group_number[slot] = group.number
-        group.admit(slot)
+        # A block that was preempted goes on behind its lead.
+        forget = self.slots.requests[slot].layout.first_step > 0
+        seat = group.admit(slot, forget=forget)
         # A lead that is the mask id (`reference_exact`) is a step that writes nothing.
         wasted = config.reference_exact and self.facts.defaults.leads_blocks
-        self.slots.assign_strategy(slot, group.strategy, wasted_steps=int(wasted))
-        for name in numeric:
-            self._tensor(strategy_class, name)[slot] = getattr(config.params, name)
+        self.slots.assign_strategy(
+            slot, group.strategy, seat=seat, wasted_steps=int(wasted)
+        )
 
     def remove(self, slot: int) -> None:
         """Forget a request that has left, and groups that nobody will use."""
@@ -168,17 +181,6 @@ class StrategyGroups:
         for key in idle:
             if key not in kept:
                 del self._groups[key]
-
-    def _tensor(self, strategy: type[Strategy], name: str) -> torch.Tensor:
-        key = (strategy.name, name)
-        if key not in self._numbers:
-            is_int = strategy.Params.model_fields[name].annotation is int
-            self._numbers[key] = torch.zeros(
-                self.slots.num_slots,
-                dtype=torch.int64 if is_int else torch.float32,
-                device=self.facts.device,
-            )
-        return self._numbers[key]
 
     def needs(self, slots_np: np.ndarray) -> set[str]:
         """Statistics that the strategy of any of these slots [R] reads."""
@@ -205,14 +207,17 @@ class StrategyGroups:
                 index = torch.from_numpy(rows).to(self.facts.device, non_blocking=True)
                 part = view.take(rows, strategy.block_length)
             slots = plan.slots[index]
-            part = replace(part, state=group.recall(slots, part.step))
+            seats = self.slots.seat[slots]
+            part = replace(part, state=group.recall(seats, part.step))
             numbers = {
-                name: self._tensor(type(strategy), name)[slots]
-                for name in numeric_fields(strategy.Params)
+                name: (self.slots.numbers if is_int else self.slots.numbers_f)[
+                    slots, column
+                ]
+                for name, (is_int, column) in number_columns(strategy.Params).items()
             }
             decision = strategy.select(part, numbers)
             state = {**part.state, **(decision.state or {})}
-            group.remember(slots, state, plan.leads[index])
+            group.remember(seats, state, plan.leads[index])
             _merge(whole, decision, index, strategy, view)
         return whole
 

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Columns: the tensors of the request table (`slots.py`), and its columns by name.
+
+Columns of one type that are written together are one tensor, so that a step gathers the
+facts of its requests with one operation, and an admission writes them with one. Each
+column is also there under its own name, as a view.
+
+All tensors have a row more than there are slots. This last row, `num_slots`, belongs to
+a **dummy slot**: a batch that is padded reads and writes it. What the dummy slot holds
+is of no request, but every division that a step makes by it is safe.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from vllm_dlm.config.cache import Reach
+from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import Params, numeric_fields
+
+NEVER = 1 << 62
+"""Steps that no block takes."""
+
+NO_TOKEN = -1
+"""Where a row of `Columns.stop_ids` has no further id."""
+
+REACH = tuple(f"reach_{name}" for name in Reach._fields)
+
+FACTS = (
+    "prompt_len",
+    "text_end",
+    "block_length",
+    "sub_block_length",
+    "steps_per_block",
+    *REACH,
+    "eotp",
+    "exact",
+    "opens_alone",
+    "may_rewrite",
+    "step_limit",
+    "reference_steps",
+    "has_branches",
+    "min_tokens",
+    "seed",
+    "top_k",
+    "seat",
+)
+"""Columns of `Columns.facts`, in order; strategies' integer parameters follow."""
+
+FLOATS = ("eotp_threshold", "temperature", "top_p", "min_p")
+"""Columns of `Columns.facts_f`, in order; strategies' other parameters follow."""
+
+LIVE = ("block_start", "canvas_end", "emitted", "step", "block_masks", "frontier")
+"""Columns of `Columns.live`, in order."""
+
+DUMMY: dict[str, float] = {
+    "text_end": 1,
+    "block_length": 1,
+    "sub_block_length": 1,
+    "steps_per_block": 1,
+    "reach_refresh_every": 1,
+    "reach_part": 1,
+    "step_limit": NEVER,
+    "reference_steps": NEVER,
+    "top_p": 1,
+}
+"""What the dummy slot holds; 0 in all other columns."""
+
+STOP_IDS = 8
+"""Stop ids of a request that the table has room for (`candidates.py` keeps others)."""
+
+FEWEST_NUMBERS = 4
+"""Columns for strategies' parameters, of each type, that there are in any case: for a
+strategy that is registered while an engine runs."""
+
+
+class Flags:
+    """A column of booleans among integers: read as bool, by slot.
+
+    Args:
+        column: [slots + 1] int64.
+    """
+
+    def __init__(self, column: torch.Tensor) -> None:
+        self.column = column
+
+    def __getitem__(self, slots: Any) -> torch.Tensor:
+        """The flags of some slots, bool, in the shape of `slots`."""
+        return self.column[slots] != 0
+
+    def __setitem__(self, slots: Any, values: Any) -> None:
+        self.column[slots] = values
+
+
+class Columns:
+    """The tensors of the request table; S = `num_slots`, L = `length`.
+
+    Args:
+        num_slots: requests that there can be at a time.
+        length: positions that a request can have.
+        device: the engine's.
+    """
+
+    def __init__(self, num_slots: int, length: int, device: torch.device) -> None:
+        rows, (integers, floats) = num_slots + 1, room_for_numbers()
+
+        def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(rows, columns, dtype=dtype, device=device)
+
+        # -- written when a request is admitted ----------------------------------
+        # No step writes to these: they may share memory, so that one operation does.
+        width, width_f = len(FACTS) + integers, len(FLOATS) + floats
+        self._constants = zeros(width + STOP_IDS + -(-width_f // 2), torch.int64)
+        self.facts = self._constants[:, :width]
+        """[S + 1, F] int64: `FACTS`, and integer parameters of strategies."""
+        self.stop_ids = self._constants[:, width : width + STOP_IDS]
+        """[S + 1, `STOP_IDS`] int64: tokens that end a text; `NO_TOKEN` for none."""
+        first = 2 * (width + STOP_IDS)
+        of_float32 = self._constants.view(torch.float32)
+        self.facts_f = of_float32[:, first : first + width_f]
+        """[S + 1, G] float32: `FLOATS`, and other parameters of strategies."""
+        self.numbers = self.facts[:, len(FACTS) :]
+        """[S + 1, ...] int64: integer parameters of each request's strategy."""
+        self.numbers_f = self.facts_f[:, len(FLOATS) :]
+        """[S + 1, ...] float32: its other parameters that are numbers."""
+
+        # -- written by every step, too ------------------------------------------
+        self.live = zeros(len(LIVE), torch.int64)
+        """[S + 1, 6] int64: `LIVE`."""
+        # int32 as vLLM's own token buffers; 4 bytes x slots x max_model_len.
+        self.tokens = zeros(length, torch.int32)
+        """[S + 1, L] int32."""
+        # A bitmap, not a comparison with the mask id: a literal mask token in a
+        # prompt is ordinary text.
+        self.masked = zeros(length, torch.bool)
+        """[S + 1, L] bool."""
+
+        # -- columns [S + 1] by name ---------------------------------------------
+        named = dict(zip(FACTS, self.facts.unbind(1), strict=False))
+        named |= zip(FLOATS, self.facts_f.unbind(1), strict=False)
+        named |= zip(LIVE, self.live.unbind(1), strict=True)
+        self.prompt_len = named["prompt_len"]
+        self.text_end = named["text_end"]
+        """End of the block in which the longest text ends."""
+        self.block_length = named["block_length"]
+        self.sub_block_length = named["sub_block_length"]
+        self.steps_per_block = named["steps_per_block"]
+        """Denoise steps of a block by the step schedule."""
+        first = FACTS.index(REACH[0])
+        self.reach = self.facts[:, first : first + len(REACH)]
+        """[S + 1, fields of `cache.Reach`]: the cache policy."""
+        self.eotp = named["eotp"]
+        """Index into `eotp.MODES`."""
+        self.eotp_threshold = named["eotp_threshold"]
+        self.exact = Flags(named["exact"])
+        """`reference_exact`: the mask id may be predicted, as in the references."""
+        self.opens_alone = Flags(named["opens_alone"])
+        """A block's first step writes its first token alone (`opening.py`)."""
+
+        self.may_rewrite = Flags(named["may_rewrite"])
+        """Decided positions may be changed."""
+        self.step_limit = named["step_limit"]
+        """Steps after which a block ends in any case."""
+        self.reference_steps = named["reference_steps"]
+        """With `reference_exact`, steps after which what is masked in a block is text;
+        `NEVER` without, and where the published loop has no such end."""
+        self.has_branches = Flags(named["has_branches"])
+        """Drafts are evaluated beside the canvas."""
+        self.seat = named["seat"]
+        """Row of the request in the memory of its group (`groups.py`)."""
+
+        self.temperature = named["temperature"]
+        self.top_p = named["top_p"]
+        self.min_p = named["min_p"]
+        self.top_k = named["top_k"]
+        self.seed = named["seed"]
+        """Of what is drawn for the request."""
+        self.min_tokens = named["min_tokens"]
+
+        self.canvas_end = named["canvas_end"]
+        """One past the canvas's last position."""
+        self.block_start = named["block_start"]
+        """Position of the active block's first token."""
+        self.step = named["step"]
+        """Denoise steps spent on the active block."""
+        self.block_masks = named["block_masks"]
+        """Masks the active block began with: what the step schedule divides."""
+        self.frontier = named["frontier"]
+        """First position that was not final before the active block's last step."""
+        self.emitted = named["emitted"]
+        """Output tokens handed to the scheduler so far."""
+
+        self.stop_ids.fill_(NO_TOKEN)
+        for name, value in DUMMY.items():
+            named[name][num_slots] = value
+
+    @property
+    def num_slots(self) -> int:
+        """Requests that there can be at a time; also the number of the dummy slot."""
+        return self.tokens.shape[0] - 1
+
+    @property
+    def length(self) -> int:
+        """Positions that a request can have."""
+        return self.tokens.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the columns are."""
+        return self.tokens.device
+
+
+@cache
+def number_columns(params: type[Params]) -> dict[str, tuple[bool, int]]:
+    """Where a strategy's numeric parameters lie, by name, in field order.
+
+    A request has one strategy, so that all strategies share the columns.
+
+    Returns:
+        Whether it is an integer, and its column in `Columns.numbers` or, of others,
+        in `Columns.numbers_f`.
+    """
+    columns: dict[str, tuple[bool, int]] = {}
+    count = {True: 0, False: 0}
+    for name in numeric_fields(params):
+        is_int = params.model_fields[name].annotation is int
+        columns[name] = is_int, count[is_int]
+        count[is_int] += 1
+    return columns
+
+
+def room_for_numbers() -> tuple[int, int]:
+    """Columns for integer parameters, and for others, that any strategy needs."""
+    most = {True: FEWEST_NUMBERS, False: FEWEST_NUMBERS}
+    for name in STRATEGIES:
+        try:
+            params = STRATEGIES[name].Params
+        except Exception:
+            # Another package's, which is broken: who asks for it is told so.
+            continue
+        for is_int, column in number_columns(params).values():
+            most[is_int] = max(most[is_int], column + 1)
+    return most[True], most[False]
