@@ -53,7 +53,7 @@ run_pip() {
 }
 endef
 
-.PHONY: help env dev demo test test-slow lint format types wheel next-vllm clean
+.PHONY: help env tcmalloc dev demo test test-slow lint format types wheel next-vllm clean
 
 help:
 	@cat <<-'TEXT'
@@ -71,7 +71,14 @@ help:
 	DEVICE=cpu or DEVICE=cuda overrides the detection, PYTHON=... names the interpreter.
 	TEXT
 
-env: $(VLLM_STAMP) $(PACKAGE_STAMP)
+env: $(VLLM_STAMP) $(PACKAGE_STAMP) tcmalloc
+
+# A CPU's servers are 5 to 10 % faster with it (docs/performance.md). Each time: the
+# library may have been installed, or removed, since.
+tcmalloc: $(PACKAGE_STAMP)
+ifneq ($(DEVICE),cuda)
+	@$(BIN)/python -m vllm_dlm.cli.tcmalloc
+endif
 
 dev: env $(DEV_STAMP)
 

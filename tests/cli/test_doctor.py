@@ -67,7 +67,8 @@ def test_a_vllm_that_fits():
         f"ok  vllm: 0.33.7 (tested with: {', '.join(TESTED_VLLM)}; "
         f"accepted: {SUPPORTED_VLLM})" in findings
     )
-    assert any(line.startswith("ok  kernels: ") for line in findings)
+    for subject in ("kernels", "tcmalloc"):
+        assert any(line.startswith(f"ok  {subject}: ") for line in findings)
 
 
 @on_cpu

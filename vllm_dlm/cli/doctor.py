@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_dlm import plugin
+from vllm_dlm.cli import tcmalloc
 from vllm_dlm.config import aliases
 from vllm_dlm.model_executor.models.tables import ARCHITECTURES
 from vllm_dlm.patches import ledger, themes
@@ -117,6 +118,8 @@ def _check_platform(report: Report) -> None:
         )
     else:
         report.good("platform", name)
+    if current_platform.is_cpu():
+        report.good("tcmalloc", tcmalloc.finding())
 
 
 def _check_models(report: Report) -> None:
