@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import re
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -145,6 +147,25 @@ def test_hopeless_rows_have_confidence_zero_and_no_nan(stats):
 
 
 @VERSIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signs_of_zero_and_nan(stats, oracle, assert_true, dtype):
+    negative = -1 - torch.arange(2500.0) % 7
+    logits = negative.repeat(5, 1).to(dtype)
+    logits[1:4, ::3], logits[1:4, 1::3] = NAN, NAN
+    logits[2, 2499] = -0.0
+    logits[3, [700, 2400]] = torch.tensor([-0.0, 0.0], dtype=dtype)
+    logits[4] = NAN
+    bits = logits.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[1:4, 1::3] |= torch.iinfo(bits.dtype).min
+    bits[4] |= torch.iinfo(bits.dtype).min
+    # torch's own conversions drop the sign of a NaN.
+    assert (logits[4].isnan() & logits[4].signbit()).all()
+    banned = torch.tensor([False, False, True, True, True])
+    got = stats(logits, True, True, banned, 2)
+    assert_true(got, oracle(logits, [2 if ban else -1 for ban in banned]))
+
+
+@VERSIONS
 def test_extreme_but_finite_logits(stats):
     logits = torch.tensor([[3e38, -3e38, 0.0], [1e-40, 0.0, -1e-40]])
     got = stats(logits, True, True)
@@ -161,6 +182,30 @@ def test_nothing_is_computed_unasked_and_no_rows_are_fine(stats):
     assert got.margin is None
     none = stats(torch.zeros(0, 4), True, True)
     assert [len(column) for column in none] == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "instruction"),
+    [
+        ("_sums", torch.bfloat16, r"vfmadd\d+ps\s.*%zmm"),
+        ("_sums", torch.float32, r"vfmadd\d+ps\s.*%zmm"),
+        ("_largest", torch.bfloat16, r"vpmaxsw\s.*%zmm"),
+        ("_largest", torch.float32, r"vpmaxsd\s.*%zmm"),
+    ],
+)
+def test_loops_use_the_full_width_of_avx512(name, dtype, instruction):
+    numba, llvm = pytest.importorskip("numba"), pytest.importorskip("llvmlite.binding")
+    if not llvm.get_host_cpu_features().get("avx512bw"):
+        pytest.skip("this CPU has no AVX-512")
+    # Compiled afresh: numba has no assembly of what is in its cache.
+    loop = numba.njit(error_model="numpy", fastmath={"contract", "reassoc"})(
+        getattr(numba_rows, name).py_func
+    )
+    bits, _, short = numba_rows._bits(torch.zeros(1, 64, dtype=dtype))
+    loop(bits, short, *([np.float32(0)] if name == "_sums" else []))
+    (assembly,) = loop.inspect_asm().values()
+    assert re.search(instruction, assembly)
+    assert not re.search(r"vpsllvq|vpmovqd", assembly), "64-bit integers"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,13 +25,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from vllm_dlm.kernels import numba_jit
-from vllm_dlm.kernels.numba_jit import jit
+from vllm_dlm.kernels.numba_jit import full_width, jit
 
 AVAILABLE = numba_jit.AVAILABLE
 """Whether the functions of this file can be called."""
@@ -63,11 +63,11 @@ def row_parts(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
     """
     num_rows, vocab = logits.shape
     parts = np.empty((num_rows, 5), dtype=np.float64)
-    flat, stride, shift = _bits(logits)
+    flat, stride, short = _bits(logits)
     left_out = bans.contiguous().numpy()
 
     def work(first: int, last: int) -> None:
-        _stats(flat, stride, shift, vocab, left_out, first, last, parts)
+        _stats(flat, stride, short, vocab, left_out, first, last, parts)
 
     _in_threads(work, num_rows, num_rows * vocab)
     return torch.from_numpy(parts)
@@ -100,7 +100,7 @@ def draw_rows(
     """
     scores = np.empty(len(rows), dtype=np.float32)
     columns = np.empty(len(rows), dtype=np.int64)
-    flat, stride, shift = _bits(logits)
+    flat, stride, short = _bits(logits)
     vocab = logits.shape[1]
     chosen, left_out = rows.contiguous().numpy(), bans.contiguous().numpy()
     settings = (top.numpy(), temperature.numpy(), cut.numpy())
@@ -108,7 +108,7 @@ def draw_rows(
 
     def work(first: int, last: int) -> None:
         _draw(
-            flat, stride, shift, vocab, chosen, left_out, *settings, keys,
+            flat, stride, short, vocab, chosen, left_out, *settings, keys,
             first_token, first, last, scores, columns,
         )  # fmt: skip
 
@@ -134,26 +134,27 @@ def largest_rows(
     num_rows, vocab = logits.shape
     columns = np.empty((num_rows, k), dtype=np.int64)
     ranks = np.empty(num_rows, dtype=np.int64)
-    flat, stride, shift = _bits(logits)
+    flat, stride, short = _bits(logits)
     bounds = chosen.contiguous().view(torch.int32).numpy()
 
     def work(first: int, last: int) -> None:
-        _most(flat, stride, shift, vocab, bounds, first, last, columns, ranks)
+        _most(flat, stride, short, vocab, bounds, first, last, columns, ranks)
 
     _in_threads(work, num_rows, num_rows * vocab)
     return torch.from_numpy(columns), torch.from_numpy(ranks)
 
 
-def _bits(logits: torch.Tensor) -> tuple[Any, int, Any]:
-    """The logits as one flat array of integers, the row stride, the bits to shift by.
+def _bits(logits: torch.Tensor) -> tuple[Any, int, Literal[True] | None]:
+    """The logits as one flat array of integers, the row stride, and `short`.
 
-    Shifted to the left, an integer has the bits of the float32 number.
+    `short` is True for bfloat16, and None for float32: numba compiles each function
+    for either, with the test for None decided.
     """
     num_rows, vocab = logits.shape
     stride, wide = logits.stride(0), logits.dtype == torch.float32
     flat = logits.detach().as_strided(((num_rows - 1) * stride + vocab,), (1,))
     bits = flat.view(torch.int32 if wide else torch.int16).numpy()
-    return bits, stride, np.int32(0 if wide else 16)
+    return bits, stride, None if wide else True
 
 
 def _in_threads(work: Callable[[int, int], None], num_rows: int, size: int) -> None:
@@ -204,6 +205,15 @@ _NOTHING = -0x80000000
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
+
+
+@_EXACT
+def _float_bits(bits: Any, short: Any) -> Any:
+    """The bits of the float32 number that a logit's bits stand for.
+
+    The shift must be by a constant: by a variable, numba shifts 64-bit integers.
+    """
+    return np.int32(bits) if short is None else np.int32(np.int32(bits) << np.int32(16))
 
 
 @_EXACT
@@ -269,19 +279,46 @@ def _log(x: Any) -> Any:
 
 
 @_REORDERED
-def _largest(bits: Any, shift: Any) -> Any:
-    best = np.int32(_NOTHING)
+def _largest(bits: Any, short: Any) -> Any:
+    """The largest as `_ordered` maps it; `_NOTHING` of no logits.
+
+    Bits of numbers from 0 up are ordered as integers are, those of negative numbers
+    the other way round: so it takes the extremes of the integers as they are, twice
+    as many bfloat16 in a vector as float32. Only a NaN without sign is above all.
+    """
+    full_width()
+    if bits.size == 0:
+        return np.int32(_NOTHING)
+    high, low = bits[0], bits[0]
     for i in range(bits.size):
-        best = np.int32(max(best, _ordered(np.int32(np.int32(bits[i]) << shift))))
+        high, low = max(high, bits[i]), min(low, bits[i])
+    found = _float_bits(high if high >= 0 else low, short)
+    if found <= np.int32(0x7F800000):
+        return _ordered(found)
+    best = np.int32(_MINUS_INFINITY)
+    for i in range(bits.size):
+        best = np.int32(max(best, _ordered(_float_bits(bits[i], short))))
     return best
 
 
 @_REORDERED
-def _sums(bits: Any, shift: Any, top: Any) -> Any:
+def _place(bits: Any, short: Any, value: Any) -> Any:
+    """The first place of what `_ordered` maps to `value`; the size if there is none."""
+    full_width()
+    nowhere = place = np.int32(bits.size)
+    for i in range(bits.size):
+        found = _ordered(_float_bits(bits[i], short)) == value
+        place = np.int32(min(place, np.int32(i) if found else nowhere))
+    return np.int64(place)
+
+
+@_REORDERED
+def _sums(bits: Any, short: Any, top: Any) -> Any:
     """Sums of exp(d) and d exp(d) for d = logit - top."""
+    full_width()
     total, spread = np.float32(0.0), np.float32(0.0)
     for i in range(bits.size):
-        delta = np.int32(np.int32(bits[i]) << shift).view(np.float32) - top
+        delta = np.int32(_float_bits(bits[i], short)).view(np.float32) - top
         # False for NaN. At -88, the weight is 0.
         delta = delta if delta > np.float32(-88.0) else np.float32(-88.0)
         weight = _exp(delta)
@@ -291,16 +328,17 @@ def _sums(bits: Any, shift: Any, top: Any) -> Any:
 
 
 @_REORDERED
-def _count(bits: Any, shift: Any, bound: Any) -> Any:
+def _count(bits: Any, short: Any, bound: Any) -> Any:
+    full_width()
     count = np.int32(0)
     for i in range(bits.size):
-        if _ordered(np.int32(np.int32(bits[i]) << shift)) >= bound:
-            count += np.int32(1)
+        enough = _ordered(_float_bits(bits[i], short)) >= bound
+        count = np.int32(count + (np.int32(1) if enough else np.int32(0)))
     return count
 
 
 @_EXACT
-def _stats(flat, stride, shift, vocab, bans, first_row, last_row, parts):  # type: ignore[no-untyped-def]
+def _stats(flat, stride, short, vocab, bans, first_row, last_row, parts):  # type: ignore[no-untyped-def]
     for row in range(first_row, last_row):
         logits = flat[row * stride : row * stride + vocab]
         ban = bans[row]
@@ -314,7 +352,7 @@ def _stats(flat, stride, shift, vocab, bans, first_row, last_row, parts):  # typ
             while first < stop:
                 last = min(first + _CHUNK, stop)
                 chunk = logits[first:last]
-                found = _largest(chunk, shift)
+                found = _largest(chunk, short)
                 if found > best:
                     if total > 0.0:
                         # Sums so far were relative to the former best.
@@ -328,17 +366,13 @@ def _stats(flat, stride, shift, vocab, bans, first_row, last_row, parts):  # typ
                     second = found
                 top = _number(best)
                 if np.isfinite(top):
-                    sums = _sums(chunk, shift, top)
+                    sums = _sums(chunk, short, top)
                     total += sums[0]
                     spread += sums[1]
                 first = last
-        token = start
-        while token < end and best != _ordered(
-            np.int32(np.int32(logits[token]) << shift)
-        ):
-            token += 1
-        second = max(second, _largest(logits[start:token], shift))
-        second = max(second, _largest(logits[token + 1 : end], shift))
+        token = start + _place(logits[start:end], short, best)
+        second = max(second, _largest(logits[start:token], short))
+        second = max(second, _largest(logits[token + 1 : end], short))
         parts[row, 0] = _number(max(best, np.int32(_MINUS_INFINITY)))
         parts[row, 1] = token if token < end else np.inf
         parts[row, 2] = total
@@ -359,6 +393,7 @@ def _exponentials(key: Any, first_token: int, out: Any) -> None:
 
     A loop each for the hash, this logarithm and the next: LLVM vectorises them alone.
     """
+    full_width()
     for i in range(out.size):
         number = np.uint64(first_token + i + 1)
         bits = np.int64(_mix(key + number * _GOLDEN) >> np.uint64(11))
@@ -373,11 +408,12 @@ def _exponentials(key: Any, first_token: int, out: Any) -> None:
 
 @_EXACT
 def _noisy(
-    bits: Any, shift: Any, top: Any, temperature: Any, cut: Any, noise: Any
+    bits: Any, short: Any, top: Any, temperature: Any, cut: Any, noise: Any
 ) -> None:
     """Replace exponential numbers by scores with Gumbel noise, -inf below `cut`."""
+    full_width()
     for i in range(bits.size):
-        logit = np.int32(np.int32(bits[i]) << shift).view(np.float32)
+        logit = np.int32(_float_bits(bits[i], short)).view(np.float32)
         score = np.float32((logit - top) / temperature)
         noisy = score - _log(noise[i])
         noise[i] = noisy if score >= cut else np.float32(-np.inf)
@@ -385,7 +421,7 @@ def _noisy(
 
 @_EXACT
 def _draw(  # type: ignore[no-untyped-def]
-    flat, stride, shift, vocab, rows, bans, tops, temperatures, cuts, keys, first_token,
+    flat, stride, short, vocab, rows, bans, tops, temperatures, cuts, keys, first_token,
     first_row, last_row, scores, columns,
 ):  # fmt: skip
     buffer = np.empty(_CHUNK, dtype=np.float32)
@@ -397,37 +433,35 @@ def _draw(  # type: ignore[no-untyped-def]
             noisy = buffer[: last - first]
             _exponentials(keys[row], first_token + first, noisy)
             _noisy(
-                flat[begin + first : begin + last], shift,
+                flat[begin + first : begin + last], short,
                 tops[row], temperatures[row], cuts[row], noisy,
             )  # fmt: skip
             if first <= bans[row] < last:
                 noisy[bans[row] - first] = -np.inf
             bits = noisy.view(np.int32)
-            found = _largest(bits, np.int32(0))
+            found = _largest(bits, None)
             if found > best:
-                best, column = found, np.int64(first)
-                while _ordered(bits[column - first]) != best:
-                    column += 1
+                best, column = found, first + _place(bits, None, found)
         scores[row] = _number(best)
         columns[row] = column
 
 
 @_EXACT
-def _most(flat, stride, shift, vocab, bounds, first_row, last_row, columns, ranks):  # type: ignore[no-untyped-def]
+def _most(flat, stride, short, vocab, bounds, first_row, last_row, columns, ranks):  # type: ignore[no-untyped-def]
     k = columns.shape[1]
     values = np.empty(k + 1, dtype=np.int32)
     for row in range(first_row, last_row):
         bound = _ordered(bounds[row])
         logits = flat[row * stride : row * stride + vocab]
-        ranks[row] = _count(logits, shift, bound)
+        ranks[row] = _count(logits, short, bound)
         filled = 0
         for first in range(0, vocab if k > 0 else 0, _SCAN):
             last = min(first + _SCAN, vocab)
             chunk = logits[first:last]
-            if filled == k and _largest(chunk, shift) <= values[k - 1]:
+            if filled == k and _largest(chunk, short) <= values[k - 1]:
                 continue
             for i in range(last - first):
-                value = _ordered(np.int32(np.int32(chunk[i]) << shift))
+                value = _ordered(_float_bits(chunk[i], short))
                 if filled == k and value <= values[k - 1]:
                     continue
                 place = min(filled, k - 1)
