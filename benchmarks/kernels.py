@@ -2,23 +2,31 @@
 """Time the kernels over rows of logits against plain torch.
 
 A kernel and its counterpart run in turns, so that a busy machine slows both; times are
-medians, and the factor is the median over the turns. Beside them stands a copy of the
-same logits, the speed of memory. Counterparts:
+medians (in the JSON minima as well), and the factor is the median over the turns.
+Beside them stands a copy of the same logits, the speed of memory. Counterparts:
 
     token_stats    the plain-torch reference of the same statistics, all of them
     draw           softmax, divided by exponential noise, argmax: as samplers do it,
                    without the seed per row that `draw` has
     top_logprobs   log_softmax in float32, topk, and the count for the rank
+
+With --against FILE, a former `vllm_dlm/kernels/numba_rows.py`, the counterpart is the
+same kernel with the loops in that file:
+
+    git show REVISION:vllm_dlm/kernels/numba_rows.py > /tmp/before.py
+    python -m benchmarks.kernels --against /tmp/before.py
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +35,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from vllm_dlm.bench import environment
+from vllm_dlm.kernels import draw as draw_module
+from vllm_dlm.kernels import numba_rows
+from vllm_dlm.kernels import token_stats as stats_module
+from vllm_dlm.kernels import top_logprobs as logprobs_module
 from vllm_dlm.kernels.draw import draw
 from vllm_dlm.kernels.token_stats import token_stats, token_stats_reference
 from vllm_dlm.kernels.top_logprobs import top_logprobs
@@ -84,10 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=50,
         help="turns that count (default: %(default)s)",
     )
+    parser.add_argument(
+        "--against",
+        type=_loops,
+        metavar="FILE",
+        help="a former numba_rows.py to time instead of plain torch, on a CPU",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results there")
     args = parser.parse_args(argv)
     if args.threads < 1 or args.repeats < 1:
         parser.error("--threads and --repeats must be at least 1")
+    if args.against is not None and args.device != "cpu":
+        parser.error("--against is for --device cpu")
     shapes = args.shapes or [(32, 32_000), (512, 32_000), (32, 126_464)]
     if args.shapes is None and args.device != "cpu":
         shapes.append((2048, 126_464))
@@ -99,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.kernels
     ]
     results = [
-        measure(*case, device=args.device, repeats=args.repeats)
+        measure(*case, device=args.device, repeats=args.repeats, against=args.against)
         for case in tqdm(cases, desc="kernels", unit="case")
     ]
-    show(results)
+    show(results, "plain torch" if args.against is None else "before")
     if args.json is not None:
         record = {
             "environment": environment.record(args.threads),
@@ -121,6 +141,15 @@ def _shape(text: str) -> tuple[int, int]:
             f"{text!r} is no shape: rows and vocabulary as in 32x32000"
         )
     return int(rows), int(vocab)
+
+
+def _loops(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("loops_before", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{path!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # -- what is timed --------------------------------------------------------
@@ -174,20 +203,46 @@ KERNELS: dict[str, Callable[[torch.Tensor], Timed]] = {
 }
 
 
+def with_loops(loops: Any, kernel: Callable[[], object]) -> Callable[[], object]:
+    """The kernel with other loops than `numba_rows`."""
+    users: tuple[Any, ...] = (stats_module, draw_module, logprobs_module)
+
+    def call() -> object:
+        for user in users:
+            user.numba_rows = loops
+        try:
+            return kernel()
+        finally:
+            for user in users:
+                user.numba_rows = numba_rows
+
+    return call
+
+
 # -- how it is timed ------------------------------------------------------
 
 
 def measure(
-    name: str, rows: int, vocab: int, dtype: str, *, device: str, repeats: int
+    name: str,
+    rows: int,
+    vocab: int,
+    dtype: str,
+    *,
+    device: str,
+    repeats: int,
+    against: Any = None,
 ) -> dict[str, Any]:
     """Milliseconds of one kernel, its counterpart and a copy of the logits."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(rows, vocab, device=device, generator=generator) * 3
     logits = logits.to(getattr(torch, dtype))
     target = torch.empty_like(logits)
-    timed = [*KERNELS[name](logits), lambda: target.copy_(logits)]
+    ours, other = KERNELS[name](logits)
+    if against is not None:
+        other = with_loops(against, ours)
+    timed = [ours, other, lambda: target.copy_(logits)]
     turns = [[seconds(function) for function in timed] for _ in range(TURNS + repeats)]
-    kernel, plain, copy = zip(*turns[TURNS:], strict=True)
+    kernel, counterpart, copy = zip(*turns[TURNS:], strict=True)
     size = logits.numel() * logits.element_size()
     milliseconds = statistics.median(kernel) * 1e3
     return {
@@ -196,11 +251,13 @@ def measure(
         "vocab": vocab,
         "dtype": dtype,
         "ms": milliseconds,
-        "plain_ms": statistics.median(plain) * 1e3,
+        "counterpart_ms": statistics.median(counterpart) * 1e3,
         "copy_ms": statistics.median(copy) * 1e3,
-        "times_plain": statistics.median(
-            other / ours for ours, other in zip(kernel, plain, strict=True)
+        "factor": statistics.median(
+            other / ours for ours, other in zip(kernel, counterpart, strict=True)
         ),
+        "least_ms": min(kernel) * 1e3,
+        "counterpart_least_ms": min(counterpart) * 1e3,
         "read_gb_per_s": size / milliseconds / 1e6,
         # A copy moves each byte twice.
         "of_copy_bandwidth": statistics.median(
@@ -220,12 +277,12 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Print the table."""
+def show(results: list[dict[str, Any]], counterpart: str) -> None:
+    """Print the table; `counterpart` says what the kernels are compared with."""
     table = Table(title="Kernels over rows of logits")
     for column in ("kernel", "rows x vocabulary", "dtype"):
         table.add_column(column)
-    for column in ("ms", "plain torch, ms", "times plain", "GB/s", "of copy bandwidth"):
+    for column in ("ms", f"{counterpart}, ms", "factor", "GB/s", "of copy bandwidth"):
         table.add_column(column, justify="right")
     for row in results:
         table.add_row(
@@ -233,8 +290,8 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{row['rows']} x {row['vocab']:,}",
             row["dtype"],
             f"{row['ms']:.3f}",
-            f"{row['plain_ms']:.3f}",
-            f"{row['times_plain']:.1f}",
+            f"{row['counterpart_ms']:.3f}",
+            f"{row['factor']:.2f}",
             f"{row['read_gb_per_s']:.1f}",
             f"{row['of_copy_bandwidth']:.0%}",
         )

@@ -28,7 +28,9 @@ def test_a_run(tmp_path, capsys):
     assert record["environment"]["threads"] == 1
     cases = [(row["kernel"], row["rows"], row["dtype"]) for row in record["results"]]
     assert len(set(cases)) == 2 * 2 * len(kernels.KERNELS)
-    assert all(row["ms"] > 0 and row["plain_ms"] > 0 for row in record["results"])
+    for row in record["results"]:
+        assert 0 < row["least_ms"] <= row["ms"]
+        assert 0 < row["counterpart_least_ms"] <= row["counterpart_ms"]
     assert "2 x 50" in capsys.readouterr().out
 
 
@@ -41,6 +43,34 @@ def test_counterparts_compute_the_same():
     torch.testing.assert_close(ours[1][:, 1:], plain[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(ours[0][:, 1:], plain[1])
     assert torch.equal(ours[2], plain[2])
+
+
+def test_former_loops_as_the_counterpart(tmp_path, monkeypatch, capsys):
+    before = tmp_path / "before.py"
+    before.write_text(
+        "from vllm_dlm.kernels import numba_rows\n"
+        "AVAILABLE, reads, calls = True, numba_rows.reads, []\n"
+        "def row_parts(*arguments):\n"
+        "    calls.append(arguments)\n"
+        "    return numba_rows.row_parts(*arguments)\n"
+    )
+    loops = kernels._loops(str(before))
+    monkeypatch.setattr(kernels, "_loops", lambda path: loops)
+    threads = torch.get_num_threads()
+    try:
+        arguments = ["--kernels", "token_stats", "--dtypes", "float32"]
+        arguments += ["--shapes", "2x50", "--repeats", "2", "--device", "cpu"]
+        assert kernels.main([*arguments, "--against", str(before)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert len(loops.calls) == kernels.TURNS + 2
+    assert "before, ms" in capsys.readouterr().out
+
+
+def test_no_file_of_loops(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--against", "nowhere.py"])
+    assert "'nowhere.py' is no Python file" in capsys.readouterr().err
 
 
 def test_a_shape_that_is_none(capsys):
