@@ -110,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.requests) < 1:
         parser.error("--requests must be at least 1")
     has_triton = importlib.util.find_spec("triton") is not None and not args.no_triton
-    cases = [(name, number) for name in args.batches for number in args.requests]
+    cases = [
+        (name, number)
+        for name in args.batches
+        for number in sorted({max(n, len(BATCHES[name])) for n in args.requests})
+    ]
     counts = []
     with tqdm(total=len(args.modes) * len(cases), unit="batch") as progress:
         for mode in args.modes:
@@ -175,13 +179,13 @@ def count(
 
     Args:
         llm: of `engine`.
-        batch: a name of `BATCHES`; it has a request of each of its strategies at least.
+        batch: a name of `BATCHES`.
+        requests: at least one for each of its strategies.
 
     Raises:
         RuntimeError: a request has ended before the last steady step.
     """
     strategies = BATCHES[batch]
-    requests = max(requests, len(strategies))
     executor = llm.llm_engine.engine_core.engine_core.model_executor
     runner = executor.driver_worker.worker.model_runner
     # What is made once for a strategy and its requests to come.
@@ -248,7 +252,7 @@ def show(counts: Sequence[Count]) -> None:
     """Print the table."""
     table = Table(title="Launches outside the network")
     for column in ("", "strategy"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in (
         *("requests", "operations", "copies", "functions", "C++ kernels"),
         *("Triton kernels", "admission"),

@@ -31,13 +31,14 @@ def launches(engine: Engine, batch: str, requests: int) -> Count:
 def test_a_step_launches_the_same_for_any_number_of_requests(
     wide_engine: Engine, batch: str
 ):
-    few, more, many = (launches(wide_engine, batch, number) for number in (1, 4, 16))
+    groups = len(BATCHES[batch])
+    numbers = (groups, 4, 16)
+    few, more, many = (launches(wide_engine, batch, number) for number in numbers)
     assert set(few.parts) == set(STEP_PARTS)
     assert few.parts["sampler"].total > 0
     assert few.parts == more.parts == many.parts
     # Nothing is launched for requests that do not come.
     assert few.step.total == sum(part.total for part in few.parts.values())
-    groups = len(BATCHES[batch])
     most = MOST_OPERATIONS + (groups - 1) * MOST_MORE_OPERATIONS
     assert few.step.num_operations <= most
     assert few.step.copies <= MOST_COPIES + (groups - 1) * MOST_MORE_COPIES

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RandomBlocks: blocks that a strategy decodes, with statistics drawn at random.
+
+Each row is a request. Rows begin their blocks at different times, so that a view has
+all of a block's steps side by side, with what the strategy remembers of the steps
+before. Among the blocks are short ones, some that share the prompt's last tokens, some
+in sub-blocks, and some that begin with tokens in them. Statistics are random, equal to
+others of the row, 0, 1, or exactly what a parameter of the row says. There is no NaN
+among them, because the engine lets none through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from vllm_dlm.strategies.base import (
+    NOT_DRAFTED,
+    Branches,
+    Decision,
+    Params,
+    Strategy,
+    View,
+    best_of,
+)
+from vllm_dlm.strategies.probabilities import Probabilities
+
+VOCAB = 40
+MASK_ID = VOCAB - 1
+FIRST_TEXT = 2
+"""Tokens below it end the text."""
+LONGEST_OUTPUT = 8
+"""In blocks."""
+
+
+class WholeLogits:
+    """Logits [N, V] that exist, as `Probabilities` reads them."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+    def over(self, rows: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+        """All of them at a time."""
+        return [(slice(None), self.logits[rows])] if len(rows) else []
+
+
+class RandomBlocks:
+    """Blocks on their way; see the module docstring.
+
+    Args:
+        strategy: decides them.
+        params: of each row.
+        numbers: the rows' numeric parameters, name -> [R].
+        seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        params: Sequence[Params],
+        numbers: Mapping[str, torch.Tensor],
+        seed: int,
+    ) -> None:
+        self.strategy = strategy
+        self.rows, self.width = len(params), strategy.block_length
+        self._generator = torch.Generator().manual_seed(seed)
+        self._offsets = torch.arange(self.width)
+        self._limits = torch.tensor([strategy.step_limit(one) for one in params])
+        floats = [n for n in numbers.values() if n.is_floating_point()]
+        self._exact = torch.stack(floats) if floats else None
+        """[P, R] float32: parameters that statistics may be equal to."""
+        self._branches = max(type(strategy).branches(one) for one in params)
+        self.step = torch.zeros(self.rows, dtype=torch.int64)
+        self._open_blocks(torch.ones(self.rows, dtype=torch.bool))
+
+    # -- chance ------------------------------------------------------------
+
+    def _chance(self, *shape: int) -> torch.Tensor:
+        """float32 in [0, 1)."""
+        return torch.rand(*shape, generator=self._generator)
+
+    def _whole(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """int64 from `low` to `high`, both included."""
+        return torch.randint(low, high + 1, shape, generator=self._generator)
+
+    # -- blocks ------------------------------------------------------------
+
+    def _open_blocks(self, new: torch.Tensor) -> None:
+        """Begin a block in rows [R] bool."""
+        rows, width = self.rows, self.width
+
+        def begun(now: str, fresh: torch.Tensor) -> None:
+            flags = new.view(-1, *[1] * (fresh.dim() - 1))
+            old = getattr(self, now, fresh)
+            setattr(self, now, torch.where(flags, fresh, old))
+
+        # The prompt ends in some blocks; some end before the others.
+        tail = self._whole(0, width - 1, rows) * (self._chance(rows) < 0.25)
+        first = self._whole(0, LONGEST_OUTPUT - 1, rows) * width
+        short = self._chance(rows) < 0.3
+        length = torch.minimum(tail + 1 + self._whole(0, width - 1, rows), _of(width))
+        length = torch.where(short, length, width)
+        begun("first", torch.where(tail > 0, -tail, first))
+        begun("length", length)
+        sub_block = self._whole(1, width, rows)
+        begun("sub_block", torch.where(self._chance(rows) < 0.3, sub_block, width))
+        begun("steps", self._whole(1, width, rows))
+        writable = (self._offsets >= tail[:, None]) & (self._offsets < length[:, None])
+        begins_empty = self._chance(rows) < 0.6
+        masks = writable & (begins_empty[:, None] | (self._chance(rows, width) < 0.6))
+        masks |= best_of(writable & ~masks.any(dim=1)[:, None], masks.float())
+        begun("masks", masks)
+        begun("tokens", self._whole(0, MASK_ID - 1, rows, width))
+        begun("draft_rank", torch.full((rows, width), NOT_DRAFTED))
+        begun("draft_tokens", torch.zeros(rows, width, dtype=torch.int64))
+        begun("step", torch.zeros(rows, dtype=torch.int64))
+        memory = getattr(self, "memory", {})
+        self.memory = {
+            name: torch.where(
+                new.view(-1, *[1] * len(one.shape)),
+                torch.full((rows, *one.shape), one.fill, dtype=one.dtype),
+                memory.get(name, torch.zeros(rows, *one.shape, dtype=one.dtype)),
+            )
+            for name, one in self.strategy.state.items()
+        }
+
+    # -- what a strategy sees ----------------------------------------------
+
+    def view(self) -> View:
+        """The next step's view."""
+        rows, width, needs = self.rows, self.width, self.strategy.needs
+        valid = self._offsets < self.length[:, None]
+        positions = self.first[:, None] + self._offsets
+        decided = valid & ~self.masks & (positions >= 0)
+        part = self._offsets // self.sub_block[:, None]
+        first_part = torch.where(self.masks, part, width).amin(dim=1, keepdim=True)
+        masked = self.masks & (part == first_part)
+        # A block that opens with its first token alone.
+        opens = (self.step == 0) & (self._chance(rows) < 0.2)
+        leftmost = best_of(masked, -self._offsets.expand(rows, width).float())
+        masked = torch.where(opens[:, None], leftmost, masked)
+
+        reads_block = self.strategy.logit_rows == "block"
+        read = valid if reads_block else masked
+        tokens = torch.where(self.masks, MASK_ID, self.tokens)
+        candidate = self._whole(0, MASK_ID - 1, rows, width)
+        confidence = self._statistic(1.0) ** 0.25
+        confidence = self._equal_to_parameters(confidence, 1.0)
+        entropy = self._equal_to_parameters(self._statistic(3.0), 3.0)
+        margin = torch.minimum(
+            confidence, self._equal_to_parameters(self._statistic(1.0), 1.0)
+        )
+        probabilities = None
+        if "probabilities" in needs:
+            probabilities, best = self._probabilities(read)
+            candidate, confidence = best.indices[..., 0], best.values[..., 0]
+            margin = confidence - best.values[..., 1]
+        # The model mostly thinks of a token what it thought when it was written.
+        agrees = decided & (self._chance(rows, width) < 0.7)
+        if probabilities is None:
+            candidate = torch.where(agrees, tokens, candidate)
+        candidate = torch.where(read, candidate, tokens)
+        written = positions[:, 0].clamp(min=0) + decided.sum(dim=1)
+        view = View(
+            tokens=tokens,
+            masked=masked,
+            valid=valid,
+            decided=decided,
+            positions=positions,
+            candidate=candidate,
+            confidence=torch.where(read, confidence, 0.0),
+            is_eos=(candidate < FIRST_TEXT) & valid,
+            step=self.step.clone(),
+            scheduled=self._whole(1, width, rows),
+            steps=self.steps.clone(),
+            progress=written / (LONGEST_OUTPUT * width),
+            state={name: value.clone() for name, value in self.memory.items()},
+            entropy=torch.where(read, entropy, 0.0) if "entropy" in needs else None,
+            margin=torch.where(read, margin, 0.0) if "margin" in needs else None,
+            uniform=self._statistic(1.0) * 0.999 if "uniform" in needs else None,
+            probabilities=probabilities,
+        )
+        return replace(
+            view, branches=self._drafted(view) if "branches" in needs else None
+        )
+
+    def _statistic(self, most: float) -> torch.Tensor:
+        """[R, B] float32 from 0 to `most`: random, or with many equal ones, by row."""
+        values = self._chance(self.rows, self.width)
+        ties = (self._chance(self.rows, 1) < 0.4).expand_as(values)
+        values = torch.where(ties, (values * 4).round() / 4, values) * most
+        kind = self._chance(self.rows, self.width)
+        values = torch.where(kind < 0.05, 0.0, values)
+        return torch.where(kind > 0.95, most, values)
+
+    def _equal_to_parameters(self, values: torch.Tensor, most: float) -> torch.Tensor:
+        """The values [R, B], some of them exactly a parameter of their row."""
+        if self._exact is None:
+            return values
+        which = self._whole(0, len(self._exact) - 1, self.rows, self.width)
+        exact = self._exact.T.gather(1, which)
+        usable = (exact >= 0) & (exact <= most)
+        chosen = self._chance(self.rows, self.width) < 0.15
+        return torch.where(usable & chosen, exact, values)
+
+    def _probabilities(
+        self, read: torch.Tensor
+    ) -> tuple[Probabilities, torch.return_types.topk]:
+        """Distributions at the positions [R, B] that are read; their best two."""
+        rows, width = read.shape
+        logits = torch.randn(rows * width, VOCAB, generator=self._generator)
+        logits *= self._whole(1, 8, rows * width, 1)
+        # They come to rest as the block goes on.
+        calm = (self.step >= 2).repeat_interleave(width)[:, None]
+        likely = torch.nn.functional.one_hot(self.tokens.flatten(), VOCAB)
+        logits = torch.where(calm, logits + 30 * likely, logits)
+        logits[:, MASK_ID] = -torch.inf
+        all_rows = np.arange(rows * width).reshape(rows, width)
+        probabilities = Probabilities(
+            WholeLogits(logits),
+            logits.double().logsumexp(dim=1),
+            np.where(read.numpy(), all_rows, -1),
+        )
+        best = logits.softmax(dim=1).view(rows, width, VOCAB).topk(2, dim=2)
+        return probabilities, best
+
+    def _drafted(self, view: View) -> Branches:
+        """What a forward made of the drafts of the step before."""
+        rows, width, count = self.rows, self.width, self._branches
+        numbers = torch.arange(count)[None, :, None]
+        evaluated = torch.where(self.step == 0, 1, self._whole(1, count, rows))
+        left = view.masked[:, None] & (self.draft_rank[:, None] >= numbers)
+        left &= numbers < evaluated[:, None, None]
+        right = self._chance(rows, count, width) < 0.8
+        candidate = self._whole(0, MASK_ID - 1, rows, count, width)
+        candidate = torch.where(right, self.draft_tokens[:, None], candidate)
+        candidate[:, 0] = view.candidate
+        confidence = self._chance(rows, count, width)
+        confidence[:, 0] = view.confidence
+        return Branches(
+            tokens=self.draft_tokens.clone(),
+            rank=self.draft_rank.clone(),
+            masked=left,
+            candidate=torch.where(left, candidate, 0),
+            confidence=torch.where(left, confidence, 0.0),
+        )
+
+    # -- what it decides ---------------------------------------------------
+
+    def go_on(self, view: View, decision: Decision) -> None:
+        """Write what was decided, as the engine would, and go on to the next step."""
+        nothing = torch.zeros_like(view.masked)
+        edit = nothing if decision.edit is None else decision.edit
+        remask = nothing if decision.remask is None else decision.remask
+        tokens = view.candidate if decision.new_tokens is None else decision.new_tokens
+        may_change = view.decided & _of(self.strategy.may_rewrite)
+        edit, remask = edit & may_change, remask & may_change & ~edit
+        open_ = view.masked
+        if view.branches is not None:
+            open_ = view.branches.masked.any(dim=1)
+        commit = decision.commit & open_
+        stalled = commit.sum(dim=1) <= remask.sum(dim=1)
+        if decision.idle is not None:
+            stalled &= ~decision.idle
+        commit |= best_of(view.masked & stalled[:, None], view.confidence)
+        last = (self.step + 1 >= self._limits)[:, None]
+        commit = torch.where(last, self.masks, commit)
+        edit, remask = edit & ~last, remask & ~last
+        self.tokens = torch.where(commit | edit, tokens, self.tokens)
+        self.masks = (self.masks & ~commit) | remask
+        self.step = self.step + 1
+        for name, value in (decision.state or {}).items():
+            self.memory[name] = value.to(self.memory[name].dtype)
+        if decision.draft_rank is not None and decision.draft_tokens is not None:
+            self.draft_rank = torch.where(self.masks, decision.draft_rank, NOT_DRAFTED)
+            self.draft_tokens = decision.draft_tokens
+        held = torch.zeros(self.rows, dtype=torch.bool)
+        if decision.hold is not None:
+            held = decision.hold & ~last[:, 0]
+        done = ~self.masks.any(dim=1) & ~held
+        # Some requests end early, or are preempted.
+        self._open_blocks(done | (self._chance(self.rows) < 0.02))
+
+
+def _of(value: int | bool) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+def padded(view: View, more: int) -> View:
+    """The view, behind it rows of no request, as the engine fills a batch up.
+
+    Args:
+        more: rows.
+    """
+    ones = {"scheduled", "steps"}
+
+    def longer(name: str, value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            size = (more, *value.shape[1:])
+            fill = 1 if name in ones else 0
+            return torch.cat([value, torch.full(size, fill, dtype=value.dtype)])
+        if isinstance(value, Mapping):
+            return {key: longer(key, part) for key, part in value.items()}
+        if isinstance(value, Branches):
+            return Branches(**{n: longer(n, part) for n, part in vars(value).items()})  # type: ignore[arg-type]
+        if isinstance(value, Probabilities):
+            none = np.full((more, value.rows.shape[1]), -1)
+            return replace(value, rows=np.concatenate([value.rows, none]))
+        return value
+
+    return View(**{name: longer(name, value) for name, value in vars(view).items()})  # type: ignore[arg-type]
