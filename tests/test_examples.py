@@ -166,6 +166,23 @@ def test_the_documentation_shows_the_custom_strategy():
     assert f"```python\n{code.strip()}\n```" in documented
 
 
+def test_the_documentation_shows_its_test():
+    file = (CUSTOM / "test_lead_rule.py").read_text(encoding="utf-8")
+    _, _, code = file.split('"""', 2)
+    documented = (ROOT / "docs/strategies.md").read_text(encoding="utf-8")
+    assert f"```python\n{code.strip()}\n```" in documented
+
+
+@pytest.mark.slow
+def test_its_test_passes(installed: str):
+    test = CUSTOM / "test_lead_rule.py"
+    options = ["-s", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, test]
+    printed = run(*command, PYTHONPATH=installed)
+    assert "lead (least=0.7), blocks of 8" in printed
+    assert "decides as eagerly, bit for bit" in printed
+
+
 def test_an_installed_strategy_is_listed(installed: str):
     cli = Path(sys.executable).with_name("vllm-dlm")
     printed = run(cli, "strategies", "lead", PYTHONPATH=installed)

@@ -12,7 +12,8 @@ among them, because the engine lets none through.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,45 @@ class WholeLogits:
         return [(slice(None), self.logits[rows])] if len(rows) else []
 
 
+@dataclass
+class Canvases:
+    """R blocks as they stand."""
+
+    first: torch.Tensor
+    """[R] int64: index of each block's first position in the output; negative where
+    the block begins with tokens of the prompt."""
+    length: torch.Tensor
+    """[R] int64: positions that exist."""
+    sub_block: torch.Tensor
+    """[R] int64: length of a sub-block."""
+    step: torch.Tensor
+    """[R] int64."""
+    steps: torch.Tensor
+    """[R] int64: of the step schedule."""
+    tokens: torch.Tensor
+    """[R, B] int64: what is, or would be, written."""
+    masks: torch.Tensor
+    """[R, B] bool."""
+    draft_tokens: torch.Tensor
+    """[R, B] int64."""
+    draft_rank: torch.Tensor
+    """[R, B] int64."""
+    memory: dict[str, torch.Tensor]
+    """name of `Strategy.state` -> [R, ...]."""
+
+    def with_rows(self, other: Canvases, rows: torch.Tensor) -> Canvases:
+        """With the rows [R] bool of others."""
+
+        def merged(mine: Any, theirs: Any) -> Any:
+            if isinstance(mine, dict):
+                return {name: merged(one, theirs[name]) for name, one in mine.items()}
+            flags = rows.view(-1, *[1] * (mine.dim() - 1))
+            return torch.where(flags, theirs, mine)
+
+        pairs = {name: (one, getattr(other, name)) for name, one in vars(self).items()}
+        return Canvases(**{name: merged(*pair) for name, pair in pairs.items()})
+
+
 class RandomBlocks:
     """Blocks on their way; see the module docstring.
 
@@ -73,8 +113,7 @@ class RandomBlocks:
         self._exact = torch.stack(floats) if floats else None
         """[P, R] float32: parameters that statistics may be equal to."""
         self._branches = max(type(strategy).branches(one) for one in params)
-        self.step = torch.zeros(self.rows, dtype=torch.int64)
-        self._open_blocks(torch.ones(self.rows, dtype=torch.bool))
+        self._now = self._begun()
 
     # -- chance ------------------------------------------------------------
 
@@ -88,64 +127,55 @@ class RandomBlocks:
 
     # -- blocks ------------------------------------------------------------
 
-    def _open_blocks(self, new: torch.Tensor) -> None:
-        """Begin a block in rows [R] bool."""
+    def _begun(self) -> Canvases:
+        """Blocks before their first step."""
         rows, width = self.rows, self.width
-
-        def begun(now: str, fresh: torch.Tensor) -> None:
-            flags = new.view(-1, *[1] * (fresh.dim() - 1))
-            old = getattr(self, now, fresh)
-            setattr(self, now, torch.where(flags, fresh, old))
-
         # The prompt ends in some blocks; some end before the others.
         tail = self._whole(0, width - 1, rows) * (self._chance(rows) < 0.25)
         first = self._whole(0, LONGEST_OUTPUT - 1, rows) * width
-        short = self._chance(rows) < 0.3
-        length = torch.minimum(tail + 1 + self._whole(0, width - 1, rows), _of(width))
-        length = torch.where(short, length, width)
-        begun("first", torch.where(tail > 0, -tail, first))
-        begun("length", length)
+        shorter = (tail + 1 + self._whole(0, width - 1, rows)).clamp(max=width)
+        length = torch.where(self._chance(rows) < 0.3, shorter, width)
         sub_block = self._whole(1, width, rows)
-        begun("sub_block", torch.where(self._chance(rows) < 0.3, sub_block, width))
-        begun("steps", self._whole(1, width, rows))
         writable = (self._offsets >= tail[:, None]) & (self._offsets < length[:, None])
-        begins_empty = self._chance(rows) < 0.6
-        masks = writable & (begins_empty[:, None] | (self._chance(rows, width) < 0.6))
+        # Some have tokens already.
+        is_empty = (self._chance(rows) < 0.6)[:, None]
+        masks = writable & (is_empty | (self._chance(rows, width) < 0.6))
         masks |= best_of(writable & ~masks.any(dim=1)[:, None], masks.float())
-        begun("masks", masks)
-        begun("tokens", self._whole(0, MASK_ID - 1, rows, width))
-        begun("draft_rank", torch.full((rows, width), NOT_DRAFTED))
-        begun("draft_tokens", torch.zeros(rows, width, dtype=torch.int64))
-        begun("step", torch.zeros(rows, dtype=torch.int64))
-        memory = getattr(self, "memory", {})
-        self.memory = {
-            name: torch.where(
-                new.view(-1, *[1] * len(one.shape)),
-                torch.full((rows, *one.shape), one.fill, dtype=one.dtype),
-                memory.get(name, torch.zeros(rows, *one.shape, dtype=one.dtype)),
-            )
-            for name, one in self.strategy.state.items()
-        }
+        return Canvases(
+            first=torch.where(tail > 0, -tail, first),
+            length=length,
+            sub_block=torch.where(self._chance(rows) < 0.3, sub_block, width),
+            step=torch.zeros(rows, dtype=torch.int64),
+            steps=self._whole(1, width, rows),
+            tokens=self._whole(0, MASK_ID - 1, rows, width),
+            masks=masks,
+            draft_tokens=torch.zeros(rows, width, dtype=torch.int64),
+            draft_rank=torch.full((rows, width), NOT_DRAFTED),
+            memory={
+                name: torch.full((rows, *one.shape), one.fill, dtype=one.dtype)
+                for name, one in self.strategy.state.items()
+            },
+        )
 
     # -- what a strategy sees ----------------------------------------------
 
     def view(self) -> View:
         """The next step's view."""
         rows, width, needs = self.rows, self.width, self.strategy.needs
-        valid = self._offsets < self.length[:, None]
-        positions = self.first[:, None] + self._offsets
-        decided = valid & ~self.masks & (positions >= 0)
-        part = self._offsets // self.sub_block[:, None]
-        first_part = torch.where(self.masks, part, width).amin(dim=1, keepdim=True)
-        masked = self.masks & (part == first_part)
+        valid = self._offsets < self._now.length[:, None]
+        positions = self._now.first[:, None] + self._offsets
+        decided = valid & ~self._now.masks & (positions >= 0)
+        part = self._offsets // self._now.sub_block[:, None]
+        first_part = torch.where(self._now.masks, part, width).amin(dim=1, keepdim=True)
+        masked = self._now.masks & (part == first_part)
         # A block that opens with its first token alone.
-        opens = (self.step == 0) & (self._chance(rows) < 0.2)
+        opens = (self._now.step == 0) & (self._chance(rows) < 0.2)
         leftmost = best_of(masked, -self._offsets.expand(rows, width).float())
         masked = torch.where(opens[:, None], leftmost, masked)
 
         reads_block = self.strategy.logit_rows == "block"
         read = valid if reads_block else masked
-        tokens = torch.where(self.masks, MASK_ID, self.tokens)
+        tokens = torch.where(self._now.masks, MASK_ID, self._now.tokens)
         candidate = self._whole(0, MASK_ID - 1, rows, width)
         confidence = self._statistic(1.0) ** 0.25
         confidence = self._equal_to_parameters(confidence, 1.0)
@@ -173,11 +203,11 @@ class RandomBlocks:
             candidate=candidate,
             confidence=torch.where(read, confidence, 0.0),
             is_eos=(candidate < FIRST_TEXT) & valid,
-            step=self.step.clone(),
+            step=self._now.step.clone(),
             scheduled=self._whole(1, width, rows),
-            steps=self.steps.clone(),
+            steps=self._now.steps.clone(),
             progress=written / (LONGEST_OUTPUT * width),
-            state={name: value.clone() for name, value in self.memory.items()},
+            state={name: value.clone() for name, value in self._now.memory.items()},
             entropy=torch.where(read, entropy, 0.0) if "entropy" in needs else None,
             margin=torch.where(read, margin, 0.0) if "margin" in needs else None,
             uniform=self._statistic(1.0) * 0.999 if "uniform" in needs else None,
@@ -214,8 +244,8 @@ class RandomBlocks:
         logits = torch.randn(rows * width, VOCAB, generator=self._generator)
         logits *= self._whole(1, 8, rows * width, 1)
         # They come to rest as the block goes on.
-        calm = (self.step >= 2).repeat_interleave(width)[:, None]
-        likely = torch.nn.functional.one_hot(self.tokens.flatten(), VOCAB)
+        calm = (self._now.step >= 2).repeat_interleave(width)[:, None]
+        likely = torch.nn.functional.one_hot(self._now.tokens.flatten(), VOCAB)
         logits = torch.where(calm, logits + 30 * likely, logits)
         logits[:, MASK_ID] = -torch.inf
         all_rows = np.arange(rows * width).reshape(rows, width)
@@ -231,18 +261,18 @@ class RandomBlocks:
         """What a forward made of the drafts of the step before."""
         rows, width, count = self.rows, self.width, self._branches
         numbers = torch.arange(count)[None, :, None]
-        evaluated = torch.where(self.step == 0, 1, self._whole(1, count, rows))
-        left = view.masked[:, None] & (self.draft_rank[:, None] >= numbers)
+        evaluated = torch.where(self._now.step == 0, 1, self._whole(1, count, rows))
+        left = view.masked[:, None] & (self._now.draft_rank[:, None] >= numbers)
         left &= numbers < evaluated[:, None, None]
         right = self._chance(rows, count, width) < 0.8
         candidate = self._whole(0, MASK_ID - 1, rows, count, width)
-        candidate = torch.where(right, self.draft_tokens[:, None], candidate)
+        candidate = torch.where(right, self._now.draft_tokens[:, None], candidate)
         candidate[:, 0] = view.candidate
         confidence = self._chance(rows, count, width)
         confidence[:, 0] = view.confidence
         return Branches(
-            tokens=self.draft_tokens.clone(),
-            rank=self.draft_rank.clone(),
+            tokens=self._now.draft_tokens.clone(),
+            rank=self._now.draft_rank.clone(),
             masked=left,
             candidate=torch.where(left, candidate, 0),
             confidence=torch.where(left, confidence, 0.0),
@@ -252,11 +282,11 @@ class RandomBlocks:
 
     def go_on(self, view: View, decision: Decision) -> None:
         """Write what was decided, as the engine would, and go on to the next step."""
-        nothing = torch.zeros_like(view.masked)
+        now, nothing = self._now, torch.zeros_like(view.masked)
         edit = nothing if decision.edit is None else decision.edit
         remask = nothing if decision.remask is None else decision.remask
         tokens = view.candidate if decision.new_tokens is None else decision.new_tokens
-        may_change = view.decided & _of(self.strategy.may_rewrite)
+        may_change = view.decided & self.strategy.may_rewrite
         edit, remask = edit & may_change, remask & may_change & ~edit
         open_ = view.masked
         if view.branches is not None:
@@ -266,27 +296,24 @@ class RandomBlocks:
         if decision.idle is not None:
             stalled &= ~decision.idle
         commit |= best_of(view.masked & stalled[:, None], view.confidence)
-        last = (self.step + 1 >= self._limits)[:, None]
-        commit = torch.where(last, self.masks, commit)
+        last = (now.step + 1 >= self._limits)[:, None]
+        commit = torch.where(last, now.masks, commit)
         edit, remask = edit & ~last, remask & ~last
-        self.tokens = torch.where(commit | edit, tokens, self.tokens)
-        self.masks = (self.masks & ~commit) | remask
-        self.step = self.step + 1
+        now.tokens = torch.where(commit | edit, tokens, now.tokens)
+        now.masks = (now.masks & ~commit) | remask
+        now.step = now.step + 1
         for name, value in (decision.state or {}).items():
-            self.memory[name] = value.to(self.memory[name].dtype)
+            now.memory[name] = value.to(now.memory[name].dtype)
         if decision.draft_rank is not None and decision.draft_tokens is not None:
-            self.draft_rank = torch.where(self.masks, decision.draft_rank, NOT_DRAFTED)
-            self.draft_tokens = decision.draft_tokens
+            now.draft_rank = torch.where(now.masks, decision.draft_rank, NOT_DRAFTED)
+            now.draft_tokens = decision.draft_tokens
         held = torch.zeros(self.rows, dtype=torch.bool)
         if decision.hold is not None:
             held = decision.hold & ~last[:, 0]
-        done = ~self.masks.any(dim=1) & ~held
+        done = ~now.masks.any(dim=1) & ~held
         # Some requests end early, or are preempted.
-        self._open_blocks(done | (self._chance(self.rows) < 0.02))
-
-
-def _of(value: int | bool) -> torch.Tensor:
-    return torch.tensor(value)
+        leaves = done | (self._chance(self.rows) < 0.02)
+        self._now = now.with_rows(self._begun(), leaves)
 
 
 def padded(view: View, more: int) -> View:

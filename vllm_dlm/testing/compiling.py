@@ -86,6 +86,10 @@ def _line(error: Exception) -> str:
     """What has failed, and in which line of the strategy."""
     text = str(error)
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if "data-dependent" in text:
+        first = "what is executed depends on a number of the device"
+    elif "Constraints violated" in text:
+        first = "its operations depend on the number of rows, as in a loop over these"
     _, _, code = text.partition("from user code:")
     lines = [line.strip() for line in code.splitlines()]
     places = [line for line in lines if line.startswith("File ")]
