@@ -52,8 +52,10 @@ def masks_at_first(view: View) -> torch.Tensor:
 
 def doubling_steps(masks: torch.Tensor) -> torch.Tensor:
     """[R] int64: steps for blocks of `masks` [R] int64: floor(log2 L), at least 1."""
-    # The exponent of a float is exact where a logarithm may round.
-    return (torch.frexp(masks.double()).exponent.long() - 1).clamp(min=1)
+    # Counted, because a logarithm may round, and inductor (torch 2.13) generates C++
+    # of frexp that does not compile.
+    powers = 2 ** torch.arange(1, 32, device=masks.device)
+    return (masks[:, None] >= powers).sum(dim=1).clamp(min=1)
 
 
 def doubling_length(masks: int) -> int:
