@@ -125,8 +125,7 @@ def test_a_compiled_function_is_its_kernels(generates_triton: bool):
     eager = count(lambda: work(NUMBERS))
     assert eager.operations == {"add": 1, "exp": 1, "sort": 1, "mul": 1}
     assert (eager.functions, eager.kernels) == (0, 0)
-    torch._dynamo.reset()
-    compiled = torch.compile(work, fullgraph=True)
+    compiled = torch.compile(work, fullgraph=True, isolate_recompiles=True)
     twins = TritonTwins()
     with torch.inference_mode():
         if generates_triton:

@@ -11,8 +11,10 @@ import torch
 from pydantic import Field
 from reference.registered import GIVEN, NAMES, build
 
+from vllm_dlm.config.aliases import resolve
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import (
+    Context,
     Decision,
     Params,
     StateField,
@@ -23,6 +25,7 @@ from vllm_dlm.strategies.base import (
 from vllm_dlm.strategies.threshold import Threshold
 from vllm_dlm.testing import check_strategy
 from vllm_dlm.testing.blocks import MASK_ID, RandomBlocks, padded
+from vllm_dlm.testing.compiling import why
 
 EAGER = {"credit", "freedave", "klass"}
 """They read more of a step than a compiled function has."""
@@ -45,8 +48,14 @@ def test_registered_strategies_keep_the_contract(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NAMES) - EAGER))
 def test_registered_strategies_decide_alike_compiled(name: str):
+    # Of a model with a filter, for learn2pd.
+    context = Context(device=torch.device("cpu"), model=str(resolve("llada-tiny")))
     report = check_strategy(
-        STRATEGIES[name], params=GIVEN.get(name), block_length=32, required=True
+        STRATEGIES[name],
+        params=GIVEN.get(name),
+        block_length=32,
+        required=True,
+        context=context,
     )
     assert report.findings["compiled"] == "decides as eagerly, bit for bit"
 
@@ -324,6 +333,11 @@ def test_what_cannot_be_compiled_is_told_in_a_line(rule: type[Strategy], says: s
     assert says in reason
     with pytest.raises(AssertionError, match="rule cannot be compiled: "):
         check_strategy(rule, compiling="trace", required=True)
+
+
+def test_a_compiler_is_quoted():
+    text = "CppCompileError: C++ compile error\n\nOutput:\na.cpp:6:7: error: no match\n"
+    assert why(RuntimeError(text)) == "CppCompileError: C++ compile error: no match"
 
 
 def test_parameters_are_checked_first():

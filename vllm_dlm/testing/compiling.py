@@ -52,12 +52,13 @@ def compile_and_compare(
         decision = strategy.select(View(**view), numbers)
         return {name: getattr(decision, name) for name in FIELDS}
 
-    # The code of `decide` is the same for all strategies, and so are its graphs.
-    torch._dynamo.reset()
+    # Graphs belong to a code object, that of `decide`: without guards, one strategy
+    # would run another's, if they were not kept apart.
     compiled: Callable[..., Tensors] = torch.compile(
         decide,
         fullgraph=True,
         backend="inductor" if runs_kernels else "eager",
+        isolate_recompiles=True,
         options={"guard_filter_fn": lambda guards: [False] * len(guards)},
     )
     for view, numbers in calls:
@@ -68,7 +69,7 @@ def compile_and_compare(
             with torch.inference_mode():
                 made = compiled(tensors, dict(numbers))
         except Exception as error:  # what it may be is up to the strategy
-            return _line(error)
+            return why(error)
         found.append(Decision(**made))
     return None
 
@@ -82,14 +83,19 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for member in members for tensor in _tensors(member)]
 
 
-def _line(error: Exception) -> str:
-    """What has failed, and in which line of the strategy."""
+def why(error: Exception) -> str:
+    """What has failed, and in which line of the strategy; in one line."""
     text = str(error)
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if "data-dependent" in text:
         first = "what is executed depends on a number of the device"
     elif "Constraints violated" in text:
         first = "its operations depend on the number of rows, as in a loop over these"
+    else:
+        # The compiler's own words.
+        errors = [line for line in text.splitlines() if " error: " in line]
+        if errors:
+            first = f"{first}: {errors[0].partition(' error: ')[2]}"
     _, _, code = text.partition("from user code:")
     lines = [line.strip() for line in code.splitlines()]
     places = [line for line in lines if line.startswith("File ")]
