@@ -53,7 +53,7 @@ run_pip() {
 }
 endef
 
-.PHONY: help env tcmalloc dev demo test test-slow lint format types wheel next-vllm clean
+.PHONY: help env tcmalloc dev demo test test-slow gpu-check lint format types wheel next-vllm clean
 
 help:
 	@cat <<-'TEXT'
@@ -61,6 +61,7 @@ help:
 	make demo       serve llada-tiny, ask it over HTTP, compare the strategies
 	make test       the fast tests       (PYTEST_ARGS="-k threshold" passes arguments on)
 	make test-slow  the tests marked slow
+	make gpu-check  on a GPU, in 8 minutes: tests, graphs, launches, bandwidth, tokens/s
 	make lint       ruff check and ruff format --check
 	make format     let ruff rewrite what lint would complain about
 	make types      mypy
@@ -151,6 +152,10 @@ test: dev
 
 test-slow: dev
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# GPU_CHECK_ARGS="--parts steps speed --quick"
+gpu-check: dev
+	@$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 lint: dev
 	@$(BIN)/ruff check .

@@ -48,42 +48,52 @@ def write_random(
     shape = model.shape
     weights = _weights(shape, seed)
     if model.family == "llada":
-        config: dict[str, Any] = {
-            "architectures": ["LLaDAModelLM"],
-            "model_type": "llada",
-            "d_model": shape.width,
-            "n_layers": shape.layers,
-            "n_heads": shape.heads,
-            "n_kv_heads": shape.kv_heads,
-            "mlp_hidden_size": shape.mlp,
-            "vocab_size": shape.vocabulary,
-            "embedding_size": shape.vocabulary,
-            "max_sequence_length": LONGEST,
-            "rope_theta": 500000.0,
-            "rms_norm_eps": 1e-5,
-        }
         weights = {llada_name(name): weight for name, weight in weights.items()}
     else:
-        config = _llama_config(shape) | {
-            "architectures": ["SDARForCausalLM"],
-            "model_type": "sdar",
-            "block_size": block_length,
-        }
         for layer in range(shape.layers):
             for part in ("q_norm", "k_norm"):
                 name = f"model.layers.{layer}.self_attn.{part}.weight"
                 # Normed, queries and keys owe their sharpness to these.
                 weights[name] = torch.full((shape.head_dim,), 2.0)
-    return _write(folder, config, shape, weights)
+    return _write(folder, diffusion_config(model, block_length), weights)
 
 
 def write_autoregressive(folder: Path, shape: Shape, *, seed: int) -> Path:
     """Write a Llama with random weights of this shape; its folder."""
-    config = _llama_config(shape) | {
+    return _write(folder, autoregressive_config(shape), _weights(shape, seed))
+
+
+def diffusion_config(model: RandomModel, block_length: int) -> dict[str, Any]:
+    """config.json of a diffusion model; `block_length` as in `write_random`."""
+    shape = model.shape
+    if model.family != "llada":
+        return _llama_config(shape) | {
+            "architectures": ["SDARForCausalLM"],
+            "model_type": "sdar",
+            "block_size": block_length,
+        }
+    return _common_config(shape) | {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "d_model": shape.width,
+        "n_layers": shape.layers,
+        "n_heads": shape.heads,
+        "n_kv_heads": shape.kv_heads,
+        "mlp_hidden_size": shape.mlp,
+        "vocab_size": shape.vocabulary,
+        "embedding_size": shape.vocabulary,
+        "max_sequence_length": LONGEST,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+def autoregressive_config(shape: Shape) -> dict[str, Any]:
+    """config.json of a Llama of this shape."""
+    return _llama_config(shape) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
     }
-    return _write(folder, config, shape, _weights(shape, seed))
 
 
 def llada_name(name: str) -> str:
@@ -94,7 +104,7 @@ def llada_name(name: str) -> str:
 
 
 def _llama_config(shape: Shape) -> dict[str, Any]:
-    return {
+    return _common_config(shape) | {
         "hidden_size": shape.width,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
@@ -111,16 +121,19 @@ def _llama_config(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _write(
-    folder: Path, config: dict[str, Any], shape: Shape, weights: dict[str, torch.Tensor]
-) -> Path:
-    config |= {
+def _common_config(shape: Shape) -> dict[str, Any]:
+    return {
         "mask_token_id": shape.vocabulary - 1,
         "eos_token_id": shape.vocabulary - 2,
         "bos_token_id": shape.vocabulary - 2,
         "pad_token_id": shape.vocabulary - 2,
         "torch_dtype": "float32",
     }
+
+
+def _write(
+    folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> Path:
     write_json(folder / "config.json", config)
     write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
     return folder
