@@ -206,7 +206,8 @@ def run(
     results: list[Result] = []
     for job in todo:
         left = end - time.monotonic()
-        console.print(f"      {job.part} {job.detail} ...", end="\r")
+        if console.is_terminal:
+            console.print(f"{'...':7} {job.part} {job.detail}", end="\r")
         if reason := _known_to_lack(job, results):
             result = Result(job.part, job.detail, "skipped", reason)
         elif left < SHORTEST:

@@ -30,7 +30,13 @@ PROMPT = 128
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
-    "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
+    "piecewise": {
+        "compilation_config": {
+            "cudagraph_mode": "PIECEWISE",
+            # vLLM's own sizes are for requests of one row each.
+            "cudagraph_capture_sizes": [BLOCK * n for n in (1, 2, 4, 8, 12, 16)],
+        }
+    },
     "whole": {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
     "async": {
         "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"},
@@ -159,16 +165,22 @@ def started(
         engine.stop()
 
 
-def asked_of_vllm(variant: str) -> dict[str, Any]:
-    """A variant's options of vLLM.
+def asked_of_vllm(variant: str, family: str) -> dict[str, Any]:
+    """A variant's options of vLLM, for our engine.
+
+    What all requests ask for is the server's own: from that the engine decides which
+    steps are captured as graphs, and what of a step is compiled.
 
     Raises:
         Skipped: it is one of CUDA graphs, and there are none.
     """
     if variant != "eager" and not has_cuda():
         raise Skipped("a CPU has no CUDA graphs")
-    options = VARIANTS[variant]
-    return {"async_scheduling": False} | options
+    server: dict[str, Any] = {"strategy": "static"}
+    if family == "llada":
+        server |= {"cache": "dual", "block_length": BLOCK}
+    common = {"async_scheduling": False, "additional_config": {"dlm": server}}
+    return common | VARIANTS[variant]
 
 
 def check_offered(variant: str, engine: Any) -> None:
@@ -181,7 +193,12 @@ def check_offered(variant: str, engine: Any) -> None:
     if variant == "async" and not config.scheduler_config.async_scheduling:
         raise Skipped("this engine has switched asynchronous scheduling off")
     mode = config.compilation_config.cudagraph_mode
-    if variant in ("whole", "async") and not mode.has_full_cudagraphs():
+    lacks = {
+        "piecewise": not mode.has_piecewise_cudagraphs(),
+        "whole": not mode.has_full_cudagraphs(),
+        "async": not mode.has_full_cudagraphs(),
+    }
+    if lacks.get(variant):
         raise Skipped(f"this engine has made the graph mode {mode.name}")
 
 
@@ -196,7 +213,7 @@ def run_steps(findings: Findings, variant: str, *, quick: bool) -> None:
     from vllm_dlm.bench.served import VllmEngine
     from vllm_dlm.bench.shapes import RandomModel
 
-    options = asked_of_vllm(variant)
+    options = asked_of_vllm(variant, "llada")
     sizes = "d=64,layers=2,heads=2,mlp=128,vocab=256"
     if has_cuda():
         sizes = "d=256,layers=4,heads=4,mlp=768,vocab=32000"
@@ -315,7 +332,7 @@ def launches(
     events = profiler.events()
     where = _by_range(events)
     total = {name: number / PROFILED for name, number in where.items()}
-    unit = "launches" if has_cuda() else "operations of torch"
+    unit = "launches" if has_cuda() else "operations (views too)"
     for name in ("network", "lm_head", "outside"):
         number = total.get(name, 0.0)
         yield f"{unit} a step, {name}", f"{number:.0f}", {f"launches_{name}": number}
@@ -480,7 +497,7 @@ def run_speed(findings: Findings, shape: str, variant: str, *, quick: bool) -> N
     model = RandomModel(Shape(**sizes), family)
     is_ours = variant != "ar"
     if is_ours:
-        options = asked_of_vllm(variant)
+        options = asked_of_vllm(variant, family)
         config = diffusion_config(model, BLOCK)
     else:
         options = {} if has_cuda() else {"enforce_eager": True}

@@ -70,20 +70,25 @@ def test_a_part_that_fails_stops_no_other():
     assert "graph mode FULL" in text and "out of memory" in text and "1 GB/s" in text
 
 
-def test_what_ends_is_ended_whole(tmp_path):
-    """Processes that a part has started end with it."""
-    code = (
-        "import subprocess, threading\n"
-        "wait = 'import threading; threading.Event().wait()'\n"
-        "child = subprocess.Popen([sys.executable, '-c', wait])\n"
-        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
-        "threading.Event().wait()"
+def test_what_a_part_started_ends_with_it(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    child = (
+        f"file = open({str(pipe)!r}, 'w'); print('open', flush=True)\n"
+        "import threading; threading.Event().wait()"
     )
-    (result,) = run(job("steps", "eager", code, limit=10))
-    assert result.status == "failed"
-    pid = int((tmp_path / "pid").read_text())
-    status = Path(f"/proc/{pid}/status")
-    assert not status.exists() or "State:\tZ" in status.read_text()
+    code = (
+        "import subprocess\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=-1)\n"
+        "assert child.stdout.readline()\n"
+        "raise RuntimeError('gone before its child')"
+    )
+    (result,) = run(job("steps", "eager", code))
+    assert result.reason == "RuntimeError: gone before its child"
+    os.set_blocking(reader, True)
+    assert os.read(reader, 1) == b""  # waits until nobody has the other end
+    os.close(reader)
 
 
 def test_what_is_skipped_and_why():
