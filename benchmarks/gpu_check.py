@@ -35,11 +35,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.gpu_parts import ROOT, VARIANTS, has_cuda
+from benchmarks.gpu.engines import VARIANTS
+from benchmarks.gpu.findings import has_cuda
 from vllm_dlm.bench import environment
 from vllm_dlm.cli.arguments import output_file
 from vllm_dlm.files.whole_files import write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("kernels", "parity", "steps", "bandwidth", "speed")
 MINUTES = {True: 8.0, False: 40.0}
 """For all parts, with a GPU and without: there the tests' cores are shared."""
@@ -156,7 +158,7 @@ def jobs(parts: Sequence[str], quick: bool, cuda: bool) -> list[Job]:
         part: str, detail: str, limit: float, *command: str, **variables: str
     ) -> Job:
         options = ("--quick",) if quick else ()
-        program = (sys.executable, "-m", "benchmarks.gpu_parts")
+        program = (sys.executable, "-m", "benchmarks.gpu.parts")
         if not cuda:
             limit *= SLOWER_ON_A_CPU
         # `--`: what follows is pytest's, options too.

@@ -17,7 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 # No part of the package: found beside it, for this import only.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
-from benchmarks import gpu_check, gpu_parts  # noqa: E402
+from benchmarks import gpu_check  # noqa: E402
+from benchmarks.gpu import engines, launches, parts  # noqa: E402
+from benchmarks.gpu.findings import has_cuda  # noqa: E402
 from benchmarks.gpu_check import Job  # noqa: E402
 
 sys.path.pop()
@@ -122,13 +124,13 @@ def test_every_part_has_jobs(cuda: bool, quick: bool):
     jobs = gpu_check.jobs(gpu_check.PARTS, quick, cuda)
     assert {one.part for one in jobs} == set(gpu_check.PARTS)
     parser_sees = [one.command[one.command.index("RESULT") + 1] for one in jobs]
-    assert set(parser_sees) <= set(gpu_parts.PARTS)
+    assert set(parser_sees) <= set(parts.PARTS)
     for one in jobs:
         assert ("--quick" in one.command) == quick
         if one.part == "speed":
             shape, variant = one.command[-2:]
-            assert ("tiny" in shape) != cuda and shape in gpu_parts.SHAPES
-            assert variant == "ar" or variant in gpu_parts.VARIANTS
+            assert ("tiny" in shape) != cuda and shape in engines.SHAPES
+            assert variant == "ar" or variant in engines.VARIANTS
 
 
 class Model(torch.nn.Module):
@@ -146,14 +148,14 @@ def test_launches_are_told_apart_by_where_they_are():
     model = Model()
     x = torch.ones(4)
     with (
-        gpu_parts.named_ranges(SimpleNamespace(model=model)),
+        launches.named_ranges(SimpleNamespace(model=model)),
         profile(activities=[ProfilerActivity.CPU]) as profiler,
     ):
         hidden = model(x)
         hidden.sin().cos().tan()
         model.logits_processor(hidden)
-    counted = gpu_parts._by_range(profiler.events())
-    if not gpu_parts.has_cuda():  # there only launches on the GPU count
+    counted = launches._by_range(profiler.events())
+    if not has_cuda():  # there only launches on the GPU count
         assert counted == {"network": 2, "lm_head": 1, "outside": 3}
     assert not model._forward_hooks and not model._forward_pre_hooks
 
@@ -175,7 +177,7 @@ def test_its_tests_exist():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(gpu_parts.has_cuda(), reason="make gpu-check runs it here")
+@pytest.mark.skipif(has_cuda(), reason="make gpu-check runs it here")
 def test_it_runs_through_on_a_cpu(tmp_path):
     file = tmp_path / "check.json"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--quick"]

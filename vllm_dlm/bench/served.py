@@ -117,14 +117,15 @@ class VllmEngine:
         self, prompts: Sequence[Sequence[int]], work: Work, on_answer: Callable[[], Any]
     ) -> list[Answer]:
         """Answer all prompts; see `Engine.generate`."""
-        sampling = self._sampling(work)
+        sampling = self.sampling_params(work)
         if self.mode == "offline":
             return self._step_through(prompts, work, sampling, on_answer)
         return self.loop.run_until_complete(
             self._serve(prompts, work, sampling, on_answer)
         )
 
-    def _sampling(self, work: Work) -> Any:
+    def sampling_params(self, work: Work) -> Any:
+        """What vLLM is asked with each prompt: greedy, and the options of `work`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
