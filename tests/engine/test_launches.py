@@ -16,7 +16,7 @@ from benchmarks.launches import BATCHES, MIXED, Count, count  # noqa: E402
 
 sys.path.pop()
 
-MOST_OPERATIONS = 400
+MOST_OPERATIONS = 430
 """Of a step of one group of requests."""
 MOST_MORE_OPERATIONS = 80
 """Of each further group in the batch."""

@@ -54,7 +54,7 @@ def compile_and_compare(
 
     # Graphs belong to a code object, that of `decide`: without guards, one strategy
     # would run another's, if they were not kept apart.
-    compiled: Callable[..., Tensors] = torch.compile(
+    compiled: Callable[..., Tensors] = torch.compile(  # type: ignore[call-overload]
         decide,
         fullgraph=True,
         backend="inductor" if runs_kernels else "eager",
