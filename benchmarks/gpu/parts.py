@@ -58,9 +58,19 @@ class _Outcomes:
         if report.when == "call" or report.outcome != "passed":
             self.count[report.outcome] += 1
         if report.outcome == "failed":
-            crash = getattr(report.longrepr, "reprcrash", None)
-            reason = crash.message if crash is not None else str(report.longrepr)
-            self.failures.append(f"{report.nodeid}: {reason.strip()[:300]}")
+            self._fail(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Called by pytest for each file that it looks for tests in."""
+        if report.outcome == "failed":
+            self._fail(report)
+
+    def _fail(self, report: Any) -> None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        # A file that cannot be imported has its error in the last line.
+        lines = str(report.longrepr).strip().splitlines() or ["it says nothing"]
+        reason = lines[-1] if crash is None else crash.message
+        self.failures.append(f"{report.nodeid}: {reason[:300]}")
 
 
 def run_tests(findings: Findings, *arguments: str, quick: bool) -> None:
