@@ -61,8 +61,13 @@ class AttentionRows(NamedTuple):
         Args:
             block_tables: [requests of the batch, pages] int32 for each kind of pages.
         """
-        segments, device = plan.segments, plan.kv_lens.device
+        segments, device = plan.segments, plan.slots.device
         starts = torch.from_numpy(segments.query_start_loc)
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            there = torch.from_numpy(array.astype(np.int32))
+            return there.to(device, non_blocking=True)
+
         if len(segments.request) != batch.num_reqs:
             request = torch.from_numpy(segments.request).to(device, non_blocking=True)
             block_tables = tuple(table[request] for table in block_tables)
@@ -74,7 +79,7 @@ class AttentionRows(NamedTuple):
             starts.to(device, non_blocking=True),
             starts,
             int(np.diff(segments.query_start_loc).max()),
-            plan.kv_lens,
+            on_device(plan.kv_lens_np),
             block_tables,
-            causal=False if plan.causal is None else plan.causal,
+            causal=False if plan.causal_np is None else on_device(plan.causal_np),
         )

@@ -38,12 +38,12 @@ class SegmentPlan(BlockRows):
     """
 
     segments: Segments
-    kv_lens: torch.Tensor
-    """[S] int32: keys each segment attends to. With full attention they may reach
+    kv_lens_np: np.ndarray
+    """[S] int64: keys each segment attends to. With full attention they may reach
     beyond the rows of this forward."""
-    causal: torch.Tensor | None
-    """[S] int32: 1 where a position sees none to its right, as finished text does with
-    causal attention; None where there is no such segment."""
+    causal_np: np.ndarray | None
+    """[S] bool: where a position sees none to its right, as finished text does with
+    causal attention; None with another kind of attention."""
     batch_rows_np: np.ndarray
     """[R]: index of each deciding request in vLLM's batch."""
     ends: torch.Tensor
@@ -190,12 +190,9 @@ def _plan_blocks(
         "row_request": row_request,
     }
     others = {
-        "kv_lens": kv_lens,
         "places": valid.ravel().nonzero()[0],
         "cells": (slots_np[:, None] * slots.length + positions)[valid],
     }
-    if causal is not None:
-        others["causal"] = causal
     there = upload_named(facts.device, {**fields, **others})
     return SegmentPlan(
         **{name: there[name] for name in fields},
@@ -204,8 +201,8 @@ def _plan_blocks(
         batch_rows_np=deciding,
         row_request_np=row_request,
         row_offset_np=row_offset,
-        kv_lens=there["kv_lens"].int(),
-        causal=None if causal is None else there["causal"].int(),
+        kv_lens_np=kv_lens,
+        causal_np=causal,
         cells=Cells(there["places"], there["cells"]),
         branches=None,
     )
