@@ -3,8 +3,9 @@
 
 It turns "a checkpoint with a mask token" into a vLLM configuration that serves it
 right, so that a user sets no flag: our scheduler, synchronous stepping, non-causal
-attention; for full attention no prefix caching and a token budget that holds
-one whole prompt plus canvas, for the others KV pages made of whole blocks.
+attention, CUDA graphs of a block's width; for full attention no prefix caching and a
+token budget that holds one whole prompt plus canvas, for the others KV pages made of
+whole blocks.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from vllm_dlm.config.model import ModelDefaults, as_ids, attention_of, declared_
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve, server_config
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
+from vllm_dlm.model_executor.layout import usual_rows
 from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
+from vllm_dlm.model_executor.planning.segments import GRAPH_SEGMENTS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger(__name__)
+
+WIDEST_GRAPH = 512
+"""Rows. vLLM captures no wider CUDA graphs by default, on most GPUs: the kernels of
+longer forwards take longer than their launches."""
 
 WIDEST_DEFAULT_CONTEXT = 8192
 """Positions; of full-attention models, where `--max-model-len` is not given."""
@@ -53,8 +60,6 @@ class DlmModelConfig(VerifyAndUpdateConfig):
             ValueError: the user asked for something this model cannot do; the message
                 says what to change.
         """
-        from vllm.config.diffusion import DiffusionConfig
-
         model_config = vllm_config.model_config
         parallel = vllm_config.parallel_config
         scheduler = vllm_config.scheduler_config
@@ -97,10 +102,6 @@ class DlmModelConfig(VerifyAndUpdateConfig):
                 "schedule; its own, %s, follows none.",
                 plain.strategy,
             )
-        # The canvas lives in the worker and does not travel as draft tokens, so the
-        # speculative path that vLLM's own diffusion models use is kept at width 1.
-        vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)
-
         # The references decode greedily unless told otherwise, and confidence rules
         # are tuned for that; `--override-generation-config` says otherwise.
         model_config.override_generation_config.setdefault("temperature", 0.0)
@@ -114,6 +115,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         else:
             _serve_full_attention(vllm_config, server)
         scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
+        _serve_graphs(vllm_config, usual_rows(plain, defaults))
         vllm_config.attention_config.use_non_causal = True
         # vLLM's warm-up of kernels, on a GPU and since 0.33 on a CPU, schedules what
         # our models do not serve: one row with a draft, grammars, log-probabilities of
@@ -285,6 +287,61 @@ def _serve_blocks(
             f"{math.lcm(cache.block_size, length)}, leave it out, or pass "
             "--no-enable-prefix-caching"
         )
+
+
+def _serve_graphs(vllm_config: VllmConfig, width: int | None) -> None:
+    """Let vLLM capture whole CUDA graphs, if the usual step has a width.
+
+    vLLM takes `canvas_length` for the rows that each request has in the steps of which
+    it captures graphs, and also for a number of draft tokens. Our canvas lives in the
+    worker, and no draft tokens travel; but vLLM allocates, for each of them and each
+    request that may run, a bit for each token of the vocabulary (and would reserve
+    pages with KV transfer, which is refused). So the number is 1 where no such graph is
+    captured, as on a CPU.
+
+    Args:
+        width: rows of a request's usual step; None if they differ from step to step.
+    """
+    from vllm.config.diffusion import DiffusionConfig
+
+    vllm_config.diffusion_config = DiffusionConfig(canvas_length=1)
+    compilation = vllm_config.compilation_config
+    scheduler = vllm_config.scheduler_config
+    mode = compilation.cudagraph_mode
+    if (
+        not current_platform.support_static_graph_mode()
+        or vllm_config.model_config.enforce_eager
+        or (mode is not None and not mode.has_full_cudagraphs())
+    ):
+        return
+    most = min(WIDEST_GRAPH, scheduler.max_num_batched_tokens)
+    if width is None or not GRAPH_SEGMENTS <= width <= most:
+        return
+    vllm_config.diffusion_config = DiffusionConfig(canvas_length=width)
+    asked_for = (
+        compilation.cudagraph_capture_sizes,
+        compilation.max_cudagraph_capture_size,
+    )
+    if asked_for == (None, None):
+        # A block's first step may have twice the rows, in piecewise graphs.
+        most = min(most, 2 * width * scheduler.max_num_seqs)
+        compilation.cudagraph_capture_sizes = graph_sizes(width, most)
+
+
+def graph_sizes(width: int, most: int) -> list[int]:
+    """Rows that CUDA graphs are captured for: multiples of `width`, rising, to `most`.
+
+    From eight on, each is at most a quarter above the one before, so that a forward is
+    padded by less than that.
+
+    Args:
+        width: rows of one request, at most `most`.
+    """
+    sizes, count = [], 1
+    while count * width <= most:
+        sizes.append(count * width)
+        count += max((1 << count.bit_length()) // 8, 1)
+    return sizes
 
 
 def _choose_causal_backend(vllm_config: VllmConfig) -> None:

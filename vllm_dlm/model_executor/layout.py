@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm_dlm.config.cache import Reach
+from vllm_dlm.config.cache import FAR, Reach
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
 
@@ -276,3 +276,21 @@ def part_rows(reach: Reach, *, block_start: int, block_end: int, frontier: int) 
     start = part_start(reach, block_start, frontier)
     is_whole = (frontier - block_start) % reach.part == 0
     return Rows(start, block_end if is_whole else min(start + reach.part, block_end))
+
+
+def usual_rows(config: RequestConfig, model: ModelDefaults) -> int | None:
+    """How many rows a step in the middle of a block has, if all have as many.
+
+    A step has fewer where the canvas, the text or the context ends, and more where a
+    block begins. None where the rows move with the text, or reach to the canvas's end.
+
+    Args:
+        config: a request's options, `sized`.
+        model: what the model declares.
+    """
+    reach, length = config.reach(model.shift), config.block_length
+    if model.reuses_blocks:
+        return length if reach.part >= length else None
+    if reach.follows or reach.right >= FAR:
+        return None
+    return int(reach.left + length + reach.right)

@@ -9,27 +9,35 @@ the logits (`custom_sampler`). The answers are the engine's parts': the request 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.facts import EngineFacts, RequestFacts
-from vllm_dlm.model_executor.planning.attention import AttentionRows
+from vllm_dlm.model_executor.layout import usual_rows
+from vllm_dlm.model_executor.planning.attention import (
+    WITH_EMPTY_ROWS,
+    AttentionBuffers,
+)
 from vllm_dlm.model_executor.planning.branches import page_size_of
+from vllm_dlm.model_executor.planning.segments import GRAPH_SEGMENTS
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
 from vllm_dlm.model_executor.sampling.sampler import DenoisingSampler
 from vllm_dlm.model_executor.slots import RequestSlots
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
     from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -59,6 +67,11 @@ class DlmModelState(ModelState):
             self.facts.mask_id,
             device,
         )
+        self._attention = AttentionBuffers(
+            self.facts.max_num_reqs,
+            device,
+            has_causal_rows=self.facts.defaults.attention == "causal",
+        )
         self._sampler: DenoisingSampler | None = None
         self._plan: SegmentPlan | None = None
         """The forward in flight; None while vLLM profiles with dummy batches."""
@@ -70,12 +83,33 @@ class DlmModelState(ModelState):
         )
         return self._sampler, None
 
-    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str]:
-        """No full CUDA graphs: a plan's key lengths are new tensors in each step.
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        """Learn how many pages a request may have; before graphs are captured."""
+        self._attention.allocate_tables(block_tables.input_block_tables)
 
-        Piecewise graphs, which leave attention out, are fine.
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str]:
+        """Which steps may be whole CUDA graphs; and what forbids them, where none may.
+
+        vLLM replays a graph for a batch whose requests have as many rows each as the
+        config hook has told it, which are those of a step in the middle of a block.
+        Piecewise graphs, which leave attention out, take every batch.
         """
-        return AttentionCGSupport.NEVER, "SegmentPlan"
+        width = usual_rows(self.facts.default_config, self.facts.defaults)
+        if width is None or width < GRAPH_SEGMENTS:
+            cache = self.facts.default_config.cache
+            return AttentionCGSupport.NEVER, f"SegmentPlan, with cache {cache!r}"
+        if width != self.vllm_config.num_speculative_tokens:
+            return AttentionCGSupport.NEVER, "SegmentPlan, without graphs"
+        layers = get_layers_from_vllm_config(
+            self.vllm_config, cast("type[Any]", AttentionLayerBase)
+        )
+        backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
+        unknown = sorted(backends - WITH_EMPTY_ROWS)
+        if unknown:
+            return AttentionCGSupport.NEVER, f"SegmentPlan, with {', '.join(unknown)}"
+        return AttentionCGSupport.UNIFORM_BATCH, "SegmentPlan"
 
     # -- requests ----------------------------------------------------------
 
@@ -116,19 +150,24 @@ class DlmModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Attention over the plan's segments (or a dummy batch's rows)."""
+        """Attention over the plan's segments (or a dummy batch's rows).
+
+        A whole CUDA graph reads the tensors that it was captured with, and no other
+        part of what is returned for a replay: all of them are written in place.
+        """
         plan = self._plan
-        if plan is None:
-            rows = AttentionRows.of_batch(input_batch, block_tables)
-        else:
-            rows = AttentionRows.of_plan(plan, input_batch, block_tables)
-            if plan.branches is not None:
-                page_size = page_size_of(kv_cache_config)
-                plan.branches.place_keys(slot_mappings[0], block_tables[0], page_size)
+        is_whole = for_capture or cudagraph_mode == CUDAGraphMode.FULL
+        rows = self._attention.fill(plan, input_batch, block_tables, is_whole=is_whole)
+        if plan is not None and plan.branches is not None:
+            page_size = page_size_of(kv_cache_config)
+            plan.branches.place_keys(slot_mappings[0], block_tables[0], page_size)
+        num_tokens = input_batch.num_tokens
+        if is_whole:
+            num_tokens = input_batch.num_tokens_after_padding
         metadata: dict[str, Any] = build_attn_metadata(
             attn_groups=attn_groups,
             num_reqs=rows.num_rows,
-            num_tokens=input_batch.num_tokens,
+            num_tokens=num_tokens,
             query_start_loc_gpu=rows.query_start_loc,
             query_start_loc_cpu=rows.query_start_loc_cpu,
             max_query_len=rows.max_query_len,
@@ -137,6 +176,7 @@ class DlmModelState(ModelState):
             block_tables=rows.block_tables,
             slot_mappings=slot_mappings,
             kv_cache_config=kv_cache_config,
+            model_specific_attn_metadata=rows.extras,
             causal=rows.causal,
             for_cudagraph_capture=for_capture,
             ubatch_idx=ubatch_idx,

@@ -45,6 +45,7 @@ from vllm_dlm.model_executor.planning.branches import (
     page_size_of,
     share_out,
 )
+from vllm_dlm.model_executor.planning.segments import GRAPH_SEGMENTS
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
 from vllm_dlm.model_executor.scheduling.step_outcome import StepOutcome, take_apart
@@ -170,21 +171,26 @@ class DiffusionStepScheduler(DiffusionScheduler):
         # Requests that may be admitted in this step come before drafts.
         seats = max(self.max_num_running_reqs - len(self.running), 0)
         requests = [*self.running, *islice(self.waiting, seats)]
+        wishes = [
+            Wish(
+                request.useful_branches(),
+                len(manager.get_block_ids(request.request_id)[0]),
+                *request.next_rows(),
+            )
+            for request in requests
+        ]
         shares = share_out(
-            [
-                Wish(
-                    request.useful_branches(),
-                    len(manager.get_block_ids(request.request_id)[0]),
-                    *request.next_rows(),
-                )
-                for request in requests
-            ],
+            wishes,
             rows=self.max_num_scheduled_tokens,
             pages=manager.block_pool.get_num_free_blocks(),
             longest=self.max_model_len // self._page_size,
             page_size=self._page_size,
         )
-        for request, branches in zip(requests, shares, strict=True):
+        for request, wish, branches in zip(requests, wishes, shares, strict=True):
+            rows = branches * (wish.end - wish.start)
+            if branches > GRAPH_SEGMENTS and rows == self.num_spec_tokens:
+                # vLLM would replay a whole CUDA graph, which has fewer segments.
+                branches -= 1
             if branches > 1:
                 request.take_branches(branches)
 
