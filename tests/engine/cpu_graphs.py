@@ -22,12 +22,15 @@ import torch
 from engine.harness import Engine
 from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import (
     BatchExecutionDescriptor,
     CudaGraphManager,
     ModelCudaGraphManager,
 )
+from vllm.v1.worker.gpu.input_batch import InputBatch
 
 Metadata = dict[str, Any]
 """What attention is told, by the name of the layer."""
@@ -79,7 +82,20 @@ class _Replays(CudaGraphManager):
 
 
 class CpuGraphs(ModelCudaGraphManager, _Replays):
-    """vLLM's manager, with `_Replays` below it."""
+    """vLLM's manager, with `_Replays` below it.
+
+    After each replay the network is called as it is without a graph, on the same rows:
+    its hidden states must be the same.
+    """
+
+    call_eagerly: Callable[[int], torch.Tensor]
+
+    def run_fullgraph(self, desc: BatchExecutionDescriptor) -> Any:
+        hidden_states = super().run_fullgraph(desc)
+        count = int(next(iter(self.prepared.values())).query_start_loc[-1])
+        found = hidden_states[:count].clone()
+        assert torch.equal(found, self.call_eagerly(desc.num_tokens)[:count])
+        return hidden_states
 
     @property
     def sizes(self) -> list[int]:
@@ -111,10 +127,35 @@ def whole_graphs(engine: Engine, width: int, sizes: list[int]) -> Iterator[CpuGr
             graphs.replayed, graphs.captured = [], {}
             prepare_attn = runner.model_state.prepare_attn
 
-            def note(*args: Any, **kwargs: Any) -> Metadata:
-                graphs.prepared = prepare_attn(*args, **kwargs)
+            last: list[Any] = []
+
+            def note(batch: InputBatch, mode: Any, *rest: Any, **more: Any) -> Metadata:
+                last[:] = batch, *rest
+                graphs.prepared = prepare_attn(batch, mode, *rest, **more)
                 return graphs.prepared
 
+            def call_eagerly(num_tokens: int) -> torch.Tensor:
+                batch, *rest = last
+                metadata = prepare_attn(batch, CUDAGraphMode.NONE, *rest)
+                slots = build_slot_mappings_by_layer(
+                    runner.block_tables.slot_mappings[:, :num_tokens],
+                    runner.kv_cache_config,
+                )
+                buffers = runner.input_buffers
+                with set_forward_context(
+                    metadata,
+                    runner.vllm_config,
+                    num_tokens=num_tokens,
+                    slot_mapping=slots,
+                ):
+                    return runner.model(
+                        input_ids=buffers.input_ids[:num_tokens],
+                        positions=buffers.positions[:num_tokens],
+                        inputs_embeds=None,
+                        intermediate_tensors=None,
+                    )
+
+            graphs.call_eagerly = call_eagerly
             patch.setattr(runner.model_state, "prepare_attn", note)
             graphs.capture(
                 runner.model,

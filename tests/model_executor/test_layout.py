@@ -27,6 +27,7 @@ from vllm_dlm.model_executor.layout import (
     canvas_width,
     lay_out,
     steps_per_block,
+    usual_rows,
 )
 
 BLOCK = declared()
@@ -269,3 +270,43 @@ def test_canvases_follow_each_other_to_the_texts_end(prompt_len: int, max_tokens
         assert 0 < end - at <= MAX_CANVAS and (end - at) % 4 == 0
         at = end
     assert at == layout.text_end
+
+
+# -- rows of a step in the middle of a block -----------------------------------
+
+
+def usual(model: ModelDefaults, **options: Any) -> int | None:
+    config = resolve(DlmConfig(**options), None, model)
+    return usual_rows(config.sized(64, MAX_CANVAS), model)
+
+
+@pytest.mark.parametrize("name", ["block", "leads", "causal"])
+def test_usual_rows_are_the_block(name: str):
+    model = MODELS[name]
+    assert usual(model) == model.block_length
+
+
+def test_usual_rows_of_sub_blocks():
+    """A step computes the block or a part of it."""
+    model = declared(shift=1, sub_block_length=2)
+    assert usual(model) == model.block_length
+    assert usual(model, cache="dual") is None
+
+
+@pytest.mark.parametrize(
+    ("cache", "cache_config", "shift", "rows"),
+    [
+        ("none", {}, 0, None),
+        ("prefix", {}, 0, None),
+        ("dual", {}, 0, 16),
+        ("dual", {}, 1, 17),
+        ("vicinity", {"look_back": 3, "look_ahead": 5}, 0, 24),
+        ("window", {}, 0, None),
+    ],
+)
+def test_usual_rows_with_full_attention(
+    cache: str, cache_config: dict[str, int], shift: int, rows: int | None
+):
+    model = declared(attention="full", block_origin="prompt", shift=shift)
+    options = {"cache": cache, "cache_config": cache_config, "block_length": 16}
+    assert usual(model, **options) == rows
