@@ -96,10 +96,11 @@ class DlmModelState(ModelState):
         config hook has told it, which are those of a step in the middle of a block.
         Piecewise graphs, which leave attention out, take every batch.
         """
-        width = usual_rows(self.facts.default_config, self.facts.defaults)
+        usual = self.facts.default_config
+        width = usual_rows(usual, self.facts.defaults)
         if width is None or width < GRAPH_SEGMENTS:
-            cache = self.facts.default_config.cache
-            return AttentionCGSupport.NEVER, f"SegmentPlan, with cache {cache!r}"
+            reason = f"cache {usual.cache!r} and blocks of {usual.block_length}"
+            return AttentionCGSupport.NEVER, f"SegmentPlan, with {reason}"
         if width != self.vllm_config.num_speculative_tokens:
             return AttentionCGSupport.NEVER, "SegmentPlan, without graphs"
         layers = get_layers_from_vllm_config(
