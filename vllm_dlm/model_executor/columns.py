@@ -2,8 +2,8 @@
 """Columns: the tensors of the request table (`slots.py`), and its columns by name.
 
 Columns of one type that are written together are one tensor, so that a step gathers the
-facts of its requests with one operation, and an admission writes them with one. Each
-column is also there under its own name, as a view.
+facts of its requests with one operation, and admissions write them with one
+(`staging.py`). Each column is also there under its own name, as a view.
 
 All tensors have a row more than there are slots. This last row, `num_slots`, belongs to
 a **dummy slot**: a batch that is padded reads and writes it. What the dummy slot holds
@@ -13,11 +13,13 @@ is of no request, but every division that a step makes by it is safe.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vllm_dlm.config.cache import Reach
+from vllm_dlm.model_executor.staging import Staging
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
 
@@ -95,6 +97,40 @@ class Flags:
         self.column[slots] = values
 
 
+class Constants(NamedTuple):
+    """What no step writes to, in one memory: tensors, or arrays on the host."""
+
+    facts: Any
+    stop_ids: Any
+    facts_f: Any
+    numbers: Any
+    numbers_f: Any
+
+    @staticmethod
+    def width(integers: int, floats: int) -> int:
+        """Columns of 64 bits for so many parameters of strategies of each type."""
+        return len(FACTS) + integers + STOP_IDS + -(-(len(FLOATS) + floats) // 2)
+
+    @classmethod
+    def of(cls, whole: Any, as_floats: Any, integers: int, floats: int) -> Constants:
+        """The parts of what is `width` wide.
+
+        Args:
+            whole: [rows, width] int64.
+            as_floats: the same memory, [rows, 2 * width] float32.
+        """
+        width, first = len(FACTS) + integers, 2 * (len(FACTS) + integers + STOP_IDS)
+        facts = whole[:, :width]
+        facts_f = as_floats[:, first : first + len(FLOATS) + floats]
+        return cls(
+            facts,
+            whole[:, width : width + STOP_IDS],
+            facts_f,
+            facts[:, len(FACTS) :],
+            facts_f[:, len(FLOATS) :],
+        )
+
+
 class Columns:
     """The tensors of the request table; S = `num_slots`, L = `length`.
 
@@ -105,26 +141,25 @@ class Columns:
     """
 
     def __init__(self, num_slots: int, length: int, device: torch.device) -> None:
-        rows, (integers, floats) = num_slots + 1, room_for_numbers()
+        rows, numbers = num_slots + 1, room_for_numbers()
 
         def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(rows, columns, dtype=dtype, device=device)
 
         # -- written when a request is admitted ----------------------------------
-        # No step writes to these: they may share memory, so that one operation does.
-        width, width_f = len(FACTS) + integers, len(FLOATS) + floats
-        self._constants = zeros(width + STOP_IDS + -(-width_f // 2), torch.int64)
-        self.facts = self._constants[:, :width]
+        self._constants = zeros(Constants.width(*numbers), torch.int64)
+        constants = Constants.of(
+            self._constants, self._constants.view(torch.float32), *numbers
+        )
+        self.facts: torch.Tensor = constants.facts
         """[S + 1, F] int64: `FACTS`, and integer parameters of strategies."""
-        self.stop_ids = self._constants[:, width : width + STOP_IDS]
+        self.stop_ids: torch.Tensor = constants.stop_ids
         """[S + 1, `STOP_IDS`] int64: tokens that end a text; `NO_TOKEN` for none."""
-        first = 2 * (width + STOP_IDS)
-        of_float32 = self._constants.view(torch.float32)
-        self.facts_f = of_float32[:, first : first + width_f]
+        self.facts_f: torch.Tensor = constants.facts_f
         """[S + 1, G] float32: `FLOATS`, and other parameters of strategies."""
-        self.numbers = self.facts[:, len(FACTS) :]
+        self.numbers: torch.Tensor = constants.numbers
         """[S + 1, ...] int64: integer parameters of each request's strategy."""
-        self.numbers_f = self.facts_f[:, len(FLOATS) :]
+        self.numbers_f: torch.Tensor = constants.numbers_f
         """[S + 1, ...] float32: its other parameters that are numbers."""
 
         # -- written by every step, too ------------------------------------------
@@ -196,6 +231,45 @@ class Columns:
         self.stop_ids.fill_(NO_TOKEN)
         for name, value in DUMMY.items():
             named[name][num_slots] = value
+        self._staging = Staging([self._constants, self.live, self.tokens, self.masked])
+        self._staged = self._staged_columns(numbers)
+        """By name, [places(, ...)]: columns of what is staged."""
+
+    def _staged_columns(self, numbers: tuple[int, int]) -> dict[str, np.ndarray]:
+        whole, live, tokens, masked = self._staging.arrays
+        constants = Constants.of(whole, whole.view(np.float32), *numbers)
+        return {
+            **dict(zip(FACTS, constants.facts.T, strict=False)),
+            **dict(zip(FLOATS, constants.facts_f.T, strict=False)),
+            **dict(zip(LIVE, live.T, strict=True)),
+            "stop_ids": constants.stop_ids,
+            "numbers": constants.numbers,
+            "numbers_f": constants.numbers_f,
+            "tokens": tokens,
+            "masked": masked,
+        }
+
+    def stage(self, slot: int, **values: Any) -> None:
+        """Set columns of a request that is being admitted, by name.
+
+        `write_staged` writes them; what nobody sets is 0 then.
+
+        Args:
+            values: a number or, where a column has a row for each slot, a sequence of
+                numbers, which may be shorter than the row.
+        """
+        place = self._staging.place_of(slot)
+        for name, value in values.items():
+            column = self._staged[name]
+            if column.ndim == 1:
+                column[place] = value
+            else:
+                column[place, : len(value)] = value
+
+    def write_staged(self) -> None:
+        """Write what was staged since the last time: four operations, for any number
+        of requests, that wait for nothing."""
+        self._staging.write()
 
     @property
     def num_slots(self) -> int:

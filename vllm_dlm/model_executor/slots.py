@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from vllm_dlm.model_executor.columns import NEVER, Columns, number_columns
+from vllm_dlm.model_executor.columns import NEVER, REACH, Columns, number_columns
 from vllm_dlm.model_executor.drafts import Drafts
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS, HostSlots
 from vllm_dlm.model_executor.sampling.eotp import MODES
@@ -67,6 +68,8 @@ class RequestSlots(Columns):
     def admit(self, slot: int, request: RequestFacts, known: Sequence[int]) -> None:
         """Give a request its prompt, its emitted tokens and a masked canvas.
 
+        On the device, all that is so only once `write_staged` was called.
+
         Args:
             known: the tokens of prompt and output so far.
         """
@@ -74,26 +77,29 @@ class RequestSlots(Columns):
         self._slot_of[request.id] = slot
         config, layout = request.config, request.layout
         first_mask = layout.first_mask
-        self.tokens[slot].fill_(self._mask_id)
-        self.tokens[slot, :first_mask] = torch.tensor(
-            known[:first_mask], dtype=torch.int32
+        tokens = np.full(self.length, self._mask_id, dtype=np.int32)
+        tokens[:first_mask] = known[:first_mask]
+        self.stage(
+            slot,
+            tokens=tokens,
+            masked=np.arange(self.length) >= first_mask,
+            canvas_end=layout.text_end,
+            block_start=layout.first_block,
+            frontier=layout.first_block,
+            step=layout.first_step,
+            block_masks=0,
+            emitted=layout.num_emitted,
+            prompt_len=layout.prompt_len,
+            text_end=layout.text_end,
+            block_length=layout.block_length,
+            sub_block_length=layout.sub_block_length,
+            steps_per_block=layout.steps_per_block,
+            **dict(zip(REACH, layout.reach, strict=True)),
+            eotp=MODES.index(config.eotp),
+            eotp_threshold=config.eotp_threshold,
+            exact=config.reference_exact,
+            opens_alone=layout.opens_alone,
         )
-        self.masked[slot].fill_(False)
-        self.masked[slot, first_mask:] = True
-        self.canvas_end[slot] = self.text_end[slot] = layout.text_end
-        self.block_start[slot] = self.frontier[slot] = layout.first_block
-        self.step[slot] = layout.first_step
-        self.emitted[slot] = layout.num_emitted
-
-        self.prompt_len[slot] = layout.prompt_len
-        self.block_length[slot] = layout.block_length
-        self.sub_block_length[slot] = layout.sub_block_length
-        self.steps_per_block[slot] = layout.steps_per_block
-        self.reach[slot] = torch.tensor(layout.reach)
-        self.eotp[slot] = MODES.index(config.eotp)
-        self.eotp_threshold[slot] = config.eotp_threshold
-        self.exact[slot] = config.reference_exact
-        self.opens_alone[slot] = layout.opens_alone
         self.host.admit(slot, layout, predicts_end=config.eotp != "off")
 
     def assign_strategy(
@@ -113,16 +119,20 @@ class RequestSlots(Columns):
                 config.params, request.layout.steps_per_block
             )
         self.strategies[slot] = strategy
-        self.seat[slot] = seat
-        for name, (is_int, column) in number_columns(strategy.Params).items():
-            numbers = self.numbers if is_int else self.numbers_f
-            numbers[slot, column] = getattr(config.params, name)
-        self.may_rewrite[slot] = strategy.may_rewrite
-        self.step_limit[slot] = strategy.step_limit(config.params) + wasted_steps
-        self.reference_steps[slot] = (
-            NEVER if reference_steps is None else reference_steps
+        numbers: dict[bool, list[float]] = {True: [], False: []}
+        for name, (is_int, _) in number_columns(strategy.Params).items():
+            numbers[is_int].append(getattr(config.params, name))
+        has_branches = "branches" in strategy.needs
+        self.stage(
+            slot,
+            seat=seat,
+            may_rewrite=strategy.may_rewrite,
+            step_limit=strategy.step_limit(config.params) + wasted_steps,
+            reference_steps=NEVER if reference_steps is None else reference_steps,
+            has_branches=has_branches,
+            numbers=numbers[True],
+            numbers_f=numbers[False],
         )
-        self.has_branches[slot] = has_branches = "branches" in strategy.needs
         if has_branches:
             self.drafts.forget(slot)
         # In the course of its branches a request may reach the next sub-block.

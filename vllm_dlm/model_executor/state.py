@@ -115,7 +115,11 @@ class DlmModelState(ModelState):
     # -- requests ----------------------------------------------------------
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Admit a request; the runner then calls `DenoisingSampler.add_request`."""
+        """Admit a request; the runner then calls `DenoisingSampler.add_request`.
+
+        And once all new requests of a step are admitted,
+        `DenoisingSampler.apply_staged_writes`, which brings them to the device.
+        """
         request = RequestFacts.of(new_req_data, self.facts)
         self.slots.admit(req_index, request, new_req_data.prefill_token_ids)
 

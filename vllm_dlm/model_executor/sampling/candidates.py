@@ -80,18 +80,21 @@ class Candidates:
         """Take over a new request's sampling parameters."""
         request = self.slots.requests[slot]
         params = request.params
-        vocab_size, table = self.facts.vocab_size, self.slots
+        vocab_size = self.facts.vocab_size
         # A text is never longer; the number may be.
         min_tokens = min(params.min_tokens, self.facts.max_model_len)
-        table.temperature[slot] = params.temperature
-        table.top_p[slot] = params.top_p
-        table.min_p[slot] = params.min_p
-        # Larger numbers than a vocabulary has tokens are valid: they keep all.
-        table.top_k[slot] = min(max(params.top_k, 0), vocab_size)
-        table.seed[slot] = request.seed
-        table.min_tokens[slot] = min_tokens
         ends = known_ids(request.stop_ids, vocab_size)
-        table.stop_ids[slot] = torch.tensor(padded(ends, STOP_IDS))
+        self.slots.stage(
+            slot,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            # Larger numbers than a vocabulary has tokens are valid: they keep all.
+            top_k=min(max(params.top_k, 0), vocab_size),
+            seed=request.seed,
+            min_tokens=min_tokens,
+            stop_ids=padded(ends, STOP_IDS),
+        )
         self._keep_further(slot, ends[STOP_IDS:])
 
         draws = params.temperature > 0

@@ -36,13 +36,16 @@ GroupKey = tuple[object, ...]
 MOST_IDLE_GROUPS = 64
 """Groups without a request that are kept for the next one like them."""
 
+KEPT_BYTES = 1 << 16
+"""Memory that a group without a request may keep: to make it takes operations."""
+
 
 class Group:
     """A strategy, and what it remembers of the requests that it decides.
 
     Each of these requests has a seat, a row of tensors, which grow with the number of
-    requests in the group and are freed with the last one: there may be a group per
-    block length. Row 0 is the dummy slot's seat (`columns.py`).
+    requests in the group and, if they are large, are freed with the last one: there may
+    be a group per block length. Row 0 is the dummy slot's seat (`columns.py`).
     """
 
     def __init__(self, strategy: Strategy, number: int) -> None:
@@ -51,7 +54,7 @@ class Group:
         self._seats: dict[int, int] = {}
         """slot -> seat; never by row of a batch: rows change from step to step."""
         self.memory = self._rows(0)
-        """name of `Strategy.state` -> [seats + 1, ...]; no row without requests."""
+        """name of `Strategy.state` -> [seats + 1, ...]; no row at first."""
 
     def _rows(self, num_rows: int) -> dict[str, torch.Tensor]:
         """So many rows of which nothing is remembered."""
@@ -103,7 +106,7 @@ class Group:
     def dismiss(self, slot: int) -> None:
         """Take back the seat of a request that has left."""
         del self._seats[slot]
-        if not self._seats:
+        if not self._seats and self.num_bytes > KEPT_BYTES:
             self.memory = self._rows(0)
 
     def recall(self, seats: torch.Tensor, step: torch.Tensor) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class RevealedLogprobs:
         self._widen(top + 1)
         seat = self._seat[slot] = self._free.pop()
         self._top[slot], self._maps[slot] = top, request.config.step_map
-        self._step_maps[seat] = torch.tensor(NOT_WRITTEN, dtype=torch.int32)
+        if request.config.step_map:
+            self._step_maps[seat] = torch.tensor(NOT_WRITTEN, dtype=torch.int32)
 
     def remove(self, slot: int) -> None:
         """Drop what is kept for a request that has left."""
@@ -93,9 +94,10 @@ class RevealedLogprobs:
         self._free += range(have, have + more)
 
     def _widen(self, columns: int) -> None:
-        missing = (0, max(columns - self._ids.shape[2], 0))
-        self._ids = torch.nn.functional.pad(self._ids, missing)
-        self._values = torch.nn.functional.pad(self._values, missing)
+        missing = columns - self._ids.shape[2]
+        if missing > 0:
+            self._ids = torch.nn.functional.pad(self._ids, (0, missing))
+            self._values = torch.nn.functional.pad(self._values, (0, missing))
 
     def record(
         self,

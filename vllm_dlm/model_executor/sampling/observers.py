@@ -50,9 +50,10 @@ class Observer:
     def add(self, slot: int) -> bool:
         """A request has got a slot: a new one, or a preempted one that comes back.
 
-        Called when the whole engine knows the request: its columns, its options and its
-        strategy may be read. Of a preempted one the finished blocks are in place, and
-        the active block is masked again and starts over.
+        Called when the whole engine knows the request, and all that are admitted with
+        it: its columns on device and host, its options and its strategy may be read. Of
+        a preempted one the finished blocks are in place, and the active block is masked
+        again and starts over.
 
         Returns:
             Whether the observer reads the statistics of positions that are decided. A

@@ -77,6 +77,8 @@ class DenoisingSampler:
         self.logprobs = RevealedLogprobs(slots, facts)
         self.advance = Advance(slots, facts, req_states, self.logprobs)
         self.observers = open_observers(slots, facts)
+        self._added: list[int] = []
+        """Slots of requests that are new in this step."""
         # A place in the reply that our models do not need, unless one looks for NaNs.
         self._counts_rows = not envs.VLLM_COMPUTE_NANS_IN_LOGITS
 
@@ -87,10 +89,7 @@ class DenoisingSampler:
         self.groups.add(req_index)
         self.candidates.add(req_index)
         self.logprobs.add(req_index)
-        # A list: all of them are told, whatever the first one answers.
-        reads_block = [one.add(req_index) for one in self.observers.values()]
-        if any(reads_block):
-            self.slots.host.read_whole_block(req_index)
+        self._added.append(req_index)
 
     def remove_request(self, slot: int) -> None:
         """Forget a request, whose columns and options can still be read."""
@@ -101,7 +100,17 @@ class DenoisingSampler:
         self.groups.remove(slot)
 
     def apply_staged_writes(self) -> None:
-        """Nothing is staged."""
+        """Write what new requests have brought, and tell the observers of them.
+
+        Called by the runner in every step, once all its new requests were added.
+        """
+        self.slots.write_staged()
+        for slot in self._added:
+            # A list: all of them are told, whatever the first one answers.
+            reads_block = [one.add(slot) for one in self.observers.values()]
+            if any(reads_block):
+                self.slots.host.read_whole_block(slot)
+        self._added.clear()
 
     # -- one step ----------------------------------------------------------
 
