@@ -13,6 +13,7 @@ is of no request, but every division that a step makes by it is safe.
 from __future__ import annotations
 
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,8 +233,8 @@ class Columns:
         for name, value in DUMMY.items():
             named[name][num_slots] = value
         self._staging = Staging([self._constants, self.live, self.tokens, self.masked])
-        self._staged = self._staged_columns(numbers)
-        """By name, [places(, ...)]: columns of what is staged."""
+        self._staged = MappingProxyType(self._staged_columns(numbers))
+        """By name, [places(, ...)]: columns of what is staged; always the same."""
 
     def _staged_columns(self, numbers: tuple[int, int]) -> dict[str, np.ndarray]:
         whole, live, tokens, masked = self._staging.arrays
