@@ -9,6 +9,7 @@ written in one place:
 
 - facts of a request, by `admit`, from its layout and options;
 - facts of its strategy, by `assign_strategy`;
+- what its tokens are drawn from, and which of them end it, by `Candidates.add`;
 - where the request stands, by `admit` at first and by each step's advance from then on
   (`sampling/advance.py`).
 
