@@ -159,6 +159,7 @@ def engine(mode: str, requests: int, twins: TritonTwins | None) -> Iterator[Any]
         llm = start_engine(
             folder,
             enforce_eager=mode == "eager",
+            dlm_compile="none" if mode == "eager" else "all",
             # The network is not counted: its compilation would only take time.
             compilation_config={"mode": 0},
             max_num_seqs=max(requests, len(MIXED)),

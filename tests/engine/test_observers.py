@@ -16,7 +16,7 @@ from vllm.outputs import RequestOutput
 from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT
 from vllm_dlm.model_executor.facts import EngineFacts
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS, ToHost
-from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+from vllm_dlm.model_executor.planning.block_rows import BlockRows
 from vllm_dlm.model_executor.sampling.observers import OBSERVERS, Observer
 from vllm_dlm.model_executor.sampling.safety import SafeDecision
 from vllm_dlm.model_executor.slots import RequestSlots
@@ -56,18 +56,19 @@ class Transcript(Observer):
         view: View,
         decision: SafeDecision,
         written: torch.Tensor,
-        plan: SegmentPlan,
+        rows: BlockRows,
     ) -> None:
         self._receive()
-        requests = [self.slots.requests[slot].id for slot in plan.slots_np.tolist()]
+        requests = [self.slots.requests[slot].id for slot in rows.slots_np.tolist()]
         self.calls += [("after_step", request) for request in requests]
         starts = self.slots.host.block_start - self.slots.host.prompt_len
-        self._arriving = requests, starts[plan.slots_np], ToHost(written)
-        cells = plan.slots[:, None], plan.positions
+        self._arriving = requests, starts[rows.slots_np], ToHost(written)
+        blocks = rows.blocks
+        cells = blocks.slots[:, None], blocks.positions
         self.kept.append(
             (
                 view.step,
-                self.slots.step[plan.slots],
+                self.slots.step[blocks.slots],
                 written,
                 self.slots.tokens[cells],
                 self.slots.masked[cells],

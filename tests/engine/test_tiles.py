@@ -25,18 +25,18 @@ ROWS = 7
 @contextmanager
 def tiles_of(engine: Engine, rows: int) -> Iterator[list[int]]:
     """Rows of every tile of logits meanwhile."""
-    views, seen = engine.runner.sampler.views, []
-    usual, head = views.facts, engine.runner.model.logits_processor
+    measured, seen = engine.runner.sampler.rows, []
+    usual, head = measured.facts, engine.runner.model.logits_processor
 
     def note(module, args, output) -> None:
         seen.append(len(output))
 
     hook = head.register_forward_hook(note)
-    views.facts = replace(usual, tile_rows=rows)
+    measured.facts = replace(usual, tile_rows=rows)
     try:
         yield seen
     finally:
-        views.facts = usual
+        measured.facts = usual
         hook.remove()
 
 

@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_dlm.model_executor.columns import Columns
 from vllm_dlm.model_executor.drafts import Drafts
-from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells
+from vllm_dlm.model_executor.planning.block_rows import (
+    CANVAS_END,
+    SLOT,
+    BlockRows,
+    pack,
+)
 from vllm_dlm.model_executor.planning.branches import (
     Pages,
     Wish,
+    branch_blocks,
     plan_branches,
     share_out,
 )
@@ -24,18 +31,22 @@ MASK_ID = 99
 def active_blocks(slots: list[int], starts: list[int], length: int) -> BlockRows:
     """Whole blocks of one length, whose rows are the first of a forward."""
     count = len(slots)
+    row_at = np.arange(count * length).reshape(count, length)
+    table = Columns(9, 20, torch.device("cpu"))
+    table.block_start[slots] = torch.tensor(starts)
+    columns = {SLOT: np.array(slots), CANVAS_END: np.array(starts) + length}
+    packed = pack(columns, row_at, dummy_slot=9, dummy=count)
     return BlockRows(
-        slots=torch.tensor(slots),
         slots_np=np.array(slots),
-        positions=torch.tensor(starts)[:, None] + torch.arange(length),
-        valid=torch.ones(count, length, dtype=torch.bool),
-        readable=torch.ones(count, length, dtype=torch.bool),
-        logits_rows=torch.arange(count * length),
-        row_places=torch.arange(count * length),
-        row_at=torch.arange(count * length).view(count, length),
+        batch_rows_np=np.arange(count),
+        width=length,
+        row_at_np=row_at,
+        first_row=0,
         row_request_np=np.repeat(np.arange(count), length),
         row_offset_np=np.tile(np.arange(length), count),
-        row_request=torch.arange(count).repeat_interleave(length),
+        packed_np=packed,
+        packed=torch.from_numpy(packed),
+        table=table,
     )
 
 
@@ -63,18 +74,20 @@ def test_a_forward_with_branches():
     assert segments.kv_lens.tolist() == [8, 8, 8, 12]
     assert segments.is_last.all()
 
-    blocks = active_blocks([7, 5], [4, 8], 4)
-    plan = plan_branches(
-        starts, ends, branches, segments, np.array([0, 1]), blocks, page_size=8
-    )
+    device = torch.device("cpu")
+    plan = plan_branches(starts, ends, branches, segments, 8, device)
     assert plan.row_branch.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4
     # vLLM counts on: positions 8 to 16 are those of branches.
     assert plan.setback.tolist() == [0] * 4 + [4] * 4 + [8] * 4 + [0] * 4
-    assert plan.blocks.slots_np.tolist() == [7, 7]
-    assert plan.blocks.positions.tolist() == [[4, 5, 6, 7]] * 2
-    assert plan.blocks.logits_rows.tolist() == [*range(4, 12)]
-    assert plan.index.tolist() == [[0, 2, 3], [1, -1, -1]]
-    assert plan.all_rows_at.tolist() == [
+
+    canvases = active_blocks([7, 5], [4, 8], 4)
+    logits_rows = np.array([*range(4), *range(12, 16)])
+    group = branch_blocks(canvases, logits_rows, branches, ends - starts, first_row=8)
+    assert group.rows.slots_np.tolist() == [7, 7]
+    assert group.rows.blocks.positions.tolist() == [[4, 5, 6, 7]] * 2
+    assert group.logits_rows_np.tolist() == [*range(4, 12)]
+    assert group.index.tolist() == [[0, 2, 3], [1, -1, -1]]
+    assert group.all_rows_at.tolist() == [
         [*range(0, 4)],
         [*range(4, 8)],
         [*range(8, 12)],
@@ -96,11 +109,11 @@ def test_a_forward_with_branches():
     assert torch.equal(seen[3], tables[1])
 
     canvas, branch = torch.tensor([[1], [2]]), torch.tensor([[3], [4]])
-    assert plan.by_branch(canvas, branch)[0].tolist() == [[1], [3], [4]]
+    assert group.by_branch(canvas, branch)[0].tolist() == [[1], [3], [4]]
 
 
 def test_drafts_are_written_by_rank():
-    drafts = Drafts((8, 20), MASK_ID, torch.device("cpu"))
+    drafts = Drafts(torch.Size((10, 20)), MASK_ID, torch.device("cpu"))
     blocks = active_blocks([7, 5], [4, 8], 4)
     decision = Decision(
         commit=torch.zeros(2, 4, dtype=torch.bool),
@@ -108,12 +121,8 @@ def test_drafts_are_written_by_rank():
         draft_rank=torch.tensor([[2, NOT_DRAFTED, 0, 1], [0, 1, 2, 3]]),
     )
     masked = torch.tensor([[True] * 4, [True, True, False, True]])
-    # 20 positions a slot.
-    cells = torch.tensor(
-        [7 * 20 + 4 + i for i in range(4)] + [5 * 20 + 8 + i for i in range(4)]
-    )
-    drafts.keep(decision, masked, Cells(torch.arange(8), cells))
-    tokens, rank = drafts.of(blocks)
+    drafts.keep(decision, masked, blocks.blocks)
+    tokens, rank = drafts.of(blocks.blocks)
     assert tokens[0].tolist() == [31, 32, 33, 34]
     assert rank.tolist() == [
         [2, NOT_DRAFTED, 0, 1],
@@ -131,8 +140,8 @@ def test_drafts_are_written_by_rank():
         number = torch.full_like(positions, branch)
         assert drafts.written(own, slots, positions, number).tolist() == wanted
     drafts.forget(7)
-    assert (drafts.of(blocks)[1][0] == NOT_DRAFTED).all()
-    assert drafts.of(blocks)[1][1, 0] == 0
+    assert (drafts.of(blocks.blocks)[1][0] == NOT_DRAFTED).all()
+    assert drafts.of(blocks.blocks)[1][1, 0] == 0
 
 
 PLAIN = Wish(1, held=3, start=0, end=40)

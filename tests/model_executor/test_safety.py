@@ -13,8 +13,14 @@ import torch
 from reference.views import make_view
 
 from vllm_dlm.model_executor.columns import NEVER
+from vllm_dlm.model_executor.planning.block_rows import (
+    CANVAS_END,
+    SLOT,
+    pack,
+)
+from vllm_dlm.model_executor.planning.branches import GroupRows
+from vllm_dlm.model_executor.sampling.rows import Rows
 from vllm_dlm.model_executor.sampling.safety import SafeDecision, Safety
-from vllm_dlm.model_executor.sampling.views import Views
 from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.strategies.base import Decision, View
 
@@ -30,34 +36,41 @@ class Ending:
     def __init__(
         self, step: int, limit: int, reference_steps: int = NEVER, exact: bool = True
     ) -> None:
-        self.facts: Any = SimpleNamespace(mask_id=MASK, tile_rows=8)
+        self.facts: Any = SimpleNamespace(
+            mask_id=MASK, tile_rows=8, max_num_tokens=8, device=torch.device("cpu")
+        )
         self.slots = RequestSlots(1, 4, MASK, torch.device("cpu"))
         self.slots.step[0] = step
-        self.slots.exact[0] = exact
+        self.slots.exact[0] = self.slots.host.exact[0] = exact
         self.slots.step_limit[0] = limit
         self.slots.reference_steps[0] = reference_steps
         self.slots.may_rewrite[0] = True
-        self.plan: Any = SimpleNamespace(
-            slots=torch.tensor([0]),
+        row_at = np.arange(4)[None]
+        columns = {SLOT: np.zeros(1), CANVAS_END: np.full(1, 4)}
+        packed = pack(columns, row_at, dummy_slot=1, dummy=1)
+        self.rows = GroupRows(
             slots_np=np.array([0]),
-            leads=torch.tensor([False]),
-            readable=torch.ones(1, 4, dtype=torch.bool),
-            has_row=torch.ones(1, 4, dtype=torch.bool),
-            positions=torch.arange(4)[None],
-            row_request=torch.zeros(4, dtype=torch.int64),
-            branches=None,
+            batch_rows_np=np.array([0]),
+            width=4,
+            row_at_np=row_at,
+            first_row=0,
+            row_request_np=np.zeros(4, dtype=np.int64),
+            row_offset_np=np.arange(4),
+            packed_np=packed,
+            packed=torch.from_numpy(packed),
+            table=self.slots,
         )
 
     def held(self, view: View, decision: Decision) -> SafeDecision:
-        candidates: Any = SimpleNamespace(veto_bad_words=lambda *_: [])
-        safety = Safety(self.slots, self.facts, candidates)
-        return safety.hold_to_rules(view, decision, self.plan)
+        safety = Safety(self.slots, self.facts, None)  # type: ignore[arg-type]
+        return safety.hold_to_rules(view, decision, self.rows.blocks)
 
     def may_choose_the_mask(self) -> bool:
         head: Any = SimpleNamespace(vocab_shard=None)
-        views = Views(self.slots, self.facts, head, None)  # type: ignore[arg-type]
-        logits = views.logits(torch.zeros(4, 2), self.plan)
-        return not bool(logits.banned.any())
+        rows = Rows(self.slots, self.facts, head, None)  # type: ignore[arg-type]
+        plan: Any = SimpleNamespace(groups=[self.rows])
+        banned = rows.logits(torch.zeros(4, 2), plan).banned
+        return banned is not None and not bool(banned.any())
 
 
 def block(masked: list[int], candidates: list[int]) -> View:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference.views import CPU
@@ -30,6 +31,7 @@ from vllm_dlm.model_executor.columns import (
 from vllm_dlm.model_executor.facts import RequestFacts
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS
 from vllm_dlm.model_executor.layout import Limits, lay_out
+from vllm_dlm.model_executor.planning.block_rows import Blocks, pack
 from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy, numeric_fields
@@ -119,7 +121,7 @@ def test_what_a_strategy_does(strategy: str, reads: int, rewrites: int):
     of = request(FULL, 5, 5, strategy=strategy)
     slots.admit(0, of, [7] * 5)
     made = STRATEGIES[strategy](of.config.params, 4, CPU)
-    slots.assign_strategy(0, made, seat=3, wasted_steps=1)
+    slots.assign_strategy(0, made, group=0, seat=3, wasted_steps=1)
     slots.write_staged()
     assert slots.host.reads[0] == reads
     assert int(slots.may_rewrite[0]) == rewrites
@@ -178,7 +180,9 @@ def test_the_dummy_slot_divides_safely():
     reach = Reach(*slots.reach[dummy].tolist())
     assert reach.refresh_every == reach.part == 1
     assert not slots.masked[dummy].any()
-    ends, keeps_masks = slots.ending(torch.tensor([dummy]))
+    nothing = pack({}, np.zeros((0, 4), dtype=np.int64), dummy, 0)
+    blocks = Blocks.unpacked(torch.from_numpy(nothing), slots)
+    ends, keeps_masks = slots.ending(blocks)
     assert not ends.any() and not keeps_masks.any()
     assert (slots.stop_ids == NO_TOKEN).all()
 
@@ -234,7 +238,7 @@ def columns(slots: RequestSlots) -> dict[str, torch.Tensor]:
 
 
 class Writes(ast.NodeVisitor):
-    """Columns that a file writes: staged, by an index, a `cells.write`, or in place."""
+    """Columns that a file writes: staged, by index, by `blocks.write`, in place."""
 
     def __init__(self, names: set[str]) -> None:
         self.names = names
@@ -280,8 +284,6 @@ def test_where_a_request_stands_is_written_at_admission_and_by_the_advance():
         writes.visit(ast.parse(file.read_text()))
         if writes.found:
             written[str(file.relative_to(folder / "model_executor"))] = writes.found
-    stands = {"tokens", "masked", "canvas_end", "block_start", "step"}
-    stands |= {"block_masks", "frontier", "emitted"}
     sampling = {"temperature", "top_p", "min_p", "top_k", "seed", "min_tokens"}
     sampling |= {"stop_ids"}
     wholes = {"_constants", "facts", "facts_f", "live", "numbers", "numbers_f"}
@@ -290,8 +292,10 @@ def test_where_a_request_stands_is_written_at_admission_and_by_the_advance():
     admitted |= {"numbers_f"}
     assert written == {
         "columns.py": {"stop_ids"},
-        "slots.py": admitted | {"reads"},
+        "slots.py": admitted | {"reads", "group"},
         "sampling/candidates.py": sampling,
-        "host_slots.py": {*vars(slots.host)} - {"_arriving"},
-        "sampling/advance.py": stands,
+        "host_slots.py": {*vars(slots.host)} - {"_arriving", "group"},
+        "sampling/advance.py": {"tokens", "masked", "live"},
+        # Those of the reply.
+        "reply.py": {"tokens", "masked"},
     }

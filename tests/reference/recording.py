@@ -33,4 +33,5 @@ class Batch:
         width = self.host.masked.shape[1]
         begins += width * torch.as_tensor(ended).long()
         masked = torch.ones(len(begins), width, dtype=torch.bool)
-        self.host.send(self.plan.slots_np, begins, begins + width, masked)
+        slots = self.plan.slots_np
+        self.host.send(slots, slots, torch.stack([begins, begins + width]), masked)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 EndOfText = Literal["off", "block", "token"]
 
+COMPILE = ("auto", "all", "none")
+"""What the option `compile` may say instead of names of strategies."""
+
 SERVER_PARAMETER: JsonDict = {"server_only": True}
 """`json_schema_extra` of an option, or of a strategy's parameter, that no request may
 set (paths, say)."""
@@ -168,6 +171,16 @@ class DlmConfig(BaseModel):
         "of their own. `separate`: by one forward more per block, as other engines do; "
         "the same tokens, to measure what the difference is.",
     )
+    compile: str = Field(
+        default="auto",
+        json_schema_extra={"server_only": True, "metavar": "WHAT"},
+        description="Whose steps are compiled into a few kernels: `auto`, those of the "
+        "server's own strategy and parameters, when the engine starts, unless it runs "
+        "with --enforce-eager; names of strategies, separated by commas, those with "
+        "their default parameters too, and in any case; `all`, every strategy when it "
+        "is first asked for, while others wait for seconds; `none`. What is not "
+        "compiled decodes the same texts, in more time per step.",
+    )
     online_learning: bool = Field(
         default=True,
         json_schema_extra=SERVER_PARAMETER,
@@ -198,6 +211,18 @@ class DlmConfig(BaseModel):
         if self.steps and self.steps_per_block:
             raise ValueError("set steps or steps_per_block, not both")
         return self
+
+    @field_validator("compile")
+    @classmethod
+    def _check_compile(cls, what: str) -> str:
+        if what not in COMPILE:
+            for name in what.split(","):
+                if name.strip() not in STRATEGIES:
+                    raise ValueError(
+                        f"{name.strip()!r} is neither one of {', '.join(COMPILE)} nor "
+                        f"a strategy; the strategies are {', '.join(STRATEGIES)}"
+                    )
+        return what
 
     @field_validator("strategy")
     @classmethod
@@ -242,6 +267,12 @@ class DlmConfig(BaseModel):
             return Path(self.filter_dir).expanduser()
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(cache) / "vllm-dlm" / "filters"
+
+    def compiled_strategies(self) -> list[str]:
+        """Names of strategies that the option `compile` lists."""
+        if self.compile in COMPILE:
+            return []
+        return [name.strip() for name in self.compile.split(",")]
 
     def strategy_options(self) -> dict[str, Any]:
         """`Context.options` of the strategies that this server builds."""

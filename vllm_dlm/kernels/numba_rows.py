@@ -76,6 +76,37 @@ def row_parts(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(parts)
 
 
+def write_stats(
+    logits: torch.Tensor,
+    bans: torch.Tensor,
+    token: torch.Tensor,
+    confidence: torch.Tensor,
+    logsumexp: torch.Tensor,
+    entropy: torch.Tensor,
+    margin: torch.Tensor,
+) -> None:
+    """Write what `token_stats.finished` makes of the `row_parts` of rows.
+
+    Args:
+        logits: [N, V], N and V at least 1, such that `reads(logits)`.
+        bans: [N] int64, the token left out of each row; -1 for none.
+        token, confidence, logsumexp, entropy, margin: [N], written to.
+    """
+    num_rows, vocab = logits.shape
+    parts = np.empty((num_rows, 5), dtype=np.float64)
+    flat, stride, short = _bits(logits)
+    left_out = bans.contiguous().numpy()
+    columns = [
+        tensor.numpy() for tensor in (token, confidence, logsumexp, entropy, margin)
+    ]
+
+    def work(first: int, last: int) -> None:
+        _stats(flat, stride, short, vocab, left_out, first, last, parts)
+        _finish(parts, first, last, *columns)
+
+    _in_threads(work, num_rows, num_rows * vocab)
+
+
 def draw_rows(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -381,6 +412,23 @@ def _stats(flat, stride, short, vocab, bans, first_row, last_row, parts):  # typ
         parts[row, 2] = total
         parts[row, 3] = spread
         parts[row, 4] = _number(second)
+
+
+@_EXACT
+def _finish(parts, first_row, last_row, token, confidence, logsumexp, entropy, margin):  # type: ignore[no-untyped-def]
+    for row in range(first_row, last_row):
+        best, total = parts[row, 0], parts[row, 2]
+        place = parts[row, 1]
+        token[row] = np.int64(0) if place == np.inf else np.int64(place)
+        if np.isfinite(best):
+            log_total = math.log(total)
+            confidence[row] = 1.0 / total
+            logsumexp[row] = best + log_total
+            entropy[row] = log_total - parts[row, 3] / total
+            margin[row] = (1.0 - math.exp(parts[row, 4] - best)) / total
+        else:
+            confidence[row], logsumexp[row] = 0.0, best
+            entropy[row], margin[row] = 0.0, 0.0
 
 
 @_EXACT

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -86,6 +86,40 @@ def token_stats(
         columns = triton_rows.token_stats(logits, bans, need_entropy, need_margin)
         return TokenStats(*columns)
     return finished(_row_parts(logits, bans), need_entropy, need_margin)
+
+
+def write_stats(
+    logits: torch.Tensor,
+    columns: Sequence[torch.Tensor],
+    banned: torch.Tensor | None = None,
+    ban_id: int = -1,
+    shard: VocabShard | None = None,
+) -> None:
+    """As `token_stats`, all of them, to memory that is there.
+
+    On a CPU no tensor operation is dispatched for it, but for `banned_ids`.
+
+    Args:
+        logits: [N, V], N at least 1.
+        columns: [N] each: argmax, confidence, logsumexp, entropy, margin, in the types
+            that `TokenStats` names.
+    """
+    loops = logits.device.type == "cpu" and numba_rows.AVAILABLE and shard is None
+    if loops and logits.shape[1] and numba_rows.reads(logits):
+        bans = banned_ids(logits, banned, ban_id)
+        numba_rows.write_stats(logits, bans, *columns)
+        return
+    stats = token_stats(logits, True, True, banned, ban_id, shard)
+    values = (
+        stats.argmax,
+        stats.confidence,
+        stats.logsumexp,
+        stats.entropy,
+        stats.margin,
+    )
+    for column, value in zip(columns, values, strict=True):
+        if value is not None:
+            column.copy_(value)
 
 
 def token_stats_reference(

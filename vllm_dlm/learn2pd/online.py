@@ -29,10 +29,11 @@ from vllm_dlm.strategies.learn2pd import Learn2PD
 from vllm_dlm.strategies.learn2pd_filter import filter_path, note_learned
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
     from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
@@ -101,18 +102,22 @@ class Learning(Observer):
         """Label what the request has decided so far."""
         self.recorder.forget(slot)
 
+    def watches(self, slots_np: np.ndarray) -> bool:
+        """Whether any of these requests is recorded."""
+        return self.recorder.follows(slots_np)
+
     def after_step(
         self,
         view: View,
         decision: SafeDecision,
         written: torch.Tensor,
-        plan: SegmentPlan,
+        rows: BlockRows,
     ) -> None:
         """Record the step; begin a training if there are enough rows."""
         self._end_training()
         if self._training is None:
             self._train_if_enough()
-        self.recorder.record(view, written, plan)
+        self.recorder.record(view, written, rows)
 
     def _train_if_enough(self) -> None:
         for (block_length, cache), wanted in self._wanted.items():

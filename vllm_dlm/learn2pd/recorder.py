@@ -10,7 +10,7 @@ text, is kept. Memory is bounded: the newest rows replace the oldest.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from vllm_dlm.model_executor.host_slots import ToHost
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
 
@@ -74,6 +74,16 @@ class _Ring:
         )
 
 
+class _Arriving(NamedTuple):
+    """A request's step on its way to the host."""
+
+    sent: ToHost
+    """[R, 3, B] int32, of the request's group."""
+    row: int
+    block_start: int
+    """Of the block that was decided."""
+
+
 class TraceRecorder:
     """Collects trace rows of the requests it is told to follow.
 
@@ -87,7 +97,8 @@ class TraceRecorder:
         self._rings: dict[tuple[int, str], _Ring] = {}
         self._steps: dict[int, list[np.ndarray]] = {}
         """slot -> [3, B] int32 for each step of its block, as `record` packs them."""
-        self._arriving: tuple[np.ndarray, np.ndarray, ToHost] | None = None
+        self._arriving: dict[int, _Arriving] = {}
+        """By slot: each request's last step."""
         self._blocks = 0
 
     def follow(self, slot: int) -> None:
@@ -101,44 +112,49 @@ class TraceRecorder:
             self._close(slot)
             del self._steps[slot]
 
-    def record(self, view: View, written: torch.Tensor, plan: SegmentPlan) -> None:
+    def follows(self, slots_np: np.ndarray) -> bool:
+        """Whether any of these requests is recorded."""
+        return any(slot in self._steps for slot in slots_np.tolist())
+
+    def record(self, view: View, written: torch.Tensor, rows: BlockRows) -> None:
         """Note one step: how sure the model was of which tokens, and what was written.
 
         The arguments are those of `Observer.after_step`.
         """
-        self._receive()
-        followed = [slot for slot in plan.slots_np.tolist() if slot in self._steps]
-        if not followed:
+        if self._arriving.keys() & set(rows.slots_np.tolist()):
+            # Of an earlier step: this one has been planned since.
+            self._receive()
+        if not self.follows(rows.slots_np):
             return
-        width = self.slots.host.block_length[followed].max()
         confidence = torch.where(view.valid, view.confidence, 1.0)
         step = [
             confidence.float().view(torch.int32),
             torch.where(view.masked, view.candidate, -1).int(),
             written.int(),
         ]
-        packed = torch.stack([part[:, :width] for part in step], dim=1)
+        sent = ToHost(torch.stack(step, dim=1))
         # Of this step still: where the requests go on is not known yet.
-        block_start = self.slots.host.block_start[plan.slots_np]
-        self._arriving = plan.slots_np, block_start, ToHost(packed)
+        block_start = self.slots.host.block_start[rows.slots_np]
+        for row, slot in enumerate(rows.slots_np.tolist()):
+            if slot in self._steps:
+                self._arriving[slot] = _Arriving(sent, row, int(block_start[row]))
 
     def _receive(self) -> None:
         """Take the last step apart, once it is known which blocks it ended.
 
         Within a step nothing is waited for: planning has settled the host's columns.
         """
-        if self._arriving is None:
+        arriving, self._arriving = self._arriving, {}
+        if not arriving:
             return
-        (slots_np, block_start, sent), self._arriving = self._arriving, None
-        packed, host = sent.numpy(), self.slots.host
+        host = self.slots.host
         host.settle()
-        ended = host.block_start[slots_np] != block_start
-        for row, slot in enumerate(slots_np.tolist()):
-            if slot in self._steps:
-                width = host.block_length[slot]
-                self._steps[slot].append(packed[row, :, :width].copy())
-                if ended[row]:
-                    self._close(slot)
+        sent = {step.sent for step in arriving.values()}
+        arrays = {one: one.numpy() for one in sent}
+        for slot, step in arriving.items():
+            self._steps[slot].append(arrays[step.sent][step.row].copy())
+            if host.block_start[slot] != step.block_start:
+                self._close(slot)
 
     def _close(self, slot: int) -> None:
         """Label the steps of a block by what is written there now."""

@@ -98,6 +98,72 @@ class Flags:
         self.column[slots] = values
 
 
+class Requests(NamedTuple):
+    """The columns of R requests that a step reads, gathered in few operations.
+
+    [R] each, int64 where nothing else is said; `Columns` explains them.
+    """
+
+    prompt_len: torch.Tensor
+    text_end: torch.Tensor
+    block_length: torch.Tensor
+    sub_block_length: torch.Tensor
+    steps_per_block: torch.Tensor
+    reach: Reach
+    """A column for each field."""
+    eotp: torch.Tensor
+    eotp_threshold: torch.Tensor
+    """float32."""
+    exact: torch.Tensor
+    """bool."""
+    opens_alone: torch.Tensor
+    """bool."""
+    may_rewrite: torch.Tensor
+    """bool."""
+    step_limit: torch.Tensor
+    reference_steps: torch.Tensor
+    has_branches: torch.Tensor
+    """bool."""
+    min_tokens: torch.Tensor
+    seed: torch.Tensor
+    seat: torch.Tensor
+    block_start: torch.Tensor
+    emitted: torch.Tensor
+    step: torch.Tensor
+    block_masks: torch.Tensor
+    frontier: torch.Tensor
+
+    @classmethod
+    def of(cls, columns: Columns, slots: torch.Tensor) -> Requests:
+        """The requests in slots [R]."""
+        named = dict(zip(FACTS, columns.facts[slots].unbind(1), strict=False))
+        named |= zip(LIVE, columns.live[slots].unbind(1), strict=True)
+        return cls(
+            named["prompt_len"],
+            named["text_end"],
+            named["block_length"],
+            named["sub_block_length"],
+            named["steps_per_block"],
+            Reach(*(named[name] for name in REACH)),
+            named["eotp"],
+            columns.eotp_threshold[slots],
+            named["exact"] != 0,
+            named["opens_alone"] != 0,
+            named["may_rewrite"] != 0,
+            named["step_limit"],
+            named["reference_steps"],
+            named["has_branches"] != 0,
+            named["min_tokens"],
+            named["seed"],
+            named["seat"],
+            named["block_start"],
+            named["emitted"],
+            named["step"],
+            named["block_masks"],
+            named["frontier"],
+        )
+
+
 class Constants(NamedTuple):
     """What no step writes to, in one memory: tensors, or arrays on the host."""
 

@@ -23,10 +23,9 @@ from vllm_dlm.config.model import ModelDefaults, as_ids, attention_of, declared_
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve, server_config
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
-from vllm_dlm.model_executor.layout import usual_rows
+from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
 from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
-from vllm_dlm.model_executor.planning.segments import GRAPH_SEGMENTS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -13,21 +13,19 @@ import torch
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells
+    from vllm_dlm.model_executor.planning.block_rows import Blocks
 
 
 class Drafts:
     """Draft tokens of all requests, by slot; see the module docstring.
 
     Args:
-        shape: [slots, positions].
+        shape: [slots + 1, positions], as the request table's.
         mask_id: is no draft.
         device: the engine's.
     """
 
-    def __init__(
-        self, shape: tuple[int, int], mask_id: int, device: torch.device
-    ) -> None:
+    def __init__(self, shape: torch.Size, mask_id: int, device: torch.device) -> None:
         self._mask_id = mask_id
         self._tokens = torch.zeros(shape, dtype=torch.int32, device=device)
         self._rank = torch.full(shape, NOT_DRAFTED, dtype=torch.int32, device=device)
@@ -36,7 +34,7 @@ class Drafts:
         """Make room for a new request."""
         self._rank[slot] = NOT_DRAFTED
 
-    def keep(self, decision: Decision, masked: torch.Tensor, cells: Cells) -> None:
+    def keep(self, decision: Decision, masked: torch.Tensor, blocks: Blocks) -> None:
         """Keep a decision's drafts for the next forward.
 
         A drafted mask id (`reference_exact`) fills nothing: verifying ends before it.
@@ -47,8 +45,8 @@ class Drafts:
         assert decision.draft_tokens is not None and decision.draft_rank is not None
         masked = masked & (decision.draft_tokens != self._mask_id)
         rank = torch.where(masked, decision.draft_rank, NOT_DRAFTED)
-        cells.write(self._rank, rank)
-        cells.write(self._tokens, decision.draft_tokens)
+        blocks.write(self._rank, rank)
+        blocks.write(self._tokens, decision.draft_tokens)
 
     def written(
         self,
@@ -65,9 +63,8 @@ class Drafts:
         is_draft = self._rank[slots, positions] < branch
         return torch.where(is_draft, self._tokens[slots, positions], tokens)
 
-    def of(self, blocks: BlockRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft tokens and ranks of active blocks, both [R, B] int64."""
-        slots = blocks.slots[:, None]
-        where = blocks.positions.clamp(max=self._rank.shape[1] - 1)
-        rank = torch.where(blocks.valid, self._rank[slots, where], NOT_DRAFTED)
-        return self._tokens[slots, where].long(), rank.long()
+        where = blocks.slots[:, None], blocks.places
+        rank = torch.where(blocks.valid, self._rank[where], NOT_DRAFTED)
+        return self._tokens[where].long(), rank.long()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config.compilation import CompilationMode
 
 from vllm_dlm.config.carried import request_config
 from vllm_dlm.config.model import ModelDefaults
@@ -47,6 +48,8 @@ class EngineFacts:
     """Options of the server."""
     additional_config: Mapping[str, Any]
     """vLLM's option of this name, where other packages' observers find theirs."""
+    compiles: bool
+    """Whether the network is compiled."""
     default_config: RequestConfig
     """How a request without options of its own is decoded."""
     max_canvas: int
@@ -77,6 +80,7 @@ class EngineFacts:
             defaults=defaults,
             server=server,
             additional_config=vllm_config.additional_config,
+            compiles=vllm_config.compilation_config.mode != CompilationMode.NONE,
             default_config=resolve(server, None, defaults).sized(
                 max_canvas, max_canvas
             ),

@@ -49,8 +49,12 @@ class HostSlots:
         self.reads = per_slot()
         """Which positions of the active block have their logits read: `OPEN_MASKS`,
         `MASKS` or `BLOCK`."""
+        self.group = per_slot()
+        """Number of the strategy group (`sampling/groups.py`) that decides it."""
         self.predicts_end = per_slot(bool)
         """Whether the option `eotp` is on."""
+        self.exact = per_slot(bool)
+        """Whether the option `reference_exact` is on."""
         self.keys_behind = per_slot()
         """Keys that a step sees behind its rows, with full attention (`Reach.keys`)."""
         self.opens_alone = per_slot(bool)
@@ -62,13 +66,16 @@ class HostSlots:
         forward opens a canvas, whose rows say how wide it is."""
         self.masked = np.zeros((num_slots, length), dtype=bool)
         """Masks of the active block, by place in the block."""
-        self._arriving: tuple[np.ndarray, ToHost, ToHost] | None = None
+        self._arriving: tuple[np.ndarray, np.ndarray, ToHost, ToHost] | None = None
 
-    def admit(self, slot: int, layout: RequestLayout, *, predicts_end: bool) -> None:
+    def admit(
+        self, slot: int, layout: RequestLayout, *, predicts_end: bool, exact: bool
+    ) -> None:
         """Take over the layout of a new request.
 
         Args:
             predicts_end: whether its option `eotp` is on.
+            exact: whether its option `reference_exact` is.
         """
         self.settle()
         self.prompt_len[slot] = layout.prompt_len
@@ -82,6 +89,7 @@ class HostSlots:
         self.keys_behind[slot] = layout.reach.keys
         self.opens_alone[slot] = layout.opens_alone
         self.predicts_end[slot] = predicts_end
+        self.exact[slot] = exact
         first_mask = layout.first_mask - layout.first_block
         self.masked[slot, :length] = np.arange(length) >= first_mask
 
@@ -92,20 +100,19 @@ class HostSlots:
     def send(
         self,
         slots: np.ndarray,
-        block_start: torch.Tensor,
-        canvas_end: torch.Tensor,
+        rows: np.ndarray,
+        where: torch.Tensor,
         masked: torch.Tensor,
     ) -> None:
         """Send where a step has left some requests; `settle` stores what arrives.
 
         Args:
-            slots: [R].
-            block_start, canvas_end: [R] int64.
-            masked: [R, B] bool: of the blocks that are active now.
+            slots, rows: [n]: each request's, in the table and in what follows.
+            where: [2, at least n] int32: block start, canvas end.
+            masked: [at least n, B] bool: of the blocks that are active now.
         """
         self.settle()
-        where = torch.stack([block_start, canvas_end])
-        self._arriving = slots, ToHost(where), ToHost(masked)
+        self._arriving = slots, rows, ToHost(where), ToHost(masked)
 
     def settle(self) -> None:
         """Wait for the last `send` and store it.
@@ -114,9 +121,9 @@ class HostSlots:
         """
         if self._arriving is None:
             return
-        (slots, where, arrived), self._arriving = self._arriving, None
-        masked = arrived.numpy()
-        self.block_start[slots], self.canvas_end[slots] = where.numpy()
+        (slots, rows, where, arrived), self._arriving = self._arriving, None
+        masked = arrived.numpy()[rows]
+        self.block_start[slots], self.canvas_end[slots] = where.numpy()[:, rows]
         self.masked[slots, : masked.shape[1]] = masked
 
 

@@ -19,6 +19,10 @@ from vllm_dlm.config.cache import FAR, Reach
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
 
+GRAPH_SEGMENTS = 2
+"""Rows of attention that a whole CUDA graph has for each request
+(`planning/attention.py`)."""
+
 
 class Limits(NamedTuple):
     """What the server grants every request, in positions."""

@@ -15,13 +15,13 @@ rows of a forward as `scheduled_spec_decode_tokens`, the work of a step as
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 if TYPE_CHECKING:
-    from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.worker.gpu.sample.output import SamplerOutput
+    from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 
 
 def put_canvas_end(
@@ -38,12 +38,12 @@ def put_canvas_end(
         says_end: [R] bool, for which requests.
 
     Returns:
-        [R, W] int64, and [R] int32: how many of each row are meant.
+        [R, W] int64, and [R] int64: how many of each row are meant.
     """
     place = torch.arange(tokens.shape[1], device=tokens.device)
     at_end = (place == count[:, None]) & says_end[:, None]
     tokens = torch.where(at_end, -(canvas_end[:, None] + 1), tokens)
-    return tokens, (count + says_end.long()).to(torch.int32)
+    return tokens, count + says_end.long()
 
 
 def take_canvas_end(tokens: list[int]) -> int | None:
@@ -55,27 +55,88 @@ BROKEN = 1 << 30
 """Added to a request's number: its logits left no token to choose."""
 
 
-def put_health(
-    output: SamplerOutput, broken: torch.Tensor, head_rows: int | None
-) -> None:
-    """Say which requests' logits are broken, and how many rows went through lm_head.
-
-    vLLM wants numbers by request: of the rows, a sum.
+def health(broken: torch.Tensor, head_rows: torch.Tensor) -> torch.Tensor:
+    """[R] int64: whether a request's logits are broken, and its rows through lm_head.
 
     Args:
         broken: [R] bool.
-        head_rows: None where vLLM looks for NaNs (`VLLM_COMPUTE_NANS_IN_LOGITS`): then
-            the numbers are its own, above 0 where there are some.
+        head_rows: [R] int64: of all requests, any split: vLLM wants numbers by request,
+            and the scheduler reads a sum.
     """
-    if head_rows is None:
-        output.num_nans = broken.int()
-        return
-    output.num_nans = broken.int() * BROKEN
-    output.num_nans[0] += head_rows
+    return broken * BROKEN + head_rows
+
+
+class Reply(NamedTuple):
+    """A step's reply, a row for each request of vLLM's batch.
+
+    And one row more, of what stands for no request (`block_rows.pack`).
+    """
+
+    tokens: torch.Tensor
+    """[requests + 1, W + 1] int64."""
+    counts: torch.Tensor
+    """[5, requests + 1] int32: tokens of each row that are meant; rows of the forward
+    that were computed in vain, as vLLM counts; `health`; and, for the next plan, where
+    the active block begins and where the canvas ends."""
+    masked: torch.Tensor
+    """[requests + 1, W] bool, for the next plan: masks of the active block."""
+
+    @classmethod
+    def empty(cls, num_reqs: int, width: int, device: torch.device) -> Reply:
+        """The reply of requests that decide nothing: a part of a prompt.
+
+        Args:
+            width: W: positions of the longest block that is decided.
+        """
+        tokens = torch.zeros(num_reqs + 1, width + 1, dtype=torch.int64, device=device)
+        return cls(
+            tokens,
+            tokens.new_zeros(5, num_reqs + 1, dtype=torch.int32),
+            tokens.new_zeros(num_reqs + 1, width, dtype=torch.bool),
+        )
+
+    def write(
+        self,
+        rows: torch.Tensor,
+        tokens: torch.Tensor,
+        counts: tuple[torch.Tensor, ...],
+        masked: torch.Tensor,
+    ) -> None:
+        """Write the rows [R] of a group.
+
+        Args:
+            tokens: [R, B + 1] int64.
+            counts: [R] each, in the order of `counts`.
+            masked: [R, B] bool.
+        """
+        columns = torch.arange(tokens.shape[1], device=rows.device)
+        self.tokens[rows[:, None], columns] = tokens
+        self.counts[:, rows] = torch.stack(counts).int()
+        self.masked[rows[:, None], columns[:-1]] = masked
+
+    def for_runner(
+        self, logprobs: LogprobsTensors | None, for_vllm: bool
+    ) -> SamplerOutput:
+        """In vLLM's form.
+
+        Args:
+            for_vllm: vLLM looks for NaNs (`VLLM_COMPUTE_NANS_IN_LOGITS`): the numbers
+                are its own, above 0 where there are some.
+        """
+        num_sampled, num_rejected, num_nans = self.counts[:3, :-1]
+        if for_vllm:
+            num_nans = (num_nans >= BROKEN).int()
+        return SamplerOutput(
+            sampled_token_ids=self.tokens[:-1],
+            logprobs_tensors=logprobs,
+            num_nans=num_nans,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
 
 
 def take_health(reply: ModelRunnerOutput, for_vllm: bool) -> tuple[list[str], int]:
-    """Take off the reply, in place, what `put_health` has said.
+    """Take off the reply, in place, what `health` says.
 
     Args:
         for_vllm: vLLM looks for NaNs: the numbers stay.

@@ -33,7 +33,7 @@ from vllm_dlm.model_executor.sampling.eotp import MODES
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import RequestFacts
-    from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.model_executor.planning.block_rows import Blocks
     from vllm_dlm.strategies.base import Strategy
 
 
@@ -62,7 +62,7 @@ class RequestSlots(Columns):
     @cached_property
     def drafts(self) -> Drafts:
         """Of requests that draft; 8 bytes x slots x max_model_len once there is one."""
-        return Drafts((self.num_slots, self.length), self._mask_id, self.device)
+        return Drafts(self.tokens.shape, self._mask_id, self.device)
 
     # -- requests ----------------------------------------------------------
 
@@ -101,14 +101,26 @@ class RequestSlots(Columns):
             exact=config.reference_exact,
             opens_alone=layout.opens_alone,
         )
-        self.host.admit(slot, layout, predicts_end=config.eotp != "off")
+        self.host.admit(
+            slot,
+            layout,
+            predicts_end=config.eotp != "off",
+            exact=config.reference_exact,
+        )
 
     def assign_strategy(
-        self, slot: int, strategy: Strategy, *, seat: int, wasted_steps: int
+        self,
+        slot: int,
+        strategy: Strategy,
+        *,
+        group: int,
+        seat: int,
+        wasted_steps: int,
     ) -> None:
         """Say which strategy decides a new request.
 
         Args:
+            group: number of the strategy's group.
             seat: the request's, in the strategy's group.
             wasted_steps: steps of a block that may write nothing, beyond those that
                 the strategy counts with.
@@ -136,6 +148,7 @@ class RequestSlots(Columns):
         )
         if has_branches:
             self.drafts.forget(slot)
+        self.host.group[slot] = group
         # In the course of its branches a request may reach the next sub-block.
         masks = MASKS if has_branches else OPEN_MASKS
         self.host.reads[slot] = BLOCK if strategy.logit_rows == "block" else masks
@@ -151,26 +164,21 @@ class RequestSlots(Columns):
 
     # -- what follows from the columns -------------------------------------
 
-    def masks(self, blocks: BlockRows) -> torch.Tensor:
+    def masks(self, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: all masks of the active blocks."""
-        # Positions past max_model_len do not exist in the table.
-        positions = blocks.positions.clamp(max=self.length - 1)
-        return self.masked[blocks.slots[:, None], positions] & blocks.valid
+        return self.masked[blocks.slots[:, None], blocks.places] & blocks.valid
 
-    def is_emitted(self, blocks: BlockRows) -> torch.Tensor:
+    def is_emitted(self, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: what a client has: a prompt's tail, and a block's lead."""
-        end = self.prompt_len[blocks.slots] + self.emitted[blocks.slots]
-        return blocks.positions < end[:, None]
+        requests = blocks.requests
+        return blocks.positions < (requests.prompt_len + requests.emitted)[:, None]
 
-    def ending(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def ending(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Which blocks end with this step in any case.
-
-        Args:
-            slots: [R] int64.
 
         Returns:
             [R] bool: those that do; of these, those that keep their masks as text.
         """
-        taken = self.step[slots] + 1
-        keeps_masks = taken >= self.reference_steps[slots]
-        return keeps_masks | (taken >= self.step_limit[slots]), keeps_masks
+        taken = blocks.requests.step + 1
+        keeps_masks = taken >= blocks.requests.reference_steps
+        return keeps_masks | (taken >= blocks.requests.step_limit), keeps_masks

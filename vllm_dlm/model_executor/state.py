@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
@@ -22,13 +21,12 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.facts import EngineFacts, RequestFacts
-from vllm_dlm.model_executor.layout import usual_rows
+from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
 from vllm_dlm.model_executor.planning.attention import (
     WITH_EMPTY_ROWS,
     AttentionBuffers,
 )
 from vllm_dlm.model_executor.planning.branches import page_size_of
-from vllm_dlm.model_executor.planning.segments import GRAPH_SEGMENTS
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
 from vllm_dlm.model_executor.sampling.sampler import DenoisingSampler
 from vllm_dlm.model_executor.slots import RequestSlots
@@ -194,23 +192,18 @@ class DlmModelState(ModelState):
         """Write the batch's token ids and name the rows that need logits."""
         if self._plan is None:
             return {}
-        num_tokens = input_batch.num_tokens
-        row_slots = torch.from_numpy(
-            np.repeat(input_batch.idx_mapping_np, input_batch.num_scheduled_tokens)
-        ).to(self.device, non_blocking=True)
-        positions, branches = input_batch.positions[:num_tokens], self._plan.branches
+        num_tokens, plan = input_batch.num_tokens, self._plan
+        positions, branches = input_batch.positions[:num_tokens], plan.branches
         # In place: CUDA graphs replay from vLLM's own buffers.
         if branches is not None:
             positions -= branches.setback
-        tokens = self.slots.tokens[row_slots, positions]
-        logits_rows = self._plan.logits_rows
+        tokens = self.slots.tokens[plan.row_slots, positions]
         if branches is not None:
             tokens = self.slots.drafts.written(
-                tokens, row_slots, positions, branches.row_branch
+                tokens, plan.row_slots, positions, branches.row_branch
             )
-            logits_rows = torch.cat([logits_rows, branches.blocks.logits_rows])
         input_batch.input_ids[:num_tokens] = tokens
-        input_batch.logits_indices = logits_rows
+        input_batch.logits_indices = plan.logits_rows
         return {}
 
     def _take_plan(self) -> SegmentPlan | None:

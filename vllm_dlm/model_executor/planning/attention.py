@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
-from vllm_dlm.model_executor.planning.segments import GRAPH_SEGMENTS
+from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch

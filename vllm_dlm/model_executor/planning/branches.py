@@ -29,7 +29,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.model_executor.planning.block_rows import BlockRows
+from vllm_dlm.model_executor.planning.block_rows import (
+    COLUMNS,
+    NOT_READ,
+    BlockRows,
+    upload,
+)
 from vllm_dlm.model_executor.planning.segments import Segments, ragged
 
 if TYPE_CHECKING:
@@ -144,18 +149,6 @@ class BranchPlan:
     """Of [s] arrays: the pages that scratch pages stand for."""
     scratch_np: np.ndarray
     """[s]: by how much these lie further on in the block table."""
-    parents: torch.Tensor
-    """[E] int64: the deciding request that each branch is of."""
-    numbers: torch.Tensor
-    """[E] int64: 1 or more."""
-    blocks: BlockRows
-    """The active blocks of the E branches."""
-    index: torch.Tensor
-    """[R, K] int64: branch k of request r, counted from 0 to R - 1 for the canvases
-    and on from R for the branches; -1 where it is not evaluated."""
-    all_rows_at: torch.Tensor
-    """[R + E, B] int64: `BlockRows.row_at` of the canvases and, counted on, of the
-    branches."""
 
     def place_keys(
         self,
@@ -195,9 +188,59 @@ class BranchPlan:
         places = torch.where(own, places + column(self.scratch_np), places)
         block_table[segments] = table.gather(1, places)
 
+
+@dataclass(frozen=True)
+class BranchBlocks:
+    """A group's branches from number 1 on: E of them, of R canvases.
+
+    Tensors are on the engine's device; names of arrays on the host end in `_np`.
+    """
+
+    parents_np: np.ndarray
+    """[E]: the request of the group, 0 to R - 1, that each branch is of."""
+    rows: BlockRows
+    """The active blocks of the E branches."""
+    logits_rows_np: np.ndarray
+    """[n]: rows of the forward that go through lm_head for them."""
+    parents: torch.Tensor
+    """[E] int64: `parents_np` on the device."""
+    numbers: torch.Tensor
+    """[E] int64: 1 or more."""
+    index: torch.Tensor
+    """[R, K] int64: branch k of request r, counted from 0 to R - 1 for the canvases
+    and on from R for the branches; -1 where it is not evaluated."""
+    all_rows_at: torch.Tensor
+    """[R + E, B] int64: `Blocks.row_at` of the canvases and of the branches."""
+
     def by_branch(self, canvas: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         """[R, K, B]: values of the canvases [R, B] and of the branches [E, B]."""
         return torch.cat([canvas, branch])[self.index.clamp(min=0)]
+
+
+@dataclass(frozen=True)
+class GroupRows(BlockRows):
+    """A group's canvases, and the branches that are evaluated along."""
+
+    branches: BranchBlocks | None = None
+    """None where there are none."""
+
+    def rows_at(
+        self,
+        requests: torch.Tensor,
+        offsets: torch.Tensor,
+        branch: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[n] int64: rows of logits of some positions, those of branches included.
+
+        Args:
+            requests: [n] int64, 0 to R - 1.
+            offsets: [n] int64, places in their blocks.
+            branch: [R, B] int64, of each position; None for 0.
+        """
+        if self.branches is None or branch is None:
+            return self.blocks.row_at[requests, offsets]
+        canvas = self.branches.index[requests, branch[requests, offsets]]
+        return self.branches.all_rows_at[canvas, offsets]
 
 
 def plan_branches(
@@ -205,9 +248,8 @@ def plan_branches(
     ends: np.ndarray,
     branches: np.ndarray,
     segments: Segments,
-    deciding: np.ndarray,
-    blocks: BlockRows,
     page_size: int,
+    device: torch.device,
 ) -> BranchPlan:
     """Lay out the branches of a forward.
 
@@ -215,11 +257,9 @@ def plan_branches(
         starts, ends: of each request of the batch, [start, end) of one branch's rows.
         branches: of each request, number 0 included.
         segments: of the forward, those of branches among them.
-        deciding: [R]: the requests, of the batch, that decide.
-        blocks: theirs.
         page_size: tokens in a KV page.
+        device: the engine's.
     """
-    device = blocks.slots.device
 
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -238,24 +278,6 @@ def plan_branches(
     number = np.where(branches[segments.request] > 1, copy, 0)
     of_branches = number.nonzero()[0]
     owner = segments.request[of_branches]
-
-    parents, numbers = ragged(branches[deciding] - 1)
-    numbers = numbers + 1
-    # A branch reads the rows that its canvas does: it has no further masks.
-    counts = np.bincount(blocks.row_request_np, minlength=len(deciding))
-    first = np.cumsum(counts) - counts
-    block, nth = ragged(counts[parents])
-    copied = first[parents[block]] + nth
-    offset = blocks.row_offset_np[copied]
-    setback = numbers * lengths[deciding[parents]]
-    width = blocks.positions.shape[1]
-    places = np.full((len(parents), width), -1)
-    places[block, offset] = np.arange(len(block))
-    at, row_at = on_device(parents), on_device(places)
-    num_rows = len(blocks.row_request_np)
-    index = np.full((len(deciding), int(branches.max())), -1)
-    index[:, 0] = np.arange(len(deciding))
-    index[parents, numbers] = len(deciding) + np.arange(len(parents))
     return BranchPlan(
         row_branch=on_device(branch),
         setback=on_device(branch * lengths[request]),
@@ -266,24 +288,68 @@ def plan_branches(
         segments_np=of_branches,
         pages=Pages(pages.first[owner], pages.end[owner]),
         scratch_np=number[of_branches] * pages.count[owner],
-        parents=at,
-        numbers=on_device(numbers),
-        blocks=BlockRows(
-            slots=blocks.slots[at],
-            slots_np=blocks.slots_np[parents],
-            positions=blocks.positions[at],
-            valid=blocks.valid[at],
-            readable=blocks.readable[at],
-            logits_rows=blocks.logits_rows[on_device(copied)]
-            + on_device(setback[block]),
-            row_places=on_device(block * width + offset),
-            row_at=row_at,
+    )
+
+
+def branch_blocks(
+    canvases: BlockRows,
+    logits_rows: np.ndarray,
+    branches: np.ndarray,
+    lengths: np.ndarray,
+    first_row: int,
+) -> BranchBlocks:
+    """The active blocks of a group's branches, and their rows.
+
+    A branch reads the rows that its canvas does: it has no further masks.
+
+    Args:
+        canvases: the group's.
+        logits_rows: [n]: rows of the forward that go through lm_head for them.
+        branches: [R]: of each request of the group, number 0 included.
+        lengths: [R]: rows of one branch of each.
+        first_row: number of the first row of logits of these branches.
+    """
+    device = canvases.packed.device
+    count, width = len(canvases.slots_np), canvases.width
+    parents, numbers = ragged(branches - 1)
+    numbers = numbers + 1
+    counts = np.bincount(canvases.row_request_np, minlength=count)
+    first = np.cumsum(counts) - counts
+    block, nth = ragged(counts[parents])
+    copied = first[parents[block]] + nth
+    offset = canvases.row_offset_np[copied]
+    row_at = np.minimum(canvases.row_at_np[parents], NOT_READ)
+    row_at[block, offset] = first_row + np.arange(len(block))
+    index = np.full((count, int(branches.max(initial=1))), -1)
+    index[:, 0] = np.arange(count)
+    index[parents, numbers] = count + np.arange(len(parents))
+    packed = canvases.packed_np[parents]
+    packed[:, COLUMNS:] = row_at
+    at, numbers_there, index_there, rows_there, packed_there = upload(
+        device,
+        parents,
+        numbers,
+        index,
+        np.concatenate([canvases.row_at_np, row_at]),
+        packed,
+    )
+    return BranchBlocks(
+        parents_np=parents,
+        rows=BlockRows(
+            slots_np=canvases.slots_np[parents],
+            batch_rows_np=canvases.batch_rows_np[parents],
+            width=width,
+            row_at_np=row_at,
+            first_row=first_row,
             row_request_np=block,
             row_offset_np=offset,
-            row_request=on_device(block),
+            packed_np=packed,
+            packed=packed_there,
+            table=canvases.table,
         ),
-        index=on_device(index),
-        all_rows_at=torch.cat(
-            [blocks.row_at, torch.where(row_at >= 0, row_at + num_rows, -1)]
-        ),
+        logits_rows_np=logits_rows[copied] + (numbers * lengths[parents])[block],
+        parents=at,
+        numbers=numbers_there,
+        index=index_there,
+        all_rows_at=rows_there,
     )

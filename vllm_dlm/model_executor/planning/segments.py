@@ -24,9 +24,6 @@ import numpy as np
 
 from vllm_dlm.config.model import Attention
 
-GRAPH_SEGMENTS = 2
-"""Segments that a whole CUDA graph has for each request (`attention.py`)."""
-
 
 @dataclass(frozen=True)
 class Segments:

@@ -10,14 +10,31 @@ here waits for it, and nothing here changes a request.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
-from vllm_dlm.model_executor.planning.block_rows import BlockRows, Cells, upload_named
-from vllm_dlm.model_executor.planning.branches import BranchPlan, plan_branches
+from vllm_dlm.model_executor.planning.block_rows import (
+    BATCH_ROW,
+    CANVAS_END,
+    HEAD_ROWS,
+    LEADS,
+    NOT_READ,
+    NOT_READABLE,
+    NOT_VALID,
+    ROWS_END,
+    SLOT,
+    pack,
+    upload_int32,
+)
+from vllm_dlm.model_executor.planning.branches import (
+    BranchPlan,
+    GroupRows,
+    branch_blocks,
+    plan_branches,
+)
 from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
 
 if TYPE_CHECKING:
@@ -30,10 +47,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SegmentPlan(BlockRows):
+class SegmentPlan:
     """One forward: its segments, and the active blocks that it decides.
 
-    Of the batch's requests, R decide in this forward; the others compute a part of
+    Of the batch's requests, some decide in this forward; the others compute a part of
     their prompt.
     """
 
@@ -44,44 +61,21 @@ class SegmentPlan(BlockRows):
     causal_np: np.ndarray | None
     """[S] bool: where a position sees none to its right, as finished text does with
     causal attention; None with another kind of attention."""
-    batch_rows_np: np.ndarray
-    """[R]: index of each deciding request in vLLM's batch."""
-    ends: torch.Tensor
-    """[R] int64: one past the last position computed for each."""
-    canvas_end: torch.Tensor
-    """[R] int64: one past each canvas' last position."""
-    cells: Cells
-    """Where the canvases' positions are kept."""
-    leads: torch.Tensor
-    """[R] bool: the rows end before the block, and predict its lead, the first
-    position, alone."""
-    rows_ends: torch.Tensor
-    """[R] int64: `ends`, and the rows of branches counted on from there."""
+    row_slots: torch.Tensor
+    """[M] int32: state slot of each row's request."""
+    logits_rows: torch.Tensor
+    """[N] int32: rows of the forward that go through lm_head, group by group: those of
+    the blocks' masks, or of all their positions where the strategy reads them. Behind
+    them those of branches, group by group."""
+    groups: list[GroupRows]
+    """The blocks that are decided, by what decides them (`HostSlots.group`)."""
     branches: BranchPlan | None
     """Drafts that are evaluated along; None where there are none."""
 
     @property
-    def has_row(self) -> torch.Tensor:
-        """[R, B] bool: positions of the canvases whose logits are read."""
-        return self.row_at >= 0
-
-    def rows_at(
-        self,
-        requests: torch.Tensor,
-        offsets: torch.Tensor,
-        branch: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[n] int64: rows of logits of some positions, those of branches included.
-
-        Args:
-            requests: [n] int64, 0 to R - 1.
-            offsets: [n] int64, places in their blocks.
-            branch: [R, B] int64, of each position; None for 0.
-        """
-        if self.branches is None or branch is None:
-            return self.row_at[requests, offsets]
-        canvas = self.branches.index[requests, branch[requests, offsets]]
-        return self.branches.all_rows_at[canvas, offsets]
+    def num_deciding(self) -> int:
+        """Requests that decide in this forward."""
+        return sum(len(group.slots_np) for group in self.groups)
 
 
 def plan_forward(
@@ -119,93 +113,166 @@ def plan_forward(
     # A request with branches computes its active block, or all: one segment.
     segments = segments.repeated(branches[segments.request])
     deciding = decides.nonzero()[0]
-    plan = _plan_blocks(slots, facts, batch, segments, deciding, starts, ends)
-    if branches.max() == 1:
-        return plan
-    return replace(
-        plan,
-        branches=plan_branches(
-            starts, ends, branches, segments, deciding, plan, page_size
-        ),
+    groups = host.group[slots_in_batch[deciding]]
+    planner = _Planner(slots, facts, batch, starts, ends)
+    for number in np.unique(groups):
+        planner.add_group(deciding[groups == number])
+    kv_lens, causal = planner.keys(segments)
+    row_slots = np.repeat(slots_in_batch, batch.num_scheduled_tokens)
+    sent = upload_int32(
+        facts.device,
+        row_slots,
+        np.concatenate([np.zeros(0, dtype=np.int64), *planner.logits_rows]),
+        *planner.packed,
     )
-
-
-def _plan_blocks(
-    slots: RequestSlots,
-    facts: EngineFacts,
-    batch: InputBatch,
-    segments: Segments,
-    deciding: np.ndarray,
-    starts: np.ndarray,
-    ends: np.ndarray,
-) -> SegmentPlan:
-    """The active blocks of a batch, and where their logits come from.
-
-    Args:
-        deciding: [R]: the requests, of the batch, that decide.
-        starts, ends: [start, end) of the rows of each request of the batch.
-    """
-    host, defaults = slots.host, facts.defaults
-    slots_np = batch.idx_mapping_np[deciding].astype(np.int64)
-    start, end = starts[deciding, None], ends[deciding, None]
-    block_start = host.block_start[slots_np]
-    canvas_end = _canvas_ends(host, defaults, slots_np, end[:, 0])
-    # Rows that end before the block predict its first position.
-    leads = end[:, 0] <= block_start
-
-    # B of the batch is the longest request's.
-    lengths = host.block_length[slots_np, None]
-    offsets = np.arange(lengths.max(initial=1))
-    positions = block_start[:, None] + offsets
-    valid = (positions < canvas_end[:, None]) & (offsets < lengths)
-    source = _predicting_rows(host, defaults, slots_np, positions, start, leads)
-    readable = valid & (start <= source) & (source < end)
-    is_read = readable & _rows_to_read(host, slots_np, valid)
-    row_request, row_offset = is_read.nonzero()
-    row_at = np.full(positions.shape, -1)
-    row_at[is_read] = np.arange(len(row_request))
-    first_rows = batch.query_start_loc_np[deciding].astype(np.int64) - start[:, 0]
-    if defaults.reuses_blocks:
-        block_end = np.minimum(block_start + lengths[:, 0], canvas_end)
-        seen = np.zeros(len(starts), dtype=np.int64)
-        seen[deciding] = np.where(leads, 0, block_end)
-        kv_lens, is_left = _keys_of_blocks(segments, seen)
-        causal = is_left if defaults.attention == "causal" else None
-    else:
-        seen = np.minimum(end[:, 0] + host.keys_behind[slots_np], canvas_end)
-        kv_lens, causal = seen[segments.request], None
-
-    fields = {
-        "slots": slots_np,
-        "ends": end[:, 0],
-        "rows_ends": (starts + batch.num_scheduled_tokens)[deciding],
-        "canvas_end": canvas_end,
-        "leads": leads,
-        "positions": positions,
-        "valid": valid,
-        "readable": readable,
-        "row_at": row_at,
-        "logits_rows": (first_rows[:, None] + source)[is_read],
-        "row_places": row_request * len(offsets) + row_offset,
-        "row_request": row_request,
-    }
-    others = {
-        "places": valid.ravel().nonzero()[0],
-        "cells": (slots_np[:, None] * slots.length + positions)[valid],
-    }
-    there = upload_named(facts.device, {**fields, **others})
+    blocks = planner.block_rows(sent[2:])
+    logits_rows, branch_plan = sent[1], None
+    if branches.max() > 1:
+        branch_plan = plan_branches(
+            starts, ends, branches, segments, page_size, facts.device
+        )
+        blocks, rows = planner.with_branches(blocks, branches)
+        (logits_rows,) = upload_int32(facts.device, rows)
     return SegmentPlan(
-        **{name: there[name] for name in fields},
         segments=segments,
-        slots_np=slots_np,
-        batch_rows_np=deciding,
-        row_request_np=row_request,
-        row_offset_np=row_offset,
         kv_lens_np=kv_lens,
         causal_np=causal,
-        cells=Cells(there["places"], there["cells"]),
-        branches=None,
+        row_slots=sent[0],
+        logits_rows=logits_rows,
+        groups=blocks,
+        branches=branch_plan,
     )
+
+
+class _Planner:
+    """Plans the active blocks of a batch, group by group.
+
+    Args:
+        starts, ends: [start, end) of the rows of each request of the batch.
+    """
+
+    def __init__(
+        self,
+        slots: RequestSlots,
+        facts: EngineFacts,
+        batch: InputBatch,
+        starts: np.ndarray,
+        ends: np.ndarray,
+    ) -> None:
+        self._slots = slots
+        self._facts = facts
+        self._batch = batch
+        self._starts = starts
+        self._ends = ends
+        self._seen = np.zeros(len(starts), dtype=np.int64)
+        """[requests of the batch]: how far the last segment of each sees."""
+        self._parts: list[dict[str, Any]] = []
+        """Of each group: fields of `GroupRows`."""
+        self.packed: list[np.ndarray] = []
+        """Of each group: see `pack`."""
+        self.logits_rows: list[np.ndarray] = []
+        """Of each group: its rows of the forward."""
+
+    def add_group(self, deciding: np.ndarray) -> None:
+        """Plan the blocks of some requests [R] of the batch, all of one length."""
+        batch, host, defaults = self._batch, self._slots.host, self._facts.defaults
+        slots_np = batch.idx_mapping_np[deciding].astype(np.int64)
+        start, end = self._starts[deciding, None], self._ends[deciding, None]
+        block_start = host.block_start[slots_np]
+        canvas_end = _canvas_ends(host, defaults, slots_np, end[:, 0])
+        # Rows that end before the block predict its first position.
+        leads = end[:, 0] <= block_start
+
+        width = int(host.block_length[slots_np[0]])
+        positions = block_start[:, None] + np.arange(width)
+        valid = positions < canvas_end[:, None]
+        source = _predicting_rows(host, defaults, slots_np, positions, start, leads)
+        readable = valid & (start <= source) & (source < end)
+        is_read = readable & _rows_to_read(host, slots_np, valid)
+        row_request, row_offset = is_read.nonzero()
+        first_row = sum(map(len, self.logits_rows))
+        row_at = np.where(readable, NOT_READ, np.where(valid, NOT_READABLE, NOT_VALID))
+        row_at[is_read] = first_row + np.arange(len(row_request))
+        first_rows = batch.query_start_loc_np[deciding].astype(np.int64) - start[:, 0]
+        if defaults.reuses_blocks:
+            block_end = np.minimum(block_start + width, canvas_end)
+            self._seen[deciding] = np.where(leads, 0, block_end)
+        head_rows = np.zeros(len(slots_np), dtype=np.int64)
+        head_rows[0] = len(row_request)
+        self._parts.append(
+            {
+                "slots_np": slots_np,
+                "batch_rows_np": deciding,
+                "width": width,
+                "row_at_np": row_at,
+                "first_row": first_row,
+                "row_request_np": row_request,
+                "row_offset_np": row_offset,
+            }
+        )
+        self.logits_rows.append((first_rows[:, None] + source)[is_read])
+        columns = {
+            SLOT: slots_np,
+            BATCH_ROW: deciding,
+            CANVAS_END: canvas_end,
+            ROWS_END: (self._starts + batch.num_scheduled_tokens)[deciding],
+            LEADS: leads,
+            HEAD_ROWS: head_rows,
+        }
+        self.packed.append(pack(columns, row_at, self._slots.num_slots, batch.num_reqs))
+
+    def keys(self, segments: Segments) -> tuple[np.ndarray, np.ndarray | None]:
+        """[S]: keys that segments see; and which are causal, where some may be."""
+        host, defaults = self._slots.host, self._facts.defaults
+        if defaults.reuses_blocks:
+            kv_lens, is_left = _keys_of_blocks(segments, self._seen)
+            return kv_lens, is_left if defaults.attention == "causal" else None
+        slots_np = self._batch.idx_mapping_np
+        canvas_end = _canvas_ends(host, defaults, slots_np, self._ends)
+        seen = np.minimum(self._ends + host.keys_behind[slots_np], canvas_end)
+        return seen[segments.request], None
+
+    def block_rows(self, packed: list[torch.Tensor]) -> list[GroupRows]:
+        """The groups' blocks.
+
+        Args:
+            packed: `self.packed` on the device.
+        """
+        return [
+            GroupRows(
+                **part,
+                packed_np=there_np,
+                packed=there,
+                table=self._slots,
+            )
+            for part, there_np, there in zip(
+                self._parts, self.packed, packed, strict=True
+            )
+        ]
+
+    def with_branches(
+        self, groups: list[GroupRows], branches: np.ndarray
+    ) -> tuple[list[GroupRows], np.ndarray]:
+        """The groups, those that have branches with them; and [N] all rows of logits.
+
+        Args:
+            branches: of each request of the batch, number 0 included.
+        """
+        lengths, rows, blocks = self._ends - self._starts, [*self.logits_rows], []
+        for group, own_rows in zip(groups, self.logits_rows, strict=True):
+            counts = branches[group.batch_rows_np]
+            if counts.max() > 1:
+                drafted = branch_blocks(
+                    group,
+                    own_rows,
+                    counts,
+                    lengths[group.batch_rows_np],
+                    sum(map(len, rows)),
+                )
+                rows.append(drafted.logits_rows_np)
+                group = replace(group, branches=drafted)
+            blocks.append(group)
+        return blocks, np.concatenate(rows)
 
 
 def _predicting_rows(

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered
-from vllm_dlm.kernels.token_stats import TokenStats, prob_of, token_stats
+from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered, uniform
+from vllm_dlm.kernels.token_stats import prob_of, token_stats
 from vllm_dlm.model_executor.columns import NO_TOKEN, STOP_IDS
 from vllm_dlm.model_executor.sampling.bad_words import MASKED
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
+from vllm_dlm.strategies.base import given
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows, Blocks
     from vllm_dlm.model_executor.slots import RequestSlots
 
 
@@ -129,22 +130,30 @@ class Candidates:
 
     # -- drawing -----------------------------------------------------------
 
-    def choose(self, tile: Tile, stats: TokenStats) -> Choice:
-        """Candidates of a tile of rows, and how sure the model is of them.
+    def are_special(self, slots_np: np.ndarray) -> bool:
+        """Whether any of these requests needs more than its rows' argmax."""
+        return bool((self._draws[slots_np] | self._restricts()[slots_np]).any())
+
+    def have_bad_words(self, slots_np: np.ndarray) -> bool:
+        """Whether any of these requests forbids words."""
+        restricted = slots_np[self._restricts()[slots_np]].tolist()
+        return any(self._restrictions[s].bad_words is not None for s in restricted)
+
+    def have_many_stop_ids(self, slots_np: np.ndarray) -> bool:
+        """Whether any of these requests has more stop ids than the table has room for.
+
+        A compiled step knows of those in the table alone.
+        """
+        return not self._with_many_stop_ids.isdisjoint(slots_np.tolist())
+
+    def choose(self, tile: Tile, choice: Choice) -> None:
+        """Draw, or choose of what is allowed, where requests ask for it.
 
         Decided positions have the argmax as candidate.
 
         Args:
-            stats: of the tile, with the statistics that strategies need.
+            choice: of the tile's rows, each with its argmax: changed in place.
         """
-        choice = Choice(
-            stats.argmax,
-            stats.confidence,
-            stats.logsumexp,
-            stats.entropy,
-            stats.margin,
-            broken=~stats.logsumexp.isfinite(),
-        )
         slots, restricts = tile.slots_np, self._restricts()
         special = self._draws[slots] | restricts[slots]
         # Who draws from the model's own distribution needs no other rank's logits.
@@ -152,20 +161,19 @@ class Candidates:
         for wanted, gathers in ((special & ~shaped, False), (special & shaped, True)):
             (some,) = wanted.nonzero()
             if len(some):
-                choice = self._redo(choice, tile, some, gathers=gathers)
-        return choice
+                self._redo(choice, tile, some, gathers=gathers)
 
     def _redo(
         self, choice: Choice, tile: Tile, some: np.ndarray, *, gathers: bool
-    ) -> Choice:
-        """The same choice, but for rows that are drawn or restricted.
+    ) -> None:
+        """Choose anew for rows that are drawn or restricted.
 
         Args:
             some: [m]: which rows of the tile.
             gathers: whether they need the logits of all ranks.
         """
-        logits, blocks, slots = tile.logits, tile.blocks, tile.slots_np[some]
-        shard = None if gathers else logits.shard
+        logits, rows, slots = tile.logits, tile.blocks, tile.slots_np[some]
+        blocks, shard = rows.blocks, None if gathers else logits.shard
 
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(logits.device, non_blocking=True)
@@ -174,18 +182,16 @@ class Candidates:
         masked, raw, argmax = tile.masked[at], tile.values[at], choice.candidate[at]
         if gathers:
             raw = logits.whole(raw, at + tile.rows.start)
-        processed = raw
+        processed, stuck = raw, None
         if self._restricts()[slots].any():
             # A copy, also of float32: what is restricted must not move the confidence.
             processed = raw.to(torch.float32, copy=True)
-            self._restrict(processed, some + tile.own.start, blocks)
+            self._restrict(processed, some + tile.own.start, rows)
             left = token_stats(processed)
             argmax = left.argmax
             # A position that is written already needs no token.
             stuck = (left.logsumexp == -torch.inf) & masked
-            broken = choice.broken.index_copy(0, at, choice.broken[at] | stuck)
-            choice = choice._replace(broken=broken)
-        owners = blocks.row_request[tile.own][at]
+        owners = rows.row_request[tile.own][at]
         sampling = self._sampling(blocks.slots[owners])
         cut = self._truncates[slots]
         drawn = draw(
@@ -195,28 +201,28 @@ class Candidates:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            seed=self.slots.seed[blocks.slots[owners]],
-            position=blocks.positions.flatten()[blocks.row_places[tile.own][at]],
+            seed=blocks.requests.seed[owners],
+            position=blocks.positions.flatten()[rows.row_places[tile.own][at]],
             step=tile.step[owners],
             rows=on_device((self._draws[slots] & ~cut).nonzero()[0]),
             truncated_rows=on_device(cut.nonzero()[0]),
-            banned=logits.banned[tile.rows][at],
+            banned=logits.banned_in(at + tile.rows.start),
             ban_id=logits.mask_id,
             shard=shard,
         )
         drawn = torch.where(masked, drawn, argmax)
-        is_first = blocks.row_offset_np[tile.own][some] == 0
+        is_first = rows.row_offset_np[tile.own][some] == 0
         greedy = on_device(self._leads_greedily[slots] & is_first)
         drawn = torch.where(greedy, argmax, drawn)
-        sure = prob_of(raw, drawn, choice.logsumexp[at], shard)
-        choice = choice._replace(
-            candidate=choice.candidate.index_copy(0, at, drawn),
-            confidence=choice.confidence.index_copy(0, at, sure),
-        )
+        logsumexp = choice.logsumexp[at]
+        sure = prob_of(raw, drawn, logsumexp, shard)
+        if stuck is not None:
+            choice.logsumexp[at] = logsumexp.masked_fill(stuck, -torch.inf)
+        choice.candidate[at] = drawn
+        choice.confidence[at] = sure
         measured = self._measures_drawn[slots].nonzero()[0]
         if len(measured):
             self._measure_drawn(choice, processed, sampling, at, on_device(measured))
-        return choice
 
     def _sampling(self, slots: torch.Tensor) -> Sampling:
         """The sampling parameters of rows of these slots [n]."""
@@ -246,50 +252,42 @@ class Candidates:
         # Sorting a row takes several times its memory: some rows at a time.
         for part in measured.split(rows_per_slice(processed)):
             shaped = tempered(processed[part], *sampling.at(part))
-            stats = token_stats(
-                shaped, choice.entropy is not None, choice.margin is not None
-            )
+            stats = token_stats(shaped, need_entropy=True, need_margin=True)
             places = at[part]
             tokens = choice.candidate[places]
             choice.confidence[places] = prob_of(shaped, tokens, stats.logsumexp)
-            if choice.entropy is not None and stats.entropy is not None:
-                choice.entropy[places] = stats.entropy
-            if choice.margin is not None and stats.margin is not None:
-                choice.margin[places] = stats.margin
+            choice.entropy[places] = given(stats.entropy, "entropy")
+            choice.margin[places] = given(stats.margin, "margin")
 
-    def noise_keys(
-        self, step: torch.Tensor, plan: BlockRows
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Seed, position, step [R] of every block position, each [R * B] int64."""
-        width = plan.positions.shape[1]
-        return (
-            self.slots.seed[plan.slots].repeat_interleave(width),
-            plan.positions.flatten(),
-            step.repeat_interleave(width),
-        )
+    def noise(self, step: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """[R, B] float32 in [0, 1): a number of each position's own.
+
+        Args:
+            step: [R] int64.
+        """
+        seed = blocks.requests.seed
+        return uniform(seed[:, None], blocks.positions, step[:, None])
 
     def _restricts(self) -> np.ndarray:
         """[slots] bool: not every token is allowed in the active block."""
         return self.slots.host.block_start < self._restricted_until
 
     def _restrict(
-        self, logits: torch.Tensor, rows: np.ndarray, blocks: BlockRows
+        self, logits: torch.Tensor, which: np.ndarray, rows: BlockRows
     ) -> None:
         """Apply requests' token restrictions in place.
 
         Args:
             logits: [n, V] float32.
-            rows: [n]: which of the rows of `blocks` these are.
+            which: [n]: which of `rows` these are.
         """
-        early = self._early(blocks)
-        requests = blocks.row_request_np[rows]
-        for request in np.unique(
-            requests[self._restricts()[blocks.row_slots_np[rows]]]
-        ):
+        early = self._early(rows.blocks)
+        requests = rows.row_request_np[which]
+        for request in np.unique(requests[self._restricts()[rows.row_slots_np[which]]]):
             (mine,) = (requests == request).nonzero()
-            offsets = blocks.row_offset_np[rows[mine]]
-            restriction = self._restrictions[int(blocks.slots_np[request])]
-            banned = self._banned(int(request), blocks)
+            offsets = rows.row_offset_np[which[mine]]
+            restriction = self._restrictions[int(rows.slots_np[request])]
+            banned = self._banned(int(request), rows)
             places = torch.from_numpy(offsets).to(logits.device, non_blocking=True)
             # A request's rows follow each other.
             part = logits[mine[0] : mine[-1] + 1]
@@ -297,18 +295,18 @@ class Candidates:
 
     # -- what ends a text --------------------------------------------------
 
-    def _early(self, plan: BlockRows) -> torch.Tensor:
+    def _early(self, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: output positions at which `min_tokens` forbids to stop."""
-        output_index = plan.positions - self.slots.prompt_len[plan.slots][:, None]
-        return output_index < self.slots.min_tokens[plan.slots][:, None]
+        output_index = blocks.positions - blocks.requests.prompt_len[:, None]
+        return output_index < blocks.requests.min_tokens[:, None]
 
-    def is_stop(self, tokens: torch.Tensor, plan: BlockRows) -> torch.Tensor:
+    def is_stop(self, tokens: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: the token would end its request's text there."""
-        stop = self.slots.stop_ids[plan.slots]
-        if self._further_stop_ids is not None:
-            stop = torch.cat([stop, self._further_stop_ids[plan.slots]], dim=1)
+        stop = self.slots.stop_ids[blocks.slots]
+        if self._further_stop_ids is not None and not torch.compiler.is_compiling():
+            stop = torch.cat([stop, self._further_stop_ids[blocks.slots]], dim=1)
         is_stop = (tokens[:, :, None] == stop[:, None, :]).any(dim=2)
-        return is_stop & ~self._early(plan)
+        return is_stop & ~self._early(blocks)
 
     # -- bad words ---------------------------------------------------------
 
@@ -355,9 +353,9 @@ class Candidates:
         And the block offset of the first of them.
         """
         table, slot = self.slots, int(plan.slots_np[row])
-        block_start = int(plan.positions[row, 0])
+        block_start = int(table.host.block_start[slot])
         begin = max(block_start - reach, int(table.host.prompt_len[slot]))
-        end = block_start + int(plan.valid[row].sum())
+        end = block_start + int(plan.valid_np[row].sum())
         tokens = table.tokens[slot, begin:end]
         hidden = table.masked[slot, begin:end]
         return tokens.masked_fill(hidden, MASKED).tolist(), begin - block_start

@@ -13,60 +13,60 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows, Blocks
     from vllm_dlm.model_executor.sampling.logits import Logits
 
 
 class Choice(NamedTuple):
-    """The tokens that a step may write: of rows [N] or, `spread`, of blocks [R, B]."""
+    """What rows [N] of logits, or blocks [R, B] `at` them, may write."""
 
     candidate: torch.Tensor
-    """int64."""
+    """int64: a token."""
     confidence: torch.Tensor
     """float32: the candidate's probability."""
     logsumexp: torch.Tensor
-    """[N] float64, of the rows' logits, also where the rest is spread."""
-    entropy: torch.Tensor | None
-    """float32, nats; None if not asked for."""
-    margin: torch.Tensor | None
-    """float32; None if not asked for."""
-    broken: torch.Tensor
-    """bool: there is no token to choose. The largest of the row's logits is infinite or
-    no number, or all that the request allows is -inf."""
+    """float64, of the row's logits; -inf where nothing of them is allowed."""
+    entropy: torch.Tensor
+    """float32, nats; of no meaning where no strategy asks for it."""
+    margin: torch.Tensor
+    """float32; as entropy."""
 
     @classmethod
-    def of_nothing(cls, device: torch.device, needs: set[str]) -> Choice:
-        """No rows."""
-        none = torch.empty(0, device=device)
+    def room_for(cls, num_rows: int, device: torch.device) -> Choice:
+        """Memory for the rows of a step, [num_rows] each."""
+
+        def column(dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(num_rows, dtype=dtype, device=device)
+
+        number = torch.float32
         return cls(
-            none.long(),
-            none,
-            none.double(),
-            none if "entropy" in needs else None,
-            none if "margin" in needs else None,
-            none.bool(),
+            column(torch.int64),
+            column(number),
+            column(torch.float64),
+            column(number),
+            column(number),
         )
 
-    @classmethod
-    def joined(cls, parts: list[Choice]) -> Choice:
-        """The rows of one part after the other."""
+    def part(self, rows: slice) -> Choice:
+        """Some of the rows; writing to the part writes to the whole."""
+        return Choice(*(column[rows] for column in self))
 
-        def join(*tensors: torch.Tensor | None) -> torch.Tensor | None:
-            there = [tensor for tensor in tensors if tensor is not None]
-            return torch.cat(there) if there else None
+    @property
+    def broken(self) -> torch.Tensor:
+        """bool: there is no token to choose.
 
-        return cls(*map(join, *parts))  # type: ignore[arg-type]
+        The largest of the row's logits is infinite or no number, or all that the
+        request allows is -inf (`Candidates.choose`).
+        """
+        return ~self.logsumexp.isfinite()
 
-    def spread(self, blocks: BlockRows) -> Choice:
-        """The rows of some blocks at their places, 0 where no row is read."""
-        return Choice(
-            blocks.spread(self.candidate),
-            blocks.spread(self.confidence),
-            self.logsumexp,
-            None if self.entropy is None else blocks.spread(self.entropy),
-            None if self.margin is None else blocks.spread(self.margin),
-            blocks.spread(self.broken),
-        )
+    def at(self, blocks: Blocks) -> Choice:
+        """The rows of some blocks at their places [R, B], 0 where none is read.
+
+        (0 is finite: what is not read is not broken.)
+        """
+        has_row, rows = blocks.has_row, blocks.row_at.clamp(min=0)
+        return Choice(*(torch.where(has_row, column[rows], 0) for column in self))
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,18 @@ class Tile:
     """[n, V]: this rank's part of them."""
     rows: slice
     """Which rows of `logits` these are."""
-    own: slice
-    """Which rows of `blocks` these are."""
     blocks: BlockRows
-    """What is being decided: R canvases, or their branches."""
+    """What is being decided: R canvases of a group, or their branches."""
     masked: torch.Tensor
     """[n] bool: positions that may be written."""
     step: torch.Tensor
     """[R] int64: which noise is drawn with."""
+
+    @property
+    def own(self) -> slice:
+        """Which of the n rows of `blocks` these are."""
+        first = self.blocks.first_row
+        return slice(self.rows.start - first, self.rows.stop - first)
 
     @property
     def slots_np(self) -> np.ndarray:

@@ -7,28 +7,22 @@ may differ from row to row and are columns of the request table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from vllm_dlm.config.request import resolve
 from vllm_dlm.model_executor.columns import number_columns
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.strategies.base import (
-    NOT_DRAFTED,
-    Decision,
-    Strategy,
-    View,
-    numeric_fields,
-)
+from vllm_dlm.strategies.base import Strategy, numeric_fields
 
 if TYPE_CHECKING:
     from vllm_dlm.config.request import RequestConfig
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.slots import RequestSlots
 
 GroupKey = tuple[object, ...]
@@ -53,6 +47,8 @@ class Group:
         self.number = number
         self._seats: dict[int, int] = {}
         """slot -> seat; never by row of a batch: rows change from step to step."""
+        self._numbers = number_columns(strategy.Params)
+        self._valid = {name: getattr(strategy.params, name) for name in self._numbers}
         self.memory = self._rows(0)
         """name of `Strategy.state` -> [seats + 1, ...]; no row at first."""
 
@@ -109,6 +105,29 @@ class Group:
         if not self._seats and self.num_bytes > KEPT_BYTES:
             self.memory = self._rows(0)
 
+    @contextmanager
+    def rehearsing(self, num_rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Memory of so many rows, in place of the group's own for a while."""
+        kept, self.memory = self.memory, self._rows(num_rows)
+        try:
+            yield self.memory
+        finally:
+            self.memory = kept
+
+    def row_params(
+        self, table: RequestSlots, slots: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Numeric parameter -> [R]: those of the requests in slots [R].
+
+        The dummy slot's are valid, too: what a strategy divides by may not be 0.
+        """
+        is_dummy = slots == table.num_slots
+        params = {}
+        for name, (is_int, column) in self._numbers.items():
+            values = (table.numbers if is_int else table.numbers_f)[slots, column]
+            params[name] = torch.where(is_dummy, self._valid[name], values)
+        return params
+
     def recall(self, seats: torch.Tensor, step: torch.Tensor) -> dict[str, Any]:
         """name -> [R, ...]: what is remembered of each request's block.
 
@@ -138,37 +157,56 @@ class Group:
 
 
 class StrategyGroups:
-    """Maps slots to strategies and runs each strategy on its rows."""
+    """Maps slots to the groups that decide them."""
 
     def __init__(self, slots: RequestSlots, facts: EngineFacts) -> None:
         self.slots = slots
         self.facts = facts
         self._groups: dict[GroupKey, Group] = {}
         self._group_of: dict[int, Group] = {}
-        self._group_number = np.full(slots.num_slots, -1)
-        """[slots]: the number of each slot's group, to tell them apart in a batch."""
+        self._expected: dict[GroupKey, Group] = {}
+        """Groups that are kept whether they have requests or not."""
         self._next_number = count()
 
-    def add(self, slot: int) -> None:
-        """Put a new request's slot into its group, making the group if needed."""
-        config = self.slots.requests[slot].config
-        strategy_class = STRATEGIES[config.strategy]
-        numeric = numeric_fields(strategy_class.Params)
-        key = group_key(config, numeric)
+    def expected(self) -> Iterable[Group]:
+        """The groups whose steps are to be compiled when the engine starts."""
+        if not self._expected:
+            server = self.facts.server
+            configs = [
+                resolve(server, {"dlm": {"strategy": name}}, self.facts.defaults)
+                for name in server.compiled_strategies()
+            ]
+            if self.facts.compiles and server.compile not in ("none", "all"):
+                configs.append(self.facts.default_config)
+            size = self.facts.max_canvas
+            sized = [config.sized(size, size) for config in configs]
+            self._expected = {group_key(one): self._group(one) for one in sized}
+        return self._expected.values()
+
+    def _group(self, config: RequestConfig) -> Group:
+        """The group of requests with these options, made if needed."""
+        key = group_key(config)
         if key not in self._groups or not self._groups[key].strategy.is_current():
-            strategy = strategy_class(
+            strategy = STRATEGIES[config.strategy](
                 config.params, config.block_length, self.facts.context(config.cache)
             )
             self._groups[key] = Group(strategy, next(self._next_number))
-        group = self._group_of[slot] = self._groups[key]
-        self._group_number[slot] = group.number
+        return self._groups[key]
+
+    def add(self, slot: int) -> None:
+        """Put a new request's slot into its group, making the group if needed."""
+        request = self.slots.requests[slot]
+        group = self._group_of[slot] = self._group(request.config)
         # A block that was preempted goes on behind its lead.
-        forget = self.slots.requests[slot].layout.first_step > 0
-        seat = group.admit(slot, forget=forget)
+        seat = group.admit(slot, forget=request.layout.first_step > 0)
         # A lead that is the mask id (`reference_exact`) is a step that writes nothing.
-        wasted = config.reference_exact and self.facts.defaults.leads_blocks
+        wasted = request.config.reference_exact and self.facts.defaults.leads_blocks
         self.slots.assign_strategy(
-            slot, group.strategy, seat=seat, wasted_steps=int(wasted)
+            slot,
+            group.strategy,
+            group=group.number,
+            seat=seat,
+            wasted_steps=int(wasted),
         )
 
     def remove(self, slot: int) -> None:
@@ -178,6 +216,7 @@ class StrategyGroups:
             group.dismiss(slot)
         # Clients may send ever new parameters: what nobody uses is not kept for ever.
         busy = {id(group) for group in self._group_of.values()}
+        busy |= {id(group) for group in self._expected.values()}
         idle = [key for key, group in self._groups.items() if id(group) not in busy]
         spare = [key for key in idle if self._groups[key].strategy.is_shared]
         kept = set(spare[-MOST_IDLE_GROUPS:])
@@ -185,44 +224,9 @@ class StrategyGroups:
             if key not in kept:
                 del self._groups[key]
 
-    def needs(self, slots_np: np.ndarray) -> set[str]:
-        """Statistics that the strategy of any of these slots [R] reads."""
-        return {
-            need for group, _ in self._split(slots_np) for need in group.strategy.needs
-        }
-
-    def _split(self, slots_np: np.ndarray) -> Iterator[tuple[Group, np.ndarray]]:
-        """Each group of some slots [R], and which of them are its."""
-        numbers = self._group_number[slots_np]
-        for number in np.unique(numbers):
-            (rows,) = (numbers == number).nonzero()
-            yield self._group_of[int(slots_np[rows[0]])], rows
-
-    def select(self, view: View, plan: SegmentPlan) -> Decision:
-        """Let every group decide its rows; one `Decision` for the whole batch."""
-        whole = Decision(commit=torch.zeros_like(view.masked))
-        for group, rows in self._split(plan.slots_np):
-            strategy = group.strategy
-            if len(rows) == len(plan.slots_np):
-                index: slice | torch.Tensor = slice(None)
-                part = view.take(slice(None), strategy.block_length)
-            else:
-                index = torch.from_numpy(rows).to(self.facts.device, non_blocking=True)
-                part = view.take(rows, strategy.block_length)
-            slots = plan.slots[index]
-            seats = self.slots.seat[slots]
-            part = replace(part, state=group.recall(seats, part.step))
-            numbers = {
-                name: (self.slots.numbers if is_int else self.slots.numbers_f)[
-                    slots, column
-                ]
-                for name, (is_int, column) in number_columns(strategy.Params).items()
-            }
-            decision = strategy.select(part, numbers)
-            state = {**part.state, **(decision.state or {})}
-            group.remember(seats, state, plan.leads[index])
-            _merge(whole, decision, index, strategy, view)
-        return whole
+    def of(self, rows: BlockRows) -> Group:
+        """The group whose blocks these are."""
+        return self._group_of[int(rows.slots_np[0])]
 
 
 def _where(flags: torch.Tensor, fill: float, values: torch.Tensor) -> torch.Tensor:
@@ -231,8 +235,9 @@ def _where(flags: torch.Tensor, fill: float, values: torch.Tensor) -> torch.Tens
     return torch.where(flags, torch.full_like(values, fill), values)
 
 
-def group_key(config: RequestConfig, numeric: list[str]) -> GroupKey:
+def group_key(config: RequestConfig) -> GroupKey:
     """What requests must share to be decided by one strategy object."""
+    numeric = numeric_fields(type(config.params))
     fixed = config.params.model_dump(exclude=set(numeric))
     return (
         config.strategy,
@@ -240,38 +245,3 @@ def group_key(config: RequestConfig, numeric: list[str]) -> GroupKey:
         config.cache,
         *sorted((name, repr(value)) for name, value in fixed.items()),
     )
-
-
-def _merge(
-    whole: Decision,
-    part: Decision,
-    index: slice | torch.Tensor,
-    strategy: Strategy,
-    view: View,
-) -> None:
-    """Scatter one group's decision into the batch's."""
-    width = strategy.block_length
-    defaults = {
-        "commit": torch.zeros_like(view.masked),
-        "new_tokens": view.candidate,
-        "edit": torch.zeros_like(view.masked),
-        "remask": torch.zeros_like(view.masked),
-        "hold": torch.zeros_like(view.step, dtype=torch.bool),
-        "idle": torch.zeros_like(view.step, dtype=torch.bool),
-        "truncate_at": torch.full_like(view.step, -1),
-        "branch": torch.zeros_like(view.candidate),
-        "step_ahead": torch.zeros_like(view.candidate),
-        "draft_tokens": view.candidate,
-        "draft_rank": torch.full_like(view.candidate, NOT_DRAFTED),
-    }
-    for name, default in defaults.items():
-        decided = getattr(part, name)
-        if decided is None:
-            continue
-        if getattr(whole, name) is None:
-            setattr(whole, name, default.clone())
-        target = getattr(whole, name)
-        if target.dim() == 2:
-            target[index, :width] = decided
-        else:
-            target[index] = decided

@@ -55,7 +55,7 @@ class Logits:
         hidden: [N, H], the rows as the network leaves them.
         rows_per_tile: as `tile_rows` says.
         mask_id: a token that no row may predict, but for some.
-        may_predict_mask: [N] bool: the rows that may.
+        may_predict_mask: [N] bool: the rows that may; None for none.
     """
 
     def __init__(
@@ -64,15 +64,16 @@ class Logits:
         hidden: torch.Tensor,
         rows_per_tile: int,
         mask_id: int,
-        may_predict_mask: torch.Tensor,
+        may_predict_mask: torch.Tensor | None,
     ) -> None:
         self._head = head
         self._hidden = hidden
         self._rows_per_tile = rows_per_tile
         self._only_tile: torch.Tensor | None = None
         self.mask_id = mask_id
-        self.banned = ~may_predict_mask
-        """[N] bool: rows in which the mask id is left out of everything."""
+        self.banned = None if may_predict_mask is None else ~may_predict_mask
+        """[N] bool: rows in which the mask id is left out of everything; None for all
+        of them."""
         self.shard = head.vocab_shard
         self.computed = 0
         """Rows that went through lm_head so far, those that did so again included."""
@@ -85,13 +86,17 @@ class Logits:
     def __len__(self) -> int:
         return len(self._hidden)
 
-    def tiles(self, first: int, last: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows [first, last), a tile at a time: which they are, and their logits.
+    def banned_in(self, rows: slice | torch.Tensor) -> torch.Tensor | None:
+        """As `banned`, of some rows."""
+        return None if self.banned is None else self.banned[rows]
+
+    def tiles(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows, a tile at a time: which they are, and their logits.
 
         The logits are this rank's part [n, V]; the mask id is not banned in them.
         """
-        for begin in range(first, last, self._rows_per_tile):
-            rows = slice(begin, min(begin + self._rows_per_tile, last))
+        for begin in range(0, len(self), self._rows_per_tile):
+            rows = slice(begin, min(begin + self._rows_per_tile, len(self)))
             yield rows, self._of(rows)
 
     def whole(self, part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -102,8 +107,11 @@ class Logits:
             rows: [n] int64, which rows these are; the mask id is banned.
         """
         logits = self._head.gathered(part)
-        column = logits[:, self.mask_id]
-        logits[:, self.mask_id] = column.masked_fill(self.banned[rows], -torch.inf)
+        column, banned = logits[:, self.mask_id], self.banned_in(rows)
+        if banned is None:
+            column.fill_(-torch.inf)
+        else:
+            column.masked_fill_(banned, -torch.inf)
         return logits
 
     def over(self, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -22,6 +22,7 @@ from vllm_dlm.model_executor.step_maps import COLUMNS, NOT_WRITTEN, note_writes
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
+    from vllm_dlm.model_executor.planning.branches import GroupRows
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.logits import Logits
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
@@ -99,35 +100,43 @@ class RevealedLogprobs:
             self._ids = torch.nn.functional.pad(self._ids, (0, missing))
             self._values = torch.nn.functional.pad(self._values, (0, missing))
 
+    def asked(self, plan: SegmentPlan) -> bool:
+        """Whether any request that decides in a forward wants some."""
+        return any(self.asked_by(rows) for rows in plan.groups)
+
+    def asked_by(self, rows: GroupRows) -> bool:
+        """Whether any request of a group wants some."""
+        return bool((self._seat[rows.slots_np] >= 0).any())
+
     def record(
         self,
         logits: Logits,
         step: torch.Tensor,
         decision: SafeDecision,
-        plan: SegmentPlan,
+        rows: GroupRows,
     ) -> None:
-        """Keep the log-probabilities of the tokens written in this step.
+        """Keep the log-probabilities of the tokens that a group writes in this step.
 
         Args:
             logits: of the step's rows.
             step: [R] int64, the step of each request's block.
         """
-        (asking,) = (self._seat[plan.slots_np] >= 0).nonzero()
+        (asking,) = (self._seat[rows.slots_np] >= 0).nonzero()
         if not len(asking):
             return
-        slots = plan.slots_np[asking]
+        slots, blocks = rows.slots_np[asking], rows.blocks
         at, seats, maps = upload(
             logits.device, asking, self._seat[slots], self._maps[slots]
         )
         # What was left a mask (reference_exact) may have no row of its own.
-        written = (decision.commit | decision.edit)[at] & plan.has_row[at]
+        written = (decision.commit | decision.edit)[at] & blocks.has_row[at]
         which, offsets = written.nonzero(as_tuple=True)
         requests, seats = at[which], seats[which]
         tokens = decision.new_tokens[requests, offsets]
-        positions = plan.positions[requests, offsets]
-        rows = plan.rows_at(requests, offsets, decision.branch)
+        positions = blocks.positions[requests, offsets]
+        logits_rows = rows.rows_at(requests, offsets, decision.branch)
         top = int(self._top[slots].max())
-        for part, of_rows in logits.over(rows):
+        for part, of_rows in logits.over(logits_rows):
             ids, values, ranks = top_logprobs(of_rows, top, None, tokens[part])
             where = seats[part], positions[part]
             self._ids[*where, : top + 1] = ids.int()
@@ -142,30 +151,39 @@ class RevealedLogprobs:
             note_writes(self._step_maps, seats[noted], positions[noted], steps[noted])
 
     def emit(
-        self, old: torch.Tensor, new: torch.Tensor, plan: SegmentPlan
+        self, plan: SegmentPlan, emitted: torch.Tensor, num_reqs: int
     ) -> LogprobsTensors | None:
-        """Log-probabilities of output tokens [old, new) of each request.
+        """Log-probabilities of the tokens that a step hands over, by vLLM's batch.
 
         Returns None where no request of the batch asked. Where one wants a step map,
         the token ids are followed by its `COLUMNS`, and that request's tokens by the
         rest of its block: what stands behind the end of a text has shaped it too.
+
+        Args:
+            plan: of the forward; the host's columns are still those it began with.
+            emitted: [slots + 1] int64: what the requests had been handed before.
+            num_reqs: of the batch.
         """
-        slots = plan.slots_np
-        asks = self._seat[slots] >= 0
-        if not asks.any():
+        if not self.asked(plan):
             return None
-        block_end = plan.positions[:, 0] + plan.valid.sum(dim=1)
-        prompt_len = self.slots.prompt_len[plan.slots]
-        bounds = torch.stack([old + prompt_len, new + prompt_len, block_end])
+        in_batch = np.concatenate([rows.batch_rows_np for rows in plan.groups])
+        order = np.argsort(in_batch)
+        slots = np.concatenate([rows.slots_np for rows in plan.groups])[order]
+        lengths = np.concatenate([rows.valid_np.sum(axis=1) for rows in plan.groups])
+        table, asks = self.slots, self._seat[slots] >= 0
+        (at,) = upload(table.device, slots)
+        prompt_len = table.prompt_len[at]
+        bounds = torch.stack([emitted[at] + prompt_len, table.emitted[at] + prompt_len])
         # vLLM wants the counts on the host.
-        first, last, block_end_np = bounds.cpu().numpy()
-        last = np.where(self._maps[slots], block_end_np, last)
+        first, last = bounds.cpu().numpy()
+        block_end = table.host.block_start[slots] + lengths[order]
+        last = np.where(self._maps[slots], block_end, last)
         counts = np.where(asks, last - first, 0)
         owner, nth = ragged(counts)
         owner_slots = slots[owner]
         columns = int(self._top[slots[asks]].max()) + 1
         seats, positions, wanted = upload(
-            old.device,
+            table.device,
             self._seat[owner_slots],
             first[owner] + nth,
             np.arange(columns) <= self._top[owner_slots, None],
@@ -175,21 +193,12 @@ class RevealedLogprobs:
         if self._maps[slots].any():
             ids = torch.cat([ids, self._step_maps[where]], dim=1)
         values = self._values[where][:, :columns]
+        # Who does not decide in this step has none.
+        of_batch = np.zeros(num_reqs + 1, dtype=np.int64)
+        of_batch[in_batch[order] + 1] = counts
         return LogprobsTensors(
             logprob_token_ids=ids,
             logprobs=values.masked_fill(unwanted, -torch.inf),
             selected_token_ranks=self._ranks[where],
-            cu_num_generated_tokens=[0, *np.cumsum(counts).tolist()],
+            cu_num_generated_tokens=np.cumsum(of_batch).tolist(),
         )
-
-
-def spread_logprobs(
-    logprobs: LogprobsTensors | None, plan: SegmentPlan, num_reqs: int
-) -> LogprobsTensors | None:
-    """The same tokens, counted over the whole batch: who did not decide has none."""
-    if logprobs is None:
-        return None
-    counts = torch.zeros(num_reqs + 1, dtype=torch.int64)
-    offsets = torch.tensor(logprobs.cu_num_generated_tokens)
-    counts[torch.from_numpy(plan.batch_rows_np) + 1] = offsets.diff()
-    return logprobs._replace(cu_num_generated_tokens=counts.cumsum(0).tolist())

@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 
 from vllm_dlm.registry import Registry
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
     from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class Observer:
     """What is told of every request and every step. Override what you need.
 
-    All three methods run on the engine's own thread, so each has two duties:
+    All methods run on the engine's own thread, so each has two duties:
 
     - It changes nothing. All tensors and arrays are the engine's own: read them, or
       copy what is to be kept. What `after_step` is handed is not written to
@@ -62,14 +63,24 @@ class Observer:
         """
         return False
 
+    def watches(self, slots_np: np.ndarray) -> bool:
+        """Whether `after_step` has anything to do for any of these requests [R].
+
+        A step of requests that nobody watches is one compiled function; `after_step` is
+        not called for it.
+        """
+        return True
+
     def after_step(
         self,
         view: View,
         decision: SafeDecision,
         written: torch.Tensor,
-        plan: SegmentPlan,
+        rows: BlockRows,
     ) -> None:
         """A step has been written to the canvases of R requests.
+
+        These decode by the same strategy: a step is told once for each such group.
 
         The columns of tokens and masks, and where a canvas ends, are those after the
         step. Where a request goes on (its active block, its count of steps, what is
@@ -80,7 +91,8 @@ class Observer:
             decision: what was written, as safety has left it.
             written: [R, B] int64: tokens of the blocks now; -1 where still masked, past
                 the canvas, or of a request that ends in an error with this step.
-            plan: of the forward; `plan.slots_np` is the slot of each row.
+            rows: what was decided: `rows.slots_np` is the slot of each request, and
+                `rows.blocks` holds positions and the like.
         """
 
     def remove(self, slot: int) -> None:

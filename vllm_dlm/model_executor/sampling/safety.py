@@ -7,7 +7,7 @@ and every block ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from vllm_dlm.strategies.base import Decision, View, best_masked
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows, Blocks
     from vllm_dlm.model_executor.sampling.candidates import Candidates
     from vllm_dlm.model_executor.slots import RequestSlots
 
@@ -51,17 +51,17 @@ class Safety:
         self.candidates = candidates
 
     def hold_to_rules(
-        self, view: View, decision: Decision, plan: SegmentPlan
+        self, view: View, decision: Decision, blocks: Blocks
     ) -> SafeDecision:
         """The part of a strategy's decision that the rules allow, and what they add."""
         table, mask_id = self.slots, self.facts.mask_id
-        rewrites = table.may_rewrite[plan.slots][:, None]
+        rewrites = blocks.requests.may_rewrite[:, None]
         open_ = view.masked
         if view.branches is not None:
             # In the course of its branches a request may reach the next sub-block.
             open_ = view.branches.masked.any(dim=1)
         commit = decision.commit & open_
-        may_change = view.decided & rewrites & ~table.is_emitted(plan)
+        may_change = view.decided & rewrites & ~table.is_emitted(blocks)
         edit = may_change & _or_false(decision.edit, commit)
         remask = may_change & ~edit & _or_false(decision.remask, commit)
         new_tokens = (
@@ -72,20 +72,18 @@ class Safety:
         stalled = commit.sum(dim=1) <= remask.sum(dim=1)
         if decision.idle is not None:
             # But a block's lead is written: without it no rows are left to compute.
-            stalled = stalled & (plan.leads | ~decision.idle)
+            stalled = stalled & (blocks.leads | ~decision.idle)
         commit = commit | (best_masked(view) & stalled[:, None])
         # A block ends.
-        last, keeps_masks = (ends[:, None] for ends in table.ending(plan.slots))
+        last, keeps_masks = (ends[:, None] for ends in table.ending(blocks))
         new_tokens = torch.where(keeps_masks & ~commit, mask_id, new_tokens)
         # A further sub-block, whose rows were not read, ends in the next step.
-        rest = view.masks & ((plan.readable & plan.has_row) | keeps_masks)
+        rest = view.masks & ((blocks.readable & blocks.has_row) | keeps_masks)
         commit = torch.where(last, rest, commit)
         edit, remask = edit & ~last, remask & ~last
         # An edit may choose the mask id (`reference_exact`): so it is in LLaDA2.1's.
         to_mask = edit & (new_tokens == mask_id)
         edit, remask = edit & ~to_mask, remask | to_mask
-        # Last, for what comes after it might write a bad word.
-        self._veto_bad_words(view, commit, edit, remask, new_tokens, plan)
         return SafeDecision(
             commit=commit,
             new_tokens=new_tokens,
@@ -93,53 +91,44 @@ class Safety:
             remask=remask,
             hold=_or_false(decision.hold, stalled) & ~last[:, 0],
             keeps_masks=keeps_masks[:, 0],
-            truncate_at=self._cut(view, commit | edit, new_tokens, decision, plan),
+            truncate_at=decision.truncate_at,
             branch=decision.branch,
             step_ahead=decision.step_ahead,
             draft_tokens=decision.draft_tokens,
             draft_rank=decision.draft_rank,
         )
 
-    def _veto_bad_words(
-        self,
-        view: View,
-        commit: torch.Tensor,
-        edit: torch.Tensor,
-        remask: torch.Tensor,
-        new_tokens: torch.Tensor,
-        plan: SegmentPlan,
+    def veto_bad_words(
+        self, view: View, decision: SafeDecision, rows: BlockRows
     ) -> None:
-        """Change a step's rows, in place, that would write a bad word.
+        """Change a decision's rows, in place, that would write a bad word.
 
         A row that would gain no token then writes its most confident candidate alone:
         by itself, a candidate completes no bad word.
+
+        Args:
+            decision: held to all other rules: what came after might write a bad word.
         """
-        for row in self.candidates.veto_bad_words(commit, edit, new_tokens, plan):
-            if commit[row].sum() <= remask[row].sum():
+        commit, edit, new_tokens = decision.commit, decision.edit, decision.new_tokens
+        for row in self.candidates.veto_bad_words(commit, edit, new_tokens, rows):
+            if commit[row].sum() <= decision.remask[row].sum():
                 commit[row] = best_masked(view)[row]
-                edit[row] = remask[row] = False
+                edit[row] = decision.remask[row] = False
                 new_tokens[row] = view.candidate[row]
 
-    def _cut(
-        self,
-        view: View,
-        write: torch.Tensor,
-        new_tokens: torch.Tensor,
-        decision: Decision,
-        plan: SegmentPlan,
-    ) -> torch.Tensor | None:
-        """Where the canvas ends now: `Decision.truncate_at`."""
-        table, slots = self.slots, plan.slots
-        if not table.host.predicts_end[plan.slots_np].any():
-            return decision.truncate_at
-        is_end = self.candidates.is_stop(new_tokens, plan)
-        return canvas_cut(
-            end_of_text(view, write, is_end, table.eotp_threshold[slots]),
-            table.eotp[slots],
-            table.may_rewrite[slots],
-            table.block_length[slots],
+    def cut(self, view: View, decision: SafeDecision, blocks: Blocks) -> SafeDecision:
+        """The decision, with the end that the option `eotp` gives its canvases."""
+        requests = blocks.requests
+        is_end = self.candidates.is_stop(decision.new_tokens, blocks)
+        write = decision.commit | decision.edit
+        cut = canvas_cut(
+            end_of_text(view, write, is_end, requests.eotp_threshold),
+            requests.eotp,
+            requests.may_rewrite,
+            requests.block_length,
             decision.truncate_at,
         )
+        return replace(decision, truncate_at=cut)
 
 
 def _or_false(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """DenoisingSampler: the active blocks' rows in, final tokens out.
 
-One step, for all requests of the batch at once:
+One step:
 
-    rows -> lm_head -> statistics -> candidates -> strategy -> safety -> canvas -> reply
+    rows -> lm_head -> statistics -> candidates             of all requests at once
+         -> strategy -> safety -> canvas -> reply           group by group
 
-What the strategies see is made in `views.py`, what must hold for all of them is in
-`safety.py`, and `advance.py` writes what was decided.
+The second half is one function of tensors (`step_function.py`), compiled for what a
+server decodes by default. What the strategies see is made in `views.py`, what must hold
+for all of them is in `safety.py`, and `advance.py` writes what was decided.
 """
 
 from __future__ import annotations
@@ -15,20 +17,23 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.kernels.token_stats import token_stats
-from vllm_dlm.model_executor.reply import put_health
+from vllm_dlm.model_executor.reply import Reply
 from vllm_dlm.model_executor.sampling.advance import Advance
 from vllm_dlm.model_executor.sampling.candidates import Candidates
 from vllm_dlm.model_executor.sampling.groups import StrategyGroups
-from vllm_dlm.model_executor.sampling.logprobs import RevealedLogprobs, spread_logprobs
+from vllm_dlm.model_executor.sampling.logprobs import RevealedLogprobs
 from vllm_dlm.model_executor.sampling.observers import open_observers
-from vllm_dlm.model_executor.sampling.opening import opened
+from vllm_dlm.model_executor.sampling.rows import Rows
 from vllm_dlm.model_executor.sampling.safety import Safety
-from vllm_dlm.model_executor.sampling.views import Views
+from vllm_dlm.model_executor.sampling.step_function import Asked, StepFunctions
+from vllm_dlm.model_executor.sampling.views import Extras, Views
+from vllm_dlm.strategies.probabilities import Probabilities
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -36,8 +41,11 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
 
     from vllm_dlm.model_executor.facts import EngineFacts
+    from vllm_dlm.model_executor.planning.branches import GroupRows
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
-    from vllm_dlm.model_executor.sampling.logits import Head
+    from vllm_dlm.model_executor.sampling.groups import Group
+    from vllm_dlm.model_executor.sampling.logits import Head, Logits
+    from vllm_dlm.model_executor.sampling.step_function import StepFunction
     from vllm_dlm.model_executor.slots import RequestSlots
 
 
@@ -72,15 +80,17 @@ class DenoisingSampler:
         self._take_plan = take_plan
         self.groups = StrategyGroups(slots, facts)
         self.candidates = Candidates(slots, facts)
-        self.views = Views(slots, facts, head, self.candidates)
+        self.rows = Rows(slots, facts, head, self.candidates)
+        self.views = Views(slots, facts, self.candidates)
         self.safety = Safety(slots, facts, self.candidates)
         self.logprobs = RevealedLogprobs(slots, facts)
-        self.advance = Advance(slots, facts, req_states, self.logprobs)
+        self.advance = Advance(slots, facts, req_states.total_len.gpu)
+        self.steps = StepFunctions(
+            slots, facts, self.views, self.safety, self.advance, self.rows.choice
+        )
         self.observers = open_observers(slots, facts)
         self._added: list[int] = []
         """Slots of requests that are new in this step."""
-        # A place in the reply that our models do not need, unless one looks for NaNs.
-        self._counts_rows = not envs.VLLM_COMPUTE_NANS_IN_LOGITS
 
     # -- requests ----------------------------------------------------------
 
@@ -125,25 +135,89 @@ class DenoisingSampler:
         plan = self._take_plan()
         if plan is None:
             self._rehearse(hidden)
-        if plan is None or not len(plan.slots_np):
+        self.steps.compile(self.groups.expected)
+        if plan is None or not plan.groups:
             return _nothing_sampled(input_batch.num_reqs, hidden.device)
-        logits = self.views.logits(hidden, plan)
-        measured = self.views.measure(logits, plan, self.groups.needs(plan.slots_np))
-        view, broken = measured.view, measured.broken
-        decided = self.groups.select(view, plan)
-        if self.slots.host.opens_alone[plan.slots_np].any():
-            decided = opened(view, decided, self.slots.opens_alone[plan.slots])
-        decision = self.safety.hold_to_rules(view, decided, plan)
-        self.logprobs.record(logits, view.step, decision, plan)
-        canvas = self.advance.write_canvas(view, decision, plan)
-        if self.observers:
-            unknown = canvas.open | ~canvas.exists | broken[:, None]
+        groups = [self.groups.of(rows) for rows in plan.groups]
+        logits = self.rows.logits(hidden, plan)
+        self.rows.measure(
+            logits,
+            [
+                drawn
+                for rows in plan.groups
+                if self.candidates.are_special(rows.slots_np)
+                for drawn in self.views.drawn(rows)
+            ],
+        )
+        # Of all, also of requests that do not ask: who does is rare.
+        before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None
+        width = max(rows.width for rows in plan.groups)
+        reply = Reply.empty(input_batch.num_reqs, width, hidden.device)
+        for group, rows in zip(groups, plan.groups, strict=True):
+            self._step(group, rows, logits, reply)
+        again = logits.computed - sum(rows.num_rows for rows in plan.groups)
+        if again:
+            reply.counts[2, 0] += again
+        logprobs = None
+        if before is not None:
+            logprobs = self.logprobs.emit(plan, before, input_batch.num_reqs)
+        # When all groups are done: the host still has where the step began.
+        self.slots.host.send(
+            np.concatenate([rows.slots_np for rows in plan.groups]),
+            np.concatenate([rows.batch_rows_np for rows in plan.groups]),
+            reply.counts[3:],
+            reply.masked,
+        )
+        return reply.for_runner(logprobs, envs.VLLM_COMPUTE_NANS_IN_LOGITS)
+
+    def _step(
+        self, group: Group, rows: GroupRows, logits: Logits, reply: Reply
+    ) -> None:
+        """Decide and write a group's blocks, and their rows of the reply."""
+        function = self.steps.of(group)
+        if function.compiled is not None and not self._asks_the_host(rows):
+            function.compiled(rows.packed, self.rows.choice, reply)
+        else:
+            self._step_by_step(function, rows, logits, reply)
+
+    def _asks_the_host(self, rows: GroupRows) -> bool:
+        """Whether the step of a group is more than tensors in, tensors out."""
+        return (
+            self.logprobs.asked_by(rows)
+            or self.candidates.have_bad_words(rows.slots_np)
+            or self.candidates.have_many_stop_ids(rows.slots_np)
+            or any(one.watches(rows.slots_np) for one in self.observers.values())
+        )
+
+    def _step_by_step(
+        self, function: StepFunction, rows: GroupRows, logits: Logits, reply: Reply
+    ) -> None:
+        """The same step, with what the host has to do in between."""
+        blocks, choice, slots = rows.blocks, self.rows.choice, rows.slots_np
+        needs, host = function.group.strategy.needs, self.slots.host
+        asked = Asked(
+            eotp=bool(host.predicts_end[slots].any()),
+            opening=bool(host.opens_alone[slots].any()),
+        )
+        extras = Extras(
+            Probabilities(logits, choice.logsumexp, rows.row_at_np)
+            if "probabilities" in needs
+            else None,
+            self.views.branches(rows, choice) if "branches" in needs else None,
+        )
+        measured, decision = function.decide(blocks, choice, extras, asked)
+        view = measured.view
+        if self.candidates.have_bad_words(slots):
+            self.safety.veto_bad_words(view, decision, rows)
+        self.logprobs.record(logits, view.step, decision, rows)
+        decision, canvas = function.write(measured, decision, blocks, asked)
+        watching = [one for one in self.observers.values() if one.watches(slots)]
+        if watching:
+            unknown = canvas.open | ~canvas.exists | measured.broken[:, None]
             written = torch.where(unknown, -1, canvas.tokens)
-            for observer in self.observers.values():
-                observer.after_step(view, decision, written, plan)
-        output = self.advance.move_on(measured, decision, canvas, plan)
-        put_health(output, broken, logits.computed if self._counts_rows else None)
-        return _for_batch(output, plan, input_batch.num_reqs)
+            for observer in watching:
+                observer.after_step(view, decision, written, rows)
+        self.advance.move_on(measured, decision, canvas, blocks, reply)
 
     def _rehearse(self, hidden: torch.Tensor) -> None:
         """Compute a full tile, while vLLM measures how much memory a step takes."""
@@ -161,27 +235,4 @@ def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
         num_nans=None,
         num_sampled=zeros,
         num_rejected=zeros,
-    )
-
-
-def _for_batch(
-    output: SamplerOutput, plan: SegmentPlan, num_reqs: int
-) -> SamplerOutput:
-    """The deciding requests' output as rows of the whole batch."""
-    if len(plan.slots_np) == num_reqs:
-        return output
-    device = output.num_sampled.device
-    rows = torch.from_numpy(plan.batch_rows_np).to(device, non_blocking=True)
-
-    def spread(values: torch.Tensor) -> torch.Tensor:
-        whole = values.new_zeros(num_reqs, *values.shape[1:])
-        whole[rows] = values
-        return whole
-
-    return SamplerOutput(
-        sampled_token_ids=spread(output.sampled_token_ids),
-        logprobs_tensors=spread_logprobs(output.logprobs_tensors, plan, num_reqs),
-        num_nans=None if output.num_nans is None else spread(output.num_nans),
-        num_sampled=spread(output.num_sampled),
-        num_rejected=spread(output.num_rejected),
     )

@@ -17,7 +17,7 @@ from vllm_dlm.trajectories import PATTERN
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.sampling.safety import SafeDecision
     from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.base import View
@@ -68,35 +68,35 @@ class TrajectoryLog(Observer):
         view: View,
         decision: SafeDecision,
         written: torch.Tensor,
-        plan: SegmentPlan,
+        rows: BlockRows,
     ) -> None:
         """Write a line per request; the canvas holds the step's tokens already."""
-        table, slots = self.slots, plan.slots
-        positions = plan.positions.clamp(max=table.length - 1)
-        tokens = table.tokens[slots[:, None], positions]
+        table, blocks = self.slots, rows.blocks
+        slots = blocks.slots
+        tokens = table.tokens[slots[:, None], blocks.places]
         # A predicted mask (reference_exact) writes nothing.
         wrote = (decision.commit | decision.edit) & (tokens != self.mask_id)
         changed = wrote | decision.remask
-        outputs = plan.positions - table.prompt_len[slots][:, None]
-        width = plan.valid.sum(dim=1)
+        outputs = blocks.positions - table.prompt_len[slots][:, None]
+        width = blocks.valid.sum(dim=1)
         end = table.canvas_end[slots] - table.prompt_len[slots]
         ends = (outputs[:, 0] + width).minimum(end)
         ahead = torch.zeros_like(tokens)
         if decision.step_ahead is not None:
             ahead = torch.where(decision.commit, decision.step_ahead, 0)
-        rows = zip(
-            plan.slots_np.tolist(),
+        steps = zip(
+            rows.slots_np.tolist(),
             outputs[:, 0].clamp(min=0).tolist(),
             ends.tolist(),
             view.step.tolist(),
-            (changed & plan.valid).cpu(),
+            (changed & blocks.valid).cpu(),
             ahead.cpu(),
             outputs.cpu(),
             tokens.cpu(),
             strict=True,
         )
         lines = []
-        for slot, first, last, number, where, later, position, token in rows:
+        for slot, first, last, number, where, later, position, token in steps:
             # Where steps share a forward (drafts), each has its line all the same.
             for nth in range(int(later.max()) + 1):
                 now = where & (later == nth)

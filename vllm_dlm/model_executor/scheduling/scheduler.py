@@ -38,14 +38,13 @@ from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig, server_config
 from vllm_dlm.config.tccf import Stages
 from vllm_dlm.model_executor.clean_pages import note_device
-from vllm_dlm.model_executor.layout import Limits
+from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits
 from vllm_dlm.model_executor.planning.branches import (
     Pages,
     Wish,
     page_size_of,
     share_out,
 )
-from vllm_dlm.model_executor.planning.segments import GRAPH_SEGMENTS
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
 from vllm_dlm.model_executor.scheduling.step_outcome import StepOutcome, take_apart

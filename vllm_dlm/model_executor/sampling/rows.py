@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows: from a step's logits to one candidate and its statistics per row.
+
+The mask id is never predicted, unless `reference_exact` asks for it. Logits come a tile
+at a time (`logits.py`); what stays of a tile are a few numbers per row, in memory that
+all steps use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vllm_dlm.kernels.token_stats import write_stats
+from vllm_dlm.model_executor.sampling.choice import Choice, Tile
+from vllm_dlm.model_executor.sampling.logits import Head, Logits
+
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.facts import EngineFacts
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
+    from vllm_dlm.model_executor.sampling.candidates import Candidates
+    from vllm_dlm.model_executor.slots import RequestSlots
+
+
+class Drawn(NamedTuple):
+    """R blocks of whose rows some are drawn or restricted."""
+
+    blocks: BlockRows
+    masked: torch.Tensor
+    """[R, B] bool: positions that may be written."""
+    step: torch.Tensor
+    """[R] int64: which noise is drawn with."""
+
+
+class Rows:
+    """Measures the rows of each step; see the module docstring."""
+
+    def __init__(
+        self,
+        slots: RequestSlots,
+        facts: EngineFacts,
+        head: Head,
+        candidates: Candidates,
+    ) -> None:
+        self.slots = slots
+        self.facts = facts
+        self.head = head
+        self.candidates = candidates
+        self.choice = Choice.room_for(facts.max_num_tokens, facts.device)
+        """Of the last step; row n is the n-th of `SegmentPlan.logits_rows`."""
+
+    def logits(self, hidden: torch.Tensor, plan: SegmentPlan) -> Logits:
+        """The step's logits.
+
+        Args:
+            hidden: [N, H], rows as `SegmentPlan.logits_rows` names them.
+        """
+        return Logits(
+            self.head,
+            hidden,
+            self.facts.tile_rows,
+            self.facts.mask_id,
+            self._may_predict_mask(plan),
+        )
+
+    def _may_predict_mask(self, plan: SegmentPlan) -> torch.Tensor | None:
+        """[N] bool; None where no row may."""
+        table = self.slots
+        if not any(table.host.exact[group.slots_np].any() for group in plan.groups):
+            return None
+        of_canvases, of_branches = [], []
+        for group in plan.groups:
+            # A block that ends by no schedule is filled with tokens.
+            ends, keeps_masks = table.ending(group.blocks)
+            may = group.blocks.requests.exact & (keeps_masks | ~ends)
+            of_canvases.append(may[group.row_request])
+            if group.branches is not None:
+                parents = group.branches.parents
+                of_branches.append(may[parents[group.branches.rows.row_request]])
+        return torch.cat([*of_canvases, *of_branches])
+
+    def measure(self, logits: Logits, drawn: list[Drawn]) -> None:
+        """Measure all rows of a step: `choice` holds the outcome.
+
+        Args:
+            drawn: blocks of whose rows some are drawn or restricted.
+        """
+        for rows, values in logits.tiles():
+            write_stats(
+                values,
+                self.choice.part(rows),
+                banned=logits.banned_in(rows),
+                ban_id=logits.mask_id,
+                shard=logits.shard,
+            )
+            for blocks, masked, step in drawn:
+                last_row = blocks.first_row + blocks.num_rows
+                part = slice(
+                    max(rows.start, blocks.first_row), min(rows.stop, last_row)
+                )
+                if part.start < part.stop:
+                    own = slice(
+                        part.start - blocks.first_row, part.stop - blocks.first_row
+                    )
+                    tile = Tile(
+                        logits,
+                        values[part.start - rows.start : part.stop - rows.start],
+                        part,
+                        blocks,
+                        masked.flatten()[blocks.row_places[own]],
+                        step,
+                    )
+                    self.candidates.choose(tile, self.choice.part(part))
