@@ -14,7 +14,7 @@ With --against FILE, a former `vllm_dlm/kernels/numba_rows.py`, the counterpart 
 same kernel with the loops in that file:
 
     git show REVISION:vllm_dlm/kernels/numba_rows.py > /tmp/before.py
-    python -m benchmarks.kernels --against /tmp/before.py
+    python -m benchmarks.kernels --against before.py
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--against",
-        type=_loops,
+        type=Path,
         metavar="FILE",
         help="a former numba_rows.py to time instead of plain torch, on a CPU",
     )
@@ -108,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--threads and --repeats must be at least 1")
     if args.against is not None and args.device != "cpu":
         parser.error("--against is for --device cpu")
+    try:
+        against = None if args.against is None else _loops(args.against)
+    except ValueError as error:
+        parser.error(f"--against: {error}")
     shapes = args.shapes or [(32, 32_000), (512, 32_000), (32, 126_464)]
     if args.shapes is None and args.device != "cpu":
         shapes.append((2048, 126_464))
@@ -119,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.kernels
     ]
     results = [
-        measure(*case, device=args.device, repeats=args.repeats, against=args.against)
+        measure(*case, device=args.device, repeats=args.repeats, against=against)
         for case in tqdm(cases, desc="kernels", unit="case")
     ]
-    show(results, "plain torch" if args.against is None else "before")
+    show(results, "plain torch" if against is None else "before")
     if args.json is not None:
         record = {
             "environment": environment.record(args.threads),
@@ -143,10 +147,10 @@ def _shape(text: str) -> tuple[int, int]:
     return int(rows), int(vocab)
 
 
-def _loops(path: str) -> ModuleType:
+def _loops(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("loops_before", path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{path!r} is no Python file")
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"{str(path)!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

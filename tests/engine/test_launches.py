@@ -16,11 +16,10 @@ from benchmarks.launches import BATCHES, MIXED, Count, count  # noqa: E402
 
 sys.path.pop()
 
-MOST_OPERATIONS = 430
-"""Of a step of one group of requests."""
-MOST_MORE_OPERATIONS = 80
-"""Of each further group in the batch."""
-MOST_COPIES, MOST_MORE_COPIES = 3, 3
+MOST_OPERATIONS = 360
+"""Of each group of requests; `test_compiled.py` has those that are compiled."""
+MOST_COPIES = 1
+"""Of the whole step."""
 
 
 def launches(engine: Engine, batch: str, requests: int) -> Count:
@@ -39,9 +38,8 @@ def test_a_step_launches_the_same_for_any_number_of_requests(
     assert few.parts == more.parts == many.parts
     # Nothing is launched for requests that do not come.
     assert few.step.total == sum(part.total for part in few.parts.values())
-    most = MOST_OPERATIONS + (groups - 1) * MOST_MORE_OPERATIONS
-    assert few.step.num_operations <= most
-    assert few.step.copies <= MOST_COPIES + (groups - 1) * MOST_MORE_COPIES
+    assert few.step.num_operations <= groups * MOST_OPERATIONS
+    assert few.step.copies <= MOST_COPIES
 
 
 def test_a_further_group_launches_less_than_a_step_of_its_own(wide_engine: Engine):
@@ -51,6 +49,6 @@ def test_a_further_group_launches_less_than_a_step_of_its_own(wide_engine: Engin
 
 
 def test_an_admission_launches_no_more_than_one_alone(wide_engine: Engine):
-    """For each request, once its strategy has decided others."""
+    """Once the strategy has decided others."""
     one, four = (launches(wide_engine, "static", n).admission for n in (1, 4))
-    assert 0 < four.total <= 4 * one.total
+    assert 0 < four.total == one.total <= 4

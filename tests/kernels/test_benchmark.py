@@ -54,7 +54,7 @@ def test_former_loops_as_the_counterpart(tmp_path, monkeypatch, capsys):
         "    calls.append(arguments)\n"
         "    return numba_rows.row_parts(*arguments)\n"
     )
-    loops = kernels._loops(str(before))
+    loops = kernels._loops(before)
     monkeypatch.setattr(kernels, "_loops", lambda path: loops)
     threads = torch.get_num_threads()
     try:

@@ -295,7 +295,7 @@ def test_where_a_request_stands_is_written_at_admission_and_by_the_advance():
         "slots.py": admitted | {"reads", "group"},
         "sampling/candidates.py": sampling,
         "host_slots.py": {*vars(slots.host)} - {"_arriving", "group"},
-        "sampling/advance.py": {"tokens", "masked", "live"},
+        "sampling/advance.py": {"tokens", "masked", "live", "canvas_end"},
         # Those of the reply.
         "reply.py": {"tokens", "masked"},
     }

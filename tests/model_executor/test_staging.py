@@ -16,7 +16,13 @@ from operations import Operations
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
-from vllm_dlm.model_executor.columns import NEVER, NO_TOKEN, STOP_IDS, number_columns
+from vllm_dlm.model_executor.columns import (
+    NEVER,
+    NO_TOKEN,
+    STOP_IDS,
+    Requests,
+    number_columns,
+)
 from vllm_dlm.model_executor.facts import RequestFacts
 from vllm_dlm.model_executor.layout import Limits, lay_out
 from vllm_dlm.model_executor.sampling.candidates import Candidates
@@ -233,8 +239,12 @@ def test_stop_ids_in_any_number(model: ModelDefaults, data: Any):
     engine.slots.write_staged()
     slots = torch.tensor([new.slot for new in batch])
     tokens = torch.arange(VOCAB).expand(len(batch), VOCAB)
-    plan: Any = SimpleNamespace(slots=slots, positions=tokens + LENGTH)
-    is_stop = engine.candidates.is_stop(tokens, plan)
+    blocks: Any = SimpleNamespace(
+        slots=slots,
+        positions=tokens + LENGTH,
+        requests=Requests.of(engine.slots, slots),
+    )
+    is_stop = engine.candidates.is_stop(tokens, blocks)
     for new, stops in zip(batch, is_stop, strict=True):
         expected = {token for token in new.facts.stop_ids if 0 <= token < VOCAB}
         assert {*stops.nonzero()[:, 0].tolist()} == expected

@@ -120,6 +120,7 @@ def test_every_strategy_compiled_is_the_same(strategy: str, kind: tuple[str, int
     check_compiled(strategy, *kind)
 
 
+@pytest.mark.slow  # So do those of an engine in engine/test_compiled.py.
 def test_two_groups_have_graphs_of_their_own():
     """Their functions are one piece of code: a graph of one must not serve another."""
     benches = [StepBench(name) for name in ("threshold", "static")]
@@ -151,4 +152,4 @@ def test_what_cannot_be_compiled_is_said_and_runs_as_it_stands(caplog):
     assert "threshold" in line and "\n" not in line
     bench.measure()
     packed = bench.packed([0, 1])
-    assert bench.run(bench.function.step, packed, 2)["counts"].shape == (3, 2)
+    assert bench.run(bench.function.step, packed, 2)["counts"].shape == (5, 2)

@@ -391,6 +391,10 @@ def top_of(
     return (ranks(among, score) < count[:, None]) & among
 
 
+_COUNTED = 64
+"""Longest block in which `ranks` compares every two positions."""
+
+
 def ranks(among: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
     """[R, B] int64: places by falling `score`, from 0; all others come after `among`.
 
@@ -399,7 +403,11 @@ def ranks(among: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
         score: [R, B]; ties go to the lowest position.
     """
     score = torch.where(among, score.double(), -torch.inf)
+    places = torch.arange(score.shape[1], device=score.device)
+    if len(places) <= _COUNTED:
+        # Who comes before each: no sort, which compilers cannot fuse with the rest.
+        own, other = score[:, :, None], score[:, None, :]
+        left = places < places[:, None]
+        return ((other > own) | ((other == own) & left)).sum(dim=2)
     order = torch.argsort(score, dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return rank.scatter_(1, order, places)
+    return torch.empty_like(order).scatter_(1, order, places.expand_as(order))

@@ -72,11 +72,6 @@ class SegmentPlan:
     branches: BranchPlan | None
     """Drafts that are evaluated along; None where there are none."""
 
-    @property
-    def num_deciding(self) -> int:
-        """Requests that decide in this forward."""
-        return sum(len(group.slots_np) for group in self.groups)
-
 
 def plan_forward(
     slots: RequestSlots, facts: EngineFacts, batch: InputBatch, page_size: int

@@ -95,6 +95,10 @@ class Advance:
             table.drafts.keep(decision, canvas.open, blocks)
         return canvas
 
+    def show_end(self, canvas: Canvas, blocks: Blocks) -> None:
+        """Write where the canvases end, for observers; else `move_on` does."""
+        self.slots.canvas_end[blocks.slots] = canvas.end
+
     def move_on(
         self,
         measured: Measured,

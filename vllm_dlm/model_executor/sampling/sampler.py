@@ -213,6 +213,7 @@ class DenoisingSampler:
         decision, canvas = function.write(measured, decision, blocks, asked)
         watching = [one for one in self.observers.values() if one.watches(slots)]
         if watching:
+            self.advance.show_end(canvas, blocks)
             unknown = canvas.open | ~canvas.exists | measured.broken[:, None]
             written = torch.where(unknown, -1, canvas.tokens)
             for observer in watching:
