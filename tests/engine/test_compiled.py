@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from engine.block_engines import BlockEngines
-from engine.cases import RULES, Case, assert_equal, expect, make_prompt, run_cases
+from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
 from engine.harness import Engine, params
+from engine.test_mixed import one_per_strategy
 from reference.llada import TinyLLaDA
 from torch._dynamo.utils import counters
 
@@ -57,9 +58,9 @@ def test_the_oracles_tokens_whoever_comes_and_goes(compiled: Engine, oracle: Tin
     # The first batch has the engine compile.
     assert_equal(cases[:1], run_cases(compiled, cases[:1]), wanted[:1])
     made = graphs()
-    steps = compiled.runner.sampler.steps
-    names = {g.strategy.name for g, f in steps._functions.items() if f.compiled}
-    assert names == {"static", "threshold"}
+    groups = compiled.runner.sampler.groups.expected()
+    assert [group.strategy.name for group in groups] == ["static", "threshold"]
+    assert all(group.function.compiled for group in groups)
     for first, last in ((0, 24), (3, 4), (4, 9), (0, 2)):
         some = slice(first, last)
         assert_equal(cases[some], run_cases(compiled, cases[some]), wanted[some])
@@ -111,8 +112,8 @@ def test_a_step_is_a_handful_of_launches(compiled: Engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule_compiled(
+@pytest.mark.parametrize("rule", sorted(one_per_strategy().values()))
+def test_every_strategy_compiled(
     rule: str, engines: Callable[..., Engine], oracle: TinyLLaDA
 ):
     engine = engines(

@@ -125,7 +125,10 @@ class Runner:
             wanted = dict(args.engine_option)
             kind = VllmEngine
             if name == OURS:
-                wanted["additional_config"] = {"dlm": dict(args.server_option)}
+                # As a server of each strategy would run: the warm-up compiles.
+                eager = wanted.get("enforce_eager", False)
+                server = {"compile": "none" if eager else "all"}
+                wanted["additional_config"] = {"dlm": server | dict(args.server_option)}
             if name == AUTOREGRESSIVE:
                 kind = AutoregressiveEngine
                 shape = workload.dense_shape

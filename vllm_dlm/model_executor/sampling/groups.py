@@ -47,6 +47,9 @@ class Group:
         self.number = number
         self._seats: dict[int, int] = {}
         """slot -> seat; never by row of a batch: rows change from step to step."""
+        self.function: object = None
+        """The group's `StepFunction`, once there has been a step; it goes with the
+        group."""
         self._numbers = number_columns(strategy.Params)
         self._valid = {name: getattr(strategy.params, name) for name in self._numbers}
         self.memory = self._rows(0)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FunctionType
@@ -196,16 +195,13 @@ class StepFunctions:
         self._parts = slots, views, safety, advance
         self._facts = facts
         self._choice = choice
-        self._functions: weakref.WeakKeyDictionary[Group, StepFunction]
-        self._functions = weakref.WeakKeyDictionary()
         self._expects_nothing_more = False
 
     def of(self, group: Group) -> StepFunction:
         """The step of a group."""
-        function = self._functions.get(group)
-        if function is None:
-            function = StepFunction(group, *self._parts)
-            self._functions[group] = function
+        function = group.function
+        if not isinstance(function, StepFunction):
+            function = group.function = StepFunction(group, *self._parts)
             if self._facts.server.compile == "all":
                 self._compile(function)
         return function
@@ -224,7 +220,9 @@ class StepFunctions:
                 self._compile(function)
 
     def _compile(self, function: StepFunction) -> None:
-        if not function.group.strategy.needs & NOT_COMPILED:
+        strategy = function.group.strategy
+        # What is made for one request alone is gone before compiling pays.
+        if strategy.is_shared and not strategy.needs & NOT_COMPILED:
             _keep_kernels()
             function.compile(self._choice)
 
