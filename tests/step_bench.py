@@ -168,7 +168,7 @@ class StepBench:
         table.masked[:-1] = state["masked"]
         self.total_len[:] = state["total_len"]
         for name, field in self.group.memory.items():
-            field[1:] = state[name]
+            field[1 : 1 + len(state[name])] = state[name]
 
     def measure(self) -> None:
         """Fill the rows of a step with random statistics, ties and all."""
