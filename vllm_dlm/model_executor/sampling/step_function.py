@@ -138,7 +138,12 @@ class StepFunction:
             choice: of the steps' rows.
         """
         name, start = self.group.strategy.name, time.perf_counter()
-        compiled = torch.compile(_own_code(self.step), fullgraph=True, options=_OPTIONS)
+        # A dictionary of each call's own: `torch.compile` takes its entries out.
+        compiled = torch.compile(
+            _own_code(self.step),
+            fullgraph=True,
+            options={"guard_filter_fn": _drop_all},
+        )
         try:
             self._rehearse(compiled, choice)
         except Exception as error:
@@ -238,11 +243,6 @@ def _keep_kernels() -> None:
 
 def _drop_all(guards: list[object]) -> list[bool]:
     return [False for _ in guards]
-
-
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "guard_filter_fn": _drop_all
-}
 
 
 def _own_code(step: Compiled) -> Compiled:
