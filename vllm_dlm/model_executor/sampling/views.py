@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vllm_dlm.model_executor.sampling.rows import Drawn
 from vllm_dlm.strategies.base import Branches, View
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.branches import BranchBlocks, GroupRows
     from vllm_dlm.model_executor.sampling.candidates import Candidates
     from vllm_dlm.model_executor.sampling.choice import Choice
-    from vllm_dlm.model_executor.sampling.rows import Drawn
     from vllm_dlm.model_executor.slots import RequestSlots
     from vllm_dlm.strategies.probabilities import Probabilities
 
@@ -111,8 +111,6 @@ class Views:
 
     def drawn(self, rows: GroupRows) -> list[Drawn]:
         """A group's blocks, and those of its branches, for rows that are drawn."""
-        from vllm_dlm.model_executor.sampling.rows import Drawn
-
         blocks, table = rows.blocks, self.slots
         masks = table.masks(blocks)
         # How many branches a forward has is chance: what is drawn must not show it.
