@@ -13,7 +13,7 @@ Beside them stands a copy of the same logits, the speed of memory. Counterparts:
 With --against FILE, a former `vllm_dlm/kernels/numba_rows.py`, the counterpart is the
 same kernel with the loops in that file:
 
-    git show REVISION:vllm_dlm/kernels/numba_rows.py > /tmp/before.py
+    git show REVISION:vllm_dlm/kernels/numba_rows.py > before.py
     python -m benchmarks.kernels --against before.py
 """
 

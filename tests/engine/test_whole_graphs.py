@@ -19,7 +19,7 @@ from engine.cases import Case, make_prompt, run_cases
 from engine.cpu_graphs import whole_graphs
 from engine.families import Serve, Served, serving
 from engine.harness import Engine, Finished, params
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 from vllm.config.diffusion import DiffusionConfig
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -201,19 +201,6 @@ def test_flags_of_causal_rows_lie_there_too(serve: Serve):
 
 
 # -- work of a step ---------------------------------------------------------------
-
-
-class Operations(TorchDispatchMode):
-    """Counts what a device would be sent: all but views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, call, types, args=(), kwargs=None) -> Any:
-        if not call.is_view:
-            self.names.append(call.overloadpacket.__name__)
-        return call(*args, **(kwargs or {}))
 
 
 def operations(engine: Engine, count: int) -> list[list[str]]:
