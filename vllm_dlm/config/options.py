@@ -215,14 +215,14 @@ class DlmConfig(BaseModel):
     @field_validator("compile")
     @classmethod
     def _check_compile(cls, what: str) -> str:
-        if what not in COMPILE:
-            for name in what.split(","):
-                if name.strip() not in STRATEGIES:
-                    raise ValueError(
-                        f"{name.strip()!r} is neither one of {', '.join(COMPILE)} nor "
-                        f"a strategy; the strategies are {', '.join(STRATEGIES)}"
-                    )
-        return what
+        names = [name.strip() for name in what.split(",")]
+        unknown = [name for name in names if name not in STRATEGIES]
+        if what not in COMPILE and unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is neither one of {', '.join(COMPILE)} nor a "
+                f"strategy; the strategies are {', '.join(STRATEGIES)}"
+            )
+        return ",".join(names)
 
     @field_validator("strategy")
     @classmethod
@@ -270,9 +270,7 @@ class DlmConfig(BaseModel):
 
     def compiled_strategies(self) -> list[str]:
         """Names of strategies that the option `compile` lists."""
-        if self.compile in COMPILE:
-            return []
-        return [name.strip() for name in self.compile.split(",")]
+        return [] if self.compile in COMPILE else self.compile.split(",")
 
     def strategy_options(self) -> dict[str, Any]:
         """`Context.options` of the strategies that this server builds."""
