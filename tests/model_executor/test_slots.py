@@ -25,7 +25,6 @@ from vllm_dlm.model_executor.columns import (
     NEVER,
     NO_TOKEN,
     REACH,
-    Flags,
     number_columns,
 )
 from vllm_dlm.model_executor.facts import RequestFacts
@@ -230,11 +229,7 @@ def test_more_numbers_make_more_columns(monkeypatch: pytest.MonkeyPatch):
 
 def columns(slots: RequestSlots) -> dict[str, torch.Tensor]:
     """What the table keeps on the device, by name."""
-    parts = {
-        name: value.column if isinstance(value, Flags) else value
-        for name, value in vars(slots).items()
-    }
-    return {name: part for name, part in parts.items() if torch.is_tensor(part)}
+    return {name: part for name, part in vars(slots).items() if torch.is_tensor(part)}
 
 
 class Writes(ast.NodeVisitor):

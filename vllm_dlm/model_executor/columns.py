@@ -80,24 +80,6 @@ FEWEST_NUMBERS = 4
 strategy that is registered while an engine runs."""
 
 
-class Flags:
-    """A column of booleans among integers: read as bool, by slot.
-
-    Args:
-        column: [slots + 1] int64.
-    """
-
-    def __init__(self, column: torch.Tensor) -> None:
-        self.column = column
-
-    def __getitem__(self, slots: Any) -> torch.Tensor:
-        """The flags of some slots, bool, in the shape of `slots`."""
-        return self.column[slots] != 0
-
-    def __setitem__(self, slots: Any, values: Any) -> None:
-        self.column[slots] = values
-
-
 class Requests(NamedTuple):
     """The columns of R requests that a step reads, gathered in few operations.
 
@@ -240,7 +222,7 @@ class Columns:
         self.masked = zeros(length, torch.bool)
         """[S + 1, L] bool."""
 
-        # -- columns [S + 1] by name ---------------------------------------------
+        # -- columns [S + 1] by name; flags are 0 or 1 ---------------------------
         named = dict(zip(FACTS, self.facts.unbind(1), strict=False))
         named |= zip(FLOATS, self.facts_f.unbind(1), strict=False)
         named |= zip(LIVE, self.live.unbind(1), strict=True)
@@ -257,19 +239,19 @@ class Columns:
         self.eotp = named["eotp"]
         """Index into `eotp.MODES`."""
         self.eotp_threshold = named["eotp_threshold"]
-        self.exact = Flags(named["exact"])
+        self.exact = named["exact"]
         """`reference_exact`: the mask id may be predicted, as in the references."""
-        self.opens_alone = Flags(named["opens_alone"])
+        self.opens_alone = named["opens_alone"]
         """A block's first step writes its first token alone (`opening.py`)."""
 
-        self.may_rewrite = Flags(named["may_rewrite"])
+        self.may_rewrite = named["may_rewrite"]
         """Decided positions may be changed."""
         self.step_limit = named["step_limit"]
         """Steps after which a block ends in any case."""
         self.reference_steps = named["reference_steps"]
         """With `reference_exact`, steps after which what is masked in a block is text;
         `NEVER` without, and where the published loop has no such end."""
-        self.has_branches = Flags(named["has_branches"])
+        self.has_branches = named["has_branches"]
         """Drafts are evaluated beside the canvas."""
         self.seat = named["seat"]
         """Row of the request in the memory of its group (`groups.py`)."""
