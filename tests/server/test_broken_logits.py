@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -76,4 +77,5 @@ def test_a_request_fails_and_others_do_not(damaged: Server):
     assert after - before == 4
     assert damaged.log is not None
     text = damaged.log.read_text()
-    assert "damaged-one: 1 request" in text and "ended with an error, for" in text
+    # One line for all that failed in the same moment: how many is chance.
+    assert re.search(r"damaged-one: \d+ requests? ended with an error, for", text)
