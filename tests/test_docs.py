@@ -61,6 +61,8 @@ def test_a_strategy_has_a_page_with_its_parameters(name: str):
     assert text.count("<!-- decode -->\n") == 1
     for parameter in STRATEGIES[name].Params.model_fields:
         assert f"`{parameter}`" in text, parameter
+    for preset in STRATEGIES[name].Params.presets:
+        assert f"| `{preset}` |" in text, preset
     index = (ROOT / "docs/strategies.md").read_text(encoding="utf-8")
     assert f"[{name}](strategies/{name}.md)" in index
 

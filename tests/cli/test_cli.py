@@ -16,6 +16,7 @@ from vllm_dlm.config.options import REQUEST_OPTIONS, SERVER_ONLY, DlmConfig
 from vllm_dlm.entrypoints.flags import add_engine_arguments
 from vllm_dlm.patches import flags
 from vllm_dlm.patches.themes import apply_plugin_patches
+from vllm_dlm.strategies import STRATEGIES
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +267,12 @@ def test_strategies_command(capsys):
     ):
         assert cli.main(["strategies", name]) == 0
         assert f"steps, steps_per_block: {use}\n" in capsys.readouterr().out
+    for name in ("klass", "joint"):
+        assert cli.main(["strategies", name]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for preset, published in STRATEGIES[name].Params.presets.items():
+            assert preset in shown
+            assert published.source.split()[0] in shown
     assert cli.main(["strategies", "nope"]) == 2
     assert "choose one of" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +16,7 @@ from vllm_dlm.config.request import resolve
 from vllm_dlm.messages import values_of
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Strategy, numeric_fields
+from vllm_dlm.strategies.presets import DEFAULT
 
 FULL_ATTENTION = ModelDefaults("threshold", 32, mask_token_id=5)
 BLOCK_CAUSAL = ModelDefaults("threshold", 8, 5, attention="block")
@@ -90,6 +92,96 @@ def test_names_its_parameters_to_who_mistypes_one(name: str):
     assert "no_such_parameter" in message
     for parameter in STRATEGIES[name].Params.model_fields:
         assert parameter in message
+
+
+def params(server: dict[str, Any], request: dict[str, Any], **defaults: Any) -> Any:
+    """What a request gets; `defaults` are the model's own parameters."""
+    model = replace(FULL_ATTENTION, strategy="klass", strategy_config=defaults)
+    return resolve(DlmConfig(**server), request, model).params
+
+
+PRESETS = [
+    (name, preset) for name in OURS for preset in STRATEGIES[name].Params.presets
+]
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_presets_are_what_they_say(name: str, preset: str):
+    kind = STRATEGIES[name].Params
+    declared = kind.presets[preset]
+    assert preset != DEFAULT and preset.replace("_", "a").isalnum()
+    assert declared.values and declared.source
+    for options in (
+        {"dlm_strategy": name, "dlm_preset": preset},
+        {"dlm": {"strategy": name, "strategy_config": {"preset": preset}}},
+    ):
+        chosen = resolve(DlmConfig(), options, FULL_ATTENTION).params
+        assert chosen == kind(**declared.values)
+        assert chosen.model_fields_set == set(declared.values)
+    # A server's default, and a request that goes back to the strategy's own.
+    server = DlmConfig.from_mapping(
+        {"strategy": name, "strategy_config": {"preset": preset}}, where="flags"
+    )
+    assert resolve(server, {}, FULL_ATTENTION).params == kind(**declared.values)
+    default = resolve(server, {"dlm_preset": DEFAULT}, FULL_ATTENTION).params
+    assert default == kind()
+
+
+def test_seven_systems_have_the_values_of_their_papers():
+    with_paper = {name for name, preset in PRESETS if preset == "paper"}
+    assert with_paper >= {"cad", "hierarchy", "klass", "eb", "credit", "slowfast"}
+    assert STRATEGIES["freedave"].Params.presets.keys() >= {"llada", "dream", "trado"}
+
+
+def test_parameters_beside_a_preset_win_over_it():
+    beside = {"dlm_preset": "llada_gsm8k", "dlm_threshold": 0.5}
+    chosen = params({}, beside)
+    assert (chosen.threshold, chosen.kl_threshold) == (0.5, 0.015)
+    # The server's preset, and a request's parameter on top.
+    server = {"strategy_config": {"preset": "llada_gsm8k"}}
+    chosen = params(server, {"dlm_threshold": 0.5})
+    assert (chosen.threshold, chosen.kl_threshold) == (0.5, 0.015)
+
+
+def test_a_preset_means_the_same_whatever_the_server_has_set():
+    kind = STRATEGIES["klass"].Params
+    server = {"strategy_config": {"threshold": 0.1, "history": 7}}
+    assert params(server, {"dlm_preset": "llada_mbpp"}) == kind(preset="llada_mbpp")
+    assert params(server, {"dlm_preset": DEFAULT}, kl_threshold=3.0) == kind()
+    own = {"strategy_config": {"preset": "llada_math"}}
+    assert params(own, {}, history=5) == kind(preset="llada_math")
+    # Only what no request can set is left.
+    pc = DlmConfig(strategy="pc", strategy_config={"frequencies": "f", "most": 3.0})
+    chosen = resolve(pc, {"dlm_preset": "sudoku"}, FULL_ATTENTION).params
+    assert chosen.frequencies == "f"
+    assert (chosen.most, chosen.position_weight) == (10.0, 0.0)
+
+
+@pytest.mark.parametrize("wrong", ["gsm8k", "", 3, ["paper"], True])
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda value: {"dlm_strategy": "klass", "dlm_preset": value},
+        lambda value: {
+            "dlm": {"strategy": "klass", "strategy_config": {"preset": value}}
+        },
+    ],
+)
+def test_an_unknown_preset_is_told_the_known_ones(request_of: Any, wrong: Any):
+    with pytest.raises(ValueError, match="preset") as refusal:
+        resolve(DlmConfig(), request_of(wrong), FULL_ATTENTION)
+    for preset in (DEFAULT, *STRATEGIES["klass"].Params.presets):
+        assert preset in str(refusal.value)
+    assert refusal.value.field in ("dlm_preset", "dlm.strategy_config.preset")
+    with pytest.raises(ValueError, match="preset"):
+        DlmConfig.from_mapping(
+            {"strategy": "klass", "strategy_config": {"preset": wrong}}, where="flags"
+        )
+
+
+def test_where_there_are_no_presets_the_name_is_unknown():
+    assert not STRATEGIES["threshold"].Params.presets
+    assert "unknown option" in refuse("threshold", "preset", "paper")
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -77,6 +77,7 @@ REMEMBERING = {
 }
 
 EVENTFUL: dict[str, dict[str, Any]] = {
+    "cad": {"threshold": 0.8, "most": 4},
     "bacd": {"lowest": 0.3, "highest": 0.7},
     "klass": {"threshold": 0.5, "kl_threshold": 0.3},
     "credit": {"threshold": 0.7},

@@ -113,7 +113,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "preset unknown": (
         xargs(dlm_strategy="joint", dlm_preset="fast"),
-        ["preset", "'quality' or 'speed'"],
+        ["preset", "default, quality, speed"],
     ),
     "limits crossed": (
         xargs(dlm_strategy="bacd", dlm_lowest=0.9, dlm_highest=0.5),

@@ -30,7 +30,7 @@ MODES = ("confidence", "entropy")
 
 
 def cad(**params: Any) -> Cad:
-    return Cad(CadParams(**params), 8, CPU)
+    return Cad(CadParams(**{"threshold": 0.8, "most": 4, **params}), 8, CPU)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +196,9 @@ def test_asks_only_for_what_its_mode_reads():
 def test_registered_with_bounds():
     assert STRATEGIES["cad"] is Cad
     assert CadParams().model_dump() == {
-        "threshold": 0.8,
+        "threshold": 0.95,
         "fewest": 1,
-        "most": 4,
+        "most": 32,
         "mode": "confidence",
         "entropy_threshold": 0.3,
         "release_end": 0.0,
@@ -223,4 +223,4 @@ def test_registered_with_bounds():
         with pytest.raises(ValidationError):
             CadParams(**bad)
     with pytest.raises(ValidationError, match="lower fewest or raise most"):
-        CadParams(fewest=5)
+        CadParams(fewest=33)

@@ -167,6 +167,7 @@ def test_time_for_every_edit():
     ("given_", "thresholds"),
     [
         ({}, (0.7, 0.5)),
+        ({"preset": "default"}, (0.7, 0.5)),
         ({"preset": "quality"}, (0.7, 0.5)),
         ({"preset": "speed"}, (0.5, 0.0)),
         ({"preset": "speed", "edit_threshold": 0.2}, (0.5, 0.2)),
@@ -181,7 +182,6 @@ def test_presets(given_, thresholds):
 def test_registered_with_bounds():
     assert STRATEGIES["joint"] is Joint
     assert JointParams().model_dump() == {
-        "preset": "quality",
         "mask_threshold": 0.7,
         "edit_threshold": 0.5,
         "edit": True,

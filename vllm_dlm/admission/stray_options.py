@@ -27,6 +27,7 @@ from vllm_dlm.config.foreign_names import (
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.messages import OptionError, closest, name_of, quote
 from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import parameter_names
 
 EVERYDAY = frozenset(
     {
@@ -59,7 +60,7 @@ def own_names() -> frozenset[str]:
     without a prefix."""
     names = set(DlmConfig.model_fields)
     for name in STRATEGIES:
-        names.update(STRATEGIES[name].Params.model_fields)
+        names.update(parameter_names(STRATEGIES[name].Params))
     for policy in POLICIES.values():
         names.update(policy.model_fields)
     return frozenset(names)

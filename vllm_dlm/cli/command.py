@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vllm_dlm.config.aliases import Alias
     from vllm_dlm.strategies import Strategy
+    from vllm_dlm.strategies.presets import Preset
 
 DESCRIPTION = """\
 Serve diffusion language models on stock vLLM. Serving itself is vLLM's own command:
@@ -206,6 +207,9 @@ def _show_strategy(name: str, strategy: type[Strategy]) -> None:
         console.print("It has no parameters.")
         return
     console.print(_table_of(fields, "parameter"))
+    if strategy.Params.presets:
+        console.print("")
+        console.print(_table_of_presets(strategy.Params.presets))
     console.print(
         Text(
             f"\nvllm serve MODEL --dlm-strategy {name} "
@@ -268,6 +272,20 @@ def _table_of(fields: Mapping[str, FieldInfo], what: str) -> Table:
         default = "required" if field.is_required() else str(field.default)
         cells = (name, values_of(field), default, field.description or "")
         table.add_row(*map(Text, cells))
+    return table
+
+
+def _table_of_presets(presets: Mapping[str, Preset]) -> Table:
+    """A row for each preset of a strategy."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("preset", "parameters", "source", box=None, pad_edge=False)
+    table.add_row("default", "the defaults", "the table above")
+    for name, preset in presets.items():
+        values = ", ".join(f"{key} {value}" for key, value in preset.values.items())
+        beside = f"; published with {preset.beside}" if preset.beside else ""
+        table.add_row(*map(Text, (name, values, preset.source + beside)))
     return table
 
 

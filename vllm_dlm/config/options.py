@@ -25,7 +25,8 @@ from vllm_dlm.config.validation import Names, foreign_hint, validated
 from vllm_dlm.messages import OptionError
 from vllm_dlm.option_types import BlockLength, Count, Number, Object, Stages
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.strategies.base import Params, numeric_fields
+from vllm_dlm.strategies.base import Params, numeric_fields, parameter_names
+from vllm_dlm.strategies.presets import PRESET, named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,7 +74,7 @@ class DlmConfig(BaseModel):
     strategy_config: Object = Field(
         default_factory=dict,
         description="The strategy's own parameters, as a JSON object; "
-        "`vllm-dlm strategies NAME` lists them.",
+        "`vllm-dlm strategies NAME` lists them, and what `preset` may name.",
     )
     block_length: BlockLength | None = Field(
         default=None,
@@ -328,8 +329,21 @@ def parse_params(
     kind, names = STRATEGIES[strategy].Params, names or {}
     where = f"{where} (strategy {strategy!r})"
     numbers = numeric_fields(kind)
+    preset = values.get(PRESET) if kind.presets else None
+    if preset is not None:
+        set_as = names.get(PRESET, PRESET)
+        try:
+            named(kind.presets, preset)
+        except ValueError as error:
+            raise OptionError(f"{where}: {set_as}: {error}", set_as) from None
     parsed = validated(
-        kind, values, where=where, numbers=numbers, names=names, hint=hint
+        kind,
+        values,
+        where=where,
+        valid=parameter_names(kind),
+        numbers=numbers,
+        names=names,
+        hint=hint,
     )
     for name in numbers:
         if abs(getattr(parsed, name)) > LARGEST_NUMBER:
@@ -391,7 +405,7 @@ def parse_options(
     def hint(name: str) -> str:
         strategy = mapping.get("strategy")
         known = strategy in STRATEGIES
-        if known and name in STRATEGIES[str(strategy)].Params.model_fields:
+        if known and name in parameter_names(STRATEGIES[str(strategy)].Params):
             return f"It is a parameter of {strategy!r}: put it in strategy_config."
         return foreign_hint(name)
 

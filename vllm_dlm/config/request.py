@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 from vllm_dlm.config.block_causal import check_block_causal
 from vllm_dlm.config.cache import Cache, CachePolicy, Reach
 from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.config.options import DlmConfig, EndOfText, parse_params, parse_policy
+from vllm_dlm.config.options import (
+    DlmConfig,
+    EndOfText,
+    is_server_only,
+    parse_params,
+    parse_policy,
+)
 from vllm_dlm.config.request_options import RequestOptions, read_request
 from vllm_dlm.messages import OptionError, with_parameters
 from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
+from vllm_dlm.strategies.presets import PRESET
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -177,10 +184,30 @@ def _params(
     own, set_as = asked.own_params(strategy)
     params: dict[str, Any] = {}
     if strategy == defaults.strategy:
-        params |= defaults.strategy_config
+        params = _over(strategy, params, defaults.strategy_config)
     if strategy == (server.strategy or defaults.strategy):
-        params |= server.strategy_config
-    return parse_params(strategy, params | own, where="the request", names=set_as)
+        params = _over(strategy, params, server.strategy_config)
+    params = _over(strategy, params, own)
+    return parse_params(strategy, params, where="the request", names=set_as)
+
+
+def _over(
+    strategy: str, below: Mapping[str, Any], level: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Parameters of one level over those of the levels below.
+
+    A level that names a preset means what that stands for: of what lies below, only
+    what no request can set is left.
+    """
+    kind = STRATEGIES[strategy].Params
+    if kind.presets and level.get(PRESET) is not None:
+        fields = kind.model_fields
+        below = {
+            name: value
+            for name, value in below.items()
+            if name in fields and is_server_only(fields[name])
+        }
+    return {**below, **level}
 
 
 def _cache(asked: RequestOptions, server: DlmConfig) -> tuple[Cache, CachePolicy]:

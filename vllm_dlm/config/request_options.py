@@ -23,6 +23,7 @@ from vllm_dlm.messages import LONGEST_QUOTE, OptionError, name_of, quote, unknow
 from vllm_dlm.option_bounds import check_size
 from vllm_dlm.option_types import read_json
 from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import parameter_names
 
 MOST_KEYS = 256
 """Most keys of a request's `extra_args` that are ours: far more than there are
@@ -57,17 +58,18 @@ class RequestOptions:
                 twice, or only the server may set it.
         """
         nested = self.options.strategy_config
-        fields = STRATEGIES[strategy].Params.model_fields
+        kind = STRATEGIES[strategy].Params
+        fields, valid = kind.model_fields, parameter_names(kind)
         for name in self.flat_params:
-            if name not in fields:
+            if name not in valid:
                 raise _unknown_key(PREFIX + name, strategy)
             if name in nested:
                 raise _set_twice(PREFIX + name, "strategy_config")
         inside = self.names["strategy_config"]
-        set_as = {name: f"{inside}.{name}" for name in fields if name in nested}
+        set_as = {name: f"{inside}.{name}" for name in valid if name in nested}
         set_as |= {name: PREFIX + name for name in self.flat_params}
         for name in set_as:
-            if is_server_only(fields[name]):
+            if name in fields and is_server_only(fields[name]):
                 raise OptionError(
                     f"{set_as[name]}: {name} of the strategy {strategy!r} is set by "
                     "the server (--dlm-strategy-config); a request cannot change it",
@@ -162,8 +164,8 @@ def _refuse_the_servers(options: Mapping[str, Any], names: Mapping[str, str]) ->
 def _unknown_key(key: str, strategy: str) -> OptionError:
     """The error about a flat key that is neither an option nor a parameter of the
     strategy."""
-    fields = STRATEGIES[strategy].Params.model_fields
-    valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *fields)]
+    own = parameter_names(STRATEGIES[strategy].Params)
+    valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *own)]
     found = advice(plain(key[:LONGEST_QUOTE]))
     hint = f"Here it is: {clause(found)}." if found else ""
     return OptionError(

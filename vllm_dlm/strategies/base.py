@@ -19,8 +19,9 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from vllm_dlm.strategies.presets import PRESET, Preset, filled
 from vllm_dlm.strategies.probabilities import Probabilities
 
 T = TypeVar("T")
@@ -35,6 +36,16 @@ class Params(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    """Name -> values that were published together, which the parameter `preset` stands
+    for. Parameters set beside it win."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        has_presets = cls.presets and isinstance(given, Mapping)
+        return filled(cls.presets, given) if has_presets else given
 
 
 # Inside `Strategy` the name `Params` is that strategy's own class.
@@ -334,6 +345,11 @@ class Context:
     agreed: Callable[[Any], Any] = _of_this_worker
     """The first worker's value of what each worker finds for itself, on disks that may
     differ. All tensor-parallel workers must call it when a strategy is built."""
+
+
+def parameter_names(params: type[Params]) -> list[str]:
+    """Names that may be set among a strategy's parameters, `preset` included."""
+    return [*params.model_fields, *([PRESET] if params.presets else [])]
 
 
 def numeric_fields(params: type[Params]) -> list[str]:

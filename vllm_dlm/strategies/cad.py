@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,13 +26,27 @@ from vllm_dlm.strategies.base import (
     given,
     top_masked,
 )
+from vllm_dlm.strategies.presets import Preset
 
 
 class CadParams(Params):
     """Parameters of `Cad`."""
 
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"threshold": 0.95, "fewest": 1, "most": 32, "release_end": 0.3},
+            "yihao-liang/CDLM, evaluation/scripts",
+            "block_length 32, for HumanEval and MBPP 256",
+        ),
+        "code": Preset(
+            {"threshold": 0.8, "fewest": 1, "most": 4, "release_end": 0.5},
+            "yihao-liang/CDLM, defaults of scripts/LLaDA_generate_dynamic.py",
+            "block_length 32",
+        ),
+    }
+
     threshold: float = Field(
-        default=0.8,
+        default=0.95,
         gt=0.0,
         le=2.0,
         description=(
@@ -47,7 +61,7 @@ class CadParams(Params):
         description="Tokens that a step writes at least, sure or not (n_min).",
     )
     most: int = Field(
-        default=4,
+        default=32,
         ge=1,
         le=1_000_000,
         description=(

@@ -19,7 +19,7 @@ ratio for the latter; that the block's is meant, not the canvas's, is inferred.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +34,7 @@ from vllm_dlm.strategies.base import (
     best_of,
     given,
 )
+from vllm_dlm.strategies.presets import Preset
 from vllm_dlm.strategies.probabilities import Probabilities
 
 CREDITED = 64
@@ -46,6 +47,21 @@ ones, the least credit makes room.
 
 class CreditParams(Params):
     """Parameters of `Credit`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"weight": 0.7, "exponent": 0.2, "decay": 0.8},
+            "inclusionAI/dInfer, defaults of CreditThresholdParallelDecoder",
+        ),
+        "dinfer": Preset(
+            {"threshold": 0.8, "weight": 0.7, "exponent": 0.2, "decay": 0.8},
+            "inclusionAI/dInfer, evaluations/eval_guide.md",
+            "block_length 64, cache dual",
+        ),
+        "parameter_free": Preset(
+            {"mode": "parameter_free"}, "arXiv 2510.06133, the variant of that name"
+        ),
+    }
 
     threshold: float = Field(
         default=0.9,

@@ -11,6 +11,7 @@ Source: EB-Sampler, arXiv 2505.24857, as NEUIR/PC-Sampler's code has it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -23,10 +24,24 @@ from vllm_dlm.strategies.base import (
     given,
     top_masked,
 )
+from vllm_dlm.strategies.presets import Preset
 
 
 class EntropyBoundedParams(Params):
     """Parameters of `EntropyBounded`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"bound": 0.01},
+            "NEUIR/PC-Sampler, scripts/eval_eb_sampler.sh",
+            "block_length canvas",
+        ),
+        "code": Preset(
+            {"bound": 0.1},
+            "NEUIR/PC-Sampler, default of src/generate.py",
+            "block_length canvas",
+        ),
+    }
 
     bound: float = Field(
         default=0.1,

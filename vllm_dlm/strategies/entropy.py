@@ -9,6 +9,7 @@ trained to be certain early. Source: dParallel, arXiv 2509.26488.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -21,10 +22,19 @@ from vllm_dlm.strategies.base import (
     best_of,
     given,
 )
+from vllm_dlm.strategies.presets import Preset
 
 
 class EntropyParams(Params):
     """Parameters of `Entropy`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset({"threshold": 0.5}, "czg1225/dParallel, LLaDA"),
+        "llada_mbpp": Preset({"threshold": 0.45}, "czg1225/dParallel, LLaDA on MBPP"),
+        "dream_math": Preset(
+            {"threshold": 0.45}, "czg1225/dParallel, Dream on GSM8K and MATH"
+        ),
+    }
 
     threshold: float = Field(
         default=0.5,

@@ -20,6 +20,7 @@ Source: FreeDave, arXiv 2510.00294, and cychomatica/FreeDave's code.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -37,10 +38,27 @@ from vllm_dlm.strategies.base import (
     given,
     ranks,
 )
+from vllm_dlm.strategies.presets import Preset
 
 
 class FreeDaveParams(Params):
     """Parameters of `FreeDave`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        name: Preset(
+            {"drafts": drafts, "threshold": threshold},
+            f"cychomatica/FreeDave, eval/scripts/eval_{name.split('_')[0]}.sh",
+            f"block_length {block_length}",
+        )
+        for name, drafts, threshold, block_length in (
+            ("llada", 4, 2.0, 32),
+            ("llada_plus", 4, 0.95, 32),
+            ("dream", 8, 2.0, 32),
+            ("dream_plus", 8, 0.95, 32),
+            ("trado", 8, 2.0, 4),
+            ("trado_plus", 8, 0.9, 4),
+        )
+    }
 
     drafts: int = Field(
         default=4,

@@ -17,6 +17,7 @@ code.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -30,10 +31,24 @@ from vllm_dlm.strategies.base import (
     best_masked,
     top_of,
 )
+from vllm_dlm.strategies.presets import Preset
 
 
 class HierarchyParams(Params):
     """Parameters of `Hierarchy`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"threshold": 0.8, "low_threshold": 0.5},
+            "inclusionAI/dInfer, evaluations/eval_guide.md",
+            "block_length 64, cache dual",
+        ),
+        "careful": Preset(
+            {"threshold": 0.9, "low_threshold": 0.7},
+            "inclusionAI/dInfer, benchmarks/benchmark_dataset.py, setting 14",
+            "cache dual",
+        ),
+    }
 
     threshold: float = Field(
         default=0.9,

@@ -15,10 +15,10 @@ model cards'. Rule and end of a block follow SGLang's JointThreshold.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from vllm_dlm.strategies.base import (
     AnyParams,
@@ -30,11 +30,7 @@ from vllm_dlm.strategies.base import (
     View,
     best_masked,
 )
-
-PRESETS = {
-    "quality": {"mask_threshold": 0.7, "edit_threshold": 0.5},
-    "speed": {"mask_threshold": 0.5, "edit_threshold": 0.0},
-}
+from vllm_dlm.strategies.presets import Preset
 
 MOST_POST_STEPS = 64
 """Edits that go back and forth would go on for as long as a request may ask."""
@@ -43,15 +39,21 @@ MOST_POST_STEPS = 64
 class JointParams(Params):
     """Parameters of `Joint`."""
 
-    preset: Literal["quality", "speed"] = Field(
-        default="quality",
-        description=(
-            "What the two thresholds are where they are not given: .7 and .5 for "
-            "quality, .5 and 0 for speed."
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "quality": Preset(
+            {"mask_threshold": 0.7, "edit_threshold": 0.5},
+            "the model cards of LLaDA2.1: quality mode",
+            "block_length 32",
         ),
-    )
+        "speed": Preset(
+            {"mask_threshold": 0.5, "edit_threshold": 0.0},
+            "the model cards of LLaDA2.1: speed mode",
+            "block_length 32",
+        ),
+    }
+
     mask_threshold: float = Field(
-        default=PRESETS["quality"]["mask_threshold"],
+        default=0.7,
         ge=0.0,
         le=2.0,
         description=(
@@ -60,7 +62,7 @@ class JointParams(Params):
         ),
     )
     edit_threshold: float = Field(
-        default=PRESETS["quality"]["edit_threshold"],
+        default=0.5,
         ge=0.0,
         le=2.0,
         description=(
@@ -84,14 +86,6 @@ class JointParams(Params):
             "bounds edits that go back and forth."
         ),
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        name = given.get("preset")
-        return {**PRESETS.get(name, {}), **given} if isinstance(name, str) else given
 
 
 class Joint(Strategy):

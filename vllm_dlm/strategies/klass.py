@@ -20,6 +20,7 @@ block is compared with the last step of the one before.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -34,6 +35,7 @@ from vllm_dlm.strategies.base import (
     given,
     top_masked,
 )
+from vllm_dlm.strategies.presets import Preset
 from vllm_dlm.strategies.probabilities import Probabilities
 
 REMEMBERED = 64
@@ -43,8 +45,31 @@ TINY = 1e-12
 """Added to probabilities under a logarithm, as in the published code."""
 
 
+_PUBLISHED = (
+    ("paper", 0.9, 0.01, "defaults of src/llada_evaluation.py"),
+    ("llada_gsm8k", 0.6, 0.015, "scripts/llada_gsm8k.sh"),
+    ("llada_math", 0.6, 0.01, "scripts/llada_math.sh"),
+    ("llada_humaneval", 0.9, 0.01, "scripts/llada_humaneval.sh"),
+    ("llada_mbpp", 0.7, 0.01, "scripts/llada_mbpp.sh"),
+    ("dream_gsm8k", 0.9, 0.001, "scripts/dream_gsm8k.sh"),
+    ("dream_math", 0.9, 0.005, "scripts/dream_math.sh"),
+    ("dream_humaneval", 0.8, 0.001, "scripts/dream_humaneval.sh"),
+    ("dream_mbpp", 0.9, 0.001, "scripts/dream_mbpp.sh"),
+)
+"""Preset, threshold, kl_threshold, and the file that has them."""
+
+
 class KlassParams(Params):
     """Parameters of `Klass`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        name: Preset(
+            {"threshold": threshold, "kl_threshold": kl_threshold, "history": 2},
+            f"shkim0116/KLASS, {file}",
+            f"block_length {'canvas' if name.startswith('dream') else 64}",
+        )
+        for name, threshold, kl_threshold, file in _PUBLISHED
+    }
 
     threshold: float = Field(
         default=0.9,

@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +30,7 @@ from vllm_dlm.strategies.base import (
     View,
     top_masked,
 )
+from vllm_dlm.strategies.presets import Preset
 from vllm_dlm.strategies.token_frequencies import (
     find_frequencies,
     load_frequencies,
@@ -40,6 +42,24 @@ logger = logging.getLogger(__name__)
 
 class PcSamplerParams(Params):
     """Parameters of `PcSampler`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"position_weight": 0.25, "most": 10.0},
+            "NEUIR/PC-Sampler, README.md",
+            "block_length canvas",
+        ),
+        "sudoku": Preset(
+            {"position_weight": 0.0, "most": 10.0},
+            "NEUIR/PC-Sampler, README.md",
+            "block_length canvas",
+        ),
+        "countdown": Preset(
+            {"position_weight": 0.5, "most": 10.0},
+            "NEUIR/PC-Sampler, README.md; its script has 1",
+            "block_length canvas",
+        ),
+    }
 
     position_weight: float = Field(
         default=0.25,

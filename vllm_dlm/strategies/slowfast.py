@@ -16,6 +16,7 @@ always takes as many steps; here, as in the paper, it ends once the horizon is s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -28,10 +29,23 @@ from vllm_dlm.strategies.base import (
     View,
     best_of,
 )
+from vllm_dlm.strategies.presets import Preset
 
 
 class SlowFastParams(Params):
     """Parameters of `SlowFast`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            {"threshold": 0.85, "horizon_threshold": 0.1, "slow_steps": 8},
+            "arXiv 2506.10848",
+        ),
+        "code": Preset(
+            {"threshold": 0.9, "horizon_threshold": 0.3, "slow_steps": 6},
+            "LiangrunFlora/Slow-Fast-Sampling, defaults of its LLaDA sampler",
+            "block_length canvas",
+        ),
+    }
 
     threshold: float = Field(
         default=0.85,
