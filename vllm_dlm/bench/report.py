@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dlm.bench.aup import scores
 from vllm_dlm.files.whole_files import replacing
 
 Result = Mapping[str, Any]
@@ -51,7 +52,7 @@ def _share(cell: Result) -> str:
 
 
 def print_table(cells: Sequence[Result]) -> None:
-    """Print results, and below them the cells that gave none."""
+    """Print results, AUP where answers were checked, and the cells that gave none."""
     from rich.console import Console
     from rich.table import Table
 
@@ -67,6 +68,16 @@ def print_table(cells: Sequence[Result]) -> None:
     for row in rows:
         table.add_row(*(row[name] for name in names))
     console.print(table)
+    judged = scores(done)
+    if judged:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("accuracy under parallelism", no_wrap=True)
+        for name in ("at once", "points", "AUP"):
+            table.add_column(name, justify="right")
+        for score in judged:
+            numbers = map(str, (score.at_once, score.points))
+            table.add_row(score.method, *numbers, f"{score.aup:.1f}")
+        console.print(table)
     for cell in cells:
         if "error" in cell:
             where = (
