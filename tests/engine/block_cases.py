@@ -40,6 +40,12 @@ RULES: dict[str, tuple[str, dict[str, Any], Callable[[], Rule]]] = {
         {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
         lambda: joint(0.3, 0.1, 3),
     ),
+    "joint/penalty": (
+        "joint",
+        {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3}
+        | {"penalty": 2.0},
+        lambda: joint(0.3, 0.1, 3, 2.0),
+    ),
 }
 """name -> strategy, its parameters, the oracle's rule."""
 

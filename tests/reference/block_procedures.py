@@ -190,8 +190,9 @@ def generate_blocks(
 
             written = 0
             for offset in [*chosen, *decision.edit]:
-                instead = isinstance(chosen, dict) and offset in chosen
-                token = chosen[offset] if instead else int(view.argmax[offset])
+                part = chosen if offset in chosen else decision.edit
+                instead = isinstance(part, dict)
+                token = part[offset] if instead else int(view.argmax[offset])
                 if token == mask_id and offset in decision.edit:
                     row[first + offset] = mask_id
                     masked[first + offset] = True

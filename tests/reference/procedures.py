@@ -249,8 +249,9 @@ def generate(
 
             committed = []
             for offset in [*chosen, *decision.edit]:
-                instead = isinstance(chosen, dict) and offset in chosen
-                token = chosen[offset] if instead else int(view.argmax[offset])
+                part = chosen if offset in chosen else decision.edit
+                instead = isinstance(part, dict)
+                token = part[offset] if instead else int(view.argmax[offset])
                 if token != mask_id:
                     row[first + offset] = token
                     set_at[first + offset] = forwards

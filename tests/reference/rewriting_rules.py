@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from reference.rules import Rule, Step, View, float32, top_k
 from reference.stateful_rules import remembering
@@ -27,9 +27,12 @@ class Joint:
     mask_threshold: float = 0.7
     edit_threshold: float = 0.5
     max_post_steps: int = 16
+    penalty: float = 0.0
     post_steps: int = 0
 
     def decide(self, view: View) -> Step:
+        if self.penalty:
+            view = without_stutter(view, self.penalty)
         masks = view.masked_offsets()
         c = view.confidence
         commit = [i for i in masks if c[i] > float32(self.mask_threshold)]
@@ -43,17 +46,38 @@ class Joint:
         places = [i for i in range(len(c)) if view.first + i >= 0]
         masked = [i for i in places if not view.decided[i]]
         self.post_steps += not masked
+        if self.penalty:
+            commit, edit = (
+                {i: int(view.argmax[i]) for i in part} for part in (commit, edit)
+            )
         if any(i not in commit for i in masked):
             return Step(commit, edit)
         again = bool(commit or edit) and self.post_steps < self.max_post_steps
         return Step(commit, edit, hold=again)
 
 
+def without_stutter(view: View, penalty: float) -> View:
+    """The view after the logit of the token to the left was lowered everywhere."""
+    argmax, confidence = view.argmax.clone(), view.confidence.clone()
+    for i in range(1, len(argmax)):
+        if not view.decided[i - 1] and view.first + i - 1 >= 0:
+            continue  # a mask
+        logits = view.probabilities[i].double().log()
+        logits[int(view.tokens[i - 1])] -= penalty
+        p = logits.softmax(dim=0)
+        argmax[i] = int(p.argmax())
+        confidence[i] = p.max()
+    return replace(view, argmax=argmax, confidence=confidence)
+
+
 def joint(
-    mask_threshold: float, edit_threshold: float, max_post_steps: int = 16
+    mask_threshold: float,
+    edit_threshold: float,
+    max_post_steps: int = 16,
+    penalty: float = 0.0,
 ) -> Rule:
-    thresholds = (mask_threshold, edit_threshold, max_post_steps)
-    return remembering(lambda: Joint(*thresholds))._replace(rewrites=True)
+    numbers = (mask_threshold, edit_threshold, max_post_steps, penalty)
+    return remembering(lambda: Joint(*numbers))._replace(rewrites=True)
 
 
 @dataclass

@@ -61,11 +61,12 @@ class Step(NamedTuple):
     """All that a rule may do in a step, in block offsets.
 
     `commit` as `Rule.select` returns it, `edit` decided positions to give the argmax
-    to, `remask` those to mask again. `hold` keeps a block without masks open.
+    to, or with their tokens as there, `remask` those to mask again. `hold` keeps a
+    block without masks open.
     """
 
     commit: list[int] | dict[int, int]
-    edit: list[int] = []
+    edit: list[int] | dict[int, int] = []
     remask: list[int] = []
     hold: bool = False
 
@@ -311,3 +312,59 @@ def cad(tau: float, fewest: int, most: int, mode: str = "confidence") -> Rule:
         return sorted(top_k(scores, candidates, count))
 
     return Rule(select)
+
+
+def prophet(
+    width: int,
+    *,
+    early: float = 7.5,
+    middle: float = 5.0,
+    late: float = 2.5,
+    early_until: float = 0.33,
+    middle_until: float = 0.67,
+    span: int = 32,
+    answer_start: int = -1,
+    answer_length: int = 5,
+    begin: int = 0,
+) -> Rule:
+    """Prophet: LLaDA's loop over spans, left early with everything that is masked.
+
+    Args:
+        width: of the canvas, of which the view may be a part.
+        span: the published loop's block, in a canvas that is one block here.
+        begin: output tokens left of the canvas.
+    """
+
+    def gap(view: View, offset: int) -> float:
+        best = view.probabilities[offset].double().log().topk(2).values
+        return float(best[0] - best[1])
+
+    def select(view: View) -> list[int]:
+        candidates = view.masked_offsets()
+        if not candidates:
+            return []
+        looked_at = candidates
+        if answer_start >= 0:
+            wanted = range(answer_start, answer_start + answer_length)
+            places = [begin + view.first + i for i in range(len(view.masked))]
+            looked_at = [i for i, place in enumerate(places) if place in wanted]
+        if looked_at:
+            mean = sum(gap(view, i) for i in looked_at) / len(looked_at)
+            progress = (view.step + 1) / view.steps
+            if progress < early_until:
+                bar = early
+            else:
+                bar = middle if progress < middle_until else late
+            if mean >= bar:
+                return candidates
+        number = candidates[0] // span
+        steps = max(view.steps // math.ceil(width / span), 1)
+        within = range(number * span, min((number + 1) * span, len(view.masked)))
+        schedule = static_schedule(len(within), steps)
+        step = view.step - number * steps
+        # A safe number where others have changed the order of things.
+        count = schedule[step] if 0 <= step < steps else schedule[-1 if step > 0 else 0]
+        masked = [i for i in candidates if i in within]
+        return sorted(top_k(view.confidence, masked, max(count, 1)))
+
+    return Rule(select, ends_by_schedule=True)

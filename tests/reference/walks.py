@@ -136,6 +136,9 @@ def assert_agrees(
             assert got == tokens, (step, row)
             edit, remask = changed(seen, decision)
             assert places(edit[row]) == sorted(wanted.edit), (step, row)
+            if isinstance(wanted.edit, dict) and decision.new_tokens is not None:
+                for i, token in wanted.edit.items():
+                    assert int(decision.new_tokens[row, i]) == token, (step, row)
             assert places(remask[row]) == sorted(wanted.remask), (step, row)
             held = decision.hold is not None and bool(decision.hold[row])
             assert held == wanted.hold, (step, row)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from reference.rewriting_rules import joint as rule
-from reference.views import CPU, MASK_ID, chosen, make_view, random_view, select
+from reference.views import (
+    CPU,
+    MASK_ID,
+    chosen,
+    make_view,
+    random_view,
+    select,
+    with_probabilities,
+)
 from reference.walks import assert_agrees, assert_rows_alone, random_block
 
 from vllm_dlm.strategies import STRATEGIES
@@ -134,6 +143,38 @@ def test_agrees_with_the_row_wise_reference(seed, numbers):
     assert_agrees(joint(6), rule, view, probabilities, rows)
 
 
+@given(
+    seed=st.integers(0, 2**20),
+    penalty=st.sampled_from([0.3, 3.0, 50.0]),
+    numbers=st.tuples(bounds, bounds, st.integers(0, 4)),
+)
+def test_the_penalty_lowers_the_token_to_the_left(seed, penalty, numbers):
+    view, probabilities = random_block(seed)
+    view = replace(view, tokens=view.tokens % 12)
+    probabilities = torch.cat([probabilities, probabilities.flip(0)])
+    rows = [dict(zip(NUMBERS, numbers, strict=True))] * 4
+    penalised = partial(rule, penalty=penalty)
+    assert_agrees(joint(6, penalty=penalty), penalised, view, probabilities, rows)
+
+
+def test_a_stutter():
+    """B follows B: at 3 it gives way to C; a mask and the block's left say nothing."""
+    p = torch.tensor([[[0.1, 0.6, 0.3], [0.1, 0.6, 0.3], [0.1, 0.6, 0.3]]])
+    tokens = torch.tensor([[1, MASK_ID, MASK_ID]])
+    masked = tokens == MASK_ID
+    view = make_view([[0.0] * 3], masked, tokens=tokens)
+    view = with_probabilities(view, p)
+    decision = select(joint(3, penalty=3.0), view)
+    # 0.6 e^-3 = .0299, of .4299 in all: C has .6979, and not the whole .7.
+    assert places(decision.commit) == [1]
+    assert decision.new_tokens.tolist() == [[1, 2, 1]]
+    mild = select(joint(3, penalty=0.1, mask_threshold=0.58), view)
+    # 0.6 e^-.1 = .5429, of .9429: .5758 is not above .58, but .6 is.
+    assert places(mild.commit) == [2]
+    assert joint(3, penalty=3.0).needs == {"probabilities"} == Joint.needs
+    assert joint(3).needs == set()
+
+
 @given(seed=st.integers(0, 2**20))
 def test_other_rows_do_not_matter(seed):
     view, probabilities = random_block(seed)
@@ -185,6 +226,7 @@ def test_registered_with_bounds():
         "mask_threshold": 0.7,
         "edit_threshold": 0.5,
         "edit": True,
+        "penalty": None,
         "max_post_steps": 16,
     }
     assert tuple(numeric_fields(JointParams)) == NUMBERS
@@ -197,6 +239,9 @@ def test_registered_with_bounds():
         {"edit_threshold": None},
         {"max_post_steps": -1},
         {"max_post_steps": 65},
+        {"penalty": 0.0},
+        {"penalty": True},
+        {"penalty": 101.0},
     ):
         with pytest.raises(ValidationError):
             JointParams(**bad)

@@ -8,18 +8,24 @@ mask is left, the block stays open as long as steps change something: at most
 max_post_steps more forwards, which only edit. Without `edit` it is the rule
 `threshold` with `strict`.
 
+With `penalty`, the logit of the token to the left, where there is one in the block, is
+lowered by that much at each position before all this: it keeps a model from stuttering.
+
 Source: LLaDA2.1, arXiv 2602.08676. The report prints no thresholds; the presets are its
-model cards'. Rule and end of a block follow SGLang's JointThreshold.
+model cards'. Rule, penalty and end of a block follow SGLang's JointThreshold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
+from vllm_dlm.option_types import Number
 from vllm_dlm.strategies.base import (
     AnyParams,
     Context,
@@ -29,6 +35,7 @@ from vllm_dlm.strategies.base import (
     Strategy,
     View,
     best_masked,
+    given,
 )
 from vllm_dlm.strategies.presets import Preset
 
@@ -77,6 +84,15 @@ class JointParams(Params):
             "that were not trained to correct themselves."
         ),
     )
+    penalty: Number | None = Field(
+        default=None,
+        gt=0.0,
+        le=100.0,
+        description=(
+            "How much the logit of a token is lowered right of the same token "
+            "(SGLang's penalty_lambda, which suggests 3 against stutter)."
+        ),
+    )
     max_post_steps: int = Field(
         default=16,
         ge=0,
@@ -95,6 +111,7 @@ class Joint(Strategy):
     paper = "arXiv 2602.08676 (LLaDA2.1)"
     summary = "fills masks early and corrects tokens that are written"
     Params = JointParams
+    needs = frozenset({"probabilities"})
     logit_rows = "block"
 
     params: JointParams
@@ -104,6 +121,7 @@ class Joint(Strategy):
     ) -> None:
         super().__init__(params, block_length, context)
         self.may_rewrite = params.edit
+        self.needs = frozenset({"probabilities"} if params.penalty else ())
         # Steps so far that began without a mask.
         self.state = (
             {"post_steps": StateField(dtype=torch.int64)} if params.edit else {}
@@ -118,11 +136,13 @@ class Joint(Strategy):
         return 2 * self.block_length + params.max_post_steps + 1
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
+        if self.params.penalty:
+            view = penalised(view, self.params.penalty)
         sure = view.confidence > row_params["mask_threshold"][:, None]
         # Where any is sure, the best one is.
         commit = (sure & view.masked) | best_masked(view)
         if not self.params.edit:
-            return Decision(commit)
+            return Decision(commit, new_tokens=view.candidate)
         better = view.confidence > row_params["edit_threshold"][:, None]
         edit = view.decided & better & (view.candidate != view.tokens)
         was_full = ~view.masks.any(dim=1)
@@ -130,4 +150,39 @@ class Joint(Strategy):
         post_steps = view.state["post_steps"] + was_full.long()
         changed = (commit | edit).any(dim=1)
         hold = is_full & changed & (post_steps < row_params["max_post_steps"])
-        return Decision(commit, edit=edit, hold=hold, state={"post_steps": post_steps})
+        return Decision(
+            commit,
+            new_tokens=view.candidate,
+            edit=edit,
+            hold=hold,
+            state={"post_steps": post_steps},
+        )
+
+
+def penalised(view: View, penalty: float) -> View:
+    """The view, with the logit of each position's left neighbour lowered there.
+
+    The most probable token gives way to the next one where that is more probable then.
+    Another one that was drawn stays.
+    """
+    now = given(view.probabilities, "probabilities")
+    kept = math.exp(-penalty)
+    # What is left of the block is not looked at, and a mask is no token.
+    follows = (view.decided | (view.positions < 0)).roll(1, dims=1)
+    follows[:, 0] = False
+    before = torch.where(follows, view.tokens.roll(1, dims=1), 0)
+    repeated = torch.where(follows, now.of(before[..., None])[..., 0], 0.0)
+    total = 1 - repeated * (1 - kept)
+    is_repeat = follows & (view.candidate == before)
+    confidence = torch.where(is_repeat, view.confidence * kept, view.confidence)
+
+    probabilities, tokens = now.top(2)
+    if tokens.shape[-1] == 2:
+        second = probabilities[..., 1]
+        is_best = view.candidate == tokens[..., 0]
+        equal = (second == confidence) & (tokens[..., 1] < view.candidate)
+        gives_way = is_repeat & is_best & ((second > confidence) | equal)
+        candidate = torch.where(gives_way, tokens[..., 1], view.candidate)
+        confidence = torch.where(gives_way, second, confidence)
+        view = replace(view, candidate=candidate)
+    return replace(view, confidence=confidence / total)
