@@ -85,7 +85,22 @@ class ThinkCoarse(BaseModel):
         description="Text, or token ids, that ends the first stage (`</think>`)."
     )
     check: Text = Field(
-        description="Text, or token ids, that is put behind it for the model to go on."
+        description="Text, or token ids, that is put behind the first stage for the "
+        "model to go on."
+    )
+    keep_trigger: bool = Field(
+        default=False, description="Whether the trigger stays in front of the check."
+    )
+    always: bool = Field(
+        default=True,
+        description="Whether the second stage follows where the first one ends without "
+        "the trigger, too: with the text, or with its tokens.",
+    )
+    critic_tokens: Count | None = Field(
+        default=None,
+        ge=0,
+        description="Most tokens of the second stage, which the first one leaves of "
+        "max_tokens; 0 is what is left of them. Default: 4096, at most half.",
     )
 
 

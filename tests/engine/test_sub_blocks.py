@@ -211,8 +211,8 @@ def test_blocks_of_one_after_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel)
     """`tccf` goes on in blocks without sub-blocks."""
     case = Loop(make_prompt(38, seed=1), 60, "threshold/strict", mask=True)
     text = v2_wanted(case, v2_oracle).tokens
-    tccf = {"trigger": text[20:21], "check": [3, 4, 5]}
-    at = text.index(text[20]) + 1
+    tccf = {"trigger": text[20:21], "check": [3, 4, 5], "critic_tokens": 0}
+    at = text.index(text[20])
     both = [case.params(0, tccf=tccf)] * 2
     (first, second) = v2_engine.run([case.prompt] * 2, both)
     assert first == second

@@ -32,9 +32,26 @@ def test_whether_it_has_ended():
     assert STAGES.end_with([4, 5, 6])
     assert not STAGES.end_with([6])
     assert not STAGES.end_with([5, 6, 7])
-    assert STAGES.is_over([4, 5, 6, 1])
-    assert not STAGES.is_over([4, 5, 6])
-    assert not STAGES.is_over([5, 7, 6, 5])
+
+
+@pytest.mark.parametrize(
+    ("options", "max_tokens", "thoughts", "after_10"),
+    [
+        ({}, 100, 48, 62),  # half of them: 48, the check's 2, 50
+        ({}, 30000, 25902, 10 + 2 + 4096),
+        ({"critic_tokens": 20}, 100, 78, 32),
+        ({"critic_tokens": 0}, 100, 98, 100),
+        ({"always": False}, 100, 100, 62),
+        ({"always": False, "critic_tokens": 0}, 100, 100, 100),
+        ({}, 20, 8, 20),
+        ({}, 2, 1, 2),
+        ({}, 1, 1, 1),
+    ],
+)
+def test_tokens_of_the_stages(options, max_tokens, thoughts, after_10):
+    stages = Stages((5, 6), (1, 2), **options)
+    assert stages.most_thoughts(max_tokens) == thoughts
+    assert stages.most_tokens(10, max_tokens) == after_10
 
 
 def test_texts_become_tokens(monkeypatch):

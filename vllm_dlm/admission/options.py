@@ -56,6 +56,8 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
             "tccf cannot be combined with logprobs or step_map: the check text is not "
             "the model's; ask for one or the other"
         )
+    if stages is not None and params.max_tokens:
+        stages.check_budget(params.max_tokens)
     check_strategy(
         config, server, model_config, params.max_tokens or model_config.max_model_len
     )

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Think coarse, critic fine (TCCF): long blocks up to a token, then one at a time.
+"""Think coarse, critic fine (TCCF): long blocks for thoughts, then one at a time.
 
 A request is decoded in the model's blocks until its text ends with the trigger
-(`</think>`, say). What the blocks hold right of the trigger is dropped, the check text
-is appended to the output as if the model had written it, and the rest is decoded in
-blocks of one token. In between, the scheduler preempts the request, which is then
+(`</think>`, say), with an end of text, or with the last of the tokens that thoughts may
+have. What ended it is dropped, and so is what the blocks hold right of it; the check
+text is appended to the output as if the model had written it, and the rest is decoded
+in blocks of one token. In between, the scheduler preempts the request, which is then
 admitted again with all its tokens: their KV is computed anew, because it depends on the
 blocks.
+
+Options leave it at the trigger alone, keep the trigger, and set how many tokens the
+second stage has.
 Source: TDAR, arXiv 2602.09555, whose code runs the two stages on two engines.
 """
 
@@ -26,6 +30,14 @@ if TYPE_CHECKING:
 MOST_TOKENS = {"trigger": 64, "check": 1024}
 """The trigger is looked for behind every token; the check text is computed whole."""
 
+CRITIC_TOKENS = 4096
+"""Tokens that the second stage has in the published code."""
+
+SECOND_STAGE = "dlm_second_stage"
+"""Key of `SamplingParams.extra_args` by which the scheduler tells the workers that a
+request is in its second stage. It begins as options do but is none: who sends it is
+refused."""
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -33,6 +45,9 @@ class Stages:
 
     trigger: tuple[int, ...]
     check: tuple[int, ...]
+    keep_trigger: bool = False
+    always: bool = True
+    critic_tokens: int | None = None
 
     @classmethod
     def of(cls, option: ThinkCoarse | None, model_config: ModelConfig) -> Stages | None:
@@ -47,7 +62,43 @@ class Stages:
         return cls(
             _token_ids("trigger", option.trigger, model_config),
             _token_ids("check", option.check, model_config),
+            option.keep_trigger,
+            option.always,
+            option.critic_tokens,
         )
+
+    def check_budget(self, max_tokens: int) -> None:
+        """Refuse a second stage that leaves the first one no token.
+
+        Raises:
+            ValueError: it names how many there are.
+        """
+        asked = self.critic_tokens
+        if self.always and asked and asked + len(self.check) >= max_tokens:
+            raise ValueError(
+                f"tccf: critic_tokens {asked} and {len(self.check)} tokens of check "
+                f"leave nothing of max_tokens {max_tokens} for the first stage; lower "
+                "critic_tokens, raise max_tokens, or set always to false"
+            )
+
+    def most_thoughts(self, max_tokens: int) -> int:
+        """How many tokens the first stage may write."""
+        if not self.always:
+            return max_tokens
+        return max(max_tokens - len(self.check) - self._critic(max_tokens), 1)
+
+    def most_tokens(self, written: int, max_tokens: int) -> int:
+        """How many tokens the output may have once `written` are the first stage's."""
+        if self.critic_tokens == 0:
+            return max_tokens
+        whole = written + len(self.check) + self._critic(max_tokens)
+        return min(whole, max_tokens)
+
+    def _critic(self, max_tokens: int) -> int:
+        """Most tokens of the second stage."""
+        if self.critic_tokens is None:
+            return min(CRITIC_TOKENS, max_tokens // 2)
+        return self.critic_tokens
 
     def first_stage(self, before: Sequence[int], new: Sequence[int]) -> int:
         """How many `new` tokens, which follow `before`, are in the first stage."""
@@ -62,10 +113,6 @@ class Stages:
     def end_with(self, output: Sequence[int]) -> bool:
         """Whether an output's last token completes the trigger."""
         return tuple(output[-len(self.trigger) :]) == self.trigger
-
-    def is_over(self, output: Sequence[int]) -> bool:
-        """Whether an output goes on behind the trigger: in the second stage."""
-        return self.first_stage((), output) < len(output)
 
 
 def one_at_a_time(config: RequestConfig) -> RequestConfig:

@@ -20,7 +20,7 @@ from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.config.stop_ids import stop_ids
-from vllm_dlm.config.tccf import Stages, one_at_a_time
+from vllm_dlm.config.tccf import SECOND_STAGE, one_at_a_time
 from vllm_dlm.model_executor.layout import Limits, RequestLayout, lay_out
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.sampling.logits import tile_rows
@@ -157,10 +157,11 @@ class RequestFacts:
         """Gather the facts of a request that is new, or returns after a preemption."""
         params, known = new.sampling_params, new.prefill_token_ids
         prompt_len = new.prompt_len
-        config = request_config(params.extra_args, engine.server, engine.defaults)
+        asked = dict(params.extra_args or {})
+        in_second_stage = asked.pop(SECOND_STAGE, False)
+        config = request_config(asked, engine.server, engine.defaults)
         config = config.sized(params.max_tokens, engine.max_canvas)
-        stages = Stages.of(config.tccf, engine.model_config)
-        if stages is not None and stages.is_over(known[prompt_len:]):
+        if in_second_stage:
             config = one_at_a_time(config)
         layout = lay_out(
             config,

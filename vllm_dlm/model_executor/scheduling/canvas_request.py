@@ -25,6 +25,7 @@ from vllm_dlm.model_executor.layout import (
     plan_rows,
 )
 from vllm_dlm.model_executor.reply import take_canvas_end
+from vllm_dlm.model_executor.scheduling.stages import limit_thoughts
 from vllm_dlm.model_executor.step_maps import StepCount
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class CanvasRequest(Request):
     """The server's."""
     stages: Stages | None
     """What is left of `tccf`; None without it, and in its second stage."""
+    most_tokens: int
+    """`max_tokens` of the whole output; vLLM's is that of the stage."""
     stop_ids: frozenset[int]
     """Token ids that end the text."""
     commits_alone: bool
@@ -128,7 +131,9 @@ class CanvasRequest(Request):
         request.dlm = config
         request.model = model
         request.limits = limits
-        request.stages = stages
+        request.stages, request.most_tokens = stages, request.max_tokens
+        if stages is not None:
+            limit_thoughts(request, stages)
         request.stop_ids = stop_ids(params)
         request.commits_alone = commits_alone
         request.max_branches = max_branches

@@ -47,6 +47,7 @@ from vllm_dlm.model_executor.planning.branches import (
 )
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
+from vllm_dlm.model_executor.scheduling.stages import drop_its_end, is_thought_out
 from vllm_dlm.model_executor.scheduling.step_outcome import StepOutcome, take_apart
 from vllm_dlm.strategies import STRATEGIES
 
@@ -287,13 +288,14 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request, new_token_ids, is_stale
         )
         assert isinstance(request, CanvasRequest)
-        stages = request.stages
-        if not stopped and stages and stages.end_with(request.output_token_ids):
+        if is_thought_out(request, self.max_model_len):
+            assert request.stages is not None
             self._at_second_stage.append(request)
+            thoughts = drop_its_end(request, new_token_ids)
             check, stopped = super()._update_request_with_output(
-                request, list(stages.check), is_stale
+                request, list(request.stages.check), is_stale
             )
-            return [*new_token_ids, *check], stopped
+            return [*thoughts, *check], stopped
         if not stopped and request.was_cut():
             request.status = RequestStatus.FINISHED_STOPPED
             stopped = True
