@@ -77,7 +77,7 @@ def test_steps_are_for_strategies_that_follow_a_schedule(option: str):
             f"{option} would be ignored",
             f"the strategy {name!r} follows no step schedule",
             "diffucoder, dream, eoser with schedule 'even', klass, learn2pd, pc, "
-            "static, threshold with at_least 'scheduled'",
+            "prophet, static, threshold with at_least 'scheduled'",
         )
     scheduled = {"dlm_at_least": "scheduled"}
     assert steps(server(), **scheduled, **asked) == eight

@@ -45,12 +45,15 @@ RULES = (
     "hierarchy",
     "hierarchy/remask",
     "pc",
+    "prophet/masks",
+    "prophet/answer",
     "bacd",
     "klass",
     "credit/fixed",
     "credit/parameter_free",
     "slowfast",
     "joint/edit",
+    "joint/penalty",
     "joint/plain",
     "saber",
     "ass",
@@ -84,8 +87,15 @@ EVENTFUL: dict[str, dict[str, Any]] = {
     "slowfast": {"threshold": 0.6, "horizon_threshold": 0.5, "slow_steps": 3},
     "joint": {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
     "ete": {"threshold": 0.5, "window": 6, "fewest_bits": 2.0},
+    "prophet": {"early": 1.8, "middle": 1.4, "late": 1.1, "span": 6},
 }
 """Parameters that a random model reaches; the oracle's have the same names."""
+
+PENALTY = 2.0
+"""Of `joint/penalty`."""
+
+ANSWER = {"answer_start": 21, "answer_length": 3}
+"""Where `prophet/answer` looks: in the second block or the third."""
 
 EOTP = {"token": "first", "block": "block"}
 """Our names of end-of-text prediction and the oracle's."""
@@ -97,7 +107,7 @@ FREQUENCIES = torch.rand(100, generator=torch.Generator().manual_seed(0)) ** 4 +
 FREQUENCIES /= FREQUENCIES.sum()
 """Of the first 100 token ids: the random checkpoints have more."""
 
-WHOLE_BLOCK = ("learn2pd", "hierarchy", "joint", "saber")
+WHOLE_BLOCK = ("learn2pd", "hierarchy", "joint", "saber", "prophet")
 """Strategies that read decided positions too."""
 
 TIE = 1e-5
@@ -128,9 +138,13 @@ class Case:
         elif strategy == "eoser":
             config["schedule"] = variant
         elif strategy == "joint":
-            config["edit"] = variant == "edit"
+            config["edit"] = variant != "plain"
+            if variant == "penalty":
+                config["penalty"] = PENALTY
         elif variant == "remask":
             config["remask"] = True
+        elif variant == "answer":
+            config |= ANSWER
         if self.number is not None and strategy != "learn2pd":
             config[NUMBERS[strategy]] = self.number
         dlm = {
@@ -299,8 +313,9 @@ def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
         # KLASS's loop counts its steps out.
         return rule._replace(ends_by_schedule=strategy == "klass")
     if strategy == "joint":
-        if variant == "edit":
-            return rewriting_rules.joint(**EVENTFUL["joint"])
+        if variant != "plain":
+            penalty = PENALTY if variant == "penalty" else 0.0
+            return rewriting_rules.joint(**EVENTFUL["joint"], penalty=penalty)
         return rules.threshold(EVENTFUL["joint"]["mask_threshold"], strict=True)
     if strategy == "saber":
         return rewriting_rules.saber()
@@ -312,6 +327,9 @@ def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
         return rewriting_rules.eoser(eos_ids, variant, first_weight)
     if strategy == "ete":
         return rewriting_rules.ete(**EVENTFUL["ete"], begin=begin)
+    if strategy == "prophet":
+        answer = ANSWER if variant == "answer" else {}
+        return rules.prophet(case.block, **EVENTFUL["prophet"], **answer, begin=begin)
     if strategy == "learn2pd":
         return procedures.learn2pd(
             **filter_weights(case.block), k=max(case.block // per_block, 1)

@@ -41,6 +41,7 @@ BOLD: dict[str, dict[str, Any]] = {
     "learn2pd": {},
     "localleap": {},
     "pc": {},
+    "prophet": {"early": 0.1, "middle": 0.1, "late": 0.1},
     "replay": {"recorded_steps": [0] * LENGTH},
     "saber": {},
     "slowfast": {"threshold": 0.05},

@@ -14,7 +14,9 @@ from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, Strategy
 
 WIDTH, VOCAB = 8, 12
-FOLLOWING = {name: {} for name in ("dream", "diffucoder", "static", "pc", "klass")}
+FOLLOWING = {
+    name: {} for name in ("dream", "diffucoder", "static", "pc", "klass", "prophet")
+}
 FOLLOWING |= {
     "learn2pd": {},
     "threshold": {"at_least": "scheduled"},

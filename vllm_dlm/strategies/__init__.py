@@ -29,6 +29,7 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "learn2pd": "vllm_dlm.strategies.learn2pd:Learn2PD",
         "localleap": "vllm_dlm.strategies.localleap:LocalLeap",
         "pc": "vllm_dlm.strategies.pc:PcSampler",
+        "prophet": "vllm_dlm.strategies.prophet:Prophet",
         "replay": "vllm_dlm.strategies.replay:Replay",
         "saber": "vllm_dlm.strategies.saber:Saber",
         "slowfast": "vllm_dlm.strategies.slowfast:SlowFast",
