@@ -2,6 +2,7 @@
 """Options: merged in the right order, wrong ones refused with a helpful text."""
 
 import pickle
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -133,6 +134,16 @@ def test_parameters_merge_for_the_same_strategy_and_never_leak_into_another():
     assert same.params.threshold == 0.5
     other = resolve(base, {"dlm_strategy": "threshold"}, DEFAULTS)
     assert other.params == STRATEGIES["threshold"].Params()
+
+
+def test_a_model_has_parameters_for_further_strategies():
+    published = replace(DEFAULTS, other_strategies={"freedave": {"drafts": 8}})
+    asked = {"dlm_strategy": "freedave"}
+    assert resolve(server(), asked, published).params.drafts == 8
+    assert resolve(server(), asked, DEFAULTS).params.drafts == 4
+    base = server(strategy="freedave", strategy_config={"drafts": 3})
+    assert resolve(base, None, published).params.drafts == 3
+    assert resolve(base, {"dlm_drafts": 2}, published).params.drafts == 2
 
 
 def test_the_default_strategy_takes_the_servers_parameters():

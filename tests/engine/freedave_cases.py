@@ -28,11 +28,16 @@ class Asked:
     ignore_eos: bool = True
     temperature: float = 0.0
     seed: int = 0
+    cache: str = "none"
+    exact: bool = False
+    """The option `reference_exact`."""
 
     def by(self, strategy: str, **config: Any) -> SamplingParams:
         dlm: dict[str, Any] = {
             "strategy": strategy,
             "strategy_config": config,
+            "cache": self.cache,
+            "reference_exact": self.exact,
             "step_map": True,
         }
         if self.block is not None:

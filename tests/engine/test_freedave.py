@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from engine.block_engines import assert_only_final_pages_are_published
@@ -25,6 +26,10 @@ from engine.freedave_cases import (
     static,
 )
 from engine.harness import Engine, finished
+from reference.checkpoints import write_checkpoint
+from reference.freedave_procedures import freedave
+from reference.llada import TinyLLaDA
+from reference.network import TinyModel
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -36,7 +41,7 @@ LLADA_TINY = files("vllm_dlm") / "assets" / "llada-tiny"
 # -- full attention --------------------------------------------------------------
 
 
-def full_attention_sample(temperature: float) -> list[Asked]:
+def full_attention_sample(temperature: float, cache: str = "none") -> list[Asked]:
     return [
         Asked(
             make_prompt(1 + 11 * number, seed=number),
@@ -46,14 +51,81 @@ def full_attention_sample(temperature: float) -> list[Asked]:
             ignore_eos=number % 3 != 0,
             temperature=temperature,
             seed=number,
+            cache=cache,
         )
         for number in range(7)
     ]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_full_attention(engine: Engine, temperature: float):
-    compare(engine, full_attention_sample(temperature))
+CACHES = [("none", 0.0), ("none", 0.7), ("prefix", 0.7), ("dual", 0.0), ("dual", 0.7)]
+"""Policies under which steps may share a forward, and temperatures."""
+
+
+@pytest.mark.parametrize(("cache", "temperature"), CACHES)
+def test_full_attention(engine: Engine, cache: str, temperature: float):
+    compare(engine, full_attention_sample(temperature, cache))
+
+
+@pytest.fixture(scope="module")
+def dream_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dream") / "Dream-v0-Instruct-7B"
+    return write_checkpoint("dream", folder, seed=5)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_with_a_shift_and_keys_that_stay(
+    engines: Serve, dream_folder: Path, exact: bool
+):
+    """The row left of the block is computed with it; or the block is opened alone."""
+    sample = full_attention_sample(0.0, "dual")
+    compare(
+        engines(model=str(dream_folder)), [replace(one, exact=exact) for one in sample]
+    )
+
+
+def room_in(engine: Engine) -> Callable[[int, int, int], int]:
+    """Canvases that the context has room for, by rows [start, end) and keys."""
+    page = engine.scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    most = engine.scheduler.max_model_len // page
+
+    def room(start: int, end: int, length: int) -> int:
+        return 1 + (most - -(-length // page)) // (-(-end // page) - start // page)
+
+    return room
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_forwards_are_those_of_the_rule(
+    engines: Serve, checkpoint: Path, dream_folder: Path, cache: str, shift: int
+):
+    """No draft that is right is lost on the way, and none is verified too early."""
+    folder = dream_folder if shift else checkpoint
+    model = TinyModel.from_folder(folder) if shift else TinyLLaDA.from_folder(folder)
+    engine = engines(model=str(folder)) if shift else engines()
+    asked = [
+        Asked(
+            make_prompt(3 + 17 * number, seed=number),
+            max_tokens=48,
+            drafts=(4, 3, 8)[number],
+            block=(16, 8, 24)[number],
+            cache=cache,
+        )
+        for number in range(3)
+    ]
+    for one in asked:
+        wanted = freedave(
+            model,
+            list(one.prompt),
+            gen_length=one.max_tokens,
+            block_length=one.block,
+            drafts=one.drafts,
+            cache=cache,
+            shift=shift,
+            room=room_in(engine),
+        )
+        (got,) = run(engine, [one], Asked.drafted)
+        assert (got.tokens, got.forwards) == (wanted.tokens, wanted.forwards), one
 
 
 def test_one_draft_is_static(engine: Engine):
@@ -186,8 +258,8 @@ def test_no_drafts_where_every_step_is_looked_at(engine: Engine):
     assert (got.tokens, got.forwards) == (wanted.tokens, wanted.forwards)
 
 
-def test_approximate_caches_are_refused(engine: Engine):
-    sampling = Asked((1, 2)).by("freedave")
-    sampling.extra_args["dlm"]["cache"] = "dual"
-    with pytest.raises(VLLMValidationError, match="leave cache at 'none'"):
+@pytest.mark.parametrize("cache", ["vicinity", "window"])
+def test_caches_that_count_forwards_are_refused(engine: Engine, cache: str):
+    sampling = Asked((1, 2), cache=cache).by("freedave")
+    with pytest.raises(VLLMValidationError, match="set cache to 'none' or 'prefix' or"):
         engine.run([[1, 2]], sampling)

@@ -19,6 +19,7 @@ from vllm_dlm.model_executor.planning.branches import (
     Pages,
     Wish,
     branch_blocks,
+    copies_of_pages,
     plan_branches,
     share_out,
 )
@@ -52,14 +53,31 @@ def active_blocks(slots: list[int], starts: list[int], length: int) -> BlockRows
 
 def test_scratch_pages():
     """The picture in the module: pages of 16, a block of 32 from position 40 on."""
-    pages = Pages.of(40, 72, 16)
+    pages = Pages.of(40, 72, 72, 16)
     assert (pages.first, pages.end, pages.count) == (2, 5, 3)
     assert [pages.with_branches(count) for count in (1, 2, 3)] == [5, 8, 11]
     ids = [100 + page for page in range(11)]
-    assert pages.copies(ids, 40, 3, 16) == [(102, 105), (102, 108)]
-    assert pages.copies(ids, 40, 1, 16) == []
+    assert copies_of_pages(ids, 3, 40, 72, 72, 16) == [(102, 105), (102, 108)]
+    assert copies_of_pages(ids, 1, 40, 72, 72, 16) == []
     # A block that begins with a page shares none with finished text.
-    assert Pages.of(48, 80, 16).copies(ids, 48, 3, 16) == []
+    assert copies_of_pages(ids, 3, 48, 80, 80, 16) == []
+
+
+def test_scratch_pages_behind_a_canvas():
+    """The same block, with a canvas to position 100 whose keys it sees."""
+    pages = Pages.of(40, 72, 100, 16)
+    assert (pages.first, pages.end, pages.count, pages.scratch) == (2, 5, 3, 7)
+    assert [pages.with_branches(count) for count in (1, 2, 3)] == [7, 10, 13]
+    assert [pages.offset(branch) for branch in (1, 2)] == [5, 8]
+    ids = [100 + page for page in range(13)]
+    # The pages at both ends of the block hold more than the block.
+    assert copies_of_pages(ids, 3, 40, 72, 100, 16) == [
+        *((102, 107), (104, 109)),
+        *((102, 110), (104, 112)),
+    ]
+    # Where these are one page, it is copied once.
+    assert copies_of_pages(ids, 2, 40, 46, 100, 16) == [(102, 107)]
+    assert copies_of_pages(ids, 2, 48, 64, 100, 16) == []
 
 
 def test_a_forward_with_branches():
@@ -75,7 +93,8 @@ def test_a_forward_with_branches():
     assert segments.is_last.all()
 
     device = torch.device("cpu")
-    plan = plan_branches(starts, ends, branches, segments, 8, device)
+    kv_lens = segments.kv_lens
+    plan = plan_branches(starts, ends, branches, segments, kv_lens, 8, device)
     assert plan.row_branch.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4
     # vLLM counts on: positions 8 to 16 are those of branches.
     assert plan.setback.tolist() == [0] * 4 + [4] * 4 + [8] * 4 + [0] * 4
@@ -112,6 +131,24 @@ def test_a_forward_with_branches():
     assert group.by_branch(canvas, branch)[0].tolist() == [[1], [3], [4]]
 
 
+def test_branches_see_the_canvas_behind_their_block():
+    """A block of four rows, pages of 4, and a canvas that ends six positions on."""
+    starts, ends, branches = np.array([6]), np.array([10]), np.array([2])
+    four, zero = np.array([4]), np.array([0])
+    segments = cut_segments("full", starts, ends, four, zero, zero).repeated(branches)
+    plan = plan_branches(
+        starts, ends, branches, segments, np.array([16, 16]), 4, torch.device("cpu")
+    )
+    tables = torch.arange(10, 16, dtype=torch.int32)[None]
+    slot_mapping = torch.zeros(8, dtype=torch.int64)
+    plan.place_keys(slot_mapping, tables, 4)
+    # Pages 1 and 2 of the request, in its pages 4 and 5.
+    assert slot_mapping.tolist() == [0] * 4 + [58, 59, 60, 61]
+    seen = tables[[0, 0]]
+    plan.swap_pages(seen)
+    assert seen.tolist() == [[10, 11, 12, 13, 14, 15], [10, 14, 15, 13, 14, 15]]
+
+
 def test_drafts_are_written_by_rank():
     drafts = Drafts(torch.Size((10, 20)), MASK_ID, torch.device("cpu"))
     blocks = active_blocks([7, 5], [4, 8], 4)
@@ -144,43 +181,53 @@ def test_drafts_are_written_by_rank():
     assert drafts.of(blocks.blocks)[1][1, 0] == 0
 
 
-PLAIN = Wish(1, held=3, start=0, end=40)
+def wish(branches: int, held: int, start: int, end: int, seen: int = 0) -> Wish:
+    return Wish(branches, held, start, end, max(seen, end))
+
+
+PLAIN = wish(1, 3, 0, 40)
 """A request without drafts: 40 rows, 3 pages of 16."""
 
 
 @pytest.mark.parametrize(
     ("wishes", "rows", "pages", "shares"),
     [
+        pytest.param([wish(4, 2, 0, 32)], 128, 9, [4], id="room for all"),
+        pytest.param([wish(4, 2, 0, 32)], 127, 9, [3], id="few rows"),
+        pytest.param([wish(4, 2, 0, 32)], 128, 5, [3], id="few pages"),
+        pytest.param([wish(4, 7, 0, 32)], 128, 0, [3], id="pages it has"),
+        pytest.param([wish(4, 6, 0, 96)], 512, 99, [2], id="context ends"),
         pytest.param(
-            [Wish(4, held=2, start=0, end=32)], 128, 9, [4], id="room for all"
-        ),
-        pytest.param([Wish(4, held=2, start=0, end=32)], 127, 9, [3], id="few rows"),
-        pytest.param([Wish(4, held=2, start=0, end=32)], 128, 5, [3], id="few pages"),
-        pytest.param(
-            [Wish(4, held=7, start=0, end=32)], 128, 0, [3], id="pages it has"
-        ),
-        pytest.param(
-            [Wish(4, held=6, start=0, end=96)], 512, 99, [2], id="context ends"
-        ),
-        pytest.param(
-            [Wish(4, held=2, start=0, end=32), PLAIN], 128, 9, [2, 1], id="others"
+            [wish(4, 2, 0, 32), PLAIN],
+            128,
+            9,
+            [2, 1],
+            id="others",
         ),
         pytest.param(
-            [Wish(4, held=2, start=0, end=32), Wish(1, held=0, start=0, end=40)],
+            [
+                wish(4, 2, 0, 32),
+                wish(1, 0, 0, 40),
+            ],
             128,
             5,
             [2, 1],
             id="others need pages",
         ),
+        pytest.param([wish(4, 6, 32, 48, 96)], 64, 2, [3], id="canvas stays"),
         pytest.param(
-            [Wish(2, held=2, start=0, end=32)] * 3,
+            [wish(2, 2, 0, 32)] * 3,
             160,
             9,
             [2, 2, 1],
             id="in their order",
         ),
         pytest.param(
-            [Wish(4, held=2, start=0, end=32), PLAIN], 48, 0, [1, 1], id="no room"
+            [wish(4, 2, 0, 32), PLAIN],
+            48,
+            0,
+            [1, 1],
+            id="no room",
         ),
     ],
 )

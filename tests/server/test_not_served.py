@@ -97,8 +97,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         "dream",
         "Dream-v0-Instruct-7B",
         {},
-        {"additional_config": {"dlm": {"strategy": "freedave", "cache": "dual"}}},
-        ["'freedave'", "leave cache at 'none'"],
+        {"additional_config": {"dlm": {"strategy": "freedave", "cache": "window"}}},
+        ["'freedave'", "set cache to 'none' or 'prefix' or 'dual'"],
     ),
     "a penalty": (
         "dream",

@@ -108,8 +108,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["512", "256", "--dlm-block-length canvas"],
     ),
     "drafts of approximate KV": (
-        xargs(dlm_strategy="freedave", dlm_cache="dual"),
-        ["'freedave'", "'dual'", "leave cache at 'none'"],
+        xargs(dlm_strategy="freedave", dlm_cache="vicinity"),
+        ["'freedave'", "'vicinity'", "set cache to 'none' or 'prefix' or 'dual'"],
     ),
     "preset unknown": (
         xargs(dlm_strategy="joint", dlm_preset="fast"),

@@ -238,12 +238,18 @@ def test_needs_branches():
         select(freedave(), make_view([C8]))
 
 
-def test_refuses_approximate_caches():
+def test_refuses_caches_that_count_forwards():
     strategy = STRATEGIES["freedave"]
-    strategy.validate(FreeDaveParams(), 8, CPU)
-    for cache in ("prefix", "dual"):
-        with pytest.raises(ValueError, match="leave cache at 'none'"):
+    for cache in ("none", "prefix", "dual"):
+        strategy.validate(FreeDaveParams(), 8, replace(CPU, cache=cache))
+    for cache in ("vicinity", "window"):
+        with pytest.raises(ValueError, match="'none' or 'prefix' or 'dual'"):
             strategy.validate(FreeDaveParams(), 8, replace(CPU, cache=cache))
+    # `dual` of a block model computes a sub-block, and the whole block at its borders.
+    with pytest.raises(ValueError, match="set cache to 'none', or"):
+        strategy.validate(
+            FreeDaveParams(), 8, replace(CPU, cache="dual", attention="block")
+        )
 
 
 def test_registered_with_bounds():

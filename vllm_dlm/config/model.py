@@ -68,6 +68,8 @@ class ModelDefaults:
     that under temperature and top-k/p. Only `reference_exact` follows it."""
     strategy_config: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of `strategy` that differ from its own defaults."""
+    other_strategies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The same of further strategies, by name, as published for the family."""
 
     @property
     def reuses_blocks(self) -> bool:
@@ -118,6 +120,7 @@ class ModelDefaults:
                 hf_config, "dlm_reference_confidence", "model"
             ),
             strategy_config=getattr(hf_config, "dlm_strategy_config", {}),
+            other_strategies=getattr(hf_config, "dlm_other_strategies", {}),
         )
 
 
@@ -153,6 +156,7 @@ def declare(
     dlm_reference_confidence: Literal["model", "drawn"] = "model",
     dlm_strategy: str = "threshold",
     dlm_strategy_config: Mapping[str, Any] | None = None,
+    dlm_other_strategies: Mapping[str, Mapping[str, Any]] | None = None,
     dlm_max_canvas: int | None = None,
     dlm_stop_ids: tuple[int, ...] = (),
 ) -> None:
@@ -175,6 +179,7 @@ def declare(
         "dlm_reference_confidence": dlm_reference_confidence,
         "dlm_strategy": dlm_strategy,
         "dlm_strategy_config": dict(dlm_strategy_config or {}),
+        "dlm_other_strategies": dict(dlm_other_strategies or {}),
         "dlm_max_canvas": dlm_max_canvas,
         "dlm_stop_ids": list(dlm_stop_ids),
     }

@@ -182,7 +182,7 @@ def _params(
     count only for the strategy that they were set for.
     """
     own, set_as = asked.own_params(strategy)
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = {**defaults.other_strategies.get(strategy, {})}
     if strategy == defaults.strategy:
         params = _over(strategy, params, defaults.strategy_config)
     if strategy == (server.strategy or defaults.strategy):

@@ -98,11 +98,13 @@ class FreeDave(Strategy):
 
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
-        if context.cache != "none":
+        exact = ("none", "prefix", "dual") if context.attention == "full" else ("none",)
+        if context.cache not in exact:
             raise ValueError(
-                f"the strategy 'freedave' loses nothing only where keys and values are "
-                f"exact, and cache {context.cache!r} approximates them: leave cache at "
-                "'none', or use 'threshold'"
+                f"the strategy 'freedave' does several steps in one forward, and with "
+                f"cache {context.cache!r} the keys of a step depend on how many "
+                f"forwards were before it: set cache to {' or '.join(map(repr, exact))}"
+                ", or use 'threshold'"
             )
 
     def reference_steps(self, params: AnyParams, steps: int) -> int | None:

@@ -125,6 +125,10 @@ NAMES = Kind(
     lambda value: _are(value, lambda one: isinstance(one, str)),
 )
 TABLE = Kind("a JSON object", lambda value: isinstance(value, Mapping))
+TABLES = Kind(
+    "a JSON object of JSON objects",
+    lambda value: TABLE.accepts(value) and all(map(TABLE.accepts, value.values())),
+)
 DTYPE = Kind("the name of a torch dtype, as bfloat16", _is_dtype)
 
 
@@ -224,6 +228,7 @@ KINDS: dict[str, Kind] = {
         ),
         TABLE,
     ),
+    "dlm_other_strategies": TABLES,
     **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
     "initializer_range": FRACTION,
     "mlp_only_layers": LAYERS,

@@ -54,6 +54,7 @@ class DreamConfig(FamilyConfig, Qwen2Config):
             dlm_reference_confidence="drawn",
             dlm_shift=1,
             dlm_strategy_config={"threshold": 0.9},
+            dlm_other_strategies={"freedave": {"drafts": 8}},
             dlm_stop_ids=stop_ids(kwargs, DREAM_MASK_ID, DREAM_STOP_IDS),
         )
         super().__init__(**kwargs)

@@ -236,7 +236,10 @@ def _check_sizes(family: Family, given: Mapping[str, Any]) -> None:
         )
 
 
-_OVERRIDDEN_WHOLE = ("rope_parameters", "rope_scaling", "dlm_strategy_config")
+_OVERRIDDEN_WHOLE = (
+    *("rope_parameters", "rope_scaling"),
+    *("dlm_strategy_config", "dlm_other_strategies"),
+)
 
 
 class FamilyConfig:

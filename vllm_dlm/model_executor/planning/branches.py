@@ -3,9 +3,10 @@
 
 A decision may name draft tokens, ranked (`Decision.draft_tokens`). The request's next
 forward then has its rows several times over, one behind the other: branch 0 is the
-canvas, branch j has the drafts of rank below j in place of masks. A branch sees the
-finished text left of its rows, and itself. Its keys and values go to scratch pages of
-the request, behind those of its rows; pages of 16, a block of 32 from position 40 on:
+canvas, branch j has the drafts of rank below j in place of masks. A branch sees itself,
+and the keys on both sides of its rows that branch 0 sees. Its own keys and values go to
+scratch pages of the request, behind all that its rows see; pages of 16, a block of 32
+from position 40 on:
 
     the request's pages      0   1   2   3   4   5   6   7   8   9  10
     branch 0 sees            0   1   2   3   4                          as ever
@@ -13,8 +14,11 @@ the request, behind those of its rows; pages of 16, a block of 32 from position 
     branch 2 sees            0   1                       8   9  10      for 2, 3, 4
 
 Page 2 also holds eight positions of finished text: it is copied to pages 5 and 8
-before the forward. Scratch pages are the request's own, never published for prefix
-caching, and hold text later on, when the request has come that far.
+before the forward. With full attention and the cache policy `dual` a block also sees
+the canvas to its right, whose keys stay: scratch pages begin where the canvas ends, and
+page 4, which holds eight positions of that canvas, is copied to pages 7 and 10 as well.
+Scratch pages are the request's own, never published for prefix caching, and hold text
+later on, when the request has come that far.
 
 Branches are made of what is to spare, host-known to scheduler and worker: rows of the
 forward and free pages that no other request wants.
@@ -47,37 +51,59 @@ def page_size_of(kv_cache_config: KVCacheConfig) -> int:
 
 
 class Pages(NamedTuple):
-    """Pages that a request's rows [start, end) touch, counted in its block table."""
+    """Pages of a request's rows [start, end), counted in its block table."""
 
     first: Any
     end: Any
+    """[first, end): the pages that the rows touch."""
+    scratch: Any
+    """The first scratch page: one past the last page that the rows see."""
 
     @classmethod
-    def of(cls, start: Any, end: Any, page_size: int) -> Pages:
-        """The pages of rows [start, end): of numbers, or of arrays of them."""
-        return cls(start // page_size, -(-end // page_size))
+    def of(cls, start: Any, end: Any, seen: Any, page_size: int) -> Pages:
+        """The pages of some rows: of numbers, or of arrays of them.
+
+        Args:
+            start, end: the rows, [start, end).
+            seen: one past the last key that they see, at least `end`.
+        """
+        return cls(start // page_size, -(-end // page_size), -(-seen // page_size))
 
     @property
     def count(self) -> Any:
-        """How many pages these are: each branch needs as many scratch pages."""
+        """How many pages the rows touch: each branch needs as many scratch pages."""
         return self.end - self.first
 
     def with_branches(self, branches: int) -> int:
         """Pages of a request with this many branches, number 0 included."""
-        return int(self.end + (branches - 1) * self.count)
+        return int(self.scratch + (branches - 1) * self.count)
 
-    def copies(
-        self, pages: list[int], start: int, branches: int, page_size: int
-    ) -> list[tuple[int, int]]:
-        """Pages to copy, from and to, before a forward of rows from `start` on.
+    def offset(self, branch: Any) -> Any:
+        """By how much a branch's pages, from number 1 on, lie further on."""
+        return self.scratch - self.first + (branch - 1) * self.count
 
-        Args:
-            pages: ids of the request's pages.
-        """
-        if start % page_size == 0:
-            return []
-        scratch = pages[self.end : self.with_branches(branches) : self.count]
-        return [(pages[self.first], page) for page in scratch]
+
+def copies_of_pages(
+    ids: list[int], branches: int, start: int, end: int, seen: int, page_size: int
+) -> list[tuple[int, int]]:
+    """Pages to copy, from and to, before a forward: those that hold more than its rows.
+
+    Args:
+        ids: of the request's pages.
+        branches: of the request, number 0 included.
+        start, end, seen: as in `Pages.of`.
+    """
+    pages = Pages.of(start, end, seen, page_size)
+    shared = set()
+    if start % page_size:
+        shared.add(pages.first)
+    if end % page_size and seen > end:
+        shared.add(pages.end - 1)
+    return [
+        (ids[page], ids[page + pages.offset(branch)])
+        for branch in range(1, branches)
+        for page in sorted(shared)
+    ]
 
 
 class Wish(NamedTuple):
@@ -91,6 +117,8 @@ class Wish(NamedTuple):
     """First row of each branch."""
     end: int
     """One past the last row of each branch."""
+    seen: int
+    """One past the last key that these rows see."""
 
 
 def share_out(
@@ -108,14 +136,16 @@ def share_out(
     Returns:
         Branches of each request.
     """
-    spans = [Pages.of(wish.start, wish.end, page_size) for wish in wishes]
-    held = [max(wish.held, span.end) for wish, span in zip(wishes, spans, strict=True)]
+    spans = [Pages.of(wish.start, wish.end, wish.seen, page_size) for wish in wishes]
+    held = [
+        max(wish.held, span.scratch) for wish, span in zip(wishes, spans, strict=True)
+    ]
     rows -= sum(wish.end - wish.start for wish in wishes)
     pages -= sum(held) - sum(wish.held for wish in wishes)
     shares = []
     for wish, span, has in zip(wishes, spans, held, strict=True):
         length = wish.end - wish.start
-        room = min(has + pages, longest) - span.end
+        room = min(has + pages, longest) - span.scratch
         share = min(wish.branches, 1 + rows // length, 1 + room // span.count)
         share = max(share, 1)
         rows -= (share - 1) * length
@@ -146,7 +176,7 @@ class BranchPlan:
     segments_np: np.ndarray
     """[s]: segments of branches."""
     pages: Pages
-    """Of [s] arrays: the pages that scratch pages stand for."""
+    """Of [s] arrays: `first` to `end` are those that scratch pages stand for."""
     scratch_np: np.ndarray
     """[s]: by how much these lie further on in the block table."""
 
@@ -248,6 +278,7 @@ def plan_branches(
     ends: np.ndarray,
     branches: np.ndarray,
     segments: Segments,
+    kv_lens: np.ndarray,
     page_size: int,
     device: torch.device,
 ) -> BranchPlan:
@@ -257,6 +288,7 @@ def plan_branches(
         starts, ends: of each request of the batch, [start, end) of one branch's rows.
         branches: of each request, number 0 included.
         segments: of the forward, those of branches among them.
+        kv_lens: [S]: keys that each segment sees.
         page_size: tokens in a KV page.
         device: the engine's.
     """
@@ -265,11 +297,14 @@ def plan_branches(
         return torch.from_numpy(array).to(device, non_blocking=True)
 
     lengths = ends - starts
-    pages = Pages.of(starts, ends, page_size)
+    seen = np.zeros_like(ends)
+    seen[segments.request] = kv_lens
+    pages = Pages.of(starts, ends, seen, page_size)
     request, place = ragged(lengths * branches)
     branch = place // lengths[request]
     rows = branch.nonzero()[0]
     row_request = request[rows]
+    own_pages = Pages(*(of_request[row_request] for of_request in pages))
     position = starts[row_request] + place[rows] % lengths[row_request]
 
     copy = np.arange(len(segments.request)) - np.searchsorted(
@@ -277,17 +312,17 @@ def plan_branches(
     )
     number = np.where(branches[segments.request] > 1, copy, 0)
     of_branches = number.nonzero()[0]
-    owner = segments.request[of_branches]
+    replaced = Pages(*(of[segments.request[of_branches]] for of in pages))
     return BranchPlan(
         row_branch=on_device(branch),
         setback=on_device(branch * lengths[request]),
         rows_np=rows,
         row_request_np=row_request,
-        row_page_np=position // page_size + branch[rows] * pages.count[row_request],
+        row_page_np=position // page_size + own_pages.offset(branch[rows]),
         row_offset_np=position % page_size,
         segments_np=of_branches,
-        pages=Pages(pages.first[owner], pages.end[owner]),
-        scratch_np=number[of_branches] * pages.count[owner],
+        pages=replaced,
+        scratch_np=replaced.offset(number[of_branches]),
     )
 
 

@@ -124,7 +124,7 @@ def plan_forward(
     logits_rows, branch_plan = sent[1], None
     if branches.max() > 1:
         branch_plan = plan_branches(
-            starts, ends, branches, segments, page_size, facts.device
+            starts, ends, branches, segments, kv_lens, page_size, facts.device
         )
         blocks, rows = planner.with_branches(blocks, branches)
         (logits_rows,) = upload_int32(facts.device, rows)

@@ -5,6 +5,7 @@ Where a position is predicted by the row to its left, a block's first token come
 row outside of it. That loop computes this row in the block's first forward alone, which
 refreshes the keys: it writes the first token from it, however sure, and nothing else.
 What the strategy has for the block's step 0 is not written; it goes on with step 1.
+A strategy that drafts (FreeDave, arXiv 2510.00294) has all other masks drafted then.
 Source: NVlabs/Fast-dLLM's code for Dream (arXiv 2505.22618); with `reference_exact`.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from vllm_dlm.strategies.base import Decision, View, best_of
+from vllm_dlm.strategies.base import NOT_DRAFTED, Decision, View, best_of, ranks
 
 
 def opened(view: View, decision: Decision, opens_alone: torch.Tensor) -> Decision:
@@ -31,6 +32,13 @@ def opened(view: View, decision: Decision, opens_alone: torch.Tensor) -> Decisio
     def unless_opening(marks: torch.Tensor | None) -> torch.Tensor | None:
         return None if marks is None else marks & ~opens
 
+    drafts, rank = decision.draft_tokens, decision.draft_rank
+    if drafts is not None and rank is not None:
+        left = view.masked & ~first
+        by_confidence = torch.where(left, ranks(left, view.confidence), NOT_DRAFTED)
+        drafts = torch.where(opens, view.candidate, drafts)
+        rank = torch.where(opens, by_confidence, rank)
+
     return replace(
         decision,
         commit=torch.where(opens, first, decision.commit),
@@ -39,4 +47,6 @@ def opened(view: View, decision: Decision, opens_alone: torch.Tensor) -> Decisio
         else torch.where(opens, view.candidate, decision.new_tokens),
         edit=unless_opening(decision.edit),
         remask=unless_opening(decision.remask),
+        draft_tokens=drafts,
+        draft_rank=rank,
     )

@@ -277,6 +277,14 @@ class CanvasRequest(Request):
         # One for each mask, as far as the scheduler knows: for each missing token.
         return max(min(self.max_branches, block_end - len(self._all_token_ids)), 1)
 
+    def keys_end(self, rows_end: int) -> int:
+        """One past the last key that the rows of a canvas see.
+
+        Args:
+            rows_end: one past the last of these rows.
+        """
+        return self.canvas_end if self.layout.is_full else rows_end
+
     def take_branches(self, count: int) -> None:
         """Have the next forward evaluate several canvases."""
         start, end = self.next_rows()

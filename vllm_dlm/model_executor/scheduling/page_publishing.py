@@ -86,7 +86,8 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         if request.branches > 1:
             rows = request.branch_rows
             page_size = page_size_of(self.kv_cache_config)
-            pages = Pages.of(start, start + rows, page_size)
+            seen = request.keys_end(start + rows)
+            pages = Pages.of(start, start + rows, seen, page_size)
             end = pages.with_branches(num_new_tokens // rows) * page_size
             kwargs["num_lookahead_tokens"] = end - start - rows
             num_new_tokens = rows

@@ -40,8 +40,8 @@ from vllm_dlm.config.tccf import Stages
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits
 from vllm_dlm.model_executor.planning.branches import (
-    Pages,
     Wish,
+    copies_of_pages,
     page_size_of,
     share_out,
 )
@@ -171,14 +171,12 @@ class DiffusionStepScheduler(DiffusionScheduler):
         # Requests that may be admitted in this step come before drafts.
         seats = max(self.max_num_running_reqs - len(self.running), 0)
         requests = [*self.running, *islice(self.waiting, seats)]
-        wishes = [
-            Wish(
-                request.useful_branches(),
-                len(manager.get_block_ids(request.request_id)[0]),
-                *request.next_rows(),
-            )
-            for request in requests
-        ]
+        wishes = []
+        for request in requests:
+            start, end = request.next_rows()
+            held = len(manager.get_block_ids(request.request_id)[0])
+            branches, seen = request.useful_branches(), request.keys_end(end)
+            wishes.append(Wish(branches, held, start, end, seen))
         shares = share_out(
             wishes,
             rows=self.max_num_scheduled_tokens,
@@ -216,12 +214,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
         if request.branches == 1:
             return 1
         branches = num_rows // request.branch_rows
-        request_id = request.request_id
-        pages = Pages.of(start, start + request.branch_rows, self._page_size)
+        request_id, end = request.request_id, start + request.branch_rows
         (ids,) = self.kv_cache_manager.get_block_ids(request_id)
         copies = [
             KVCacheBlockCopy(*copy)
-            for copy in pages.copies(ids, start, branches, self._page_size)
+            for copy in copies_of_pages(
+                ids, branches, start, end, request.keys_end(end), self._page_size
+            )
         ]
         output.kv_cache_block_copies = (output.kv_cache_block_copies or []) + copies
         # The worker reads how many branches there are off the number of draft tokens.
