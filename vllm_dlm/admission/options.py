@@ -10,7 +10,7 @@ import torch
 
 from vllm_dlm.admission.handover import note, noted
 from vllm_dlm.admission.stray_options import refuse_unread
-from vllm_dlm.config.model import ModelDefaults, attention_of
+from vllm_dlm.config.model import ModelDefaults, attention_of, edit_tokens_of
 from vllm_dlm.config.options import LONGEST_REQUEST_BLOCK, DlmConfig, served_config
 from vllm_dlm.config.request import RequestConfig, resolve
 from vllm_dlm.config.request_options import own_options
@@ -133,5 +133,6 @@ def check_strategy(
             cache=config.cache,
             options=server.strategy_options(),
             positions=positions,
+            edit_tokens=edit_tokens_of(model_config.hf_config),
         )
         STRATEGIES[config.strategy].validate(config.params, length, context)

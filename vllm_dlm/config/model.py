@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from vllm_dlm.strategies.base import EditTokens
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -22,6 +24,9 @@ Attention: TypeAlias = Literal["full", "block", "causal"]
 """What a position sees. `full`: everything. `block`: all blocks up to its own, the
 prompt's included. `causal`: the prompt and finished text causally, its own block whole.
 """
+
+EDIT_TOKEN_FIELDS = ("delete_token_id", "split_token_id")
+"""Of config.json: what `EditTokens` are read from."""
 
 LETTERS: Mapping[str, Attention] = {"A": "full", "B": "block", "C": "causal"}
 """What `dlm_class` in a config.json may say in place of the words."""
@@ -70,6 +75,8 @@ class ModelDefaults:
     """Parameters of `strategy` that differ from its own defaults."""
     other_strategies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The same of further strategies, by name, as published for the family."""
+    edit_tokens: EditTokens | None = None
+    """By which the model deletes and inserts positions; None if it does neither."""
 
     @property
     def reuses_blocks(self) -> bool:
@@ -121,7 +128,17 @@ class ModelDefaults:
             ),
             strategy_config=getattr(hf_config, "dlm_strategy_config", {}),
             other_strategies=getattr(hf_config, "dlm_other_strategies", {}),
+            edit_tokens=edit_tokens_of(hf_config),
         )
+
+
+def edit_tokens_of(hf_config: PretrainedConfig) -> EditTokens | None:
+    """The `EditTokens` that a config declares, in LLaDA2.2's names; None without both.
+
+    `check_declarations` refuses one of them alone.
+    """
+    ids = [getattr(hf_config, name, None) for name in EDIT_TOKEN_FIELDS]
+    return None if None in ids else EditTokens(*ids)
 
 
 def declared_stop_ids(hf_config: PretrainedConfig) -> list[int]:
@@ -159,6 +176,8 @@ def declare(
     dlm_other_strategies: Mapping[str, Mapping[str, Any]] | None = None,
     dlm_max_canvas: int | None = None,
     dlm_stop_ids: tuple[int, ...] = (),
+    delete_token_id: int | None = None,
+    split_token_id: int | None = None,
 ) -> None:
     """Set a family's declarations on its HF config; call it before `super().__init__`.
 
@@ -182,6 +201,8 @@ def declare(
         "dlm_other_strategies": dict(dlm_other_strategies or {}),
         "dlm_max_canvas": dlm_max_canvas,
         "dlm_stop_ids": list(dlm_stop_ids),
+        "delete_token_id": delete_token_id,
+        "split_token_id": split_token_id,
     }
     for name in declared:
         value = given.pop(name, None)

@@ -132,6 +132,7 @@ class EngineFacts:
             attention=self.defaults.attention,
             cache=cache,
             options=self.server.strategy_options(),
+            edit_tokens=self.defaults.edit_tokens,
             agreed=get_tp_group().broadcast_object,
         )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -134,6 +134,9 @@ class View:
     """[R, B] float32: best minus second-best probability (need "margin")."""
     uniform: torch.Tensor | None = None
     """[R, B] float32 in [0, 1): seeded per request, position, step (need "uniform")."""
+    other: torch.Tensor | None = None
+    """[R, B] int64: the best token besides `candidate` and `Context.edit_tokens` (need
+    "other"); of no meaning where the strategy does not read the position."""
     probabilities: Probabilities | None = None
     """Of any token (need "probabilities")."""
     branches: Branches | None = None
@@ -210,7 +213,7 @@ class Strategy:
     """One line for `vllm-dlm strategies`."""
     Params: ClassVar[type[Params]] = Params
     needs: frozenset[str] = frozenset()
-    """Extra statistics, of: "entropy", "margin", "uniform", "probabilities",
+    """Extra statistics, of: "entropy", "margin", "uniform", "other", "probabilities",
     "branches". The class names all that it may ever read; `__init__` may narrow it to
     what its parameters call for."""
     state: Mapping[str, StateField] = {}
@@ -320,6 +323,15 @@ class Strategy:
         """
 
 
+class EditTokens(NamedTuple):
+    """Ids of the tokens by which a model changes a text's length; they are no text."""
+
+    delete: int
+    """Predicted at a position that is to go."""
+    insert: int
+    """Predicted at a position that a mask is to come before."""
+
+
 def _of_this_worker(value: Any) -> Any:
     """What `Context.agreed` is where there is one worker."""
     return value
@@ -342,6 +354,9 @@ class Context:
     """Server-level options (folder for learned filters, ...)."""
     positions: int | None = None
     """Output positions that the request may write, whole blocks; where it is known."""
+    edit_tokens: EditTokens | None = None
+    """What the model predicts where the text is too long or too short; None for a
+    model that edits no lengths."""
     agreed: Callable[[Any], Any] = _of_this_worker
     """The first worker's value of what each worker finds for itself, on disks that may
     differ. All tensor-parallel workers must call it when a strategy is built."""

@@ -22,6 +22,7 @@ from vllm_dlm.strategies.base import (
     NOT_DRAFTED,
     Branches,
     Decision,
+    EditTokens,
     Params,
     Strategy,
     View,
@@ -33,6 +34,7 @@ VOCAB = 40
 MASK_ID = VOCAB - 1
 FIRST_TEXT = 2
 """Tokens below it end the text."""
+EDIT_TOKENS = EditTokens(delete=2, insert=3)
 LONGEST_OUTPUT = 8
 """In blocks."""
 
@@ -211,6 +213,7 @@ class RandomBlocks:
             entropy=torch.where(read, entropy, 0.0) if "entropy" in needs else None,
             margin=torch.where(read, margin, 0.0) if "margin" in needs else None,
             uniform=self._statistic(1.0) * 0.999 if "uniform" in needs else None,
+            other=_besides(candidate) if "other" in needs else None,
             probabilities=probabilities,
         )
         return replace(
@@ -314,6 +317,12 @@ class RandomBlocks:
         # Some requests end early, or are preempted.
         leaves = done | (self._chance(self.rows) < 0.02)
         self._now = now.with_rows(self._begun(), leaves)
+
+
+def _besides(candidate: torch.Tensor) -> torch.Tensor:
+    """A token of the text for each candidate, and another than that."""
+    first = max(EDIT_TOKENS) + 1
+    return first + (candidate + 1) % (MASK_ID - first)
 
 
 def padded(view: View, more: int) -> View:

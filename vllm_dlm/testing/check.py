@@ -20,14 +20,14 @@ from vllm_dlm.strategies.base import (
     numeric_fields,
 )
 from vllm_dlm.strategies.probabilities import Probabilities
-from vllm_dlm.testing.blocks import RandomBlocks, padded
+from vllm_dlm.testing.blocks import EDIT_TOKENS, RandomBlocks, padded
 from vllm_dlm.testing.compiling import compile_and_compare, why_eager
 from vllm_dlm.testing.declared import check_decision, check_declarations
 from vllm_dlm.testing.report import Report
 
 Compiling = Literal["run", "trace", "no"]
 
-CONTEXT = Context(device=torch.device("cpu"), model="no-model")
+CONTEXT = Context(device=torch.device("cpu"), model="no-model", edit_tokens=EDIT_TOKENS)
 """Of a server that has no files for strategies."""
 
 

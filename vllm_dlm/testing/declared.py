@@ -9,7 +9,9 @@ import torch
 
 from vllm_dlm.strategies.base import Decision, Params, StateField, Strategy, View
 
-NEEDS = frozenset({"entropy", "margin", "uniform", "probabilities", "branches"})
+NEEDS = frozenset(
+    {"entropy", "margin", "uniform", "other", "probabilities", "branches"}
+)
 
 FLAGS = ("commit", "edit", "remask")
 """Fields of a decision that are [R, B] bool."""

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from vllm_dlm.config.model import LETTERS, Attention
+from vllm_dlm.config.model import EDIT_TOKEN_FIELDS, LETTERS, Attention
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("d_model", "n_embd", "dim"),
@@ -215,7 +215,9 @@ KINDS: dict[str, Kind] = {
         SWITCH,
     ),
     **dict.fromkeys(("model_type", "hidden_act", "dlm_strategy"), NAME),
-    **dict.fromkeys(("mask_token_id", "bos_token_id", "pad_token_id"), TOKEN),
+    **dict.fromkeys(
+        ("mask_token_id", "bos_token_id", "pad_token_id", *EDIT_TOKEN_FIELDS), TOKEN
+    ),
     **dict.fromkeys(("eos_token_id", "dlm_stop_ids"), TOKENS),
     **dict.fromkeys(("architectures", "layer_types"), NAMES),
     **dict.fromkeys(

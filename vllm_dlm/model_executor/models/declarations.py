@@ -7,7 +7,7 @@ import os
 from pathlib import PurePath
 from typing import Any, get_args
 
-from vllm_dlm.config.model import Attention, attention_of
+from vllm_dlm.config.model import EDIT_TOKEN_FIELDS, Attention, attention_of
 from vllm_dlm.model_executor.models.config_fields import KINDS
 
 UNKNOWN_MASK_ID = -1
@@ -72,6 +72,9 @@ def check_declarations(hf_config: Any) -> None:
     elif mask == UNKNOWN_MASK_ID:
         problem = "mask_token_id is not known: config.json does not name it"
         example = '{"mask_token_id": ID}'
+    elif problem_with_edits := _problem_with_edit_tokens(hf_config):
+        problem = problem_with_edits
+        example = '{"delete_token_id": ID, "split_token_id": ID}'
     elif not 0 <= mask < hf_config.vocab_size:
         problem = (
             f"mask_token_id {mask} is outside the vocabulary of {hf_config.vocab_size}"
@@ -82,3 +85,24 @@ def check_declarations(hf_config: Any) -> None:
     raise ValueError(
         f"{problem}; set it in config.json, or with --hf-overrides '{example}'"
     )
+
+
+def _problem_with_edit_tokens(hf_config: Any) -> str:
+    """What is wrong with the tokens that delete and insert; "" if nothing is."""
+    ids = {
+        name: getattr(hf_config, name)
+        for name in EDIT_TOKEN_FIELDS
+        if getattr(hf_config, name, None) is not None
+    }
+    if not ids:
+        return ""
+    named = " and ".join(f"{name} {id_}" for name, id_ in ids.items())
+    if len(ids) < len(EDIT_TOKEN_FIELDS):
+        return f"there is {named}, and not the other of {', '.join(EDIT_TOKEN_FIELDS)}"
+    if any(not 0 <= id_ < hf_config.vocab_size for id_ in ids.values()):
+        return f"{named} are not both inside the vocabulary of {hf_config.vocab_size}"
+    if len({*ids.values(), hf_config.mask_token_id}) <= len(ids):
+        return (
+            f"{named} are not two ids besides mask_token_id {hf_config.mask_token_id}"
+        )
+    return ""

@@ -21,11 +21,13 @@ import numpy as np
 import torch
 
 from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered, uniform
+from vllm_dlm.kernels.next_best import next_best
 from vllm_dlm.kernels.token_stats import prob_of, token_stats
 from vllm_dlm.model_executor.columns import NO_TOKEN, STOP_IDS
 from vllm_dlm.model_executor.sampling.bad_words import MASKED
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
+from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import given
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Candidates:
         # On the host: which rows need more than their argmax.
         self._draws, self._truncates = flags(), flags()
         self._measures_drawn, self._leads_greedily = flags(), flags()
+        self._reads_other = flags()
         self._restrictions: dict[int, Restriction] = {}
         self._with_many_stop_ids: set[int] = set()
         """Slots of requests with more stop ids than the table has room for."""
@@ -102,6 +105,7 @@ class Candidates:
         self._draws[slot] = draws
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
         self._measures_drawn[slot] = draws and request.measures_drawn
+        self._reads_other[slot] = "other" in STRATEGIES[request.config.strategy].needs
         defaults = self.facts.defaults
         shifts_leads = defaults.leads_blocks and defaults.shift == 1
         exact = request.config.reference_exact
@@ -132,7 +136,8 @@ class Candidates:
 
     def are_special(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests needs more than its rows' argmax."""
-        return bool((self._draws[slots_np] | self._restricts()[slots_np]).any())
+        special = self._draws | self._reads_other | self._restricts()
+        return bool(special[slots_np].any())
 
     def have_bad_words(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests forbids words."""
@@ -162,6 +167,8 @@ class Candidates:
             (some,) = wanted.nonzero()
             if len(some):
                 self._redo(choice, tile, some, gathers=gathers)
+        if self._reads_other[slots].any():
+            self._choose_others(choice, tile)
 
     def _redo(
         self, choice: Choice, tile: Tile, some: np.ndarray, *, gathers: bool
@@ -223,6 +230,28 @@ class Candidates:
         measured = self._measures_drawn[slots].nonzero()[0]
         if len(measured):
             self._measure_drawn(choice, processed, sampling, at, on_device(measured))
+
+    def _choose_others(self, choice: Choice, tile: Tile) -> None:
+        """Find the best text besides the candidates, which are chosen already."""
+        logits, besides = tile.logits, self.facts.defaults.edit_tokens or ()
+        choice.other.copy_(
+            next_best(
+                tile.values,
+                choice.candidate,
+                besides,
+                banned=logits.banned_in(tile.rows),
+                ban_id=logits.mask_id,
+                shard=logits.shard,
+            )
+        )
+        (some,) = self._restricts()[tile.slots_np].nonzero()
+        if not len(some):
+            return
+        at = torch.from_numpy(some).to(logits.device, non_blocking=True)
+        allowed = logits.whole(tile.values[at], at + tile.rows.start)
+        allowed = allowed.to(torch.float32, copy=True)
+        self._restrict(allowed, some + tile.own.start, tile.blocks)
+        choice.other[at] = next_best(allowed, choice.candidate[at], besides)
 
     def _sampling(self, slots: torch.Tensor) -> Sampling:
         """The sampling parameters of rows of these slots [n]."""

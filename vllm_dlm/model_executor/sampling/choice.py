@@ -30,6 +30,8 @@ class Choice(NamedTuple):
     """float32, nats; of no meaning where no strategy asks for it."""
     margin: torch.Tensor
     """float32; as entropy."""
+    other: torch.Tensor
+    """int64: the best of the other tokens that are text; as entropy."""
 
     @classmethod
     def room_for(cls, num_rows: int, device: torch.device) -> Choice:
@@ -45,6 +47,7 @@ class Choice(NamedTuple):
             column(torch.float64),
             column(number),
             column(number),
+            column(torch.int64),
         )
 
     def part(self, rows: slice) -> Choice:
@@ -60,13 +63,20 @@ class Choice(NamedTuple):
         """
         return ~self.logsumexp.isfinite()
 
-    def at(self, blocks: Blocks) -> Choice:
+    def at(self, blocks: Blocks, *, other: bool = False) -> Choice:
         """The rows of some blocks at their places [R, B], 0 where none is read.
 
         (0 is finite: what is not read is not broken.)
+
+        Args:
+            other: whether the column of this name is read; if not, it is left out.
         """
         has_row, rows = blocks.has_row, blocks.row_at.clamp(min=0)
-        return Choice(*(torch.where(has_row, column[rows], 0) for column in self))
+        *columns, last = self
+        if other:
+            columns.append(last)
+        placed = [torch.where(has_row, column[rows], 0) for column in columns]
+        return Choice(*placed, *([] if other else [last]))
 
 
 @dataclass(frozen=True)

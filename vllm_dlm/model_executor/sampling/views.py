@@ -82,7 +82,7 @@ class Views:
         longest = requests.text_end - requests.prompt_len
         block_masks = self._block_masks(masked, requests)
 
-        chosen = choice.at(blocks)
+        chosen = choice.at(blocks, other="other" in needs)
         tokens = table.tokens[blocks.slots[:, None], blocks.places].long()
         # What was emitted stays, whatever the model thinks of it now.
         stays = (decided & table.is_emitted(blocks)) | ~blocks.has_row
@@ -104,6 +104,7 @@ class Views:
             entropy=chosen.entropy if "entropy" in needs else None,
             margin=chosen.margin if "margin" in needs else None,
             uniform=self.candidates.noise(step, blocks) if "uniform" in needs else None,
+            other=chosen.other if "other" in needs else None,
             probabilities=extras.probabilities,
             branches=extras.branches,
         )
