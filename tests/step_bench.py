@@ -114,7 +114,7 @@ class StepBench:
             "block_length": length,
             "sub_block_length": rand.choice([length, length // 2]),
             "steps_per_block": rand.randint(1, length),
-            "eotp": rand.randint(0, 2),
+            "eotp": rand.randint(0, 3),
             "eotp_threshold": 0.5,
             "exact": rand.randint(0, 1),
             "opens_alone": rand.randint(0, 1) * (self.defaults.attention == "full"),

@@ -102,7 +102,10 @@ def test_end_of_text_prediction_is_the_strategys_unless_set():
     assert modes(base) == ("off", 0.5)
     assert modes(base, dlm_strategy="static") == ("off", 0.5)
     assert modes(base, dlm={"eotp": "block"}, dlm_eotp_threshold=2) == ("block", 2.0)
-    refused(lambda: modes(base, dlm_eotp="paper"), "'off', 'block' or 'token'")
+    refused(
+        lambda: modes(base, dlm_eotp="paper"), "'off', 'block', 'token' or 'canvas'"
+    )
+    assert modes(base, dlm_eotp="canvas") == ("canvas", 0.5)
     for wrong in (True, 2.1, -1, "much"):
         refused(partial(modes, base, dlm_eotp_threshold=wrong), "eotp_threshold")
     for unread in (base, server()):
@@ -110,6 +113,14 @@ def test_end_of_text_prediction_is_the_strategys_unless_set():
         refused(partial(modes, unread, dlm_eotp_threshold=0.8), ignored)
         explicit = modes(unread, dlm_eotp="off", dlm_eotp_threshold=0.8)
         assert explicit == ("off", 0.8)
+    refused(
+        lambda: resolve(
+            server(),
+            {"dlm_eotp": "canvas"},
+            ModelDefaults("threshold", 32, mask_token_id=9, attention="block"),
+        ),
+        "use 'off', 'block' or 'token'",
+    )
     nested = {"strategy": "learn2pd", "strategy_config": {"eotp": "off"}}
     refused(lambda: modes(base, dlm=nested), "'eotp'", "beside strategy_config")
 

@@ -32,6 +32,7 @@ RULES = (
     *(f"static/{mode}" for mode in procedures.STATIC_MODES),
     "threshold",
     "threshold/token",
+    "threshold/canvas",
     "factor",
     "learn2pd/off",
     "learn2pd/token",
@@ -97,7 +98,7 @@ PENALTY = 2.0
 ANSWER = {"answer_start": 21, "answer_length": 3}
 """Where `prophet/answer` looks: in the second block or the third."""
 
-EOTP = {"token": "first", "block": "block"}
+EOTP = {"token": "first", "block": "block", "canvas": "canvas"}
 """Our names of end-of-text prediction and the oracle's."""
 
 FILTER_BLOCKS = (8, 12, 16, 32)
@@ -130,6 +131,14 @@ class Case:
     """The rule's parameter of `NUMBERS`, where not the usual value."""
     cache_config: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def sure(self) -> float:
+        """The option `eotp_threshold`; a random model is never sure of an end."""
+        strategy, _, variant = self.rule.partition("/")
+        if strategy == "learn2pd" and self.number is not None:
+            return self.number
+        return 0.05 if variant == "canvas" else 0.9
+
     def params(self, reference_exact: bool = False, **more: Any) -> SamplingParams:
         strategy, _, variant = self.rule.partition("/")
         config = dict(EVENTFUL.get(strategy, {}))
@@ -155,7 +164,7 @@ class Case:
             "block_length": self.block,
             "steps": self.steps if follows_schedule(strategy, config) else None,
             "eotp": variant if variant in EOTP else "off",
-            "eotp_threshold": self.number if strategy == "learn2pd" else None,
+            "eotp_threshold": self.sure if variant in EOTP else None,
             "reference_exact": reference_exact,
         }
         options = {"ignore_eos": self.ignore_eos, "seed": self.seed} | more
@@ -258,7 +267,7 @@ def expect(
             eos_stop=not case.ignore_eos,
             # Who ignores the end of the text has none to predict.
             eotp=None if case.ignore_eos else EOTP.get(variant),
-            eot_threshold=0.9 if case.number is None else case.number,
+            eot_threshold=case.sure,
             observe=observe,
             **options,
         )

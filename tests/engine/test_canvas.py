@@ -182,15 +182,15 @@ def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
     assert sum(e.tokens != b for e, b in zip(wanted, banned, strict=True)) > with_masks
 
 
-@pytest.mark.parametrize("eotp", ["token", "block"])
+@pytest.mark.parametrize("eotp", ["token", "block", "canvas"])
 @pytest.mark.parametrize("cache", CACHES)
 def test_end_of_text_predicted_wrongly(
     engine: Engine, oracle: TinyLLaDA, cache: str, eotp: str
 ):
     """An unsure EOS cuts the canvas and then becomes another token.
 
-    Cut after it (token), the text ends there; cut after its block (block), it goes on
-    from there on a further canvas.
+    Cut after it (token), the text ends there; cut after its block (block, canvas), it
+    goes on from there on a further canvas.
     """
     cases = [
         Case(

@@ -2,7 +2,7 @@
 """End-of-text prediction with other strategies than learn2pd, and other models.
 
 That tokens and forwards are the oracle's shows `test_parity.py` (`threshold/token`,
-`localleap/block`).
+`threshold/canvas`, `localleap/block`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from engine.block_engines import BlockEngines
-from engine.cases import make_prompt
+from engine.cases import Case, expect, make_prompt
 from engine.harness import Engine, Finished, params
+from engine.test_counts import counting
+from reference.cached_procedures import ALL_CACHES
+from reference.llada import TinyLLaDA
 
 LENGTHS = range(1, 25)
 
@@ -84,3 +87,67 @@ def test_cad_holds_ends_of_text_back(engine: Engine):
     assert sum(len(result.tokens) for result in held) > 1.2 * sum(
         len(result.tokens) for result in free
     )
+
+
+class Counting:
+    """An oracle that notes which rows each forward computes."""
+
+    def __init__(self, model: TinyLLaDA) -> None:
+        self.model = model
+        self.rows: list[tuple[int, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def forward(self, ids, positions, store=None):
+        self.rows.append((positions[0], positions[-1] + 1))
+        return self.model.forward(ids, positions, store)
+
+
+@pytest.mark.parametrize("cache", ALL_CACHES)
+def test_what_is_dropped_is_not_computed(engine: Engine, oracle: TinyLLaDA, cache: str):
+    """Rows, and rows through lm_head, of every forward of a canvas that shrinks.
+
+    lm_head sees the masks of the block, and all rows right of the block.
+    """
+    shrunk = 0
+    for length in range(2, 26, 3):
+        case = Case(make_prompt(length, 1), "threshold/canvas", cache, max_tokens=128)
+        noting, heads = Counting(oracle), []
+
+        def note(view, _, length=length, noting=noting, heads=heads):
+            block_end = length + view.first + len(view.masked)
+            ahead = max(noting.rows[-1][1] - block_end, 0)
+            heads.append(int(view.masked.sum()) + ahead)
+
+        expected = expect(case, noting, observe=note)
+        with counting(engine) as counts:
+            (result,) = engine.run([case.prompt], case.params())
+        assert result.tokens == expected.tokens
+        computed = [end - start for start, end in noting.rows]
+        assert counts.rows == computed[: len(counts.rows)]
+        assert counts.logits_rows == heads[: len(counts.rows)]
+        shrunk += len({end for _, end in noting.rows[:6]}) > 2
+    assert shrunk >= 2
+
+
+def test_a_request_decodes_alone_as_beside_others(engine: Engine):
+    """Some look ahead, some do not; what one sees is not another's."""
+    lengths, requests = range(1, 25), []
+    for number, _ in enumerate(lengths):
+        dlm = {
+            "strategy": ("threshold", "learn2pd", "klass", "static")[number % 4],
+            "cache": ALL_CACHES[number % 5],
+            "block_length": (8, 16)[number % 2],
+            "eotp": ("canvas", "canvas", "block", "off")[number // 2 % 4],
+        }
+        if dlm["eotp"] != "off":
+            dlm["eotp_threshold"] = 0.03
+        requests.append(params(96, dlm=dlm))
+    prompts = [make_prompt(length, 1) for length in lengths]
+    together = engine.run(prompts, requests)
+    alone = [
+        engine.run([prompt], one)[0]
+        for prompt, one in zip(prompts, requests, strict=True)
+    ]
+    assert together == alone

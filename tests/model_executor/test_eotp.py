@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.views import C8, make_view, random_view
 
+from vllm_dlm.config.cache import FAR
 from vllm_dlm.model_executor.sampling.eotp import MODES, canvas_cut, end_of_text
 from vllm_dlm.strategies.base import View
 
@@ -87,16 +88,19 @@ def test_agrees_with_a_slow_loop(seed, ties, threshold):
     [
         ("off", False, -1, -1),
         ("block", False, -1, 7),
+        ("canvas", False, -1, 7),
         ("token", False, -1, 3),
         ("token", True, -1, 7),  # the end may yet be edited away
         ("off", False, 5, 5),
         ("block", False, 5, 5),  # the cut further left
+        ("canvas", False, 5, 5),
         ("token", False, 5, 3),
     ],
 )
 def test_what_is_cut_after_an_end_at_3(mode, rewrites, own, cut):
     found = canvas_cut(
         torch.tensor([3]),
+        torch.tensor([19]),  # an end ahead says nothing then
         torch.tensor([MODES.index(mode)]),
         torch.tensor([rewrites]),
         torch.tensor([8]),
@@ -105,12 +109,30 @@ def test_what_is_cut_after_an_end_at_3(mode, rewrites, own, cut):
     assert found.tolist() == [cut]
 
 
+@pytest.mark.parametrize(
+    ("ahead", "own", "cut"),
+    [(8, -1, 15), (15, -1, 15), (16, -1, 23), (8, 3, 3), (8, 20, 15)],
+)
+def test_an_end_ahead_cuts_behind_its_block(ahead, own, cut):
+    found = canvas_cut(
+        torch.full((len(MODES),), -1),
+        torch.full((len(MODES),), ahead),
+        torch.arange(len(MODES)),
+        torch.zeros(len(MODES), dtype=torch.bool),
+        torch.full((len(MODES),), 8),
+        torch.full((len(MODES),), own),
+    )
+    canvas = MODES.index("canvas")
+    assert found.tolist() == [cut if mode == canvas else own for mode in range(4)]
+
+
 def test_rows_differ_and_without_an_end_nothing_is_cut():
     found = canvas_cut(
-        torch.tensor([-1, -1, 2, 2, 2]),
+        torch.tensor([-1, -1, 2, 2, 2, 2]),
+        torch.full((6,), FAR),
         torch.tensor([MODES.index(m) for m in ("block", "token", *MODES)]),
-        torch.zeros(5, dtype=torch.bool),
-        torch.tensor([8, 8, 8, 4, 8]),
+        torch.zeros(6, dtype=torch.bool),
+        torch.tensor([8, 8, 8, 4, 8, 8]),
         None,
     )
-    assert found.tolist() == [-1, -1, -1, 3, 2]
+    assert found.tolist() == [-1, -1, -1, 3, 2, 7]

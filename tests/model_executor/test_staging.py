@@ -91,7 +91,7 @@ def requests(draw: st.DrawFn, model: ModelDefaults, slot: int) -> New:
     options: dict[str, Any] = {
         "strategy": draw(st.sampled_from(RULES)),
         "reference_exact": draw(st.booleans()),
-        "eotp": draw(st.sampled_from(MODES)),
+        "eotp": draw(st.sampled_from(MODES if model is FULL else MODES[:3])),
         "eotp_threshold": draw(st.floats(0, 1)),
     }
     if options["strategy"] == "threshold":

@@ -56,6 +56,8 @@ __all__ = [
 ]
 
 
+EOTP_MODES = ("first", "block", "canvas", "paper")
+
 FOREVER = 50
 """Steps per position that only a block without an end takes."""
 
@@ -149,7 +151,10 @@ def generate(
             and whose argmax is EOS with confidence >= eot_threshold. "paper": the
             second branch takes the most confident one of *all* masked positions
             whose rows this forward computed, whatever its confidence. "block": as
-            "first", but the cut is at the end of the active block.
+            "first", but the cut is at the end of the active block. "canvas": as
+            "block"; where that finds no end, the first position predicted by a row
+            right of the active block, if this forward computed such rows, whose argmax
+            is EOS with confidence >= eot_threshold: the cut is at the end of its block.
         observe: called with the view and the chosen offsets, before the commit.
 
     Raises:
@@ -159,10 +164,8 @@ def generate(
     """
     if cache not in ALL_CACHES:
         raise ValueError(f"cache {cache!r} is not one of {ALL_CACHES}")
-    if eotp not in (None, "first", "block", "paper"):
-        raise ValueError(
-            f"eotp {eotp!r} is not one of (None, 'first', 'block', 'paper')"
-        )
+    if eotp not in (None, *EOTP_MODES):
+        raise ValueError(f"eotp {eotp!r} is not None or one of {EOTP_MODES}")
     if gen_length % block_length:
         raise ValueError("gen_length must be a multiple of block_length")
     mask_id = model.mask_id if mask_id is None else mask_id
@@ -290,8 +293,17 @@ def generate(
                         if p < end and c >= float32(eot_threshold)
                     ]
                     cut = min(sure) + 1 if sure else cut
-                if eotp == "block" and cut < len(row):
+                if eotp in ("block", "canvas") and cut < len(row):
                     cut = end
+                elif eotp == "canvas":
+                    far = [
+                        p
+                        for p, c in predicted.items()
+                        if p >= end + shift and c >= float32(eot_threshold)
+                    ]
+                    if far:
+                        blocks = (min(far) - start) // block_length + 1
+                        cut = min(cut, start + blocks * block_length)
                 del row[cut:], set_at[cut:]
                 if store is not None:
                     store.truncate(cut)

@@ -301,6 +301,46 @@ def test_eotp_first_cuts_at_the_leftmost_sure_eos_of_the_active_block():
     assert scripted(script, eotp="first", eot_threshold=0.99, **options).forwards > 2
 
 
+@pytest.mark.parametrize(
+    ("cache", "eot_threshold", "ends"),
+    [
+        ("none", 0.9, [16, 8, 8]),  # the first sure end is at 6
+        ("none", 0.95, [16, 12, 12]),  # at 8
+        ("none", 1.0, [16, 16, 16]),
+        ("prefix", 0.9, [16, 8, 8]),
+        ("dual", 0.9, [16, 4, 4]),  # later steps compute the block alone
+    ],
+)
+def test_eotp_canvas_cuts_behind_the_block_of_the_first_sure_eos(
+    cache, eot_threshold, ends
+):
+    script = [(1, 0.6)] * 4 + [(EOS, 0.3), (2, 0.99), (EOS, 0.91), (EOS, 0.2)]
+    model = ScriptedModel(script + [(EOS, 0.99)] * 8)
+    generate(
+        model,
+        [],
+        gen_length=16,
+        block_length=4,
+        rule=threshold(0.9),
+        cache=cache,
+        eotp="canvas",
+        eot_threshold=eot_threshold,
+        eos_stop=False,
+    )
+    assert [end for _, end, _ in model.calls[:3]] == ends
+
+
+@pytest.mark.parametrize(("shift", "cut"), [(0, 8), (1, 12)])
+def test_eotp_canvas_looks_at_rows_right_of_the_block_only(shift, cut):
+    """With a shift, a row of the block predicts the first position behind it."""
+    script = [(1, 0.6)] * 4 + [(2, 0.6)] * 12
+    script[4 - shift], script[9 - shift] = (EOS, 0.95), (EOS, 0.95)
+    model = ScriptedModel(script)
+    options = {"gen_length": 16, "block_length": 4, "rule": threshold(0.99)}
+    generate(model, [], eotp="canvas", shift=shift, eos_stop=False, **options)
+    assert model.calls[1][1] == cut
+
+
 def test_eotp_paper_cuts_at_the_most_confident_eos_of_the_canvas():
     script = [(1, 0.99), (2, 0.8), (EOS, 0.2), (2, 0.8)] + [(2, 0.5), (EOS, 0.3)] * 2
     options = {"gen_length": 8, "eos_stop": False}

@@ -31,7 +31,7 @@ from vllm_dlm.strategies.presets import PRESET, named
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-EndOfText = Literal["off", "block", "token"]
+EndOfText = Literal["off", "block", "token", "canvas"]
 
 COMPILE = ("auto", "all", "none")
 """What the option `compile` may say instead of names of strategies."""
@@ -126,9 +126,11 @@ class DlmConfig(BaseModel):
         default=None,
         description="End-of-text prediction: as soon as the active block has an "
         "end-of-text token, written or predicted, drop the blocks after it (`block`), "
-        "or all that is right of the token (`token`), or nothing (`off`) (Learn2PD, "
-        "arXiv 2509.25188). Default: the strategy's own: `block` with learn2pd, else "
-        "`off`.",
+        "or all that is right of the token (`token`), or nothing (`off`). `canvas`, of "
+        "models with full attention, is `block`, and looks right of the active block "
+        "too: the blocks behind a predicted end are dropped from the first step on "
+        "(Learn2PD, arXiv 2509.25188). Default: the strategy's own: `block` with "
+        "learn2pd, else `off`.",
     )
     eotp_threshold: Number = Field(
         default=0.9,

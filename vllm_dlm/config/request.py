@@ -153,6 +153,13 @@ def resolve(
         step_map=_first_set("step_map", asked, server).step_map,
     )
     if defaults.reuses_blocks:
+        if eotp == "canvas":
+            raise OptionError(
+                f"{asked.names.get('eotp', 'eotp')} 'canvas' is for models with full "
+                "attention: this model computes nothing right of the active block; "
+                "use 'off', 'block' or 'token'",
+                asked.names.get("eotp", "eotp"),
+            )
         check_block_causal(
             strategy,
             cache,
@@ -233,7 +240,7 @@ def _end_of_text(
         set_as = asked.names["eotp_threshold"]
         raise OptionError(
             f"{set_as} would be ignored: eotp is 'off'; set it to "
-            "'block' or 'token', or leave the threshold out",
+            "'block', 'token' or 'canvas', or leave the threshold out",
             set_as,
         )
     return eotp, _first_set("eotp_threshold", asked, server).eotp_threshold

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.config.cache import Reach
+from vllm_dlm.config.cache import FAR, Reach
 from vllm_dlm.model_executor.staging import Staging
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params, numeric_fields
@@ -221,6 +221,10 @@ class Columns:
         # prompt is ordinary text.
         self.masked = zeros(length, torch.bool)
         """[S + 1, L] bool."""
+
+        self.end_ahead = torch.full((rows,), FAR, dtype=torch.int64, device=device)
+        """[S + 1] int64: where this step's forward predicts an end of the text right
+        of the active block, for the option `eotp`; `FAR` for nowhere (`lookout.py`)."""
 
         # -- columns [S + 1] by name; flags are 0 or 1 ---------------------------
         named = dict(zip(FACTS, self.facts.unbind(1), strict=False))

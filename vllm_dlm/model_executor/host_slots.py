@@ -53,6 +53,8 @@ class HostSlots:
         """Number of the strategy group (`sampling/groups.py`) that decides it."""
         self.predicts_end = per_slot(bool)
         """Whether the option `eotp` is on."""
+        self.looks_ahead = per_slot(bool)
+        """Whether it is `canvas`: rows right of the active block are read for it."""
         self.exact = per_slot(bool)
         """Whether the option `reference_exact` is on."""
         self.keys_behind = per_slot()
@@ -69,12 +71,19 @@ class HostSlots:
         self._arriving: tuple[np.ndarray, np.ndarray, ToHost, ToHost] | None = None
 
     def admit(
-        self, slot: int, layout: RequestLayout, *, predicts_end: bool, exact: bool
+        self,
+        slot: int,
+        layout: RequestLayout,
+        *,
+        predicts_end: bool,
+        looks_ahead: bool,
+        exact: bool,
     ) -> None:
         """Take over the layout of a new request.
 
         Args:
             predicts_end: whether its option `eotp` is on.
+            looks_ahead: whether it is `canvas`.
             exact: whether its option `reference_exact` is.
         """
         self.settle()
@@ -89,6 +98,7 @@ class HostSlots:
         self.keys_behind[slot] = layout.reach.keys
         self.opens_alone[slot] = layout.opens_alone
         self.predicts_end[slot] = predicts_end
+        self.looks_ahead[slot] = looks_ahead
         self.exact[slot] = exact
         first_mask = layout.first_mask - layout.first_block
         self.masked[slot, :length] = np.arange(length) >= first_mask

@@ -105,6 +105,7 @@ class RequestSlots(Columns):
             slot,
             layout,
             predicts_end=config.eotp != "off",
+            looks_ahead=config.eotp == "canvas",
             exact=config.reference_exact,
         )
 

@@ -231,7 +231,7 @@ class Strategy:
     measures: ClassVar[Literal["model", "drawn"]] = "model"
     """Of which distribution the statistics are: the model's own, or the one that is
     drawn from, after temperature and top-k/p."""
-    eotp: ClassVar[Literal["off", "block", "token"]] = "off"
+    eotp: ClassVar[Literal["off", "block", "token", "canvas"]] = "off"
     """Default of the option `eotp`."""
     schedule: ClassVar[bool | Mapping[str, Any]] = False
     """Whether it follows the step schedule, which the options `steps` and

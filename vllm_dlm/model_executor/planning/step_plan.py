@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
+from vllm_dlm.model_executor.planning.ahead import Ahead, RowsAhead
 from vllm_dlm.model_executor.planning.block_rows import (
     BATCH_ROW,
     CANVAS_END,
@@ -66,11 +67,13 @@ class SegmentPlan:
     logits_rows: torch.Tensor
     """[N] int32: rows of the forward that go through lm_head, group by group: those of
     the blocks' masks, or of all their positions where the strategy reads them. Behind
-    them those of branches, group by group."""
+    them those of branches, group by group; and last those read ahead."""
     groups: list[GroupRows]
     """The blocks that are decided, by what decides them (`HostSlots.group`)."""
     branches: BranchPlan | None
     """Drafts that are evaluated along; None where there are none."""
+    ahead: Ahead | None
+    """Rows read right of active blocks; None where there are none."""
 
 
 def plan_forward(
@@ -114,20 +117,23 @@ def plan_forward(
         planner.add_group(deciding[groups == number])
     kv_lens, causal = planner.keys(segments)
     row_slots = np.repeat(slots_in_batch, batch.num_scheduled_tokens)
+    ahead = planner.ahead
     sent = upload_int32(
         facts.device,
         row_slots,
-        np.concatenate([np.zeros(0, dtype=np.int64), *planner.logits_rows]),
+        np.concatenate([*planner.logits_rows, ahead.rows]),
+        ahead.slots,
+        ahead.positions,
         *planner.packed,
     )
-    blocks = planner.block_rows(sent[2:])
+    blocks = planner.block_rows(sent[4:])
     logits_rows, branch_plan = sent[1], None
     if branches.max() > 1:
         branch_plan = plan_branches(
             starts, ends, branches, segments, kv_lens, page_size, facts.device
         )
         blocks, rows = planner.with_branches(blocks, branches)
-        (logits_rows,) = upload_int32(facts.device, rows)
+        (logits_rows,) = upload_int32(facts.device, np.concatenate([rows, ahead.rows]))
     return SegmentPlan(
         segments=segments,
         kv_lens_np=kv_lens,
@@ -136,6 +142,7 @@ def plan_forward(
         logits_rows=logits_rows,
         groups=blocks,
         branches=branch_plan,
+        ahead=Ahead(sent[2], sent[3]) if len(ahead.rows) else None,
     )
 
 
@@ -167,6 +174,7 @@ class _Planner:
         """Of each group: see `pack`."""
         self.logits_rows: list[np.ndarray] = []
         """Of each group: its rows of the forward."""
+        self.ahead = RowsAhead.none()
 
     def add_group(self, deciding: np.ndarray) -> None:
         """Plan the blocks of some requests [R] of the batch, all of one length."""
@@ -206,6 +214,15 @@ class _Planner:
             }
         )
         self.logits_rows.append((first_rows[:, None] + source)[is_read])
+        if host.looks_ahead[slots_np].any():
+            looking = host.looks_ahead[slots_np].nonzero()[0]
+            self.ahead += RowsAhead.of(
+                slots_np[looking],
+                starts=np.maximum(start[looking, 0], block_start[looking] + width),
+                ends=np.minimum(end[looking, 0], canvas_end[looking] - defaults.shift),
+                first_rows=first_rows[looking],
+                shift=defaults.shift,
+            )
         columns = {
             SLOT: slots_np,
             BATCH_ROW: deciding,

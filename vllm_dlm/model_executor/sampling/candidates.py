@@ -331,11 +331,24 @@ class Candidates:
 
     def is_stop(self, tokens: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: the token would end its request's text there."""
-        stop = self.slots.stop_ids[blocks.slots]
-        if self._further_stop_ids is not None and not torch.compiler.is_compiling():
-            stop = torch.cat([stop, self._further_stop_ids[blocks.slots]], dim=1)
-        is_stop = (tokens[:, :, None] == stop[:, None, :]).any(dim=2)
-        return is_stop & ~self._early(blocks)
+        is_stop = tokens[:, :, None] == self._stop_ids(blocks.slots)[:, None, :]
+        return is_stop.any(dim=2) & ~self._early(blocks)
+
+    def ends_text(
+        self, tokens: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """[n] bool: as `is_stop`, of any n positions, of the requests in slots [n]."""
+        table = self.slots
+        is_stop = (tokens[:, None] == self._stop_ids(slots)).any(dim=1)
+        early = positions - table.prompt_len[slots] < table.min_tokens[slots]
+        return is_stop & ~early
+
+    def _stop_ids(self, slots: torch.Tensor) -> torch.Tensor:
+        """[n, ...] int64: stop ids of the requests in slots [n]."""
+        stop = self.slots.stop_ids[slots]
+        if self._further_stop_ids is None or torch.compiler.is_compiling():
+            return stop
+        return torch.cat([stop, self._further_stop_ids[slots]], dim=1)
 
     # -- bad words ---------------------------------------------------------
 

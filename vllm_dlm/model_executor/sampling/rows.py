@@ -79,7 +79,8 @@ class Rows:
             if group.branches is not None:
                 parents = group.branches.parents
                 of_branches.append(may[parents[group.branches.rows.row_request]])
-        return torch.cat([*of_canvases, *of_branches])
+        ahead = [] if plan.ahead is None else [table.exact[plan.ahead.slots] != 0]
+        return torch.cat([*of_canvases, *of_branches, *ahead])
 
     def measure(self, logits: Logits, drawn: list[Drawn]) -> None:
         """Measure all rows of a step: `choice` holds the outcome.

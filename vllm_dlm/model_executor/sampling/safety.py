@@ -123,6 +123,7 @@ class Safety:
         write = decision.commit | decision.edit
         cut = canvas_cut(
             end_of_text(view, write, is_end, requests.eotp_threshold),
+            self.slots.end_ahead[blocks.slots] - requests.block_start,
             requests.eotp,
             requests.may_rewrite,
             requests.block_length,

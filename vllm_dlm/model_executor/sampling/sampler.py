@@ -28,6 +28,7 @@ from vllm_dlm.model_executor.sampling.advance import Advance
 from vllm_dlm.model_executor.sampling.candidates import Candidates
 from vllm_dlm.model_executor.sampling.groups import StrategyGroups
 from vllm_dlm.model_executor.sampling.logprobs import RevealedLogprobs
+from vllm_dlm.model_executor.sampling.lookout import Lookout
 from vllm_dlm.model_executor.sampling.observers import open_observers
 from vllm_dlm.model_executor.sampling.rows import Rows
 from vllm_dlm.model_executor.sampling.safety import Safety
@@ -83,6 +84,7 @@ class DenoisingSampler:
         self.rows = Rows(slots, facts, head, self.candidates)
         self.views = Views(slots, facts, self.candidates)
         self.safety = Safety(slots, facts, self.candidates)
+        self.lookout = Lookout(slots, self.candidates)
         self.logprobs = RevealedLogprobs(slots, facts)
         self.advance = Advance(slots, facts, req_states.total_len.gpu)
         self.steps = StepFunctions(
@@ -149,6 +151,7 @@ class DenoisingSampler:
                 for drawn in self.views.drawn(rows)
             ],
         )
+        self.lookout.look(plan.ahead, self.rows.choice.part(slice(len(logits))))
         # Of all, also of requests that do not ask: who does is rare.
         before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None
         width = max(rows.width for rows in plan.groups)

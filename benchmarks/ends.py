@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare how wide canvases are served on llada-tiny: right answers, forwards, rows.
+
+Learn2PD's largest speed-ups are those of short answers on a canvas of 1024, where most
+of the published loop's work is padding. The first row is that loop: one token per
+forward to the end of the canvas, each forward of all rows. Its cost is arithmetic, and
+its answers are those of `static` here, which stops where the text ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.caches import RowCounter
+from benchmarks.engine import start_engine
+from benchmarks.strategies import hardware
+from vllm_dlm.tasks.evaluation import Served, evaluate_served
+from vllm_dlm.tasks.problems import Problem, sample_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUESTS_AT_A_TIME = 16
+LONGEST_PROMPT = 128
+BLOCK = 32
+BEGIN, END = "<!-- ends -->", "<!-- end of ends -->"
+"""Lines of the document between which this command writes."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the problems are answered."""
+
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """The requests' own, beside the block length."""
+
+
+STATIC = Setting("`static`", {"strategy": "static", "eotp": "off"})
+SETTINGS = [
+    STATIC,
+    *(
+        Setting(
+            f"`{strategy}`, `eotp` {eotp}"
+            + (f", cache `{cache}`" if cache != "none" else ""),
+            {"strategy": strategy, "eotp": eotp, "cache": cache},
+        )
+        for strategy in ("threshold", "learn2pd")
+        for cache, modes in (
+            ("none", ("off", "block", "canvas")),
+            ("dual", ("block", "canvas")),
+        )
+        for eotp in modes
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one setting took."""
+
+    label: str
+    problems: int
+    right: int
+    forwards: float
+    """Per request."""
+    rows: float
+    """Rows (positions) through the network, per request."""
+
+
+def published(served: Row, prompts: float, canvas: int) -> Row:
+    """The published loop, given what it answers.
+
+    Args:
+        served: `static`, which stops at the end of the text.
+        prompts: positions of a prompt, on average.
+        canvas: its width.
+    """
+    label = "`static`, the published loop"
+    rows = canvas * (prompts + canvas)
+    return Row(label, served.problems, served.right, canvas, rows)
+
+
+def main() -> int:
+    """Measure, and write the table."""
+    args = _arguments()
+    # The scheduler must be here, to be asked for its rows.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    length = args.canvas + LONGEST_PROMPT
+    problems = sample_problems(args.num_problems, 0, "heldout")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        llm = start_engine(
+            folder,
+            max_num_seqs=REQUESTS_AT_A_TIME,
+            max_model_len=length,
+            hf_overrides={"max_sequence_length": length},
+            dlm_max_canvas=args.canvas,
+        )
+        prompts = _mean_prompt(llm, problems)
+        counter = RowCounter(llm)
+        for setting in tqdm(SETTINGS, unit="row"):
+            before = counter.rows
+            served = evaluate_served(
+                llm,
+                problems,
+                {"block_length": BLOCK, **setting.options},
+                max_tokens=args.canvas,
+                progress=False,
+            )
+            rows.append(_row(setting, served, counter.rows - before))
+            if setting is STATIC:
+                rows.insert(0, published(rows[0], prompts, args.canvas))
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            facts = [asdict(row) for row in rows]
+            args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        llm.llm_engine.engine_core.shutdown()
+    _write(args.document, _table(rows, args.canvas))
+    print(f"{len(rows)} rows -> {args.document}, {args.json}")
+    return 0
+
+
+def _row(setting: Setting, served: Served, rows: int) -> Row:
+    return Row(
+        setting.label,
+        served.problems,
+        served.right,
+        served.forwards_per_request,
+        rows / served.problems,
+    )
+
+
+def _mean_prompt(llm: Any, problems: list[Problem]) -> float:
+    tokenizer = llm.get_tokenizer()
+    lengths = [len(tokenizer.encode(problem.question)) for problem in problems]
+    return sum(lengths) / len(lengths)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ends",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--canvas",
+        type=int,
+        default=1024,
+        help="positions of a canvas, and most tokens of an answer (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--num-problems",
+        type=int,
+        default=100,
+        help="held-out problems per row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=ROOT / "runs/ends.json",
+        help="all numbers, written after each row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--document",
+        type=Path,
+        default=ROOT / "docs/strategies/learn2pd.md",
+        help=f"markdown file with the lines {BEGIN} and {END}, between which the "
+        "table goes (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+# -- what is written ------------------------------------------------------
+
+
+def _write(path: Path, table: str) -> None:
+    """Put the table between the document's two lines.
+
+    Raises:
+        ValueError: it has no such lines.
+    """
+    head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, reading = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
+    path.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{reading}", encoding="utf-8")
+
+
+def _table(rows: list[Row], canvas: int) -> str:
+    """The rows; the first is what the others are compared with."""
+    import vllm
+
+    command = " ".join(["python -m benchmarks.ends", *sys.argv[1:]])
+    first = rows[0]
+    about = f"""\
+Measured by `{command}` on {hardware()}, vLLM {vllm.__version__}, bfloat16: the built-in
+llada-tiny, {first.problems} held-out problems, greedy, canvas {canvas}, block {BLOCK}.
+Rows are positions that go through the network, prompts included. The first row is
+computed: each of the {canvas} forwards of the published loop has all rows."""
+    lines = [
+        about,
+        "",
+        "| | right | forwards per request | fewer by | rows per request | fewer by |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = [
+            row.label,
+            f"{row.right / row.problems:.1%}",
+            f"{row.forwards:,.1f}",
+            f"{first.forwards / row.forwards:.1f}x",
+            f"{row.rows:,.0f}",
+            f"{first.rows / row.rows:.1f}x",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
