@@ -59,6 +59,13 @@ SETTINGS = [
         )
         for eotp in modes
     ),
+    *(
+        Setting(
+            f"`threshold`, `growth` {growth}, `eotp` canvas",
+            {"strategy": "threshold", "growth": growth, "eotp": "canvas"},
+        )
+        for growth in ("daedal", "rho_eos")
+    ),
 ]
 
 

@@ -68,6 +68,7 @@ def test_parameters_of_every_strategy(name: str):
         ({"cache": "window", "cache_config": {"active_window": 8}}, FULL),
         ({"strategy": "static", "steps": 4, "reference_exact": True}, FULL),
         ({"strategy": "saber", "eotp": "token", "eotp_threshold": 0.5}, FULL),
+        ({"growth": "daedal", "growth_config": {"window": 8}}, FULL),
         ({"tccf": {"trigger": "</think>", "check": [1, 2]}}, BLOCKS),
         ({"step_map": True, "sub_block_length": 4, "cache": "dual"}, BLOCKS),
     ],

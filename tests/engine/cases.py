@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from reference import (
     stateful_rules,
 )
 from reference.cached_procedures import ALL_CACHES
+from reference.growing import Growing
 from reference.llada import TinyLLaDA
 from reference.procedures import Rule, View, generate
 from reference.stateful_rules import remembering
@@ -130,6 +131,7 @@ class Case:
     number: float | None = None
     """The rule's parameter of `NUMBERS`, where not the usual value."""
     cache_config: dict[str, int] = field(default_factory=dict)
+    growing: Growing | None = None
 
     @property
     def sure(self) -> float:
@@ -167,6 +169,12 @@ class Case:
             "eotp_threshold": self.sure if variant in EOTP else None,
             "reference_exact": reference_exact,
         }
+        if self.growing is not None:
+            growth = asdict(self.growing)
+            dlm["growth"] = growth.pop("rule")
+            if dlm["growth"] != "daedal":
+                del growth["window"]
+            dlm["growth_config"] = growth
         options = {"ignore_eos": self.ignore_eos, "seed": self.seed} | more
         return params(self.max_tokens, dlm=dlm, **options)
 
@@ -268,6 +276,7 @@ def expect(
             # Who ignores the end of the text has none to predict.
             eotp=None if case.ignore_eos else EOTP.get(variant),
             eot_threshold=case.sure,
+            growing=case.growing,
             observe=observe,
             **options,
         )

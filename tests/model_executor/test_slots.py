@@ -282,7 +282,7 @@ def test_where_a_request_stands_is_written_at_admission_and_by_the_advance():
     sampling = {"temperature", "top_p", "min_p", "top_k", "seed", "min_tokens"}
     sampling |= {"stop_ids"}
     wholes = {"_constants", "facts", "facts_f", "live", "numbers", "numbers_f"}
-    ahead = {"end_ahead"}
+    ahead = {"end_ahead", "counts_ahead"}
     # What of these is an array follows from the layout, or from the strategy.
     admitted = {*columns(slots)} - wholes - sampling - {"reach"} - ahead
     admitted |= {"numbers"}

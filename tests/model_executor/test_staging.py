@@ -99,6 +99,7 @@ def requests(draw: st.DrawFn, model: ModelDefaults, slot: int) -> New:
     if model is FULL:
         options["cache"] = draw(st.sampled_from(["none", "prefix", "dual"]))
         options["block_length"] = draw(st.integers(1, 8))
+        options["growth"] = draw(st.sampled_from(["none", "daedal", "rho_eos"]))
     max_tokens = draw(st.integers(1, 8))
     config = resolve(DlmConfig(**options), None, model).sized(max_tokens, 16)
     prompt_len = draw(st.integers(1, 20))
@@ -159,6 +160,8 @@ def check(engine: Engine, new: New) -> None:
         "sub_block_length": layout.sub_block_length,
         "steps_per_block": layout.steps_per_block,
         "eotp": MODES.index(config.eotp),
+        "growth_expansion": layout.growth.expansion,
+        "growth_window": layout.growth.window,
         "exact": config.reference_exact,
         "opens_alone": layout.opens_alone,
         "may_rewrite": strategy.may_rewrite,
@@ -183,6 +186,7 @@ def check(engine: Engine, new: New) -> None:
     assert int(table.reference_steps[slot]) == steps
     floats = {
         "eotp_threshold": config.eotp_threshold,
+        "growth_threshold": layout.growth.threshold,
         "temperature": params.temperature,
         "top_p": params.top_p,
         "min_p": params.min_p,

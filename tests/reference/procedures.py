@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from reference.cached_procedures import ALL_CACHES, CACHES, leading, step_span
+from reference.growing import Growing
 from reference.layers import KVStore
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
@@ -121,6 +122,7 @@ def generate(
     eos_stop: bool = True,
     eotp: str | None = None,
     eot_threshold: float = 0.9,
+    growing: Growing | None = None,
     observe: Callable[[View, list[int]], None] | None = None,
 ) -> ReferenceResult:
     """Decode one request greedily; blocks left to right from the prompt's end.
@@ -155,6 +157,8 @@ def generate(
             "block"; where that finds no end, the first position predicted by a row
             right of the active block, if this forward computed such rows, whose argmax
             is EOS with confidence >= eot_threshold: the cut is at the end of its block.
+        growing: begin with a short canvas that grows, up to gen_length; its tokens are
+            all if it does not grow as far.
         observe: called with the view and the chosen offsets, before the commit.
 
     Raises:
@@ -176,7 +180,10 @@ def generate(
         raise ValueError("steps must be at least the number of blocks")
 
     prompt_end = len(prompt_ids)
-    row = list(prompt_ids) + [mask_id] * gen_length
+    width = gen_length
+    if growing is not None:
+        width = growing.grown(0, growing.initial, block_length, gen_length)
+    row = list(prompt_ids) + [mask_id] * width
     set_at = [-1] * len(row)
     forwards = 0
 
@@ -221,6 +228,26 @@ def generate(
             )
             sources = [max(p - shift, 0) - first_row for p in range(low, high)]
             stats = row_statistics(logits[sources], mask_id if forbid_mask else None)
+
+            if growing is not None and step == 0 and len(row) < prompt_end + gen_length:
+                ahead = [
+                    p for p in range(start, len(row)) if p < end or p >= end + shift
+                ]
+                sure = [float(stats.confidence[p - low]) for p in ahead]
+                ends = [int(stats.argmax[p - low]) == eos_id for p in ahead]
+                lacks = growing.lacks(ends, sure)
+                sees_end = eotp == "canvas" and any(
+                    is_end and c >= float32(eot_threshold)
+                    for is_end, c in zip(ends, sure, strict=True)
+                )
+                if lacks and not sees_end:
+                    now = len(row) - start
+                    most = prompt_end + gen_length - start
+                    wider = growing.grown(now, lacks, block_length, most)
+                    row += [mask_id] * (start + wider - len(row))
+                    set_at += [-1] * (len(row) - len(set_at))
+                    forwards += 1
+                    continue
 
             # Masks left behind by earlier blocks widen the window to the left.
             left_over = [

@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 from vllm_dlm.config.cache import POLICIES
+from vllm_dlm.config.growth import GROWTHS
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve
@@ -81,7 +82,9 @@ def to_plain(config: RequestConfig) -> dict[str, Any] | None:
     tccf = None if config.tccf is None else config.tccf.model_dump()
     policy = config.cache_policy.model_dump()
     plain = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {**plain, "params": given, "cache_policy": policy, "tccf": tccf}
+    growth = config.growth_policy.model_dump()
+    own = {"cache_policy": policy, "growth_policy": growth, "tccf": tccf}
+    return {**plain, "params": given, **own}
 
 
 def from_plain(plain: Mapping[str, Any]) -> RequestConfig:
@@ -101,6 +104,9 @@ def from_plain(plain: Mapping[str, Any]) -> RequestConfig:
     built = {
         "params": kind.model_construct(**params),
         "cache_policy": policy,
+        "growth_policy": GROWTHS[plain["growth"]].model_construct(
+            **plain["growth_policy"]
+        ),
         "tccf": tccf,
     }
     return RequestConfig(**{**plain, **built})

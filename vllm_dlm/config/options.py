@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_dlm import trajectories
 from vllm_dlm.config.cache import POLICIES, Cache, CachePolicy
+from vllm_dlm.config.growth import GrowthName, parse_growth
 from vllm_dlm.config.model import DEFAULT_MAX_CANVAS
 from vllm_dlm.config.validation import Names, foreign_hint, validated
 from vllm_dlm.messages import OptionError
@@ -139,6 +140,18 @@ class DlmConfig(BaseModel):
         description="Least probability of an end-of-text token that counts for `eotp` "
         "before it is written; above 1 only written ones do.",
     )
+    growth: GrowthName = Field(
+        default="none",
+        description="Of models with full attention: begin with a short canvas, and let "
+        "it grow while too little of it is the end of the text: `daedal` (arXiv "
+        "2508.00819) by how sure its last ends are, `rho_eos` (2601.22527) by how many "
+        "there are. `none`: the canvas is as wide as the output that is asked for.",
+    )
+    growth_config: Object = Field(
+        default_factory=dict,
+        description="The growth policy's own parameters, as a JSON object: initial, "
+        "expansion, threshold; of `daedal` window too.",
+    )
     tccf: Stages = Field(
         default=None,
         description="Think coarse, critic fine (TDAR, arXiv 2602.09555), of block-"
@@ -249,6 +262,7 @@ class DlmConfig(BaseModel):
         if config.strategy is not None:
             parse_params(config.strategy, config.strategy_config, where=where)
         parse_policy(config.cache, config.cache_config, where=where)
+        parse_growth(config.growth, config.growth_config, where=where)
         if config.trajectory_dir is not None:
             trajectories.check_folder(config.trajectory_dir, where=where)
         return config

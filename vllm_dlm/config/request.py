@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.config.block_causal import check_block_causal
 from vllm_dlm.config.cache import Cache, CachePolicy, Reach
+from vllm_dlm.config.growth import GrowthName, GrowthPolicy, parse_growth
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import (
     DlmConfig,
@@ -50,6 +51,8 @@ class RequestConfig:
     """Denoise steps of a block; wins over `steps`."""
     eotp: EndOfText
     eotp_threshold: float
+    growth: GrowthName
+    growth_policy: GrowthPolicy
     tccf: ThinkCoarse | None
     reference_exact: bool
     step_map: bool
@@ -130,6 +133,7 @@ def resolve(
     steps, steps_per_block = _steps(asked, server, strategy, params)
     cache, cache_policy = _cache(asked, server)
     eotp, eotp_threshold = _end_of_text(asked, server, strategy)
+    growth, growth_policy = _growth(asked, server)
     config = RequestConfig(
         strategy=strategy,
         params=params,
@@ -148,10 +152,14 @@ def resolve(
         steps_per_block=steps_per_block,
         eotp=eotp,
         eotp_threshold=eotp_threshold,
+        growth=growth,
+        growth_policy=growth_policy,
         tccf=request.tccf or server.tccf,
         reference_exact=_first_set("reference_exact", asked, server).reference_exact,
         step_map=_first_set("step_map", asked, server).step_map,
     )
+    if growth != "none":
+        _check_growth(config, asked, defaults)
     if defaults.reuses_blocks:
         if eotp == "canvas":
             raise OptionError(
@@ -224,6 +232,39 @@ def _cache(asked: RequestOptions, server: DlmConfig) -> tuple[Cache, CachePolicy
     config = {**config, **asked.options.cache_config}
     policy = parse_policy(cache, config, where="the request", names=asked.names)
     return cache, policy
+
+
+def _growth(
+    asked: RequestOptions, server: DlmConfig
+) -> tuple[GrowthName, GrowthPolicy]:
+    """The growth policy; its parameters mean nothing to another policy."""
+    growth = _first_set("growth", asked, server).growth
+    config = server.growth_config if growth == server.growth else {}
+    config = {**config, **asked.options.growth_config}
+    return growth, parse_growth(growth, config, where="the request", names=asked.names)
+
+
+def _check_growth(
+    config: RequestConfig, asked: RequestOptions, defaults: ModelDefaults
+) -> None:
+    """Refuse a canvas that grows where none can."""
+    set_as = asked.names.get("growth", "growth")
+    where = f"{set_as} {config.growth!r}"
+    if defaults.reuses_blocks:
+        why = (
+            "is for models with full attention: this model computes nothing right of "
+            "the active block"
+        )
+    elif config.block_length == 0:
+        why = (
+            "adds blocks, and here the whole output is one block: set block_length to "
+            "a number"
+        )
+    elif config.sub_block_length:
+        why = "does not work with sub_block_length: leave that out"
+    else:
+        return
+    raise OptionError(f"{where} {why}, or growth to 'none'", set_as)
 
 
 def _end_of_text(

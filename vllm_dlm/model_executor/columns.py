@@ -40,6 +40,8 @@ FACTS = (
     "steps_per_block",
     *REACH,
     "eotp",
+    "growth_expansion",
+    "growth_window",
     "exact",
     "opens_alone",
     "may_rewrite",
@@ -53,7 +55,7 @@ FACTS = (
 )
 """Columns of `Columns.facts`, in order; strategies' integer parameters follow."""
 
-FLOATS = ("eotp_threshold", "temperature", "top_p", "min_p")
+FLOATS = ("eotp_threshold", "growth_threshold", "temperature", "top_p", "min_p")
 """Columns of `Columns.facts_f`, in order; strategies' other parameters follow."""
 
 LIVE = ("block_start", "canvas_end", "emitted", "step", "block_masks", "frontier")
@@ -226,6 +228,9 @@ class Columns:
         """[S + 1] int64: where this step's forward predicts an end of the text right
         of the active block, for the option `eotp`; `FAR` for nowhere (`lookout.py`)."""
 
+        self.counts_ahead = zeros(3, torch.int64)
+        """[S + 1, 3] int64: of the same rows, `growth.Ends`."""
+
         # -- columns [S + 1] by name; flags are 0 or 1 ---------------------------
         named = dict(zip(FACTS, self.facts.unbind(1), strict=False))
         named |= zip(FLOATS, self.facts_f.unbind(1), strict=False)
@@ -243,6 +248,10 @@ class Columns:
         self.eotp = named["eotp"]
         """Index into `eotp.MODES`."""
         self.eotp_threshold = named["eotp_threshold"]
+        self.growth_expansion = named["growth_expansion"]
+        self.growth_window = named["growth_window"]
+        self.growth_threshold = named["growth_threshold"]
+        """The growth policy (`config/growth.py`)."""
         self.exact = named["exact"]
         """`reference_exact`: the mask id may be predicted, as in the references."""
         self.opens_alone = named["opens_alone"]

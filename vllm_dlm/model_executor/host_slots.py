@@ -55,6 +55,8 @@ class HostSlots:
         """Whether the option `eotp` is on."""
         self.looks_ahead = per_slot(bool)
         """Whether it is `canvas`: rows right of the active block are read for it."""
+        self.grows = per_slot(bool)
+        """Whether the canvas may grow: so are they in a block's first step."""
         self.exact = per_slot(bool)
         """Whether the option `reference_exact` is on."""
         self.keys_behind = per_slot()
@@ -99,9 +101,31 @@ class HostSlots:
         self.opens_alone[slot] = layout.opens_alone
         self.predicts_end[slot] = predicts_end
         self.looks_ahead[slot] = looks_ahead
+        self.grows[slot] = layout.growth.expansion > 0
         self.exact[slot] = exact
         first_mask = layout.first_mask - layout.first_block
         self.masked[slot, :length] = np.arange(length) >= first_mask
+
+    def looking_ahead(self, slots: np.ndarray) -> np.ndarray:
+        """[n] bool: requests of whose next forward rows are read ahead.
+
+        Args:
+            slots: [n], of one group.
+        """
+        looking: np.ndarray = self.looks_ahead[slots] | self.growing(slots)
+        return looking
+
+    def growing(self, slots: np.ndarray) -> np.ndarray:
+        """[n] bool: requests whose canvas the next forward may let grow.
+
+        Nothing of the active block is written yet.
+
+        Args:
+            slots: [n], of one group.
+        """
+        untouched = self.masked[slots, : self.block_length[slots[0]]].all(axis=1)
+        growing: np.ndarray = self.grows[slots] & untouched
+        return growing
 
     def read_whole_block(self, slot: int) -> None:
         """From now on have the logits of decided positions read too."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm_dlm.config.cache import FAR, Reach
+from vllm_dlm.config.growth import Growth
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
 
@@ -72,6 +73,8 @@ class RequestLayout:
     """The cache policy in numbers."""
     opens_alone: bool
     """A block's first step writes its first token alone (`sampling/opening.py`)."""
+    growth: Growth
+    """The growth policy in numbers."""
 
     @property
     def num_emitted(self) -> int:
@@ -92,12 +95,13 @@ class RequestLayout:
 
         The references denoise whole blocks and cut afterwards: a canvas ends with a
         block, unless the context ends first. With full attention, where it is computed
-        whole, it is at most `max_canvas` wide.
+        whole, it is at most `max_canvas` wide, and where it grows, it begins with
+        `Growth.initial`.
         """
         if not self.is_full:
             return self.text_end
         width = canvas_width(
-            self.prompt_len + self.max_tokens - num_tokens,
+            min(self.prompt_len + self.max_tokens - num_tokens, self.growth.initial),
             self.block_length,
             self.limits.max_canvas,
         )
@@ -157,6 +161,7 @@ def lay_out(
         steps_per_block=min(steps, length),
         reach=config.reach(model.shift),
         opens_alone=config.opens_alone and is_full and model.shift == 1,
+        growth=config.growth_policy.growth(),
     )
 
 

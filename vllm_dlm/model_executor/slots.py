@@ -98,6 +98,9 @@ class RequestSlots(Columns):
             **dict(zip(REACH, layout.reach, strict=True)),
             eotp=MODES.index(config.eotp),
             eotp_threshold=config.eotp_threshold,
+            growth_expansion=layout.growth.expansion,
+            growth_window=layout.growth.window,
+            growth_threshold=layout.growth.threshold,
             exact=config.reference_exact,
             opens_alone=layout.opens_alone,
         )

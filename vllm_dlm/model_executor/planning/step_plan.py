@@ -214,8 +214,8 @@ class _Planner:
             }
         )
         self.logits_rows.append((first_rows[:, None] + source)[is_read])
-        if host.looks_ahead[slots_np].any():
-            looking = host.looks_ahead[slots_np].nonzero()[0]
+        if (is_looking := host.looking_ahead(slots_np)).any():
+            looking = is_looking.nonzero()[0]
             self.ahead += RowsAhead.of(
                 slots_np[looking],
                 starts=np.maximum(start[looking, 0], block_start[looking] + width),

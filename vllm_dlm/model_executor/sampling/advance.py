@@ -89,6 +89,8 @@ class Advance:
             cut = decision.truncate_at
             cut_end = torch.where(cut >= 0, begin + cut + 1, end)
             end = torch.minimum(end, cut_end)
+        if decision.canvas_end is not None:
+            end = torch.maximum(end, decision.canvas_end)
         exists = blocks.valid & (blocks.positions < end[:, None])
         canvas = Canvas(tokens, exists, masked, masked & exists, end)
         if decision.draft_rank is not None:

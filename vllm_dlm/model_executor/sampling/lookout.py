@@ -2,9 +2,9 @@
 """Lookout: where texts may end, right of the active blocks.
 
 It reads rows that the forward has computed there (`planning/ahead.py`), of requests
-with the option `eotp=canvas`, and writes a column of the request table for the step
-that follows. Predictions are the most probable tokens, also of requests that draw
-theirs.
+with the option `eotp=canvas` and of those whose canvas may grow, and writes columns of
+the request table for the step that follows. Predictions are the most probable tokens,
+also of requests that draw theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_dlm.config.cache import FAR
+from vllm_dlm.model_executor.sampling.growth import Ends, in_units
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.ahead import Ahead
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Lookout:
-    """Writes the column `end_ahead`, which nobody else writes.
+    """Writes the columns `end_ahead` and `counts_ahead`, which nobody else writes.
 
     Args:
         slots: the request table.
@@ -34,7 +35,7 @@ class Lookout:
         self._slots = slots
         self._candidates = candidates
         self._has_looked = False
-        """Whether the column may say something of an earlier step."""
+        """Whether the columns may say something of an earlier step."""
 
     def look(self, ahead: Ahead | None, choice: Choice) -> None:
         """Look at a step's rows ahead.
@@ -46,6 +47,7 @@ class Lookout:
         table = self._slots
         if ahead is not None or self._has_looked:
             table.end_ahead.fill_(FAR)
+            table.counts_ahead.zero_()
         self._has_looked = ahead is not None
         if ahead is None:
             return
@@ -56,3 +58,27 @@ class Lookout:
         sure = is_end & (confidence >= table.eotp_threshold[slots])
         first = torch.where(sure, positions, FAR)
         table.end_ahead.scatter_reduce_(0, slots, first, "amin")
+        self._count(is_end, confidence, slots)
+
+    def _count(
+        self, is_end: torch.Tensor, confidence: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Count the ends; `growth.Ends` says what.
+
+        Args:
+            is_end, confidence, slots: [n]: rows, those of a request from left to right.
+        """
+        table, ends = self._slots, is_end.long()
+        # Among all rows, those of other requests included: [n], and by request.
+        before = ends.cumsum(0) - ends
+        first = torch.full_like(table.end_ahead, FAR)
+        first.scatter_reduce_(0, slots, before, "amin")
+        count = torch.zeros_like(first).index_add_(0, slots, ends)
+        from_right = (count + first)[slots] - before
+        counts = is_end & (from_right <= table.growth_window[slots])
+        of_rows = Ends(
+            ends,
+            torch.where(counts, in_units(confidence), 0),
+            torch.ones_like(ends),
+        )
+        table.counts_ahead.index_add_(0, slots, torch.stack(of_rows, dim=1))

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_dlm.model_executor.sampling.eotp import canvas_cut, end_of_text
+from vllm_dlm.config.cache import FAR
+from vllm_dlm.model_executor.sampling.eotp import MODES, canvas_cut, end_of_text
+from vllm_dlm.model_executor.sampling.growth import Ends, expansion_of, with_block
 from vllm_dlm.strategies.base import Decision, View, best_masked
 
 if TYPE_CHECKING:
@@ -32,12 +34,17 @@ class SafeDecision(Decision):
     hold: torch.Tensor
     keeps_masks: torch.Tensor
     """[R] bool: the block ends, and what is masked in it is text."""
+    canvas_end: torch.Tensor | None = None
+    """[R] int64: where the canvas ends that grows, 0 for one that does not."""
 
     def steps(self) -> torch.Tensor | int:
         """[R] int64: steps of the block that this forward has done."""
-        if self.step_ahead is None:
-            return 1
-        return 1 + torch.where(self.commit, self.step_ahead, 0).amax(dim=1)
+        steps: torch.Tensor | int = 1
+        if self.step_ahead is not None:
+            steps = 1 + torch.where(self.commit, self.step_ahead, 0).amax(dim=1)
+        if self.canvas_end is not None:
+            steps = torch.where(self.canvas_end > 0, 0, steps)
+        return steps
 
 
 class Safety:
@@ -116,6 +123,46 @@ class Safety:
                 edit[row] = decision.remask[row] = False
                 new_tokens[row] = view.candidate[row]
 
+    def grow(self, view: View, decision: SafeDecision, blocks: Blocks) -> SafeDecision:
+        """The decision; where a canvas grows, one that writes and cuts nothing."""
+        requests, table = blocks.requests, self.slots
+        expansion, window, threshold = (
+            column[blocks.slots]
+            for column in (
+                table.growth_expansion,
+                table.growth_window,
+                table.growth_threshold,
+            )
+        )
+        ends = with_block(
+            Ends(*table.counts_ahead[blocks.slots].unbind(1)),
+            view.masked & view.is_eos,
+            view.confidence,
+            view.masked,
+            window,
+        )
+        lacks = expansion_of(ends, expansion, window, threshold)
+        # `eotp=canvas` leaves no more than the end: where it sees one, that is enough.
+        sure = view.confidence >= requests.eotp_threshold[:, None]
+        has_end = (view.masked & view.is_eos & sure).any(dim=1)
+        has_end |= table.end_ahead[blocks.slots] < FAR
+        looks = requests.eotp == MODES.index("canvas")
+        # In whole blocks; no wider than a canvas may be, nor than the longest text.
+        begin, length = requests.block_start, requests.block_length
+        wanted = -(-(blocks.canvas_end + lacks - begin) // length) * length
+        widest = max(self.facts.max_canvas, blocks.width) // length * length
+        end = torch.minimum(begin + torch.minimum(wanted, widest), requests.text_end)
+        grows = (lacks > 0) & (requests.step == 0) & (end > blocks.canvas_end)
+        grows &= ~(looks & has_end)
+        stays = ~grows[:, None]
+        return replace(
+            decision,
+            commit=decision.commit & stays,
+            edit=decision.edit & stays,
+            remask=decision.remask & stays,
+            canvas_end=torch.where(grows, end, 0),
+        )
+
     def cut(self, view: View, decision: SafeDecision, blocks: Blocks) -> SafeDecision:
         """The decision, with the end that the option `eotp` gives its canvases."""
         requests = blocks.requests
@@ -129,6 +176,8 @@ class Safety:
             requests.block_length,
             decision.truncate_at,
         )
+        if decision.canvas_end is not None:
+            cut = torch.where(decision.canvas_end > 0, -1, cut)
         return replace(decision, truncate_at=cut)
 
 

@@ -56,12 +56,14 @@ NO_EXTRAS = Extras()
 
 
 class Asked(NamedTuple):
-    """What some request of a group asks for. A compiled step serves all of it."""
+    """What some request of a group asks for. A compiled step serves all but growth."""
 
     eotp: bool = True
     """The option of this name."""
     opening: bool = True
     """A block's first token alone in its first step (`opening.py`)."""
+    growth: bool = False
+    """A look whether the canvas is wide enough (`growth.py`)."""
 
 
 EVERYTHING = Asked()
@@ -105,6 +107,8 @@ class StepFunction:
         if asked.opening:
             decision = opened(view, decision, blocks.requests.opens_alone)
         held = self.safety.hold_to_rules(view, decision, blocks)
+        if asked.growth:
+            held = self.safety.grow(view, held, blocks)
         return measured, held
 
     def write(

@@ -336,6 +336,10 @@ class CanvasRequest(Request):
         """
         canvas_end = take_canvas_end(tokens)
         if canvas_end is not None:
+            if self.layout.growth.expansion and canvas_end > self.canvas_end:
+                # The forward wrote nothing: the block begins anew.
+                self.canvas_end = canvas_end
+                return
             self.canvas_end = min(self.canvas_end, canvas_end)
         # Tokens that became final behind the end of the text are padding.
         del tokens[self.num_tokens_to_stop(tokens) :]

@@ -13,9 +13,9 @@ its tokens: its first forward is its first denoise step. There is no prompt-only
 forward, unless a prompt is longer than a forward's token budget.
 
 In the worker's reply, a request's sampled tokens are those that became final,
-contiguous from the left. Behind them the reply may say where the canvas now ends: a
-strategy may cut a canvas, never lengthen it. `reply.py` lists what else travels, and
-where.
+contiguous from the left. Behind them the reply may say where the canvas now ends: it
+may be cut, and with the option `growth` it may grow before a block begins. `reply.py`
+lists what else travels, and where.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
     def _max_branches(self, config: RequestConfig, params: SamplingParams) -> int:
         """Canvases that one forward of a request may evaluate."""
         # Options that look at every step would miss the steps that branches skip.
-        watched = config.eotp != "off" or params.bad_words_token_ids
+        watched = config.eotp != "off" or config.growth != "none"
+        watched = watched or params.bad_words_token_ids
         if watched or len(self.kv_cache_config.kv_cache_groups) != 1:
             return 1
         return STRATEGIES[config.strategy].branches(config.params)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Canvases that grow: tokens, forwards and rows are the oracle's."""
+
+from __future__ import annotations
+
+import pytest
+from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
+from engine.harness import Engine
+from reference.cached_procedures import ALL_CACHES
+from reference.growing import Growing
+from reference.llada import TinyLLaDA
+
+RULES = (
+    "threshold",
+    "learn2pd/canvas",
+    "static/low_confidence",
+    "klass",
+    "threshold/canvas",
+    "joint/edit",
+    "credit/fixed",
+    "saber",
+)
+"""Some that remember steps, rewrite, or cut what has grown."""
+
+
+def policy(number: int) -> Growing:
+    """Thresholds that a random model is on both sides of."""
+    if number % 2:
+        return Growing("rho_eos", initial=12, expansion=4, threshold=0.25)
+    threshold = (0.05, 0.15, 0.4)[number // 2 % 3]
+    return Growing("daedal", 16, expansion=10, threshold=threshold, window=6)
+
+
+def make_cases(cache: str) -> list[Case]:
+    return [
+        Case(
+            make_prompt(length, 1),
+            RULES[length % len(RULES)],
+            cache,
+            block=(8, 16)[length // 2 % 2],
+            max_tokens=(96, 61)[length % 2],
+            seed=length,
+            growing=policy(length // len(RULES)),
+        )
+        for length in range(1, 25)
+    ]
+
+
+@pytest.mark.parametrize("cache", ALL_CACHES)
+def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str):
+    cases = make_cases(cache)
+    wanted = [expect(case, oracle) for case in cases]
+    got = run_cases(engine, cases)
+    assert_equal(cases, got, wanted)
+    alone = [run_cases(engine, [case])[0] for case in cases[::4]]
+    assert alone == got[::4]
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_a_preempted_request_grows_as_before(engine: Engine, cache: str):
+    cases = make_cases(cache)[:8]
+    wanted = run_cases(engine, cases)
+    ids = [engine.add(case.prompt, case.params()) for case in cases]
+    left = set(ids)
+
+    def preempt_once_each(step: int) -> None:
+        running = [r.request_id for r in engine.scheduler.running]
+        if step % 2 and (still := [name for name in running if name in left]):
+            name = still[step % len(still)]
+            left.remove(name)
+            engine.preempt(name)
+
+    done = engine.drive(preempt_once_each)
+    assert len(left) <= 4  # others were done before their turn
+    got = [list(done[name].outputs[0].token_ids) for name in ids]
+    assert got == [result.tokens for result in wanted]
