@@ -85,6 +85,7 @@ EVENTFUL: dict[str, dict[str, Any]] = {
     "cad": {"threshold": 0.8, "most": 4},
     "bacd": {"lowest": 0.3, "highest": 0.7},
     "klass": {"threshold": 0.5, "kl_threshold": 0.3},
+    "hierarchy": {"threshold": 0.9, "low_threshold": 0.4},
     "credit": {"threshold": 0.7},
     "slowfast": {"threshold": 0.6, "horizon_threshold": 0.5, "slow_steps": 3},
     "joint": {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
@@ -320,7 +321,9 @@ def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
     if strategy == "localleap":
         return place_rules.localleap()
     if strategy == "hierarchy":
-        return place_rules.hierarchy(remask=variant == "remask")
+        return place_rules.hierarchy(
+            **EVENTFUL["hierarchy"], remask=variant == "remask"
+        )
     if strategy == "pc":
         return place_rules.pc(FREQUENCIES)
     if strategy in REMEMBERING:
@@ -347,7 +350,9 @@ def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
         return rewriting_rules.ete(**EVENTFUL["ete"], begin=begin)
     if strategy == "prophet":
         answer = ANSWER if variant == "answer" else {}
-        return rules.prophet(case.block, **EVENTFUL["prophet"], **answer, begin=begin)
+        eos_ids = () if case.ignore_eos else (eos_id,)
+        more = {**EVENTFUL["prophet"], **answer, "begin": begin, "eos_ids": eos_ids}
+        return rules.prophet(case.block, **more)
     if strategy == "learn2pd":
         return procedures.learn2pd(
             **filter_weights(case.block), k=max(case.block // per_block, 1)

@@ -14,7 +14,7 @@ untempered logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -326,6 +326,7 @@ def prophet(
     answer_start: int = -1,
     answer_length: int = 5,
     begin: int = 0,
+    eos_ids: Collection[int] = (),
 ) -> Rule:
     """Prophet: LLaDA's loop over spans, left early with everything that is masked.
 
@@ -333,6 +334,7 @@ def prophet(
         width: of the canvas, of which the view may be a part.
         span: the published loop's block, in a canvas that is one block here.
         begin: output tokens left of the canvas.
+        eos_ids: tokens that end the text, whose masks are looked at last of all.
     """
 
     def gap(view: View, offset: int) -> float:
@@ -343,7 +345,8 @@ def prophet(
         candidates = view.masked_offsets()
         if not candidates:
             return []
-        looked_at = candidates
+        looked_at = [i for i in candidates if int(view.argmax[i]) not in eos_ids]
+        looked_at = looked_at or candidates
         if answer_start >= 0:
             wanted = range(answer_start, answer_start + answer_length)
             places = [begin + view.first + i for i in range(len(view.masked))]

@@ -202,8 +202,8 @@ def test_declares_to_rewrite_where_it_does():
 def test_registered_with_bounds():
     assert STRATEGIES["hierarchy"] is Hierarchy
     assert HierarchyParams().model_dump() == {
-        "threshold": 0.9,
-        "low_threshold": 0.4,
+        "threshold": 0.8,
+        "low_threshold": 0.5,
         "remask": False,
     }
     assert numeric_fields(HierarchyParams) == ["threshold", "low_threshold"]

@@ -17,7 +17,12 @@ from reference.views import (
     select,
     with_probabilities,
 )
-from reference.walks import assert_agrees, assert_rows_alone, random_block
+from reference.walks import (
+    FIRST_TEXT,
+    assert_agrees,
+    assert_rows_alone,
+    random_block,
+)
 
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import View, numeric_fields
@@ -45,7 +50,7 @@ def prophet(width: int = 8, **params: Any) -> Prophet:
 
 
 def rule(**params: Any):
-    return rules.prophet(6, **params)
+    return rules.prophet(6, **params, eos_ids=range(FIRST_TEXT))
 
 
 def gaps_view(gaps: list[float], step: int, steps: int) -> View:
@@ -106,6 +111,19 @@ def test_decided_positions_of_the_answer_count_and_others_do_not():
     answer = {"answer_start": 1, "answer_length": 2}
     assert chosen(prophet(middle=2.5, **answer), view) == everything
     assert chosen(prophet(middle=2.6, **answer), view) == [[0]]
+
+
+def test_padding_says_nothing_of_the_answer():
+    view = gaps_view(MEAN_5, 50, 100)
+    eos = torch.zeros_like(view.masked)
+    eos[0, [0, 3]] = True  # 9 and 8; without them the mean is 23 / 6
+    view = replace(view, is_eos=eos)
+    assert chosen(prophet(), view) == [[0]]
+    assert chosen(prophet(middle=3.8), view) == [list(range(8))]
+    # Nothing but padding is left: its gaps count.
+    view = replace(view, masked=eos)
+    assert chosen(prophet(middle=8.5), view) == [[0, 3]]
+    assert chosen(prophet(middle=8.6), view) == [[0]]
 
 
 def test_spans_are_written_one_after_the_other():

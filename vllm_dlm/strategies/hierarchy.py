@@ -51,7 +51,7 @@ class HierarchyParams(Params):
     }
 
     threshold: float = Field(
-        default=0.9,
+        default=0.8,
         gt=0.0,
         le=2.0,
         description=(
@@ -60,7 +60,7 @@ class HierarchyParams(Params):
         ),
     )
     low_threshold: float = Field(
-        default=0.4,
+        default=0.5,
         ge=0.0,
         le=2.0,
         description=(

@@ -5,7 +5,8 @@ The gap of a position is the logit of its most probable token less that of the n
 A step that finds a mean gap of at least a threshold writes every mask of the canvas.
 The threshold falls with time t = (s + 1) / S in step s of S: `early` where t <
 `early_until`, `middle` where t < `middle_until`, then `late`. Looked at are the
-`answer_length` positions from `answer_start` on; without a start, all masks.
+`answer_length` positions from `answer_start` on; without a start, the masks whose token
+does not end the text, or, if there are none, all masks.
 
 Until then the canvas is written as `static` writes it in blocks: spans of `span`
 positions one after the other, each in its share of the steps.
@@ -69,7 +70,7 @@ class ProphetParams(Params):
         ge=-1,
         le=1_000_000,
         description="First output position that is looked at, where a task has its "
-        "answer in a known place; -1 looks at all masks.",
+        "answer in a known place; -1 looks at all masks but those of padding.",
     )
     answer_length: int = Field(
         default=5,
@@ -104,7 +105,9 @@ class Prophet(Strategy):
         start = row_params["answer_start"][:, None]
         end = start + row_params["answer_length"][:, None]
         answer = (view.positions >= start) & (view.positions < end) & view.valid
-        looked_at = torch.where(start < 0, view.masked, answer)
+        text = view.masked & ~view.is_eos
+        text = torch.where(text.any(dim=1, keepdim=True), text, view.masked)
+        looked_at = torch.where(start < 0, text, answer)
         gaps = torch.where(looked_at, gap(view), 0.0)
         count = looked_at.sum(dim=1)
         mean = gaps.sum(dim=1) / count.clamp(min=1)
