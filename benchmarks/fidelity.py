@@ -91,6 +91,8 @@ ITEMS = [
             "`static`": STATIC,
             "`freedave`, `preset` `llada`": preset("freedave", "llada"),
             "`freedave`, `preset` `dream`": preset("freedave", "dream"),
+            "`static`, cache `dual`": STATIC | {"cache": "dual"},
+            "`freedave`, cache `dual`": preset("freedave", "llada", cache="dual"),
             "`threshold` .95": {
                 "strategy": "threshold",
                 "strategy_config": {"threshold": 0.95},
