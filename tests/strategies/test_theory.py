@@ -5,7 +5,7 @@ The numbers of arXiv 2510.04767 hold for a model that knows its task. Here they 
 from following every draw (`reference/ideal_model.py`), with the strategies themselves.
 """
 
-from math import factorial, prod
+from math import factorial, log, prod
 from typing import Any
 
 import pytest
@@ -157,3 +157,30 @@ def test_shuffling_above_one_half_is_one_by_one(length, strict):
     for drawn in (False, True):
         found = right(strategy, shuffle(length), drawn=drawn)
         assert found == pytest.approx(1.0)
+
+
+# -- a gap ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_replacing_any_name_at_the_gap_that_there_is(length):
+    """Each name is kept with (n - 1) / n, so the two best differ by log(n - 1)."""
+    task, there = replace_any(length), log(length - 1)
+    for bound, drawn, expected in (
+        (there - 0.001, False, 0.0),
+        (there - 0.001, True, ((length - 1) / length) ** (length - 1)),
+        (there + 0.001, False, 1.0),
+        (there + 0.001, True, 1.0),
+    ):
+        bounds = dict.fromkeys(("early", "middle", "late"), bound)
+        found = right(build("prophet", length, **bounds), task, drawn=drawn)
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_shuffling_has_no_gap(length):
+    """All that is left is as probable: as one by one, or all at once."""
+    for bound, expected in ((0.001, 1.0), (0.0, factorial(length) / length**length)):
+        bounds = dict.fromkeys(("early", "middle", "late"), bound)
+        found = right(build("prophet", length, **bounds), shuffle(length), drawn=True)
+        assert found == pytest.approx(expected)
