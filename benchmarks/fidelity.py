@@ -51,9 +51,15 @@ ITEMS = [
         {
             "`static`": STATIC,
             "`static`, `eotp` `block`": STATIC | {"eotp": "block"},
+            "`static`, `eotp` `canvas`": STATIC | {"eotp": "canvas"},
             "`learn2pd` without `eotp`": {"strategy": "learn2pd", "eotp": "off"},
             "`learn2pd`, `eotp` `block`": {"strategy": "learn2pd"},
-            "`learn2pd`, cache `dual`": {"strategy": "learn2pd", "cache": "dual"},
+            "`learn2pd`, `eotp` `canvas`": {"strategy": "learn2pd", "eotp": "canvas"},
+            "the same, cache `dual`": {
+                "strategy": "learn2pd",
+                "eotp": "canvas",
+                "cache": "dual",
+            },
         },
         most_problems=16,
         max_canvas=1024,
