@@ -8,6 +8,7 @@ That tokens and forwards are the oracle's shows `test_parity.py` (`threshold/tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,17 +91,19 @@ def test_cad_holds_ends_of_text_back(engine: Engine):
 
 
 class Counting:
-    """An oracle that notes which rows each forward computes."""
+    """An oracle that notes which rows each forward computes, and where masks begin."""
 
     def __init__(self, model: TinyLLaDA) -> None:
         self.model = model
         self.rows: list[tuple[int, int]] = []
+        self.first_mask = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def forward(self, ids, positions, store=None):
         self.rows.append((positions[0], positions[-1] + 1))
+        self.first_mask = positions[0] + ids.index(self.model.mask_id)
         return self.model.forward(ids, positions, store)
 
 
@@ -113,22 +116,27 @@ def test_what_is_dropped_is_not_computed(engine: Engine, oracle: TinyLLaDA, cach
     shrunk = 0
     for length in range(2, 26, 3):
         case = Case(make_prompt(length, 1), "threshold/canvas", cache, max_tokens=128)
-        noting, heads = Counting(oracle), []
+        model, heads, canvas = Counting(oracle), [], 0
 
-        def note(view, _, length=length, noting=noting, heads=heads):
-            block_end = length + view.first + len(view.masked)
-            ahead = max(noting.rows[-1][1] - block_end, 0)
+        def note(view, _, model=model, heads=heads):
+            nonlocal canvas
+            if view.forward == 0:
+                canvas = model.first_mask
+            block_end = canvas + view.first + len(view.masked)
+            ahead = max(model.rows[-1][1] - block_end, 0)
             heads.append(int(view.masked.sum()) + ahead)
 
-        expected = expect(case, noting, observe=note)
+        expected = expect(case, model, observe=note)
         with counting(engine) as counts:
             (result,) = engine.run([case.prompt], case.params())
         assert result.tokens == expected.tokens
-        computed = [end - start for start, end in noting.rows]
+        computed = [end - start for start, end in model.rows]
         assert counts.rows == computed[: len(counts.rows)]
         assert counts.logits_rows == heads[: len(counts.rows)]
-        shrunk += len({end for _, end in noting.rows[:6]}) > 2
-    assert shrunk >= 2
+        whole = Counting(oracle)
+        expect(replace(case, rule="threshold"), whole)
+        shrunk += model.rows != whole.rows
+    assert shrunk >= 3
 
 
 def test_a_request_decodes_alone_as_beside_others(engine: Engine):
