@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -270,6 +271,63 @@ def test_canvases_follow_each_other_to_the_texts_end(prompt_len: int, max_tokens
         assert 0 < end - at <= MAX_CANVAS and (end - at) % 4 == 0
         at = end
     assert at == layout.text_end
+
+
+# -- several blocks decided together -------------------------------------------
+
+
+def together(
+    model: ModelDefaults, prompt_len: int, num_known: int, max_tokens: int
+) -> RequestLayout:
+    """The layout of a request that decides four blocks of 4 together."""
+    config = resolve(DlmConfig(), None, model).sized(max_tokens, MAX_CANVAS)
+    return lay_out(
+        replace(config, block_length=16, sub_block_length=16),
+        model,
+        Limits(MAX_CANVAS, 1024),
+        prompt_len=prompt_len,
+        num_known=num_known,
+        max_tokens=max_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "num_known", "max_tokens", "wanted"),
+    [
+        # first span, first mask, end of the text: in its last block of 4
+        (10, 10, 30, (8, 10, 40)),
+        (10, 23, 30, (8, 10, 40)),  # replayed, whole
+        (10, 25, 30, (24, 24, 40)),
+        (8, 8, 30, (8, 8, 40)),
+        (8, 8, 3, (8, 8, 12)),
+        (21, 21, 30, (20, 21, 52)),
+    ],
+)
+def test_spans_begin_where_the_prompt_ends(prompt_len, num_known, max_tokens, wanted):
+    layout = together(BLOCK, prompt_len, num_known, max_tokens)
+    assert (layout.first_block, layout.first_mask, layout.text_end) == wanted
+    assert layout.spans_blocks and layout.block_length == 16
+    assert not laid_out(BLOCK, prompt_len, num_known).spans_blocks
+
+
+@given(prompt_len=lengths, emitted=st.integers(0, 90))
+def test_spans_are_whole_blocks_of_attention(prompt_len: int, emitted: int):
+    model = declared(block_origin="start" if prompt_len % 2 else "prompt")
+    known = prompt_len + emitted
+    layout = together(model, prompt_len, known, 100)
+    alone = laid_out(model, prompt_len, known, 100)
+    first = laid_out(model, prompt_len, max_tokens=100).first_block
+    assert (layout.first_block - first) % 16 == 0
+    assert layout.first_block <= known < layout.first_block + 16
+    assert layout.text_end == alone.text_end
+    for position in range(known, known + 9):
+        assert layout.attended_at(position) == alone.block_at(position)
+
+
+def test_a_span_has_more_segments_than_a_whole_graph():
+    config = resolve(DlmConfig(), None, BLOCK).sized(64, MAX_CANVAS)
+    assert usual_rows(config, BLOCK) == 4
+    assert usual_rows(replace(config, block_length=16), BLOCK) is None
 
 
 # -- rows of a step in the middle of a block -----------------------------------

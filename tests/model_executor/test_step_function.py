@@ -22,7 +22,7 @@ KINDS = [("full", 0), ("full", 1), ("block", 0), ("block", 1)]
 
 
 def serves(strategy: str, attention: str) -> bool:
-    return attention == "full" or STRATEGIES[strategy].scope == "block"
+    return attention == "full" or STRATEGIES[strategy].scope != "canvas"
 
 
 @pytest.fixture(autouse=True)

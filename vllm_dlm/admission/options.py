@@ -10,7 +10,7 @@ import torch
 
 from vllm_dlm.admission.handover import note, noted
 from vllm_dlm.admission.stray_options import refuse_unread
-from vllm_dlm.config.model import ModelDefaults, attention_of, edit_tokens_of
+from vllm_dlm.config.model import ModelDefaults, edit_tokens_of
 from vllm_dlm.config.options import LONGEST_REQUEST_BLOCK, DlmConfig, served_config
 from vllm_dlm.config.request import RequestConfig, resolve
 from vllm_dlm.config.request_options import own_options
@@ -50,6 +50,7 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
     # A request without max_tokens takes what the context leaves: a whole canvas.
     config = config.sized(params.max_tokens or canvas, canvas)
     _check_block_length(config, server.block_length or defaults.block_length, canvas)
+    _check_span(config, model_config)
     stages = Stages.of(config.tccf, model_config)
     if stages is not None and (params.logprobs is not None or config.step_map):
         raise ValueError(
@@ -104,6 +105,24 @@ def _check_block_length(config: RequestConfig, own: int | str, canvas: int) -> N
         )
 
 
+def _check_span(config: RequestConfig, model_config: ModelConfig) -> None:
+    """Refuse more blocks together than a forward holds twice.
+
+    Args:
+        config: of the request, `sized`.
+
+    Raises:
+        ValueError: it names the longest that is taken.
+    """
+    most = getattr(model_config.hf_config, "dlm_longest_span", config.block_length)
+    if config.attended_length < config.block_length > most:
+        raise ValueError(
+            f"block_length {config.block_length} is more than half of what a forward "
+            f"of this server holds, and a span is computed along with the next: ask "
+            f"for at most {most}, or raise --max-num-batched-tokens"
+        )
+
+
 def check_strategy(
     config: RequestConfig,
     server: DlmConfig,
@@ -119,6 +138,8 @@ def check_strategy(
     Raises:
         ValueError: its parameters do not fit them.
     """
+    defaults = ModelDefaults.from_hf_config(model_config.hf_config)
+    own_block = defaults.own_block(server.block_length)
     # The second stage of `tccf` is decoded in blocks of one.
     lengths = {config.block_length, 1} if config.tccf else {config.block_length}
     for length in sorted(lengths, reverse=True):
@@ -129,8 +150,9 @@ def check_strategy(
         context = Context(
             device=torch.device("cpu"),
             model=model_config.model,
-            attention=attention_of(model_config.hf_config),
+            attention=defaults.attention,
             cache=config.cache,
+            own_block=own_block,
             options=server.strategy_options(),
             positions=positions,
             edit_tokens=edit_tokens_of(model_config.hf_config),

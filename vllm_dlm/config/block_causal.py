@@ -8,6 +8,7 @@ may be decided over the whole output, and all requests share one block length.
 from __future__ import annotations
 
 from vllm_dlm.config.cache import Cache
+from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.option_types import WHOLE_CANVAS
 from vllm_dlm.strategies import STRATEGIES
 
@@ -15,6 +16,7 @@ from vllm_dlm.strategies import STRATEGIES
 def check_block_causal(
     strategy: str,
     cache: Cache,
+    model: ModelDefaults,
     *,
     block_length: int,
     sub_block_length: int,
@@ -24,6 +26,7 @@ def check_block_causal(
 
     Args:
         strategy, cache: what a request is decoded with.
+        model: what the model declares.
         block_length: in positions; 0 for the whole canvas.
         sub_block_length: in positions; 0 for the whole block.
         trained: the block length that the server or the model declares.
@@ -32,7 +35,7 @@ def check_block_causal(
         ValueError: the request asks for it.
     """
     if STRATEGIES[strategy].scope == "canvas":
-        served = [name for name in STRATEGIES if STRATEGIES[name].scope == "block"]
+        served = [name for name in STRATEGIES if STRATEGIES[name].scope != "canvas"]
         raise ValueError(
             f"the strategy {strategy!r} decides over the whole output at once, "
             "which needs full attention; this model is block-causal. It serves: "
@@ -43,6 +46,9 @@ def check_block_causal(
             "block_length 'canvas' is for models with full attention; this one is "
             "block-causal: give the length its blocks were trained with"
         )
+    if STRATEGIES[strategy].scope == "blocks":
+        _check_blocks(strategy, cache, model, block_length, sub_block_length, trained)
+        return
     if block_length != trained:
         raise ValueError(
             f"block_length is {trained} for all requests of this block-causal model: "
@@ -61,4 +67,36 @@ def check_block_causal(
             "cache 'dual' of a block-causal model computes sub-blocks alone, and its "
             f"blocks of {block_length} have none here: leave it at 'none', or "
             f"set sub_block_length below {block_length}"
+        )
+
+
+def _check_blocks(
+    strategy: str,
+    cache: Cache,
+    model: ModelDefaults,
+    block_length: int,
+    sub_block_length: int,
+    trained: int | str,
+) -> None:
+    """Refuse what a strategy that decides several blocks together cannot do."""
+    assert isinstance(trained, int)
+    if model.attention != "block" or model.leads_blocks:
+        raise ValueError(
+            f"the strategy {strategy!r} decides several blocks together, but this "
+            "model begins a block only when the one before is finished: name another"
+        )
+    if block_length == 0 or block_length % trained:
+        raise ValueError(
+            f"block_length is how many positions the strategy {strategy!r} decides "
+            f"together, whole blocks of this model: a multiple of {trained}"
+        )
+    if cache != "none":
+        raise ValueError(
+            f"cache {cache!r} computes a part of a block, and the strategy "
+            f"{strategy!r} decides several blocks: leave it at 'none'"
+        )
+    if sub_block_length:
+        raise ValueError(
+            f"sub_block_length is for strategies that decide one block, {strategy!r} "
+            "decides several: leave it out"
         )

@@ -103,6 +103,15 @@ class ModelDefaults:
         """Position from which the blocks of a request are counted, below its length."""
         return 0 if self.block_origin == "start" else prompt_len % block_length
 
+    def own_block(self, served: int | str | None) -> int:
+        """Positions of a block as the model has them, whatever a request asks for.
+
+        Args:
+            served: the server's option `block_length`, by which finished blocks go.
+        """
+        is_served = self.reuses_blocks and isinstance(served, int)
+        return int(served or 0) if is_served else self.block_length
+
     @classmethod
     def from_hf_config(cls, hf_config: PretrainedConfig) -> ModelDefaults:
         """Read the `dlm_*` attributes of one of our HF config classes."""

@@ -81,8 +81,9 @@ class DlmConfig(BaseModel):
         default=None,
         description="Positions decoded together before the next block begins, from 1 "
         "to 1024, or `canvas`: the whole output is one block. Block-causal models are "
-        "trained for one length, which only the server may change. Default: the "
-        "model's own.",
+        "trained for one length, which only the server may change; for a strategy "
+        "that decides several blocks together (multi_block), a request gives their "
+        "length in all. Default: the model's own.",
     )
     sub_block_length: Count | None = Field(
         default=None,

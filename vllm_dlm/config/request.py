@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+BLOCKS_TOGETHER = 4
+"""Blocks of a block-causal model that are decided together, by a strategy that can,
+where the request does not say how many."""
+
+
 @dataclass(frozen=True)
 class RequestConfig:
     """How one request is decoded, with every option decided."""
@@ -38,6 +43,10 @@ class RequestConfig:
     params: Params
     block_length: int
     """Positions of a block; 0 for the whole canvas, until `sized` knows its width."""
+    attended_length: int
+    """Positions of a block as the model's attention has it, where finished blocks are
+    final: then `block_length` may be several of these, decided together. 0 for the
+    whole block, until `sized` knows its length."""
     sub_block_length: int
     """Positions written at a time; 0 for the whole block, until `sized` knows its
     length."""
@@ -65,8 +74,12 @@ class RequestConfig:
             max_canvas: most positions of a canvas.
         """
         length = self.block_length or min(max_tokens, max_canvas)
-        sub = min(self.sub_block_length or length, length)
-        return replace(self, block_length=length, sub_block_length=sub)
+        return replace(
+            self,
+            block_length=length,
+            attended_length=self.attended_length or length,
+            sub_block_length=min(self.sub_block_length or length, length),
+        )
 
     @property
     def follows_schedule(self) -> bool:
@@ -134,10 +147,13 @@ def resolve(
     cache, cache_policy = _cache(asked, server)
     eotp, eotp_threshold = _end_of_text(asked, server, strategy)
     growth, growth_policy = _growth(asked, server)
+    trained = server.block_length or defaults.block_length
+    spans = rule.scope == "blocks" and defaults.reuses_blocks
     config = RequestConfig(
         strategy=strategy,
         params=params,
         block_length=_block_length(asked, server, defaults, strategy),
+        attended_length=int(trained) if spans and trained != WHOLE_CANVAS else 0,
         sub_block_length=request.sub_block_length
         or server.sub_block_length
         or defaults.sub_block_length
@@ -171,10 +187,16 @@ def resolve(
         check_block_causal(
             strategy,
             cache,
+            defaults,
             block_length=config.block_length,
             sub_block_length=config.sub_block_length,
-            trained=server.block_length or defaults.block_length,
+            trained=trained,
         )
+        if spans and config.tccf is not None:
+            raise ValueError(
+                f"tccf cannot be combined with the strategy {strategy!r}, which "
+                "decides several blocks together: leave one of them out"
+            )
     elif config.tccf is not None:
         raise ValueError(
             "tccf is for block-causal models: with full attention, shorter blocks are "
@@ -336,8 +358,13 @@ def _usual_length(
     strategy: str, server: DlmConfig, defaults: ModelDefaults
 ) -> int | str:
     """The block length of a request that does not say one."""
-    if STRATEGIES[strategy].scope == "canvas" and not defaults.reuses_blocks:
+    length = server.block_length or defaults.block_length
+    if STRATEGIES[strategy].scope == "block":
+        return length
+    if not defaults.reuses_blocks:
         # A length that the server was given for another strategy says nothing here.
         own = server.block_length if server.strategy == strategy else None
         return own or WHOLE_CANVAS
-    return server.block_length or defaults.block_length
+    if STRATEGIES[strategy].scope == "blocks" and length != WHOLE_CANVAS:
+        return BLOCKS_TOGETHER * int(length)
+    return length

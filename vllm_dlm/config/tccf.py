@@ -118,7 +118,12 @@ class Stages:
 def one_at_a_time(config: RequestConfig) -> RequestConfig:
     """The options of the second stage, of a request with these."""
     return replace(
-        config, block_length=1, sub_block_length=1, steps=None, steps_per_block=None
+        config,
+        block_length=1,
+        attended_length=1,
+        sub_block_length=1,
+        steps=None,
+        steps_per_block=None,
     )
 
 

@@ -259,6 +259,9 @@ def _serve_blocks(
             f"max_num_batched_tokens {scheduler.max_num_batched_tokens} does not hold "
             f"two blocks of {length}: set it to at least {least}"
         )
+    # As are several blocks that a request decides together: `admission/options.py`.
+    hf_config = vllm_config.model_config.hf_config
+    hf_config.dlm_longest_span = scheduler.max_num_batched_tokens // 2
     if scheduler.long_prefill_token_threshold:
         scheduler.long_prefill_token_threshold = max(
             scheduler.long_prefill_token_threshold, least

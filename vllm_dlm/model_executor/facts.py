@@ -131,6 +131,7 @@ class EngineFacts:
             model_key=self.model_key,
             attention=self.defaults.attention,
             cache=cache,
+            own_block=self.defaults.own_block(self.server.block_length),
             options=self.server.strategy_options(),
             edit_tokens=self.defaults.edit_tokens,
             agreed=get_tp_group().broadcast_object,

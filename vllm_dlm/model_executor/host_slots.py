@@ -36,6 +36,8 @@ class HostSlots:
 
         self.prompt_len = per_slot()
         self.block_length = per_slot()
+        self.attended_length = per_slot()
+        """Positions of a block as attention has it."""
         self.sub_block_length = per_slot()
         self.origin = per_slot()
         """Position from which blocks are counted."""
@@ -91,6 +93,7 @@ class HostSlots:
         self.settle()
         self.prompt_len[slot] = layout.prompt_len
         self.block_length[slot] = length = layout.block_length
+        self.attended_length[slot] = layout.attended_length
         self.sub_block_length[slot] = layout.sub_block_length
         self.origin[slot] = layout.origin
         self.first_block[slot] = self.block_start[slot] = layout.first_block

@@ -51,6 +51,8 @@ class RequestLayout:
     """The model has full attention: a canvas is computed whole, and where it is
     narrower than the output, a further one follows."""
     block_length: int
+    attended_length: int
+    """Positions of a block as attention has it: `block_length`, or a part of it."""
     sub_block_length: int
     origin: int
     """Position from which blocks are counted: 0 where the model was trained so (the
@@ -89,6 +91,15 @@ class RequestLayout:
     def block_at(self, position: int) -> int:
         """Start of the block that holds a position, which is not left of `origin`."""
         return block_start(position, self.block_length, self.origin)
+
+    def attended_at(self, position: int) -> int:
+        """Start of the block of attention that holds a position."""
+        return block_start(position, self.attended_length, self.origin)
+
+    @property
+    def spans_blocks(self) -> bool:
+        """Whether several blocks of attention are decided together."""
+        return self.attended_length < self.block_length
 
     def canvas_from(self, num_tokens: int) -> int:
         """End of a canvas that is opened behind so many tokens.
@@ -133,12 +144,15 @@ def lay_out(
         num_known: tokens of the prompt and of the output so far.
         max_tokens: of the request's output.
     """
-    length = config.block_length
-    origin = model.origin(prompt_len, length)
+    length, attended = config.block_length, config.attended_length
+    origin = model.origin(prompt_len, attended)
+    if attended < length:
+        # Several blocks are decided together, from the one with the first mask on.
+        origin = block_start(prompt_len, attended, origin) % length
     first_block = block_start(num_known, length, origin)
     begins_with_lead = bool(model.begins_with_lead(first_block, prompt_len))
     knows_lead = begins_with_lead and num_known > first_block
-    end = text_end(prompt_len + max_tokens, length, origin)
+    end = text_end(prompt_len + max_tokens, attended, origin)
     is_full = not model.reuses_blocks
     steps = config.steps_per_block
     if steps is None:
@@ -151,6 +165,7 @@ def lay_out(
         limits=limits,
         is_full=is_full,
         block_length=length,
+        attended_length=attended,
         sub_block_length=config.sub_block_length,
         origin=origin,
         first_block=first_block,
@@ -291,7 +306,8 @@ def usual_rows(config: RequestConfig, model: ModelDefaults) -> int | None:
     """How many rows a step in the middle of a block has, if all have as many.
 
     A step has fewer where the canvas, the text or the context ends, and more where a
-    block begins. None where the rows move with the text, or reach to the canvas's end.
+    block begins. None where the rows move with the text, or reach to the canvas's end,
+    and where several blocks have more segments than a whole CUDA graph has room for.
 
     Args:
         config: a request's options, `sized`.
@@ -299,7 +315,8 @@ def usual_rows(config: RequestConfig, model: ModelDefaults) -> int | None:
     """
     reach, length = config.reach(model.shift), config.block_length
     if model.reuses_blocks:
-        return length if reach.part >= length else None
+        is_whole = reach.part >= length and config.attended_length == length
+        return length if is_whole else None
     if reach.follows or reach.right >= FAR:
         return None
     return int(reach.left + length + reach.right)

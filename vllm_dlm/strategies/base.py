@@ -225,9 +225,11 @@ class Strategy:
     may_rewrite: bool = False
     """Whether decisions may edit or remask decided positions; `__init__` may set it.
     `logit_rows` must be "block" then."""
-    scope: ClassVar[Literal["block", "canvas"]] = "block"
+    scope: ClassVar[Literal["block", "blocks", "canvas"]] = "block"
     """"canvas": made for the whole output as one block, which is then the default
-    block length. Models that decode block after block cannot serve it."""
+    block length. Models that decode block after block cannot serve it. "blocks": the
+    same with full attention; with block attention, `View`s are of several of the
+    model's blocks, none of which sees the ones behind it."""
     measures: ClassVar[Literal["model", "drawn"]] = "model"
     """Of which distribution the statistics are: the model's own, or the one that is
     drawn from, after temperature and top-k/p."""
@@ -350,6 +352,8 @@ class Context:
     """`full` sees the whole canvas; `block` and `causal` decode block after block."""
     cache: str = "none"
     """KV policy that is served: a name of `config/cache.py`."""
+    own_block: int = 32
+    """Positions of a block as the model has them, whatever a request asks for."""
     options: Mapping[str, Any] | None = None
     """Server-level options (folder for learned filters, ...)."""
     positions: int | None = None

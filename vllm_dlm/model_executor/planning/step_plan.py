@@ -104,7 +104,7 @@ def plan_forward(
         facts.defaults.attention,
         starts,
         ends,
-        host.block_length[slots_in_batch],
+        host.attended_length[slots_in_batch],
         host.origin[slots_in_batch],
         first_blocks,
     )
