@@ -89,6 +89,8 @@ def _requests(llm: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             options["strategy_config"] = {
                 "recorded_steps": [max(steps) - s for s in steps]
             }
+        if name == "multi_block":  # of llada-tiny's own length there would be one
+            options["strategy_config"] = {"block": 8}
         yield name, options
 
 

@@ -54,7 +54,7 @@ class Setting:
 
     def most_problems(self, canvas: int) -> int | None:
         """Fewer where each request takes hundreds of forwards; None is all."""
-        whole = STRATEGIES[self.strategy].scope == "canvas"
+        whole = STRATEGIES[self.strategy].scope != "block"
         return FEW_PROBLEMS if whole and canvas > WIDE_CANVAS else None
 
     @property
@@ -97,6 +97,13 @@ SETTINGS = [
     Setting("ete"),
     Setting("ete", {"threshold": 0.7}),
     Setting("ete", {"fewest_bits": 2.0}),
+    Setting("multi_block"),
+    Setting("multi_block", {"block": 8}),
+    Setting("multi_block", {"block": 8, "threshold": 1.0}),
+    Setting(
+        "multi_block",
+        {"block": 8, "by": "confidence", "threshold": 0.9, "push": "each"},
+    ),
     Setting("pc"),
     Setting("pc", tokens_per_step=4),
     Setting("dream"),

@@ -62,6 +62,9 @@ RULES = (
     "eoser/even",
     "eoser/doubling",
     "ete",
+    "multi_block/entropy",
+    "multi_block/confidence",
+    "multi_block/stop",
 )
 """strategy or strategy/variant."""
 
@@ -91,6 +94,7 @@ EVENTFUL: dict[str, dict[str, Any]] = {
     "joint": {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
     "ete": {"threshold": 0.5, "window": 6, "fewest_bits": 2.0},
     "prophet": {"early": 1.8, "middle": 1.4, "late": 1.1, "span": 6},
+    "multi_block": {"block": 6, "open_at": 0.3, "due_at": 0.6},
 }
 """Parameters that a random model reaches; the oracle's have the same names."""
 
@@ -102,6 +106,13 @@ ANSWER = {"answer_start": 21, "answer_length": 3}
 
 EOTP = {"token": "first", "block": "block", "canvas": "canvas"}
 """Our names of end-of-text prediction and the oracle's."""
+
+MULTI_BLOCK: dict[str, dict[str, Any]] = {
+    "entropy": {"threshold": 2.0},
+    "confidence": {"by": "confidence", "threshold": 0.4, "push": "each"},
+    "stop": {"threshold": 2.0},
+}
+"""What the variants of `multi_block` are; "stop" ends at the first end of text."""
 
 FILTER_BLOCKS = (8, 12, 16, 32)
 """Block lengths that have a Learn2PD filter."""
@@ -157,6 +168,8 @@ class Case:
             config["remask"] = True
         elif variant == "answer":
             config |= ANSWER
+        elif strategy == "multi_block":
+            config |= MULTI_BLOCK[variant] | {"early_stop": variant == "stop"}
         if self.number is not None and strategy != "learn2pd":
             config[NUMBERS[strategy]] = self.number
         dlm = {
@@ -253,6 +266,9 @@ def expect(
     per_block = case.block
     if case.steps is not None:
         per_block = min(max(case.steps // blocks, 1), case.block)
+    eotp, eot_threshold = EOTP.get(variant), case.sure
+    if variant == "stop":  # behind what is written, not behind what is predicted
+        eotp, eot_threshold = "first", 2.0
     tokens: list[int] = []
     written_at: list[int] = []
     forwards = 0
@@ -275,8 +291,8 @@ def expect(
             whole_block=case.rule.partition("/")[0] in WHOLE_BLOCK,
             eos_stop=not case.ignore_eos,
             # Who ignores the end of the text has none to predict.
-            eotp=None if case.ignore_eos else EOTP.get(variant),
-            eot_threshold=case.sure,
+            eotp=None if case.ignore_eos else eotp,
+            eot_threshold=eot_threshold,
             growing=case.growing,
             observe=observe,
             **options,
@@ -353,6 +369,8 @@ def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
         eos_ids = () if case.ignore_eos else (eos_id,)
         more = {**EVENTFUL["prophet"], **answer, "begin": begin, "eos_ids": eos_ids}
         return rules.prophet(case.block, **more)
+    if strategy == "multi_block":
+        return place_rules.multi_block(**EVENTFUL[strategy], **MULTI_BLOCK[variant])
     if strategy == "learn2pd":
         return procedures.learn2pd(
             **filter_weights(case.block), k=max(case.block // per_block, 1)

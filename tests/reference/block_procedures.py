@@ -43,6 +43,8 @@ def generate_blocks(
     mask_id: int | None = None,
     eos_ids: Collection[int] | None = None,
     eos_stop: bool = True,
+    together: int = 1,
+    eos_cuts: bool = False,
     observe: Callable[[View, list[int]], None] | None = None,
 ) -> ReferenceResult:
     """Decode one request block by block; what is written never changes.
@@ -76,6 +78,10 @@ def generate_blocks(
             and if the rule ends by its schedule, masks left after S steps are final.
         mask_id, eos_ids: default to the checkpoint's.
         eos_stop: end with the first EOS, included, once all left of it is final.
+        together: blocks that are decided together, beginning with the one that holds
+            the first mask; no block sees the ones behind it. The last ones end with
+            the block in which the text does.
+        eos_cuts: nothing exists behind an EOS once it is written.
         observe: called with the view and the chosen offsets, before the commit.
 
     Raises:
@@ -104,6 +110,9 @@ def generate_blocks(
     text_end = prompt_end + max_tokens
     limit = text_end + block_length if max_model_len is None else max_model_len
     text_end = min(text_end, limit)
+    if together > 1:
+        whole = -(-(text_end - first_border) // block_length) * block_length
+        limit = min(limit, first_border + whole)
     row = list(prompt_ids)
     masked = [False] * prompt_end  # not `== mask_id`: a prompt may hold that id
     set_at = [-1] * prompt_end
@@ -137,7 +146,7 @@ def generate_blocks(
 
     end = first_border + (prompt_end - first_border) // block_length * block_length
     while final_end() is None:
-        start, end = end, min(end + block_length, limit)
+        start, end = end, min(end + together * block_length, limit)
         new = end - len(row)
         row += [mask_id] * new
         masked += [True] * new
@@ -205,6 +214,10 @@ def generate_blocks(
             for offset in decision.remask:
                 row[first + offset] = mask_id
                 masked[first + offset] = True
+            ends = [i for i in chosen if eos_cuts and row[first + i] in eos_ids]
+            if ends:
+                end = limit = text_end = first + min(ends) + 1
+                del row[end:], masked[end:], set_at[end:]
             forwards += 1
             step += 1
             is_stuck = masks and not written and not is_seed

@@ -3,6 +3,7 @@
 
 LocalLeap (arXiv 2510.07081): masks near sure ones. Hierarchical decoding (dInfer,
 2510.08666): runs of adjacent masks. PC-Sampler (NEUIR/PC-Sampler): early ones.
+Multi-block decoding (d3LLM, 2601.07568; D2F, 2508.09192): blocks that are begun.
 """
 
 from __future__ import annotations
@@ -108,3 +109,79 @@ def pc(
         return top_k(scores, view.masked_offsets(), view.scheduled)
 
     return Rule(select, ends_by_schedule=True)
+
+
+def multi_block(
+    block: int = 32,
+    threshold: float = 0.5,
+    open_at: float = 0.1,
+    due_at: float = 0.95,
+    by: str = "entropy",
+    push: str = "first",
+) -> Rule:
+    """Sure masks of all blocks that are begun; of some, one mask in any case.
+
+    A block is begun once every block left of it is written to `open_at`. The first one
+    with a mask ("first", and then the surest of all that are begun, too), or each whose
+    left neighbour is written to `due_at` ("each"), gets a token in every step.
+    """
+
+    def select(view: View) -> list[int]:
+        size = len(view.masked)
+        parts = [range(i, min(i + block, size)) for i in range(0, size, block)]
+        scores = -view.entropy if by == "entropy" else view.confidence
+
+        def is_sure(i: int) -> bool:
+            if by == "entropy":
+                return bool(view.entropy[i] <= float32(threshold))
+            return bool(view.confidence[i] > float32(threshold))
+
+        def is_written(part: range, share: float) -> bool:
+            own = [i for i in part if view.first + i >= 0]
+            count = sum(bool(view.decided[i]) for i in own)
+            return count >= float(float32(share)) * len(own)
+
+        begun = []
+        for number, part in enumerate(parts):
+            if all(is_written(left, open_at) for left in parts[:number]):
+                masks = [i for i in part if view.masked[i]]
+                is_due = not number or is_written(parts[number - 1], due_at)
+                begun.append((masks, is_due))
+        everything = [i for masks, _ in begun for i in masks]
+        chosen = {i for i in everything if is_sure(i)}
+        if push == "first":
+            chosen |= set(top_k(scores, everything, 1))
+            with_masks = [masks for masks, _ in begun if masks]
+            pushed = with_masks[:1]
+        else:
+            pushed = [masks for masks, is_due in begun if is_due]
+        for masks in pushed:
+            if not chosen.intersection(masks):
+                chosen |= set(top_k(scores, masks, 1))
+        return sorted(chosen)
+
+    return Rule(select)
+
+
+class FlightLog:
+    """The published loops: they open a block at most each step, and remember it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.masks: list[int] = []
+        self.is_due: list[bool] = []
+
+    def begin_step(self, block: int, open_at: float, due_at: float) -> int:
+        """How many blocks are in flight or done in this step."""
+
+        def share(number: int) -> float:
+            return 1 - self.masks[number] / block
+
+        if not self.masks:
+            self.masks, self.is_due = [block], [True]
+        elif len(self.masks) < self.num_blocks and share(-1) >= open_at:
+            self.masks.append(block)
+            self.is_due.append(False)
+        for number in range(1, len(self.masks)):
+            self.is_due[number] |= share(number - 1) >= due_at
+        return len(self.masks)

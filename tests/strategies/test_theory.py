@@ -132,6 +132,15 @@ def test_shuffling_is_right_where_no_name_is_drawn_twice(length):
     assert found == pytest.approx(factorial(length) / length**length)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+def test_shuffling_block_by_block_where_all_is_sure(length):
+    """Each step fills a block, and none of the next: that is not open before."""
+    for block in range(1, length + 1):
+        strategy = build("multi_block", length, block=block, threshold=100.0)
+        found = right(strategy, shuffle(length), drawn=True)
+        assert found == pytest.approx(without_collision(length, block))
+
+
 @pytest.mark.parametrize("length", [4, 6])
 def test_shuffling_by_pairs(length):
     odd, even = prod(range(1, length, 2)), prod(range(2, length + 1, 2))
