@@ -61,6 +61,7 @@ def make_request(
         stages=None,
         commits_alone=server.commit == "separate",
         max_branches=1,
+        needs_branches=False,
     )
 
 

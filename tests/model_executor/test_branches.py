@@ -20,6 +20,7 @@ from vllm_dlm.model_executor.planning.branches import (
     Wish,
     branch_blocks,
     copies_of_pages,
+    most_branches,
     plan_branches,
     share_out,
 )
@@ -176,13 +177,26 @@ def test_drafts_are_written_by_rank():
     ):
         number = torch.full_like(positions, branch)
         assert drafts.written(own, slots, positions, number).tolist() == wanted
+    alone = torch.tensor([[-2, NOT_DRAFTED, -1, 0]] * 2)
+    decision.draft_rank = alone
+    drafts.keep(decision, masked, blocks.blocks)
+    for branch, wanted in (
+        (0, [1, 1, 1, 1, 1, 1]),
+        (1, [1, 1, 1, 33, 34, 1]),
+        (2, [1, 31, 1, 1, 34, 1]),
+    ):
+        number = torch.full_like(positions, branch)
+        assert drafts.written(own, slots, positions, number).tolist() == wanted
+    drafts.keep(decision, masked, blocks.blocks)
     drafts.forget(7)
     assert (drafts.of(blocks.blocks)[1][0] == NOT_DRAFTED).all()
-    assert drafts.of(blocks.blocks)[1][1, 0] == 0
+    assert drafts.of(blocks.blocks)[1][1, 0] == -2
 
 
-def wish(branches: int, held: int, start: int, end: int, seen: int = 0) -> Wish:
-    return Wish(branches, held, start, end, max(seen, end))
+def wish(
+    branches: int, held: int, start: int, end: int, seen: int = 0, least: int = 1
+) -> Wish:
+    return Wish(branches, held, start, end, max(seen, end), least)
 
 
 PLAIN = wish(1, 3, 0, 40)
@@ -229,9 +243,58 @@ PLAIN = wish(1, 3, 0, 40)
             [1, 1],
             id="no room",
         ),
+        pytest.param(
+            [
+                wish(4, 2, 0, 32),
+                wish(3, 2, 0, 32, least=3),
+            ],
+            160,
+            7,
+            [2, 3],
+            id="what another needs",
+        ),
+        pytest.param(
+            [wish(3, 2, 0, 32, least=3), PLAIN],
+            48,
+            0,
+            [3, 1],
+            id="needs what is not there, and waits",
+        ),
     ],
 )
 def test_who_gets_branches(wishes, rows, pages, shares):
     """Requests of at most 12 pages."""
     got = share_out(wishes, rows=rows, pages=pages, longest=12, page_size=16)
     assert got == shares
+
+
+@pytest.mark.parametrize(
+    ("asked", "end", "rows", "longest", "wanted"),
+    [
+        (3, 40, 512, 99, 3),
+        # One more must fit: 4 times 32 rows.
+        (9, 40, 128, 99, 3),
+        # Behind the text's 3 pages; a branch may touch 3, wherever it begins.
+        (9, 40, 512, 12, 3),
+        (9, 40, 512, 5, 1),
+        (9, 40, 32, 99, 1),
+    ],
+)
+def test_branches_that_always_fit(asked, end, rows, longest, wanted):
+    got = most_branches(
+        asked,
+        length=32,
+        end=end,
+        from_start=False,
+        rows=rows,
+        longest=longest,
+        page_size=16,
+    )
+    assert got == wanted
+
+
+def test_branches_of_whole_canvases_begin_with_a_page():
+    """Of 12 pages the text has 3, as many as each branch."""
+    sizes = {"rows": 512, "longest": 12, "page_size": 16}
+    assert most_branches(9, length=40, end=40, from_start=True, **sizes) == 3
+    assert most_branches(9, length=40, end=40, from_start=False, **sizes) == 2

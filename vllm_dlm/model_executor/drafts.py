@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
+from vllm_dlm.strategies.base import NOT_DRAFTED, Decision, in_branch
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.block_rows import Blocks
@@ -60,7 +60,7 @@ class Drafts:
         Args:
             tokens, slots, positions, branch: [M], of each row.
         """
-        is_draft = self._rank[slots, positions] < branch
+        is_draft = in_branch(self._rank[slots, positions], branch)
         return torch.where(is_draft, self._tokens[slots, positions], tokens)
 
     def of(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,19 +71,25 @@ NOT_DRAFTED = 1 << 30
 """Rank of a position without a draft."""
 
 
+def in_branch(rank: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """Whether a draft of this rank is written in this branch; of any shape, bool."""
+    return torch.where(rank < 0, rank == -branch, rank < branch)
+
+
 @dataclass(frozen=True)
 class Branches:
     """What one forward made of the canvas and of drafts of it: K canvases a row.
 
-    In branch j the masked positions of a rank below j hold their draft tokens; branch 0
-    is the canvas itself. Not all drafts are evaluated: the engine makes fewer branches
-    where room is short, only one in a block's first step.
+    In branch j the masked positions of a rank below j, and those of rank -j, hold their
+    draft tokens; branch 0 is the canvas itself. Not all drafts are evaluated, if the
+    strategy can do without (`needs_branches`): the engine makes fewer branches where
+    room is short. In a block's first step there is one.
     """
 
     tokens: torch.Tensor
     """[R, B] int64: draft tokens, as the last step's decision named them."""
     rank: torch.Tensor
-    """[R, B] int64: from 0; `NOT_DRAFTED` for none."""
+    """[R, B] int64: as in the decision; `NOT_DRAFTED` for none."""
     masked: torch.Tensor
     """[R, K, B] bool: positions still to be decided; none if it was not evaluated."""
     candidate: torch.Tensor
@@ -199,7 +205,8 @@ class Decision:
     draft_tokens: torch.Tensor | None = None
     """[R, B] int64: tokens to evaluate the next canvas with (`Strategy.branches`)."""
     draft_rank: torch.Tensor | None = None
-    """[R, B] int64: the order in which branches add them; `NOT_DRAFTED` for none."""
+    """[R, B] int64: the order in which branches add them, from 0; or -j, for a token
+    that is in branch j alone; `NOT_DRAFTED` for none."""
 
 
 class Strategy:
@@ -290,6 +297,10 @@ class Strategy:
             steps: S of its step schedule, at most the block length.
         """
         return steps if self.follows_schedule(params) else None
+
+    needs_branches: ClassVar[bool] = False
+    """Whether what it decides depends on how many branches are evaluated. Then all of
+    them are, in every step but a block's first, or the request waits."""
 
     @classmethod
     def branches(cls, params: AnyParams) -> int:

@@ -27,6 +27,7 @@ from vllm_dlm.strategies.base import (
     Strategy,
     View,
     best_of,
+    in_branch,
 )
 from vllm_dlm.strategies.probabilities import Probabilities
 
@@ -265,7 +266,7 @@ class RandomBlocks:
         rows, width, count = self.rows, self.width, self._branches
         numbers = torch.arange(count)[None, :, None]
         evaluated = torch.where(self._now.step == 0, 1, self._whole(1, count, rows))
-        left = view.masked[:, None] & (self._now.draft_rank[:, None] >= numbers)
+        left = view.masked[:, None] & ~in_branch(self._now.draft_rank[:, None], numbers)
         left &= numbers < evaluated[:, None, None]
         right = self._chance(rows, count, width) < 0.8
         candidate = self._whole(0, MASK_ID - 1, rows, count, width)

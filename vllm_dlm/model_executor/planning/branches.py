@@ -3,10 +3,10 @@
 
 A decision may name draft tokens, ranked (`Decision.draft_tokens`). The request's next
 forward then has its rows several times over, one behind the other: branch 0 is the
-canvas, branch j has the drafts of rank below j in place of masks. A branch sees itself,
-and the keys on both sides of its rows that branch 0 sees. Its own keys and values go to
-scratch pages of the request, behind all that its rows see; pages of 16, a block of 32
-from position 40 on:
+canvas, branch j has the drafts of rank below j, or of rank -j, in place of masks. A
+branch sees itself, and the keys on both sides of its rows that branch 0 sees. Its own
+keys and values go to scratch pages of the request, behind all that its rows see; pages
+of 16, a block of 32 from position 40 on:
 
     the request's pages      0   1   2   3   4   5   6   7   8   9  10
     branch 0 sees            0   1   2   3   4                          as ever
@@ -21,7 +21,9 @@ Scratch pages are the request's own, never published for prefix caching, and hol
 later on, when the request has come that far.
 
 Branches are made of what is to spare, host-known to scheduler and worker: rows of the
-forward and free pages that no other request wants.
+forward and free pages that no other request wants. A request of a strategy that
+`needs_branches` has as many as fit for certain (`most_branches`), in every step but a
+block's first.
 """
 
 from __future__ import annotations
@@ -119,12 +121,43 @@ class Wish(NamedTuple):
     """One past the last row of each branch."""
     seen: int
     """One past the last key that these rows see."""
+    least: int = 1
+    """Branches without which the request does not go on."""
+
+
+def most_branches(
+    asked: int,
+    *,
+    length: int,
+    end: int,
+    from_start: bool,
+    rows: int,
+    longest: int,
+    page_size: int,
+) -> int:
+    """Branches that a request can have in every step, if nobody else is there.
+
+    There is room for one more then, which fills up a CUDA graph (`scheduler.py`).
+
+    Args:
+        asked: what its strategy would evaluate.
+        length: the most rows of a branch.
+        end: one past the request's last position.
+        from_start: the rows of a branch begin with position 0, not anywhere in a page.
+        rows: the most that a forward may have.
+        longest: the most pages that a request may have.
+        page_size: tokens in a page.
+    """
+    begin = 0 if from_start else page_size - 1
+    pages = -(-(begin + length) // page_size)
+    room = longest - -(-end // page_size)
+    return max(min(asked, rows // length - 1, room // pages), 1)
 
 
 def share_out(
     wishes: Sequence[Wish], *, rows: int, pages: int, longest: int, page_size: int
 ) -> list[int]:
-    """Give every request one branch, then hand out spare rows and pages in order.
+    """Give every request what it needs, then hand out spare rows and pages in order.
 
     Args:
         wishes: of the requests, in their order.
@@ -138,17 +171,18 @@ def share_out(
     """
     spans = [Pages.of(wish.start, wish.end, wish.seen, page_size) for wish in wishes]
     held = [
-        max(wish.held, span.scratch) for wish, span in zip(wishes, spans, strict=True)
+        max(wish.held, span.with_branches(wish.least))
+        for wish, span in zip(wishes, spans, strict=True)
     ]
-    rows -= sum(wish.end - wish.start for wish in wishes)
+    rows -= sum(wish.least * (wish.end - wish.start) for wish in wishes)
     pages -= sum(held) - sum(wish.held for wish in wishes)
     shares = []
     for wish, span, has in zip(wishes, spans, held, strict=True):
         length = wish.end - wish.start
         room = min(has + pages, longest) - span.scratch
-        share = min(wish.branches, 1 + rows // length, 1 + room // span.count)
-        share = max(share, 1)
-        rows -= (share - 1) * length
+        spare = wish.least + rows // length
+        share = max(min(wish.branches, spare, 1 + room // span.count), wish.least)
+        rows -= (share - wish.least) * length
         pages -= max(span.with_branches(share) - has, 0)
         shares.append(share)
     return shares

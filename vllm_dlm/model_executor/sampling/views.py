@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vllm_dlm.model_executor.sampling.rows import Drawn
-from vllm_dlm.strategies.base import Branches, View
+from vllm_dlm.strategies.base import Branches, View, in_branch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -156,9 +156,8 @@ class Views:
     def _left(self, rows: GroupRows, layout: BranchBlocks) -> torch.Tensor:
         """[E, B] bool: masks that branches leave, in the first sub-block with any."""
         _, rank = self.slots.drafts.of(rows.blocks)
-        left = self.slots.masks(rows.blocks)[layout.parents] & (
-            rank[layout.parents] >= layout.numbers[:, None]
-        )
+        drafted = in_branch(rank[layout.parents], layout.numbers[:, None])
+        left = self.slots.masks(rows.blocks)[layout.parents] & ~drafted
         return self._open(left, layout.rows.blocks)
 
     def _open(self, masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:

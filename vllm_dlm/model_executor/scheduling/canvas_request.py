@@ -52,6 +52,8 @@ class CanvasRequest(Request):
     """A finished block's KV is written by a forward of its own (option `commit`)."""
     max_branches: int
     """Canvases that one forward may evaluate (`planning/branches.py`)."""
+    needs_branches: bool
+    """It evaluates that many in every step but a block's first, or waits."""
 
     # Where its blocks and its canvas lie.
     layout: RequestLayout
@@ -105,6 +107,7 @@ class CanvasRequest(Request):
         stages: Stages | None,
         commits_alone: bool,
         max_branches: int,
+        needs_branches: bool,
     ) -> CanvasRequest:
         """Give a new request, which vLLM has built, its canvas.
 
@@ -119,6 +122,7 @@ class CanvasRequest(Request):
             stages: those of the option `tccf`, if it is set.
             commits_alone: the server's option `commit` is "separate".
             max_branches: canvases that one forward of it may evaluate.
+            needs_branches: its strategy needs all of them.
         """
         params = request.sampling_params
         if not params.ignore_eos:
@@ -137,6 +141,7 @@ class CanvasRequest(Request):
         request.stop_ids = stop_ids(params)
         request.commits_alone = commits_alone
         request.max_branches = max_branches
+        request.needs_branches = needs_branches
         # Forwards and tokens per forward, on every request's output.
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(config.block_length)
         request._lay_out()
@@ -277,6 +282,9 @@ class CanvasRequest(Request):
         block = self.block_start
         if self.drafted_block != block:
             return 1
+        if self.needs_branches:
+            # Also in a replay, which knows more tokens than there were.
+            return self.max_branches
         block_end = min(block + self.layout.block_length, self.canvas_end)
         # One for each mask, as far as the scheduler knows: for each missing token.
         return max(min(self.max_branches, block_end - len(self._all_token_ids)), 1)
@@ -304,6 +312,8 @@ class CanvasRequest(Request):
         """
         if end == self.rows_end:
             return end - start
+        if self.branches > 1 and self.needs_branches:
+            return 0
         if self.branches > 1:
             return (end - start) // self.branch_rows * self.branch_rows
         block = self.block_start

@@ -42,6 +42,7 @@ from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits
 from vllm_dlm.model_executor.planning.branches import (
     Wish,
     copies_of_pages,
+    most_branches,
     page_size_of,
     share_out,
 )
@@ -99,7 +100,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 params.extra_args, self.dlm_server, self.dlm_defaults
             )
             config = config.sized(params.max_tokens, self.dlm_limits.max_canvas)
-            CanvasRequest.adopt(
+            adopted = CanvasRequest.adopt(
                 request,
                 config,
                 self.dlm_defaults,
@@ -107,7 +108,10 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 stages=Stages.of(config.tccf, self.vllm_config.model_config),
                 commits_alone=self.dlm_server.commit == "separate",
                 max_branches=self._max_branches(config, params),
+                needs_branches=STRATEGIES[config.strategy].needs_branches,
             )
+            if adopted.needs_branches:
+                self._limit_branches(adopted)
         super().add_request(request)
 
     # -- one step ----------------------------------------------------------
@@ -164,6 +168,24 @@ class DiffusionStepScheduler(DiffusionScheduler):
             return 1
         return STRATEGIES[config.strategy].branches(config.params)
 
+    def _limit_branches(self, request: CanvasRequest) -> None:
+        """Let a request that needs its branches have as many as always fit."""
+        layout = request.layout
+        pages = min(
+            self.max_model_len // self._page_size,
+            # vLLM keeps one of them empty.
+            self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
+        )
+        request.max_branches = most_branches(
+            request.max_branches,
+            length=layout.text_end if layout.is_full else layout.block_length,
+            end=layout.text_end,
+            from_start=layout.is_full,
+            rows=self.max_num_scheduled_tokens,
+            longest=pages,
+            page_size=self._page_size,
+        )
+
     def _hand_out_branches(self) -> None:
         """Give drafts the rows and pages that no other request wants in this step."""
         if all(request.useful_branches() == 1 for request in self.running):
@@ -177,7 +199,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
             start, end = request.next_rows()
             held = len(manager.get_block_ids(request.request_id)[0])
             branches, seen = request.useful_branches(), request.keys_end(end)
-            wishes.append(Wish(branches, held, start, end, seen))
+            least = branches if request.needs_branches else 1
+            wishes.append(Wish(branches, held, start, end, seen, least))
         shares = share_out(
             wishes,
             rows=self.max_num_scheduled_tokens,
@@ -188,8 +211,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
         for request, wish, branches in zip(requests, wishes, shares, strict=True):
             rows = branches * (wish.end - wish.start)
             if branches > GRAPH_SEGMENTS and rows == self.num_spec_tokens:
-                # vLLM would replay a whole CUDA graph, which has fewer segments.
-                branches -= 1
+                # vLLM would replay a whole CUDA graph, which has fewer segments. One
+                # more without a draft is the canvas once more, and changes nothing.
+                branches += 1 if request.needs_branches else -1
             if branches > 1:
                 request.take_branches(branches)
 
