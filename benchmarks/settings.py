@@ -138,6 +138,8 @@ SETTINGS = [
     Setting("freedave"),
     Setting("freedave", {"drafts": 8}),
     Setting("freedave", {"threshold": 0.9}),
+    Setting("lopa"),
+    Setting("lopa", {"threshold": 0.7}),
 ]
 
 LEFT_OUT = {

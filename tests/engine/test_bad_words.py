@@ -40,6 +40,7 @@ BOLD: dict[str, dict[str, Any]] = {
     "klass": {"threshold": 0.05, "kl_threshold": 10.0},
     "learn2pd": {},
     "localleap": {},
+    "lopa": {"threshold": 0.02},
     "multi_block": {"block": 4, "threshold": 4.0, "open_at": 0.25},
     "pc": {},
     "prophet": {"early": 0.1, "middle": 0.1, "late": 0.1},

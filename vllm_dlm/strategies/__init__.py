@@ -28,6 +28,7 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "klass": "vllm_dlm.strategies.klass:Klass",
         "learn2pd": "vllm_dlm.strategies.learn2pd:Learn2PD",
         "localleap": "vllm_dlm.strategies.localleap:LocalLeap",
+        "lopa": "vllm_dlm.strategies.lopa:Lopa",
         "multi_block": "vllm_dlm.strategies.multi_block:MultiBlock",
         "pc": "vllm_dlm.strategies.pc:PcSampler",
         "prophet": "vllm_dlm.strategies.prophet:Prophet",
