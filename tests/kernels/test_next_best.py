@@ -47,6 +47,13 @@ def test_the_mask_id_where_it_is_allowed():
     assert all((token == MASK) != ban for token, ban in zip(got, banned, strict=True))
 
 
+def test_where_nothing_else_is_allowed():
+    logits = torch.full((2, VOCAB), -torch.inf)
+    logits[:, 5] = 1.0
+    logits[1, 7] = 0.0
+    assert next_best(logits, torch.tensor([5, 5]), ban_id=MASK).tolist() == [5, 7]
+
+
 def test_over_ranks():
     """Ranks of 20 tokens, of 17 and 3 columns of padding, and of padding alone."""
     logits, tokens = rows(torch.float32, True)

@@ -25,6 +25,8 @@ def next_best(
 ) -> torch.Tensor:
     """[N] int64: the best token of each row, the lowest id on ties.
 
+    Where nothing else is above -inf, it is the row's own of `tokens`.
+
     Args:
         logits: [N, V], or this rank's part of them.
         tokens: [N] int64: left out of its row, each.
@@ -51,5 +53,6 @@ def next_best(
             ban_id=ban_id,
             shard=shard,
         )
-        found.append(stats.argmax)
+        nothing = stats.logsumexp == -torch.inf
+        found.append(torch.where(nothing, tokens[part], stats.argmax))
     return torch.cat(found) if found else tokens.clone()

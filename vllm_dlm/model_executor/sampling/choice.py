@@ -55,6 +55,11 @@ class Choice(NamedTuple):
         return Choice(*(column[rows] for column in self))
 
     @property
+    def measured(self) -> tuple[torch.Tensor, ...]:
+        """The columns that `write_stats` writes: all but `other`."""
+        return self[:-1]
+
+    @property
     def broken(self) -> torch.Tensor:
         """bool: there is no token to choose.
 
@@ -72,11 +77,9 @@ class Choice(NamedTuple):
             other: whether the column of this name is read; if not, it is left out.
         """
         has_row, rows = blocks.has_row, blocks.row_at.clamp(min=0)
-        *columns, last = self
-        if other:
-            columns.append(last)
+        columns = self if other else self.measured
         placed = [torch.where(has_row, column[rows], 0) for column in columns]
-        return Choice(*placed, *([] if other else [last]))
+        return Choice(*placed, *([] if other else [self.other]))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Rows:
         for rows, values in logits.tiles():
             write_stats(
                 values,
-                self.choice.part(rows),
+                self.choice.part(rows).measured,
                 banned=logits.banned_in(rows),
                 ban_id=logits.mask_id,
                 shard=logits.shard,
