@@ -259,13 +259,15 @@ def _serve_blocks(
             f"max_num_batched_tokens {scheduler.max_num_batched_tokens} does not hold "
             f"two blocks of {length}: set it to at least {least}"
         )
-    # As are several blocks that a request decides together: `admission/options.py`.
-    hf_config = vllm_config.model_config.hf_config
-    hf_config.dlm_longest_span = scheduler.max_num_batched_tokens // 2
     if scheduler.long_prefill_token_threshold:
         scheduler.long_prefill_token_threshold = max(
             scheduler.long_prefill_token_threshold, least
         )
+    # Several blocks that a request decides together are computed along with the ones
+    # before, too: `admission/options.py`.
+    most = scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens
+    hf_config = vllm_config.model_config.hf_config
+    hf_config.dlm_longest_span = min(most, scheduler.max_num_batched_tokens) // 2
     if defaults.attention == "causal":
         _choose_causal_backend(vllm_config)
     if defaults.attention == "block" and defaults.block_origin == "prompt":
