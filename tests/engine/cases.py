@@ -101,7 +101,7 @@ EVENTFUL: dict[str, dict[str, Any]] = {
 PENALTY = 2.0
 """Of `joint/penalty`."""
 
-ANSWER = {"answer_start": 21, "answer_length": 3}
+ANSWER = {"answer_start": 21, "answer_width": 3}
 """Where `prophet/answer` looks: in the second block or the third."""
 
 EOTP = {"token": "first", "block": "block", "canvas": "canvas"}
@@ -169,7 +169,7 @@ class Case:
         elif variant == "answer":
             config |= ANSWER
         elif strategy == "multi_block":
-            config |= MULTI_BLOCK[variant] | {"early_stop": variant == "stop"}
+            config |= MULTI_BLOCK[variant] | {"cut_at_end": variant == "stop"}
         if self.number is not None and strategy != "learn2pd":
             config[NUMBERS[strategy]] = self.number
         dlm = {

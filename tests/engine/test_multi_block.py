@@ -51,12 +51,12 @@ class Together:
     blocks: int = 2
     mode: int = 0
     ignore_eos: bool = False
-    early_stop: bool = False
+    cut_at_end: bool = False
 
     def params(self) -> Any:
         dlm = {
             "strategy": "multi_block",
-            "strategy_config": MODES[self.mode] | {"early_stop": self.early_stop},
+            "strategy_config": MODES[self.mode] | {"cut_at_end": self.cut_at_end},
             "block_length": self.blocks * BLOCK,
         }
         return params(self.max_tokens, dlm=dlm, ignore_eos=self.ignore_eos)
@@ -74,7 +74,7 @@ def expect(case: Together, model: TinyModel, engine: Engine) -> Expected:
             rule=rule,
             max_model_len=engine.scheduler.max_model_len,
             eos_stop=not case.ignore_eos,
-            eos_cuts=case.early_stop and not case.ignore_eos,
+            eos_cuts=case.cut_at_end and not case.ignore_eos,
             observe=None if watch is None else partial(watch, rule),
         )
 
@@ -102,7 +102,7 @@ def make_cases(count: int) -> list[Together]:
             blocks=(2, 4, 3)[number % 3],
             mode=number % len(MODES),
             ignore_eos=number % 4 == 0,
-            early_stop=number % 2 == 0,
+            cut_at_end=number % 2 == 0,
         )
         for number in range(count)
     ]

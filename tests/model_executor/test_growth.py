@@ -33,9 +33,9 @@ def lacks(
     for is_end, sure in reversed(
         list(zip(ends[width:], confidence[width:], strict=True))
     ):
-        counts = is_end and int(ahead.count) < window
+        counts = is_end and int(ahead.number) < window
         units = in_units(torch.tensor([sure])) * counts
-        ahead = Ends(ahead.count + is_end, ahead.sure + units, ahead.masks + 1)
+        ahead = Ends(ahead.number + is_end, ahead.sure + units, ahead.masks + 1)
     masked = torch.ones(1, width, dtype=torch.bool)
     whole = with_block(
         ahead,

@@ -324,7 +324,7 @@ def prophet(
     middle_until: float = 0.67,
     span: int = 32,
     answer_start: int = -1,
-    answer_length: int = 5,
+    answer_width: int = 5,
     begin: int = 0,
     eos_ids: Collection[int] = (),
 ) -> Rule:
@@ -348,7 +348,7 @@ def prophet(
         looked_at = [i for i in candidates if int(view.argmax[i]) not in eos_ids]
         looked_at = looked_at or candidates
         if answer_start >= 0:
-            wanted = range(answer_start, answer_start + answer_length)
+            wanted = range(answer_start, answer_start + answer_width)
             places = [begin + view.first + i for i in range(len(view.masked))]
             looked_at = [i for i, place in enumerate(places) if place in wanted]
         if looked_at:

@@ -103,7 +103,7 @@ def test_the_canvas_ends_behind_the_first_end_of_text_that_is_written():
     assert cut is not None and cut.tolist() == [8]
     cut = select(multi_block(**params, open_at=0.5), view).truncate_at
     assert cut is not None and cut.tolist() == [-1]
-    assert select(multi_block(**params, early_stop=False), view).truncate_at is None
+    assert select(multi_block(**params, cut_at_end=False), view).truncate_at is None
 
 
 def test_a_row_without_masks_commits_nothing():
@@ -194,7 +194,7 @@ def test_registered_with_bounds():
         "open_at": 0.1,
         "due_at": 0.95,
         "push": "first",
-        "early_stop": True,
+        "cut_at_end": True,
     }
     names = ["block", "threshold", "open_at", "due_at"]
     assert numeric_fields(MultiBlockParams) == names

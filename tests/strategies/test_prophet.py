@@ -40,7 +40,7 @@ numbers = st.fixed_dictionaries(
         "middle_until": st.sampled_from([0.5, 0.67, 1.0]),
         "span": st.integers(1, 8),
         "answer_start": st.sampled_from([-1, 0, 3, 5, 40]),
-        "answer_length": st.integers(1, 4),
+        "answer_width": st.integers(1, 4),
     }
 )
 
@@ -83,16 +83,16 @@ MEAN_5 = [9.0, 1.0, 4.0, 8.0, 5.0, 3.0, 7.0, 3.0]
         (31, {}, False),  # 7.5 would be
         (31, {"early": 5.0}, True),
         (31, {"early_until": 0.32}, True),
-        (31, {"answer_start": 2, "answer_length": 2}, False),
-        (32, {"answer_start": 2, "answer_length": 2}, True),
+        (31, {"answer_start": 2, "answer_width": 2}, False),
+        (32, {"answer_start": 2, "answer_width": 2}, True),
         (32, {"middle": 5.5}, False),
-        (32, {"middle": 5.5, "answer_start": 2, "answer_length": 2}, True),
-        (32, {"answer_start": 5, "answer_length": 1}, False),
-        (66, {"answer_start": 5, "answer_length": 1}, True),  # 2.5 is enough now
-        (66, {"answer_start": 1, "answer_length": 1}, False),
-        (65, {"answer_start": 5, "answer_length": 1}, False),
-        (99, {"answer_start": 8, "answer_length": 9}, False),  # nothing to look at
-        (99, {"answer_start": 7, "answer_length": 9}, True),
+        (32, {"middle": 5.5, "answer_start": 2, "answer_width": 2}, True),
+        (32, {"answer_start": 5, "answer_width": 1}, False),
+        (66, {"answer_start": 5, "answer_width": 1}, True),  # 2.5 is enough now
+        (66, {"answer_start": 1, "answer_width": 1}, False),
+        (65, {"answer_start": 5, "answer_width": 1}, False),
+        (99, {"answer_start": 8, "answer_width": 9}, False),  # nothing to look at
+        (99, {"answer_start": 7, "answer_width": 9}, True),
     ],
 )
 def test_worked_block(step, params, everything):
@@ -108,7 +108,7 @@ def test_decided_positions_of_the_answer_count_and_others_do_not():
     # Of the six masks left the mean is 35 / 6; of the answer 1, 2 it is 2.5.
     everything = [[0, 3, 4, 5, 6, 7]]
     assert chosen(prophet(middle=5.8), view) == everything
-    answer = {"answer_start": 1, "answer_length": 2}
+    answer = {"answer_start": 1, "answer_width": 2}
     assert chosen(prophet(middle=2.5, **answer), view) == everything
     assert chosen(prophet(middle=2.6, **answer), view) == [[0]]
 
@@ -185,7 +185,7 @@ def test_registered_with_bounds():
         "middle_until": 0.67,
         "span": 32,
         "answer_start": -1,
-        "answer_length": 5,
+        "answer_width": 5,
     }
     assert numeric_fields(ProphetParams) == list(ProphetParams.model_fields)
     for bad in (
@@ -194,7 +194,7 @@ def test_registered_with_bounds():
         {"early_until": 1.1},
         {"span": 0},
         {"answer_start": -2},
-        {"answer_length": 0},
+        {"answer_width": 0},
         {"early_until": 0.7},
     ):
         with pytest.raises(ValidationError):

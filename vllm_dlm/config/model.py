@@ -147,7 +147,8 @@ def edit_tokens_of(hf_config: PretrainedConfig) -> EditTokens | None:
     `check_declarations` refuses one of them alone.
     """
     ids = [getattr(hf_config, name, None) for name in EDIT_TOKEN_FIELDS]
-    return None if None in ids else EditTokens(*ids)
+    given = [token for token in ids if token is not None]
+    return EditTokens(*given) if len(given) == len(ids) else None
 
 
 def declared_stop_ids(hf_config: PretrainedConfig) -> list[int]:

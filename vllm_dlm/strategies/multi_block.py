@@ -11,7 +11,7 @@ H_i <= threshold, or by confidence, c_i > threshold. Then, so that text is writt
                  with a mask, if nothing of that block is written otherwise (d3LLM)
     push each    the surest position of each due block of which nothing is sure (D2F)
 
-The first block with a mask is always due. With `early_stop` the canvas ends behind the
+The first block with a mask is always due. With `cut_at_end` the canvas ends behind the
 first end of text that is written, in whatever block that is.
 
 Sources: d3LLM, arXiv 2601.07568 and hao-ai-lab/d3LLM; Discrete Diffusion Forcing, arXiv
@@ -91,7 +91,7 @@ class MultiBlockParams(Params):
         default="first",
         description="Where a step writes the surest token if none is sure: see above.",
     )
-    early_stop: bool = Field(
+    cut_at_end: bool = Field(
         default=True,
         description="End the canvas behind the first end of text that is written.",
     )
@@ -140,7 +140,7 @@ class MultiBlock(Strategy):
             score, sure = view.confidence, view.confidence > row["threshold"]
         push = self.params.push
         commit = pushed(among, among & sure, score, block, is_due, push)
-        if not self.params.early_stop:
+        if not self.params.cut_at_end:
             return Decision(commit)
         end = torch.where(commit & view.is_eos, places, len(places)).amin(dim=1)
         return Decision(commit, truncate_at=torch.where(end < len(places), end, -1))

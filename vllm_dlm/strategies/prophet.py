@@ -5,7 +5,7 @@ The gap of a position is the logit of its most probable token less that of the n
 A step that finds a mean gap of at least a threshold writes every mask of the canvas.
 The threshold falls with time t = (s + 1) / S in step s of S: `early` where t <
 `early_until`, `middle` where t < `middle_until`, then `late`. Looked at are the
-`answer_length` positions from `answer_start` on; without a start, the masks whose token
+`answer_width` positions from `answer_start` on; without a start, the masks whose token
 does not end the text, or, if there are none, all masks.
 
 Until then the canvas is written as `static` writes it in blocks: spans of `span`
@@ -18,7 +18,7 @@ the canvas, left of the answer, so that the answer's positions are known.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -29,12 +29,12 @@ from vllm_dlm.strategies.presets import Preset
 
 def _threshold(default: float, when: str) -> float:
     text = f"Mean gap, in nats, at which the rest is written {when}. Lower is faster."
-    return cast(float, Field(default=default, ge=0.0, le=1e6, description=text))
+    return Field(default=default, ge=0.0, le=1e6, description=text)
 
 
 def _until(default: float, phase: str) -> float:
     text = f"Share of the steps at which the {phase} phase ends."
-    return cast(float, Field(default=default, ge=0.0, le=1.0, description=text))
+    return Field(default=default, ge=0.0, le=1.0, description=text)
 
 
 class ProphetParams(Params):
@@ -48,7 +48,7 @@ class ProphetParams(Params):
         ),
         "gsm8k": Preset(
             {"early": 7.5, "middle": 5.0, "late": 2.5, "span": 32}
-            | {"answer_start": 204, "answer_length": 5},
+            | {"answer_start": 204, "answer_width": 5},
             "pixeli99/Prophet, eval.sh",
             "max_tokens 256, steps 256 and the text `The answer is` forced to 200",
         ),
@@ -72,7 +72,7 @@ class ProphetParams(Params):
         description="First output position that is looked at, where a task has its "
         "answer in a known place; -1 looks at all masks but those of padding.",
     )
-    answer_length: int = Field(
+    answer_width: int = Field(
         default=5,
         ge=1,
         le=1_000_000,
@@ -103,7 +103,7 @@ class Prophet(Strategy):
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         start = row_params["answer_start"][:, None]
-        end = start + row_params["answer_length"][:, None]
+        end = start + row_params["answer_width"][:, None]
         answer = (view.positions >= start) & (view.positions < end) & view.valid
         text = view.masked & ~view.is_eos
         text = torch.where(text.any(dim=1, keepdim=True), text, view.masked)

@@ -24,7 +24,7 @@ MOST_SEGMENTS = 4
 class Ends(NamedTuple):
     """Masks of canvases that are predicted to be ends of texts; [R] int64 each."""
 
-    count: torch.Tensor
+    number: torch.Tensor
     sure: torch.Tensor
     """Confidence of the rightmost `window` of them together, in `UNIT`s."""
     masks: torch.Tensor
@@ -48,11 +48,11 @@ def with_block(
         window: [R] int64.
     """
     # How many ends there are from each one on, to the right.
-    nth = is_end.flip(1).cumsum(1).flip(1) + ahead.count[:, None]
+    nth = is_end.flip(1).cumsum(1).flip(1) + ahead.number[:, None]
     counts = is_end & (nth <= window[:, None])
     sure = torch.where(counts, in_units(confidence), 0).sum(dim=1)
     return Ends(
-        ahead.count + is_end.sum(dim=1),
+        ahead.number + is_end.sum(dim=1),
         ahead.sure + sure,
         ahead.masks + masked.sum(dim=1),
     )
@@ -80,7 +80,7 @@ def expansion_of(
     share = torch.where(
         by_confidence,
         ends.sure.double() / (UNIT * window.clamp(min=1)),
-        ends.count.double() / ends.masks.clamp(min=1),
+        ends.number.double() / ends.masks.clamp(min=1),
     )
     # In the threshold's own type: a share that is equal is enough.
     lacks = threshold - share.float()

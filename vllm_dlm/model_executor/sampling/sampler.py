@@ -187,7 +187,7 @@ class DenoisingSampler:
         """Whether the step of a group is more than tensors in, tensors out."""
         return (
             self.logprobs.asked_by(rows)
-            or self.slots.host.growing(rows.slots_np).any()
+            or bool(self.slots.host.growing(rows.slots_np).any())
             or self.candidates.have_bad_words(rows.slots_np)
             or self.candidates.have_many_stop_ids(rows.slots_np)
             or any(one.watches(rows.slots_np) for one in self.observers.values())

@@ -2,11 +2,13 @@
 """CanvasRequest: a vLLM request that counts blocks, a canvas, and rows to compute.
 
 Where its blocks and its canvas lie is in its `RequestLayout` (`layout.py`); how far the
-request has come is counted here.
+request has come is counted here. The file is long because these counts are one state:
+what a forward computes next follows from all of them.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
@@ -25,10 +27,10 @@ from vllm_dlm.model_executor.layout import (
     plan_rows,
 )
 from vllm_dlm.model_executor.reply import take_canvas_end
-from vllm_dlm.model_executor.scheduling.stages import limit_thoughts
 from vllm_dlm.model_executor.step_maps import StepCount
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.kv_cache_utils import BlockHash
 
 
@@ -137,7 +139,9 @@ class CanvasRequest(Request):
         request.limits = limits
         request.stages, request.most_tokens = stages, request.max_tokens
         if stages is not None:
-            limit_thoughts(request, stages)
+            # It ends where its first stage does at the latest (`stages.py`).
+            most = stages.most_thoughts(request.max_tokens)
+            request.set_max_tokens(most, copy(params))
         request.stop_ids = stop_ids(params)
         request.commits_alone = commits_alone
         request.max_branches = max_branches
@@ -181,6 +185,11 @@ class CanvasRequest(Request):
         """Open a canvas for the output, or for what is left of it."""
         self.canvas_end = self.layout.canvas_from(len(self._all_token_ids))
         self.block_canvas_end = self.canvas_end
+
+    def set_max_tokens(self, max_tokens: int, params: SamplingParams) -> None:
+        """Of a stage; `params` are those by which the workers lay it out."""
+        params.max_tokens = max_tokens
+        self.sampling_params, self.max_tokens = params, max_tokens
 
     def enter_second_stage(self) -> None:
         """Decode one token at a time from now on, as the option `tccf` says.

@@ -8,20 +8,12 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
-from vllm_dlm.config.tccf import SECOND_STAGE, Stages
+from vllm_dlm.config.tccf import SECOND_STAGE
 
 if TYPE_CHECKING:
-    from vllm.sampling_params import SamplingParams
-
     from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 
 _ENDS = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-
-
-def limit_thoughts(request: CanvasRequest, stages: Stages) -> None:
-    """Let a new request end where its first stage does at the latest."""
-    most = stages.most_thoughts(request.max_tokens)
-    _set_max_tokens(request, most, copy(request.sampling_params))
 
 
 def is_thought_out(request: CanvasRequest, max_model_len: int) -> bool:
@@ -72,13 +64,5 @@ def drop_its_end(request: CanvasRequest, new_tokens: list[int]) -> list[int]:
     most = stages.most_tokens(written, request.most_tokens - sent_before)
     params = copy(request.sampling_params)
     params.extra_args = {**(params.extra_args or {}), SECOND_STAGE: True}
-    _set_max_tokens(request, most, params)
+    request.set_max_tokens(most, params)
     return new_tokens[: len(new_tokens) - dropped] if dropped else new_tokens
-
-
-def _set_max_tokens(
-    request: CanvasRequest, max_tokens: int, params: SamplingParams
-) -> None:
-    """Of the request, and of the parameters by which the workers lay it out."""
-    params.max_tokens = max_tokens
-    request.sampling_params, request.max_tokens = params, max_tokens
