@@ -131,7 +131,7 @@ SETTINGS = [
     Setting("saber"),
     Setting("saber", {"fewest": 8}),
     Setting("prophet"),
-    Setting("prophet", {"early": 15.0, "middle": 12.0, "late": 10.0}),
+    Setting("prophet", {"early": 12.0, "middle": 10.0, "late": 8.0}),
     Setting("eoser"),
     Setting("eoser", tokens_per_step=4),
     Setting("ass"),

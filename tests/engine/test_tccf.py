@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from itertools import product
 from typing import Any
 
 import pytest
@@ -95,17 +96,17 @@ def request(
     return params(max_tokens, dlm=dlm, ignore_eos=True, **more)
 
 
-@pytest.mark.parametrize("options", [{}, {"critic_tokens": 7}, BEFORE])
-def test_it_is_one_decode_after_another(model: BlockEngines, options: dict[str, Any]):
-    prompts = [list(make_prompt(number, 3)) for number in (3, 10, 16, 21, 33)]
-    samplings, wanted = [], []
-    for number, prompt in enumerate(prompts):
-        thought = decode(model, prompt, BLOCK, 60)
-        # One that comes early, late or never.
-        place = (9, 5, 14, 50)
-        trigger = [absent_from(thought)] if number == 4 else [thought[place[number]]]
-        samplings.append(request(trigger, 60, options))
-        wanted.append(two_stages(model, prompt, trigger, 60, **options))
+def test_it_is_one_decode_after_another(model: BlockEngines):
+    prompts, samplings, wanted = [], [], []
+    for options in ({}, {"critic_tokens": 7}, BEFORE):
+        # A trigger that comes early, late or never.
+        for length, place in ((3, 9), (10, 5), (16, 14), (21, 50), (33, None)):
+            prompt = list(make_prompt(length, 3))
+            thought = decode(model, prompt, BLOCK, 60)
+            trigger = [absent_from(thought) if place is None else thought[place]]
+            prompts.append(prompt)
+            samplings.append(request(trigger, 60, options))
+            wanted.append(two_stages(model, prompt, trigger, 60, **options))
     for _ in range(2):  # once more with pages of both stages to be found
         results = model().run(prompts, samplings)
         assert [result.tokens for result in results] == wanted
@@ -119,7 +120,7 @@ def test_a_long_trigger_is_dropped_from_what_follows(model: BlockEngines):
     """What was sent of it before it was complete stays with the client."""
     prompt = list(make_prompt(12, 3))
     thought = decode(model, prompt, BLOCK, 27)
-    for start in range(3, 15):
+    for start in range(3, 15, 3):
         trigger = thought[start : start + 3]
         if thought[:start].count(trigger[0]):
             continue
@@ -167,17 +168,15 @@ def test_an_end_of_text_ends_thoughts_and_not_the_output(model: BlockEngines):
     assert result.output.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 4, 10, 11, 13, 14])
-@pytest.mark.parametrize("options", [{}, BEFORE, {"critic_tokens": 0}])
-def test_an_output_may_end_with_the_check_text(
-    model: BlockEngines, max_tokens: int, options: dict[str, Any]
-):
+def test_an_output_may_end_with_the_check_text(model: BlockEngines):
     prompt = list(make_prompt(12, 3))
     trigger = decode(model, prompt, BLOCK, 40)[9:10]
-    wanted = two_stages(model, prompt, trigger, max_tokens, **options)
-    (result,) = model().run([prompt], [request(trigger, max_tokens, options)])
-    assert result.tokens == wanted
-    assert result.output.finish_reason == "length"
+    cases = list(product([1, 2, 4, 10, 11, 13, 14], ({}, BEFORE, {"critic_tokens": 0})))
+    samplings = [request(trigger, most, options) for most, options in cases]
+    results = model().run([prompt] * len(cases), samplings)
+    for (most, options), result in zip(cases, results, strict=True):
+        assert result.tokens == two_stages(model, prompt, trigger, most, **options)
+        assert result.output.finish_reason == "length"
 
 
 def test_a_second_stage_leaves_thoughts_a_token(model: BlockEngines):
