@@ -13,6 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
+from vllm_dlm.config.tccf import Stages
 from vllm_dlm.model_executor.layout import Limits
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 
@@ -42,6 +43,7 @@ def make_request(
     cache: str = "none",
     cache_config: dict[str, int] | None = None,
     commit: str = "fused",
+    stages: Stages | None = None,
     **model: Any,
 ) -> CanvasRequest:
     """A waiting request, of a model that is `declared(**model)`."""
@@ -58,7 +60,7 @@ def make_request(
         resolve(server, None, defaults).sized(max_tokens, MAX_CANVAS),
         defaults,
         Limits(MAX_CANVAS, max_model_len),
-        stages=None,
+        stages=stages,
         commits_alone=server.commit == "separate",
         max_branches=1,
         needs_branches=False,

@@ -4,8 +4,11 @@
 from types import SimpleNamespace
 
 import pytest
+from canvas_requests import make_request
+from vllm.v1.request import RequestStatus
 
 from vllm_dlm.config.tccf import Stages
+from vllm_dlm.model_executor.scheduling.stages import drop_its_end, is_thought_out
 from vllm_dlm.option_types import ThinkCoarse
 
 STAGES = Stages(trigger=(5, 6), check=(1, 2))
@@ -52,6 +55,31 @@ def test_tokens_of_the_stages(options, max_tokens, thoughts, after_10):
     stages = Stages((5, 6), (1, 2), **options)
     assert stages.most_thoughts(max_tokens) == thoughts
     assert stages.most_tokens(10, max_tokens) == after_10
+
+
+@pytest.mark.parametrize(
+    ("output", "new", "left", "thoughts"),
+    [
+        ([1, 2, 3, 5, 6], 4, [2, 3], [1, 2, 3]),
+        ([1, 2, 3, 5, 6], 1, [], [1, 2, 3]),  # 5 was sent before
+        ([1, 5, 6], 2, [], [1]),
+        ([1, 2, 7], 2, [2], [1, 2]),  # an end of text
+        ([1, 2, 3], 2, [2, 3], [1, 2, 3]),  # all that thoughts may have
+    ],
+)
+def test_what_ends_the_thoughts_is_dropped(output, new, left, thoughts):
+    request = make_request(6, max_tokens=40, stages=STAGES)
+    assert request.max_tokens == request.sampling_params.max_tokens == 18
+    request.append_output_token_ids(output)
+    request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+    assert is_thought_out(request, 1024)
+    assert drop_its_end(request, output[-new:]) == left
+    assert list(request.output_token_ids) == thoughts
+    assert list(request.all_token_ids) == [*range(6), *thoughts]
+    assert request.status == RequestStatus.RUNNING
+    # What was sent of the trigger counts; the second stage has 20 tokens.
+    sent = {1: 1}.get(new, 0)
+    assert request.max_tokens == min(len(thoughts) + 2 + 20, 40 - sent)
 
 
 def test_texts_become_tokens(monkeypatch):

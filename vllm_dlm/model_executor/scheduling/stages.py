@@ -60,9 +60,10 @@ def drop_its_end(request: CanvasRequest, new_tokens: list[int]) -> list[int]:
     if request.is_finished():
         request.status, request.stop_reason = RequestStatus.RUNNING, None
     sent_before = max(dropped - len(new_tokens), 0)
-    written = request.num_output_tokens
-    most = stages.most_tokens(written, request.most_tokens - sent_before)
+    whole = request.most_tokens
+    most = stages.most_tokens(request.num_output_tokens, whole)
+    most = min(most, whole - sent_before)
     params = copy(request.sampling_params)
     params.extra_args = {**(params.extra_args or {}), SECOND_STAGE: True}
     request.set_max_tokens(most, params)
-    return new_tokens[: len(new_tokens) - dropped] if dropped else new_tokens
+    return new_tokens[: max(len(new_tokens) - dropped, 0)]
