@@ -8,13 +8,16 @@ from released_configs import (
     A2D_QWEN2,
     A2D_QWEN3,
     DREAM,
+    DREAM_REASONER,
     FAST_DLLM,
     LLADA,
     LLADA2,
     LLADA_MOE,
     NEMOTRON,
+    RND1,
     SDAR,
     SDAR_MOE,
+    STABLE_DIFFCODER,
 )
 
 from vllm_dlm.model_executor.models.tables import HF_CONFIGS
@@ -37,6 +40,9 @@ CONFIGS = {
     "a2d_qwen2": A2D_QWEN2 | {"dlm_class": "full"},
     "a2d_llama": A2D_LLAMA,
     "nemotron": NEMOTRON,
+    "rnd1": RND1,
+    "dream_reasoner": DREAM_REASONER,
+    "stable_diffcoder": STABLE_DIFFCODER,
 }
 
 

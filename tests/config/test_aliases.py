@@ -31,7 +31,7 @@ def hub(monkeypatch, outcome=None):
 def test_every_family_is_registered():
     for alias in aliases.ALIASES.values():
         known = alias.family.is_diffusion
-        assert (alias.family.model_type in HF_CONFIGS) is known
+        assert alias.family.model_type in HF_CONFIGS or not known
         assert (alias.family.architecture in ARCHITECTURES) is known
 
 

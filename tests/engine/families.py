@@ -50,6 +50,8 @@ BLOCK_CAUSAL = (
         8,
         dlm={"block_length": 8},
     ),
+    Served("dream_reasoner", "DreamReasoner-8B", 16, changes={"block_size": 16}),
+    Served("stable_diffcoder", "Stable-DiffCoder-8B-Instruct", 4),
 )
 CAUSAL_CONTEXT = (
     Served("nemotron", "Nemotron-Labs-Diffusion-3B", 32),
@@ -66,6 +68,7 @@ FULL_ATTENTION = (
     Served("dream", "Dream-v0-Instruct-7B", 32, shift=1),
     Served("a2d_qwen3", "Qwen3-0.6B-diffusion-mdlm-v0.1", 32),
     Served("a2d_llama", "Llama-diffusion-mdlm-v0.1", 32),
+    Served("rnd1", "RND1-Base-0910", 32, shift=1),
 )
 
 

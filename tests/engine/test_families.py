@@ -39,13 +39,25 @@ EACH_KIND = (
 """Blocks from position 0, with a shift, from the prompt's end, in a causal context."""
 
 
+TWINS = ("DreamReasoner-8B", "Stable-DiffCoder-8B-Instruct")
+"""SDAR's network and attention, and those of A2D from Llama with SDAR's."""
+
+
 def others_slow(served: tuple[Served, ...]) -> list[Any]:
     """Those of `EACH_KIND` as they are, the others marked slow."""
+    return marked_slow(served, lambda one: one.folder not in EACH_KIND)
+
+
+def twins_slow(served: tuple[Served, ...]) -> list[Any]:
+    """Those of `TWINS` marked slow."""
+    return marked_slow(served, lambda one: one.folder in TWINS)
+
+
+def marked_slow(
+    served: tuple[Served, ...], is_slow: Callable[[Served], bool]
+) -> list[Any]:
     slow = pytest.mark.slow
-    return [
-        one if one.folder in EACH_KIND else pytest.param(one, marks=slow)
-        for one in served
-    ]
+    return [pytest.param(one, marks=slow) if is_slow(one) else one for one in served]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +87,7 @@ def block_sample(served: Served) -> list[BlockCase]:
     return cases
 
 
-@pytest.mark.parametrize("served", REUSES_BLOCKS, ids=names(REUSES_BLOCKS))
+@pytest.mark.parametrize("served", twins_slow(REUSES_BLOCKS), ids=names(REUSES_BLOCKS))
 def test_block_parity(serve: Serve, served: Served):
     engine, oracle = serve(served)
     cases = block_sample(served)
@@ -108,7 +120,7 @@ def test_in_chunks_and_few_pages(serve: Serve, served: Served):
     assert_same_tokens([output.outputs[0].token_ids for output in outputs], wanted)
 
 
-@pytest.mark.parametrize("served", REUSES_BLOCKS, ids=names(REUSES_BLOCKS))
+@pytest.mark.parametrize("served", twins_slow(REUSES_BLOCKS), ids=names(REUSES_BLOCKS))
 def test_shared_prefixes(serve: Serve, served: Served):
     """A prompt, more of its text, and all of it, whose pages are there already."""
     engine, oracle = serve(served)

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Released configs of every family, read the way vLLM reads them."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
 from released_configs import (
     A2D_QWEN3,
     DREAM,
+    DREAM_REASONER,
     LLADA,
     LLADA2,
     LLADA_MOE,
     NEMOTRON,
     RELEASED,
     SDAR,
+    STABLE_DIFFCODER,
 )
 
 from vllm_dlm import plugin
@@ -177,7 +181,6 @@ def test_attention_in_words_or_letters(read, declared, attention):
     ("released", "fields", "message"),
     [
         (SDAR, {"use_regular_causal": True}, "use_regular_causal"),
-        (DREAM, {"architectures": ["DreamForCausalLM"]}, "DreamReasoner"),
         (LLADA, {"include_qkv_bias": True}, "include_qkv_bias"),
         (LLADA_MOE, {"shared_expert_intermediate_size": 512}, "shared_expert"),
         (LLADA_MOE, {"moe_router_enable_expert_bias": True}, "expert_bias"),
@@ -289,3 +292,37 @@ def test_dream_tokenizer_needs_no_remote_code(tmp_path):
     assert tokenizer.decode(ids) == "hello hello<|mask|><|im_end|>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hello hello"
     assert (tokenizer.mask_token_id, tokenizer.bos_token_id) == (13, 12)
+
+
+def test_another_llama_is_what_it_is_without_us(read):
+    """Read by vLLM, copied, and made as the text model of another config."""
+    from transformers import AutoConfig, LlamaConfig
+
+    fields = STABLE_DIFFCODER | {"architectures": ["LlamaForCausalLM"]}
+    fields = {name: fields[name] for name in fields if name != "auto_map"}
+    config = read(fields)
+    assert type(config) is LlamaConfig
+    assert config.to_dict() == LlamaConfig.from_dict(fields).to_dict() | {
+        "_name_or_path": config.to_dict().get("_name_or_path")
+    }
+    text_config = AutoConfig.for_model(**fields)
+    assert type(text_config) is LlamaConfig
+    assert not hasattr(text_config, "canvas_length")
+
+
+def test_a_stable_diffcoder_is_copied(read):
+    config = read(STABLE_DIFFCODER)
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(other) is type(config)
+        assert other.to_dict() == config.to_dict()
+    assert "dlm_class" in config.to_diff_dict()
+
+
+def test_dream_reasoner_is_told_apart(read):
+    from vllm_dlm.model_executor.models.dream_config import DreamConfig
+    from vllm_dlm.model_executor.models.dream_reasoner_config import DreamReasonerConfig
+
+    assert type(read(DREAM_REASONER, "DreamReasoner-8B")) is DreamReasonerConfig
+    assert type(read(DREAM, "Dream-v0-Instruct-7B")) is DreamConfig
+    shorter = read(DREAM_REASONER | {"block_size": 16}, "shorter")
+    assert shorter.dlm_block_length == 16

@@ -277,4 +277,60 @@ FAMILIES = {
         },
         lacks=("pad_token_id", "rope_scaling", "rope_theta"),
     ),
+    # False where others have null, as the released class writes it.
+    "rnd1": Family(
+        "RND1LM",
+        "rnd1",
+        {
+            "AutoConfig": "configuration_rnd.RND1Config",
+            "AutoModel": "modeling_rnd.RND1Model",
+            "AutoModelForMaskedLM": "modeling_rnd.RND1LM",
+        },
+        _QWEN3
+        | {
+            "decoder_sparse_step": 1,
+            "is_causal": False,
+            "mlp_only_layers": [],
+            "moe_backend": "hf",
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "num_diffusion_steps": 256,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "output_router_logits": False,
+            "rope_scaling": False,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": False,
+        },
+    ),
+    # The model type is Dream's.
+    "dream_reasoner": Family(
+        "DreamForCausalLM",
+        "Dream",
+        {
+            "AutoConfig": "configuration_dream.DreamConfig",
+            "AutoModel": "modeling_dream.DreamForCausalLM",
+            "AutoModelForCausalLM": "modeling_dream.DreamForCausalLM",
+        },
+        _QWEN3 | {"block_size": 32},
+    ),
+    # The model type is every Llama's.
+    "stable_diffcoder": Family(
+        "StableDiffcoderForCausalLM",
+        "llama",
+        {
+            "AutoModelForCausalLM": (
+                "modeling_stable_diffcoder.StableDiffcoderForCausalLM"
+            ),
+        },
+        {
+            "attention_bias": False,
+            "bos_token_id": 0,
+            "intermediate_size": 128,
+            "mlp_bias": False,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_theta": 500000.0,
+        },
+    ),
 }

@@ -6,7 +6,9 @@ own are renamed on loading). What sets one apart is its `Architecture`. Written 
 published configurations and checkpoint layouts, and from nothing of this package:
 LLaDA-MoE (arXiv 2509.24389), LLaDA2 (arXiv 2512.15745), Dream (arXiv 2508.15487), SDAR
 (arXiv 2510.06303), Fast-dLLM v2 (arXiv 2509.26328), Tiny-A2D (github.com/ZHZisZZ/dllm),
-Nemotron-Labs-Diffusion (vLLM pull request #48279; YaRN, arXiv 2309.00071).
+Nemotron-Labs-Diffusion (vLLM pull request #48279; YaRN, arXiv 2309.00071), RND1
+(radicalnumerics/RND1-Base-0910), DreamReasoner (arXiv 2606.19257), Stable-DiffCoder
+(arXiv 2601.15892).
 Shapes use n = rows computed, L = length of the whole row.
 """
 
@@ -74,6 +76,9 @@ ARCHITECTURES = {
     "A2DQwen2LMHeadModel": Architecture(query_key_value_bias=True),
     "A2DLlamaLMHeadModel": Architecture(),
     "NemotronLabsDiffusionModel": Architecture(names=NEMOTRON_NAMES),
+    "RND1LM": Architecture(query_key_norm=True, router="renormalised softmax"),
+    "DreamForCausalLM": Architecture(query_key_norm=True),
+    "StableDiffcoderForCausalLM": Architecture(),
 }
 """By config.json's `architectures`: `model_type` is not unique among families."""
 

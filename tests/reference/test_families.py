@@ -39,6 +39,9 @@ COUNTERPARTS = {
     "a2d_qwen2": ("Qwen2", {}),
     "a2d_llama": ("Llama", {}),
     "nemotron": ("Ministral3", {}),
+    "rnd1": ("Qwen3Moe", {"rope_scaling": None, "sliding_window": None}),
+    "dream_reasoner": ("Qwen3", {}),
+    "stable_diffcoder": ("Llama", {}),
 }
 """Family -> transformers' model, and what its config says otherwise."""
 

@@ -149,13 +149,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["'x'", "threshold"],
     ),
-    "DreamReasoner": (
-        "dream",
-        "DreamReasoner-7B",
-        {"architectures": ["DreamForCausalLM"]},
-        {},
-        ["DreamReasoner", "Dream-v0", "are supported"],
-    ),
 }
 
 

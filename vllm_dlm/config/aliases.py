@@ -19,8 +19,8 @@ class Family:
     architecture: str
     """HF architecture, a key of `models/tables.py:ARCHITECTURES`."""
     is_diffusion: bool = True
-    """False for autoregressive models, which vLLM serves without us: they are in
-    neither table."""
+    """False for autoregressive models, which vLLM serves without us: no table of ours
+    has their architectures."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ LLADA = Family("LLaDA", "llada", "LLaDAModelLM")
 LLADA_MOE = Family("LLaDA-MoE", "llada", "LLaDAMoEModelLM")
 LLADA2 = Family("LLaDA2", "llada2_moe", "LLaDA2MoeModelLM")
 DREAM = Family("Dream", "Dream", "DreamModel")
+DREAM_REASONER = Family("DreamReasoner", "Dream", "DreamForCausalLM")
 SDAR = Family("SDAR", "sdar", "SDARForCausalLM")
 SDAR_MOE = Family("SDAR-MoE", "sdar_moe", "SDARMoeForCausalLM")
 FAST_DLLM = Family("Fast-dLLM v2", "Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM")
@@ -56,6 +57,8 @@ A2D_QWEN2 = Family("A2D-Qwen2", "a2d-qwen2", "A2DQwen2LMHeadModel")
 NEMOTRON = Family(
     "Nemotron-Labs-Diffusion", "nemotron_labs_diffusion", "NemotronLabsDiffusionModel"
 )
+RND1 = Family("RND1", "rnd1", "RND1LM")
+STABLE_DIFFCODER = Family("Stable-DiffCoder", "llama", "StableDiffcoderForCausalLM")
 LLAMA = Family("Llama", "llama", "LlamaForCausalLM", is_diffusion=False)
 
 _QWEN3_A2D = "dllm-hub/Qwen3-0.6B-diffusion"
@@ -141,6 +144,21 @@ ALIASES: dict[str, Alias] = {
         )
         for size in ("3B", "8B", "14B")
     },
+    "rnd1": Alias(RND1, "radicalnumerics/RND1-Base-0910", "30B, 3B active, plain text"),
+    "dream-reasoner": Alias(
+        DREAM_REASONER, "Dream-org/DreamReasoner-8B", "8B, long reasoning"
+    ),
+    "dream-reasoner-base": Alias(
+        DREAM_REASONER, "Dream-org/DreamReasoner-8B-Base", "8B, plain text"
+    ),
+    "stable-diffcoder": Alias(
+        STABLE_DIFFCODER, "ByteDance-Seed/Stable-DiffCoder-8B-Instruct", "8B, code"
+    ),
+    "stable-diffcoder-base": Alias(
+        STABLE_DIFFCODER,
+        "ByteDance-Seed/Stable-DiffCoder-8B-Base",
+        "8B, code, plain text",
+    ),
     "llama-tiny": Alias(
         LLAMA, "llama-tiny", "built in: small tasks, exits", built_in=True
     ),

@@ -13,6 +13,10 @@ from transformers import Qwen2Config
 from vllm_dlm.config.model import declare
 from vllm_dlm.model_executor.models.config_fields import NAMES
 from vllm_dlm.model_executor.models.declarations import fill, stop_ids
+from vllm_dlm.model_executor.models.dream_reasoner_config import (
+    DREAM_REASONER_ARCHITECTURES,
+    DreamReasonerConfig,
+)
 from vllm_dlm.model_executor.models.reading import (
     QWEN2_BIASES,
     Family,
@@ -28,22 +32,14 @@ DREAM_STOP_IDS = (151645, 151643)
 class DreamConfig(FamilyConfig, Qwen2Config):
     """Dream's configuration: Qwen2's, and what the released one leaves to its class.
 
-    Raises:
-        ValueError: the checkpoint is a DreamReasoner, which has the same model type
-            and a different network.
+    DreamReasoner checkpoints have the same model type: `from_dict`, which every loader
+    goes through, hands them over to `DreamReasonerConfig`.
     """
 
     model_type = "Dream"
     family = Family("Dream", ("DreamModel",), computes=QWEN2_BIASES, rope_theta=1e6)
 
     def __init__(self, **kwargs: Any) -> None:
-        named = kwargs.get("architectures")
-        if NAMES.accepts(named) and "DreamForCausalLM" in (named or ()):
-            raise ValueError(
-                "this checkpoint is a DreamReasoner (DreamForCausalLM), which "
-                "vllm-dlm does not implement: it shares the model type of Dream, but "
-                "not the network; Dream-v0, Dream-Coder and DiffuCoder are supported"
-            )
         read(self.family, kwargs)
         fill(kwargs, eos_token_id=151643, pad_token_id=151643)
         declare(
@@ -58,3 +54,20 @@ class DreamConfig(FamilyConfig, Qwen2Config):
             dlm_stop_ids=stop_ids(kwargs, DREAM_MASK_ID, DREAM_STOP_IDS),
         )
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a Dream or a DreamReasoner.
+
+        `architectures` decides; without it, whether there is a block length.
+        """
+        named = config_dict.get("architectures")
+        if named is None:
+            is_reasoner = config_dict.get("block_size") is not None
+        else:
+            is_reasoner = NAMES.accepts(named) and not set(named).isdisjoint(
+                DREAM_REASONER_ARCHITECTURES
+            )
+        if is_reasoner:
+            return DreamReasonerConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)

@@ -92,6 +92,8 @@ _PLAIN_LLAMA: Mapping[str, tuple[Any, ...]] = {
 """Field -> the values that a Llama-like network without experts computes. A field of
 it with any other value stands for a network that we have not; null stands for none."""
 
+_FALSE_IS_NONE = ("rope_scaling", "sliding_window")
+
 QWEN2_BIASES = dict.fromkeys(
     ("attention_bias", "qkv_bias", "use_qkv_bias", "include_qkv_bias"), (True,)
 )
@@ -126,17 +128,18 @@ def read(family: Family, given: dict[str, Any]) -> None:
     """Bring a config's fields into standard names, RoPE included, and check them.
 
     Args:
-        given: what config.json says; changed in place. Null fields are taken out.
+        given: what config.json says; changed in place. Fields that say nothing are
+            taken out.
 
     Raises:
         ValueError: one sentence about the first field that is wrong.
     """
-    for name in [name for name, value in given.items() if value is None]:
+    for name in [name for name, value in given.items() if _is_nothing(name, value)]:
         del given[name]
     check_kind("text_config", given.get("text_config"), family.source)
     # A nested text model, the only one; what stands beside it wins.
     for name, value in (given.pop("text_config", None) or {}).items():
-        if value is not None:
+        if not _is_nothing(name, value):
             given.setdefault(name, value)
     spelled = _rename(family, given)
     for name, value in given.items():
@@ -148,6 +151,11 @@ def read(family: Family, given: dict[str, Any]) -> None:
     _check_values(family, given, spelled)
     _check_sizes(family, given)
     read_rope(family.name, given, theta=family.rope_theta, extra=family.rope_extra)
+
+
+def _is_nothing(name: str, value: Any) -> bool:
+    """Whether a field says nothing: null or, as RND1 writes some, false."""
+    return value is None or (value is False and name in _FALSE_IS_NONE)
 
 
 def _rename(family: Family, given: dict[str, Any]) -> dict[str, str]:

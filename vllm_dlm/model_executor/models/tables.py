@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "LLaDAMoEModel": f"{_MODELS}.llada_moe:LLaDAMoEModelLM",
     "LLaDA2MoeModelLM": f"{_MODELS}.llada2:LLaDA2MoeModelLM",
     "DreamModel": f"{_MODELS}.dream:DreamModel",
+    "DreamForCausalLM": f"{_MODELS}.dream_reasoner:DreamForCausalLM",
     "SDARForCausalLM": f"{_MODELS}.sdar:SDARForCausalLM",
     "SDARMoeForCausalLM": f"{_MODELS}.sdar:SDARMoeForCausalLM",
     "Fast_dLLM_QwenForCausalLM": f"{_MODELS}.fast_dllm:FastDLLMQwenForCausalLM",
@@ -21,6 +22,10 @@ ARCHITECTURES = {
     "A2DQwen2LMHeadModel": f"{_MODELS}.a2d:A2DQwen2LMHeadModel",
     "A2DLlamaLMHeadModel": f"{_MODELS}.a2d:A2DLlamaLMHeadModel",
     "NemotronLabsDiffusionModel": f"{_MODELS}.nemotron:NemotronLabsDiffusionModel",
+    "RND1LM": f"{_MODELS}.rnd1:RND1LM",
+    "StableDiffcoderForCausalLM": (
+        f"{_MODELS}.stable_diffcoder:StableDiffcoderForCausalLM"
+    ),
 }
 """HF architecture -> model class."""
 
@@ -38,6 +43,9 @@ HF_CONFIGS = {
     "a2d-qwen2": f"{_MODELS}.a2d_config:A2DQwen2Config",
     "a2d-llama": f"{_MODELS}.a2d_config:A2DLlamaConfig",
     "nemotron_labs_diffusion": f"{_MODELS}.nemotron_config:NemotronLabsDiffusionConfig",
+    "rnd1": f"{_MODELS}.rnd1_config:RND1Config",
+    # Stable-DiffCoder's; every other Llama becomes what it is without us.
+    "llama": f"{_MODELS}.stable_diffcoder_config:StableDiffCoderConfig",
 }
 """HF `model_type` -> config class, so that no checkpoint needs trust_remote_code."""
 
