@@ -36,7 +36,7 @@ from vllm_dlm.model_executor.sampling.step_function import StepFunction
 from vllm_dlm.model_executor.sampling.views import Views
 from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.strategies.base import Context
+from vllm_dlm.strategies.base import Context, EditTokens
 
 VOCAB, EOS, MASK = 40, 1, 39
 CPU = torch.device("cpu")
@@ -81,7 +81,13 @@ class StepBench:
         )
         self.table = RequestSlots(num_slots, length, MASK, CPU)
         kind = STRATEGIES[strategy]
-        context = Context(CPU, "", attention=attention, positions=4 * block_length)
+        context = Context(
+            CPU,
+            "",
+            attention=attention,
+            positions=4 * block_length,
+            edit_tokens=EditTokens(0, 1),
+        )
         made = kind(kind.Params(**params), block_length, context)
         self.group = Group(made, 0)
         self.choice = Choice.room_for(num_slots * block_length, CPU)

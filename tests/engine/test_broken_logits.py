@@ -17,11 +17,11 @@ import torch
 from engine.cases import make_prompt
 from engine.harness import Engine, params
 from reference.checkpoints import write_checkpoint
+from reference.registered import NAMES
 from safetensors.torch import load_file, save_file
 
 from vllm_dlm.admission.broken_logits import REASON, Reports
 from vllm_dlm.learn2pd.recorder import IGNORED
-from vllm_dlm.strategies import STRATEGIES
 
 BAD, HUGE = 115, 116
 """No prompt of `make_prompt` has them, and the models do not write them by themselves:
@@ -106,7 +106,7 @@ def test_whatever_the_strategy(damaged_engine: Engine):
             ignore_eos=True,
             logprobs=2,
         )
-        for strategy in STRATEGIES
+        for strategy in NAMES
     ]
     prompts = [make_prompt(3 + 2 * number) for number in range(len(sampling))]
     alone = damaged_engine.run(prompts, sampling)

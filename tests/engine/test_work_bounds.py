@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from engine.cases import make_prompt
 from engine.harness import Engine, params
+from reference.registered import NAMES
 
 from vllm_dlm.config.options import SERVER_PARAMETER
 from vllm_dlm.option_types import WHOLE_CANVAS
@@ -59,7 +60,7 @@ def test_every_strategy_at_its_extremes(engine: Engine):
     asked, limits = [], []
     source = random.Random(0)
     blocks = itertools.cycle((8, 1, WHOLE_CANVAS))
-    for name in STRATEGIES:
+    for name in NAMES:
         for config in extremes(name):
             block = 8 if name == "replay" else next(blocks)
             dlm = {"strategy": name, "strategy_config": config, "block_length": block}

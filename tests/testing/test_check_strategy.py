@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pydantic import Field
-from reference.registered import GIVEN, NAMES, build
+from reference.registered import GIVEN, NAMES, OF_EDITING_MODELS, build
 
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import (
-    Context,
     Decision,
     Params,
     StateField,
@@ -25,6 +24,7 @@ from vllm_dlm.strategies.base import (
 from vllm_dlm.strategies.threshold import Threshold
 from vllm_dlm.testing import check_strategy
 from vllm_dlm.testing.blocks import MASK_ID, RandomBlocks, padded
+from vllm_dlm.testing.check import CONTEXT
 from vllm_dlm.testing.compiling import why
 
 EAGER = {"credit", "freedave", "klass", "prophet"}
@@ -34,7 +34,7 @@ EAGER = {"credit", "freedave", "klass", "prophet"}
 # -- ours ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *OF_EDITING_MODELS])
 def test_registered_strategies_keep_the_contract(name: str):
     report = check_strategy(
         STRATEGIES[name],
@@ -46,10 +46,10 @@ def test_registered_strategies_keep_the_contract(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(NAMES) - EAGER))
+@pytest.mark.parametrize("name", sorted({*NAMES, *OF_EDITING_MODELS} - EAGER))
 def test_registered_strategies_decide_alike_compiled(name: str):
     # Of a model with a filter, for learn2pd.
-    context = Context(device=torch.device("cpu"), model=str(resolve("llada-tiny")))
+    context = replace(CONTEXT, model=str(resolve("llada-tiny")))
     report = check_strategy(
         STRATEGIES[name],
         params=GIVEN.get(name),

@@ -27,6 +27,7 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "joint": "vllm_dlm.strategies.joint:Joint",
         "klass": "vllm_dlm.strategies.klass:Klass",
         "learn2pd": "vllm_dlm.strategies.learn2pd:Learn2PD",
+        "levenshtein": "vllm_dlm.strategies.levenshtein:Levenshtein",
         "localleap": "vllm_dlm.strategies.localleap:LocalLeap",
         "lopa": "vllm_dlm.strategies.lopa:Lopa",
         "multi_block": "vllm_dlm.strategies.multi_block:MultiBlock",
