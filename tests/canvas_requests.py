@@ -14,7 +14,7 @@ from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
 from vllm_dlm.config.tccf import Stages
-from vllm_dlm.model_executor.layout import Limits
+from vllm_dlm.model_executor.layout import Limits, Rows
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 
 MAX_CANVAS = 32
@@ -80,7 +80,8 @@ def compute(request: CanvasRequest, end: int | None = None) -> tuple[int, int, i
     end = request.rows_end if end is None else end
     assert request.whole_rows(start, end) == end - start
     request.status = RequestStatus.RUNNING
-    canvas_rows = request.note_computed(start, end)
+    canvas_rows = request.canvas_rows(Rows(start, end))
+    request.note_computed(Rows(start, end))
     if canvas_rows:
         request.note_step()
     return start, end, canvas_rows

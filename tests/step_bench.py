@@ -78,6 +78,7 @@ class StepBench:
             defaults=self.defaults,
             mask_id=MASK,
             vocab_size=VOCAB,
+            is_async=False,
         )
         self.table = RequestSlots(num_slots, length, MASK, CPU)
         kind = STRATEGIES[strategy]
@@ -96,6 +97,7 @@ class StepBench:
         self.function = StepFunction(
             self.group,
             self.table,
+            self.facts,
             Views(self.table, self.facts, candidates),
             Safety(self.table, self.facts, candidates),
             Advance(self.table, self.facts, self.total_len),

@@ -65,7 +65,12 @@ def _make_platform_class() -> "type[CpuPlatform]":
         def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
             """Runs while the config is validated, also without `EngineArgs`."""
             _apply_patches()
+            is_async = vllm_config.scheduler_config.async_scheduling
             super().check_and_update_config(vllm_config)
+            if is_async and _is_ours(vllm_config):
+                # vLLM needs none on a CPU. Our config hook asks for it only if the user
+                # has.
+                vllm_config.scheduler_config.async_scheduling = True
             _fit_built_in_model(vllm_config)
 
         @classmethod
@@ -99,6 +104,12 @@ def _make_platform_class() -> "type[CpuPlatform]":
     # Pickles of the platform refer to it by name.
     DlmCpuPlatform.__qualname__ = "DlmCpuPlatform"
     return DlmCpuPlatform
+
+
+def _is_ours(vllm_config: "VllmConfig") -> bool:
+    """Whether the config hook has prepared this configuration."""
+    model_config = vllm_config.model_config
+    return model_config is not None and hasattr(model_config.hf_config, "dlm_server")
 
 
 def _fit_built_in_model(vllm_config: "VllmConfig") -> None:

@@ -70,7 +70,9 @@ def recording(engine: Engine) -> Iterator[list[Forward]]:
         parts = {}
         for request_id, num_rows in output.num_scheduled_tokens.items():
             end = scheduler.requests[request_id].num_computed_tokens
-            canvas = scheduler._canvas_rows[request_id]
+            forward = scheduler.requests[request_id].in_flight[-1]
+            canvas = scheduler.requests[request_id].canvas_rows(forward.rows)
+            canvas *= forward.branches
             # vLLM adds random characters to a request's id.
             name = request_id.rpartition("-")[0]
             parts[name] = Part(end - num_rows, end, canvas)

@@ -116,7 +116,7 @@ def test_a_step_takes_as_many_operations_for_any_batch():
 def test_all_blocks_that_end_take_one():
     batch, recorder, _ = open_steps(256, 3)
     batch.go_on(ended=True)
-    batch.host.settle()
+    batch.host.settle(np.arange(256))
     with Calls() as calls:
         assert recorder.rows(32, "none") == 3 * 256
         for slot in range(256):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from canvas_requests import compute, decode, make_request, places, preempt, write
 
+from vllm_dlm.model_executor.layout import Rows
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 
 # -- block attention ---------------------------------------------------------------
@@ -67,7 +68,8 @@ def test_a_prompt_is_cut_at_block_ends():
 
 def test_a_cached_prompt_is_not_computed():
     request = make_request(22)
-    assert request.note_computed(16, 24) == 2
+    assert request.canvas_rows(Rows(16, 24)) == 2
+    request.note_computed(Rows(16, 24))
     assert request.kv_final == 20
     assert request.next_rows() == (20, 24)
 

@@ -155,6 +155,7 @@ def check(engine: Engine, new: New) -> None:
     strategy = table.strategies[slot]
     numbers = {
         "prompt_len": layout.prompt_len,
+        "longest": layout.prompt_len + layout.max_tokens,
         "text_end": layout.text_end,
         "block_length": layout.block_length,
         "sub_block_length": layout.sub_block_length,
@@ -171,7 +172,7 @@ def check(engine: Engine, new: New) -> None:
         "top_k": min(max(params.top_k, 0), VOCAB),
         "block_start": layout.first_block,
         "frontier": layout.first_block,
-        "canvas_end": layout.text_end,
+        "canvas_end": 0 if layout.is_full else layout.text_end,
         "step": layout.first_step,
         "emitted": layout.num_emitted,
         "block_masks": 0,

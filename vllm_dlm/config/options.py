@@ -198,6 +198,16 @@ class DlmConfig(BaseModel):
         "is first asked for, while others wait for seconds; `none`. What is not "
         "compiled decodes the same texts, in more time per step.",
     )
+    async_blocks: Count = Field(
+        default=1,
+        ge=1,
+        le=2,
+        json_schema_extra=SERVER_PARAMETER,
+        description="Of block-causal models without leads, scheduled asynchronously: "
+        "blocks that a step computes if it is scheduled before the outcome of the last "
+        "one. With 1, a finished block takes a forward of its own; with 2, the next "
+        "block is computed along in every step, in vain until it is its turn.",
+    )
     online_learning: bool = Field(
         default=True,
         json_schema_extra=SERVER_PARAMETER,

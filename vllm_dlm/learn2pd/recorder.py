@@ -148,7 +148,7 @@ class TraceRecorder:
         if not arriving:
             return
         host = self.slots.host
-        host.settle()
+        host.settle(np.array([*arriving]))
         sent = {step.sent for step in arriving.values()}
         arrays = {one: one.numpy() for one in sent}
         for slot, step in arriving.items():

@@ -34,6 +34,7 @@ REACH = tuple(f"reach_{name}" for name in Reach._fields)
 
 FACTS = (
     "prompt_len",
+    "longest",
     "text_end",
     "block_length",
     "sub_block_length",
@@ -89,6 +90,7 @@ class Requests(NamedTuple):
     """
 
     prompt_len: torch.Tensor
+    longest: torch.Tensor
     text_end: torch.Tensor
     block_length: torch.Tensor
     sub_block_length: torch.Tensor
@@ -112,6 +114,7 @@ class Requests(NamedTuple):
     seed: torch.Tensor
     seat: torch.Tensor
     block_start: torch.Tensor
+    canvas_end: torch.Tensor
     emitted: torch.Tensor
     step: torch.Tensor
     block_masks: torch.Tensor
@@ -124,6 +127,7 @@ class Requests(NamedTuple):
         named |= zip(LIVE, columns.live[slots].unbind(1), strict=True)
         return cls(
             named["prompt_len"],
+            named["longest"],
             named["text_end"],
             named["block_length"],
             named["sub_block_length"],
@@ -141,6 +145,7 @@ class Requests(NamedTuple):
             named["seed"],
             named["seat"],
             named["block_start"],
+            named["canvas_end"],
             named["emitted"],
             named["step"],
             named["block_masks"],
@@ -236,6 +241,8 @@ class Columns:
         named |= zip(FLOATS, self.facts_f.unbind(1), strict=False)
         named |= zip(LIVE, self.live.unbind(1), strict=True)
         self.prompt_len = named["prompt_len"]
+        self.longest = named["longest"]
+        """Tokens of the prompt and of the longest output."""
         self.text_end = named["text_end"]
         """End of the block in which the longest text ends."""
         self.block_length = named["block_length"]

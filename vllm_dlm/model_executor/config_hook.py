@@ -2,10 +2,10 @@
 """Config hook that vLLM runs for our architectures (`MODELS_CONFIG_MAP`).
 
 It turns "a checkpoint with a mask token" into a vLLM configuration that serves it
-right, so that a user sets no flag: our scheduler, synchronous stepping, non-causal
-attention, CUDA graphs of a block's width; for full attention no prefix caching and a
-token budget that holds one whole prompt plus canvas, for the others KV pages made of
-whole blocks.
+right, so that a user sets no flag: our scheduler, asynchronous where that is free,
+non-causal attention, CUDA graphs of a block's width; for full attention no prefix
+caching and a token budget that holds one whole prompt plus canvas, for the others KV
+pages made of whole blocks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from vllm_dlm.admission.options import check_strategy
 from vllm_dlm.admission.server_options import refuse_server_options
 from vllm_dlm.config.model import ModelDefaults, as_ids, attention_of, declared_stop_ids
 from vllm_dlm.config.options import DlmConfig
-from vllm_dlm.config.request import resolve, server_config
+from vllm_dlm.config.request import RequestConfig, resolve, server_config
+from vllm_dlm.model_executor.ahead import loses_nothing, why_not_ahead
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
 from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
+from vllm_dlm.model_executor.sampling.observers import OBSERVERS
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -107,14 +109,15 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         _drop_penalties(model_config)
 
         scheduler.scheduler_cls = SCHEDULER
-        # Which rows the next step computes depends on this step's outcome.
-        scheduler.async_scheduling = False
+        _schedule_ahead(vllm_config, plain, defaults, server)
         if defaults.reuses_blocks:
             _serve_blocks(vllm_config, defaults, server)
         else:
             _serve_full_attention(vllm_config, server)
         scheduler.max_num_scheduled_tokens = scheduler.max_num_batched_tokens
-        _serve_graphs(vllm_config, usual_rows(plain, defaults))
+        _serve_graphs(
+            vllm_config, usual_rows(plain, defaults, blocks=server.async_blocks)
+        )
         vllm_config.attention_config.use_non_causal = True
         # vLLM's warm-up of kernels, on a GPU and since 0.33 on a CPU, schedules what
         # our models do not serve: one row with a draft, grammars, log-probabilities of
@@ -122,6 +125,47 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         vllm_config.kernel_config.enable_jit_warmup = False
         if current_platform.is_cpu():
             size_kv_cache(vllm_config)
+
+
+def _schedule_ahead(
+    vllm_config: VllmConfig,
+    plain: RequestConfig,
+    defaults: ModelDefaults,
+    server: DlmConfig,
+) -> None:
+    """Decide on asynchronous scheduling: vLLM's own flag, or its own choice.
+
+    Left to us, it is on where no forward is computed in vain, but for a CPU, which has
+    no device to hide the host's work behind.
+
+    Args:
+        plain: options of a request without its own.
+
+    Raises:
+        ValueError: the user asked for it, and nothing could be scheduled ahead.
+    """
+    scheduler = vllm_config.scheduler_config
+    reason = why_not_ahead(plain, defaults, server, OBSERVERS)
+    if scheduler.async_scheduling and reason is not None:
+        raise ValueError(
+            f"--async-scheduling has no effect with {reason}; or leave it out"
+        )
+    if scheduler.async_scheduling is None:
+        is_free = reason is None and loses_nothing(plain, defaults, server)
+        if current_platform.is_cpu() or not is_free:
+            scheduler.async_scheduling = False
+    if server.async_blocks == 1:
+        return
+    if defaults.attention != "block" or defaults.leads_blocks:
+        raise ValueError(
+            "async_blocks 2 is for block-causal models without leads: with this model "
+            "no forward is lost; leave it out"
+        )
+    if scheduler.async_scheduling is False:
+        raise ValueError(
+            "async_blocks 2 has no effect on a server that schedules synchronously: "
+            "pass --async-scheduling, or leave it out"
+        )
 
 
 def _drop_penalties(model_config: ModelConfig) -> None:

@@ -21,6 +21,7 @@ from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import SECOND_STAGE, one_at_a_time
+from vllm_dlm.model_executor.ahead import runs_ahead
 from vllm_dlm.model_executor.layout import Limits, RequestLayout, lay_out
 from vllm_dlm.model_executor.model_key import model_key
 from vllm_dlm.model_executor.sampling.logits import tile_rows
@@ -50,6 +51,8 @@ class EngineFacts:
     """vLLM's option of this name, where other packages' observers find theirs."""
     compiles: bool
     """Whether the network is compiled."""
+    is_async: bool
+    """Whether steps are scheduled before the outcome of the last one is known."""
     default_config: RequestConfig
     """How a request without options of its own is decoded."""
     max_canvas: int
@@ -81,6 +84,7 @@ class EngineFacts:
             server=server,
             additional_config=vllm_config.additional_config,
             compiles=vllm_config.compilation_config.mode != CompilationMode.NONE,
+            is_async=bool(vllm_config.scheduler_config.async_scheduling),
             default_config=resolve(server, None, defaults).sized(
                 max_canvas, max_canvas
             ),
@@ -153,6 +157,8 @@ class RequestFacts:
     """Token ids at which the scheduler ends this request, in order."""
     measures_drawn: bool
     """Whether statistics are those of the distribution that is drawn from."""
+    runs_ahead: bool = False
+    """Whether its forwards are planned before the outcome of the last (`ahead.py`)."""
 
     @classmethod
     def of(cls, new: NewRequestData, engine: EngineFacts) -> RequestFacts:
@@ -189,4 +195,6 @@ class RequestFacts:
             stop_ids=tuple(sorted(stop_ids(params))),
             measures_drawn=follows_reference
             or STRATEGIES[config.strategy].measures == "drawn",
+            runs_ahead=engine.is_async
+            and runs_ahead(config, params, engine.defaults, engine.server),
         )

@@ -5,11 +5,16 @@ Most columns are fixed when a request is admitted. Where its active block stands
 which of its positions are masked, is decided on the device: each step's advance sends
 that (`send`), behind the work whose outcome the scheduler waits for in any case, so
 that reading the columns here waits for nothing more.
+
+Of requests that run ahead (`ahead.py`), a forward is planned before the outcome of the
+one before it is there. Nothing is sent for them, and what their steps change is unknown
+here: `planning/guesses.py` looks it up on the device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -72,7 +77,10 @@ class HostSlots:
         forward opens a canvas, whose rows say how wide it is."""
         self.masked = np.zeros((num_slots, length), dtype=bool)
         """Masks of the active block, by place in the block."""
-        self._arriving: tuple[np.ndarray, np.ndarray, ToHost, ToHost] | None = None
+        self.runs_ahead = per_slot(bool)
+        """Whether the columns that steps change are known on the device alone."""
+        self._arriving: deque[_Sent] = deque()
+        """Steps whose outcome is on its way, in order."""
 
     def admit(
         self,
@@ -82,6 +90,7 @@ class HostSlots:
         predicts_end: bool,
         looks_ahead: bool,
         exact: bool,
+        runs_ahead: bool,
     ) -> None:
         """Take over the layout of a new request.
 
@@ -89,8 +98,12 @@ class HostSlots:
             predicts_end: whether its option `eotp` is on.
             looks_ahead: whether it is `canvas`.
             exact: whether its option `reference_exact` is.
+            runs_ahead: whether its forwards are planned before the last outcome is
+                there.
         """
-        self.settle()
+        # What is on its way for this slot is of the request before.
+        self._arriving = deque(sent.without(slot) for sent in self._arriving)
+        self.runs_ahead[slot] = runs_ahead
         self.prompt_len[slot] = layout.prompt_len
         self.block_length[slot] = length = layout.block_length
         self.attended_length[slot] = layout.attended_length
@@ -148,20 +161,42 @@ class HostSlots:
             where: [2, at least n] int32: block start, canvas end.
             masked: [at least n, B] bool: of the blocks that are active now.
         """
-        self.settle()
-        self._arriving = slots, rows, ToHost(where), ToHost(masked)
+        self._arriving.append(_Sent(slots, rows, ToHost(where), ToHost(masked)))
 
-    def settle(self) -> None:
-        """Wait for the last `send` and store it.
+    def settle(self, slots: np.ndarray) -> None:
+        """Wait for what was sent of these requests, and store it.
 
-        Call this before touching a column that steps change.
+        Call this before touching a column that steps change. The scheduler has taken
+        the outcome of these requests' last step before it schedules them again; a later
+        step of others, which may still be computed, is not waited for.
+
+        Args:
+            slots: none of them of a request that runs ahead.
         """
-        if self._arriving is None:
-            return
-        (slots, rows, where, arrived), self._arriving = self._arriving, None
-        masked = arrived.numpy()[rows]
-        self.block_start[slots], self.canvas_end[slots] = where.numpy()[:, rows]
-        self.masked[slots, : masked.shape[1]] = masked
+        count = 0
+        for number, sent in enumerate(self._arriving, start=1):
+            if np.isin(slots, sent.slots).any():
+                count = number
+        for _ in range(count):
+            sent = self._arriving.popleft()
+            masked = sent.masked.numpy()[sent.rows]
+            where = sent.where.numpy()[:, sent.rows]
+            self.block_start[sent.slots], self.canvas_end[sent.slots] = where
+            self.masked[sent.slots, : masked.shape[1]] = masked
+
+
+class _Sent(NamedTuple):
+    """Where a step has left some requests; see `HostSlots.send`."""
+
+    slots: np.ndarray
+    rows: np.ndarray
+    where: ToHost
+    masked: ToHost
+
+    def without(self, slot: int) -> _Sent:
+        """The same, but for one request."""
+        others = self.slots != slot
+        return self._replace(slots=self.slots[others], rows=self.rows[others])
 
 
 class ToHost:

@@ -217,6 +217,33 @@ def steps_per_block(steps: int | None, width: int, block_length: int) -> int:
     return min(max(steps // num_blocks, 1), block_length)
 
 
+def scheduled_steps(
+    masks: int, layout: RequestLayout, model: ModelDefaults, *, begins_with_lead: bool
+) -> int:
+    """Steps of one block, if each writes as many masks as the step schedule says.
+
+    `sampling/views.py` counts out the same, from the masks that are left.
+
+    Args:
+        masks: that the block begins with.
+        layout: of its request.
+        model: what the model declares.
+        begins_with_lead: the block's first step writes its lead.
+    """
+    budget = layout.steps_per_block
+    whole = layout.block_length if model.reuses_blocks else masks
+    masks -= begins_with_lead
+    for step in range(begins_with_lead, budget - 1):
+        if model.schedule == "rounded":
+            share = round(masks / (budget - step))
+        else:
+            share = whole // budget + (step < whole % budget)
+        masks -= max(share, 1)
+        if masks <= 0:
+            return step + 1
+    return budget
+
+
 # -- rows of a forward ---------------------------------------------------------
 
 
@@ -302,7 +329,9 @@ def part_rows(reach: Reach, *, block_start: int, block_end: int, frontier: int) 
     return Rows(start, block_end if is_whole else min(start + reach.part, block_end))
 
 
-def usual_rows(config: RequestConfig, model: ModelDefaults) -> int | None:
+def usual_rows(
+    config: RequestConfig, model: ModelDefaults, *, blocks: int = 1
+) -> int | None:
     """How many rows a step in the middle of a block has, if all have as many.
 
     A step has fewer where the canvas, the text or the context ends, and more where a
@@ -312,11 +341,12 @@ def usual_rows(config: RequestConfig, model: ModelDefaults) -> int | None:
     Args:
         config: a request's options, `sized`.
         model: what the model declares.
+        blocks: that a step computes, where blocks are reused.
     """
     reach, length = config.reach(model.shift), config.block_length
     if model.reuses_blocks:
         is_whole = reach.part >= length and config.attended_length == length
-        return length if is_whole else None
+        return blocks * length if is_whole else None
     if reach.follows or reach.right >= FAR:
         return None
     return int(reach.left + length + reach.right)

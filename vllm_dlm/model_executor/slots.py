@@ -84,13 +84,15 @@ class RequestSlots(Columns):
             slot,
             tokens=tokens,
             masked=np.arange(self.length) >= first_mask,
-            canvas_end=layout.text_end,
+            # With full attention, the first forward says how wide the canvas is.
+            canvas_end=0 if layout.is_full else layout.text_end,
             block_start=layout.first_block,
             frontier=layout.first_block,
             step=layout.first_step,
             block_masks=0,
             emitted=layout.num_emitted,
             prompt_len=layout.prompt_len,
+            longest=layout.prompt_len + layout.max_tokens,
             text_end=layout.text_end,
             block_length=layout.block_length,
             sub_block_length=layout.sub_block_length,
@@ -110,6 +112,7 @@ class RequestSlots(Columns):
             predicts_end=config.eotp != "off",
             looks_ahead=config.eotp == "canvas",
             exact=config.reference_exact,
+            runs_ahead=request.runs_ahead,
         )
 
     def assign_strategy(

@@ -95,7 +95,9 @@ class DlmModelState(ModelState):
         Piecewise graphs, which leave attention out, take every batch.
         """
         usual = self.facts.default_config
-        width = usual_rows(usual, self.facts.defaults)
+        width = usual_rows(
+            usual, self.facts.defaults, blocks=self.facts.server.async_blocks
+        )
         if width is None or width < GRAPH_SEGMENTS:
             reason = f"cache {usual.cache!r} and blocks of {usual.block_length}"
             return AttentionCGSupport.NEVER, f"SegmentPlan, with {reason}"
@@ -140,7 +142,10 @@ class DlmModelState(ModelState):
     ) -> None:
         """Plan the forward. vLLM calls this for real batches only, before the rest."""
         page_size = page_size_of(kv_cache_config)
-        self._plan = plan_forward(self.slots, self.facts, input_batch, page_size)
+        assert self._sampler is not None
+        self._plan = plan_forward(
+            self.slots, self.facts, input_batch, page_size, self._sampler.settle
+        )
 
     def prepare_attn(
         self,

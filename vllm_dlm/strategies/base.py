@@ -246,6 +246,10 @@ class Strategy:
     """Whether it follows the step schedule, which the options `steps` and
     `steps_per_block` set: reads `View.scheduled` or `View.steps`. A mapping names the
     parameters with which it does. Who sets the options for another is refused."""
+    counts_out: ClassVar[bool] = False
+    """Whether it writes as many masks as the step schedule says, in any case, where it
+    follows that: then a block's last step is known before. (A guess is made of it,
+    which is checked; docs/performance.md, asynchronous scheduling.)"""
     is_shared: ClassVar[bool] = True
     """Whether requests to come are likely to have the same parameters: then an object
     without requests is kept for them. Not where each request sends its own."""
@@ -301,6 +305,18 @@ class Strategy:
     needs_branches: ClassVar[bool] = False
     """Whether what it decides depends on how many branches are evaluated. Then all of
     them are, in every step but a block's first, or the request waits."""
+
+    @classmethod
+    def needs_with(cls, params: AnyParams) -> frozenset[str]:
+        """What it may need with these parameters, of `needs`.
+
+        Override it where "probabilities" or "branches" are for some parameters only:
+        the host serves these, so that such requests cannot be scheduled ahead.
+
+        Args:
+            params: of the request.
+        """
+        return cls.needs
 
     @classmethod
     def branches(cls, params: AnyParams) -> int:

@@ -84,6 +84,7 @@ class Eoser(Strategy):
     Params = EoserParams
     scope = "canvas"
     schedule: ClassVar[Mapping[str, Any]] = {"schedule": "even"}
+    counts_out = True
 
     params: EoserParams
 

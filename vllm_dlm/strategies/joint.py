@@ -121,11 +121,16 @@ class Joint(Strategy):
     ) -> None:
         super().__init__(params, block_length, context)
         self.may_rewrite = params.edit
-        self.needs = frozenset({"probabilities"} if params.penalty else ())
+        self.needs = self.needs_with(params)
         # Steps so far that began without a mask.
         self.state = (
             {"post_steps": StateField(dtype=torch.int64)} if params.edit else {}
         )
+
+    @classmethod
+    def needs_with(cls, params: AnyParams) -> frozenset[str]:
+        assert isinstance(params, JointParams)
+        return frozenset({"probabilities"} if params.penalty else ())
 
     def step_limit(self, params: AnyParams) -> int:
         assert isinstance(params, JointParams)

@@ -100,6 +100,7 @@ class PcSampler(Strategy):
     summary = "early, sure and rare tokens first; as many as scheduled"
     Params = PcSamplerParams
     schedule = True
+    counts_out = True
 
     params: PcSamplerParams
 

@@ -52,6 +52,7 @@ class Static(Strategy):
     Params = StaticParams
     needs = frozenset(_NEEDS.values())
     schedule = True
+    counts_out = True
 
     params: StaticParams
 

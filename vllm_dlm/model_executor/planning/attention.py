@@ -195,6 +195,8 @@ class AttentionBuffers:
         fits = num_rows <= self._capacity
         numbers = self._numbers if fits else _Numbers(num_rows, self._device)
         numbers.send(starts, keys, causal, request)
+        if plan is not None and plan.guessed_left is not None:
+            numbers.device[_CAUSAL].index_copy_(0, *plan.guessed_left)
         owners = numbers.device[_REQUEST, :num_rows]
         if fits:
             tables = tuple(

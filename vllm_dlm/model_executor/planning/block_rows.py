@@ -20,7 +20,12 @@ from vllm_dlm.model_executor.columns import Columns, Requests
 
 SLOT, BATCH_ROW, CANVAS_END, ROWS_END, LEADS, HEAD_ROWS = range(6)
 """Columns of a packed group; behind them is one for each position of the block."""
-COLUMNS = 6
+ROWS_START, FIRST_ROW, READS, VOID_ROW = range(6, 10)
+"""Further ones, of requests that run ahead, which `guesses.py` reads: where the
+request's rows begin; the number of the first of them in the forward; 1 +
+`HostSlots.reads`, 0 for requests that do not run ahead; and the row of the reply that
+is no request's."""
+COLUMNS = 10
 NOT_READ, NOT_READABLE, NOT_VALID = -1, -2, -3
 """In a position's column, where it is not the number of the position's row: no row is
 read for it; this forward has none; the block or the canvas ends before it."""
@@ -111,6 +116,24 @@ class Blocks(NamedTuple):
         )
 
 
+class GuessedRows(NamedTuple):
+    """What becomes of n requests that run ahead if their forward is void.
+
+    Tensors are on the engine's device.
+    """
+
+    batch_rows_np: np.ndarray
+    """[n]: index of each request in vLLM's batch."""
+    batch_rows: torch.Tensor
+    """[n] int64: the same on the device."""
+    num_rows: int
+    """Rows that go through lm_head for them."""
+    in_vain: torch.Tensor
+    """[n] int32: rows of the forward that vLLM shall not count, if it is void."""
+    is_left: torch.Tensor
+    """[n] int32: 1 where all rows are left of the active block."""
+
+
 @dataclass(frozen=True)
 class BlockRows:
     """R active blocks of a group in one forward; names of host arrays end in `_np`."""
@@ -136,6 +159,9 @@ class BlockRows:
     """The same on the device."""
     table: Columns
     """The request table."""
+    guessed: GuessedRows | None = None
+    """Of those of the requests that run ahead, which are the last ones; None if none
+    does."""
 
     @property
     def num_rows(self) -> int:

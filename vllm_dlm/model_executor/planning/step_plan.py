@@ -4,13 +4,14 @@
 The scheduler has chosen each request's rows. The plan of them is made on the host:
 lengths, starts and ends are known there, and what the last step decided has arrived
 with its outcome (`host_slots.py`). One transfer brings the plan to the device; nothing
-here waits for it, and nothing here changes a request.
+here waits for it, and nothing here changes a request. Where the last step is not over
+yet, `guesses.py` completes the plan on the device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,14 +21,20 @@ from vllm_dlm.model_executor.planning.ahead import Ahead, RowsAhead
 from vllm_dlm.model_executor.planning.block_rows import (
     BATCH_ROW,
     CANVAS_END,
+    FIRST_ROW,
     HEAD_ROWS,
     LEADS,
     NOT_READ,
     NOT_READABLE,
     NOT_VALID,
+    READS,
     ROWS_END,
+    ROWS_START,
     SLOT,
+    VOID_ROW,
+    GuessedRows,
     pack,
+    upload,
     upload_int32,
 )
 from vllm_dlm.model_executor.planning.branches import (
@@ -39,12 +46,19 @@ from vllm_dlm.model_executor.planning.branches import (
 from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
     from vllm_dlm.config.model import ModelDefaults
     from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.host_slots import HostSlots
+    from vllm_dlm.model_executor.planning.guesses import Settled
     from vllm_dlm.model_executor.slots import RequestSlots
+
+
+Settle: TypeAlias = "Callable[[GroupRows], Settled]"
+"""`guesses.settle`, of one group."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +88,29 @@ class SegmentPlan:
     """Drafts that are evaluated along; None where there are none."""
     ahead: Ahead | None
     """Rows read right of active blocks; None where there are none."""
+    guessed_left: tuple[torch.Tensor, torch.Tensor] | None
+    """With causal attention, [n] int64 and [n] int32: segments of which only the device
+    knows whether they are left of the active block, and causal; and whether they are.
+    None where there are none."""
 
 
 def plan_forward(
-    slots: RequestSlots, facts: EngineFacts, batch: InputBatch, page_size: int
+    slots: RequestSlots,
+    facts: EngineFacts,
+    batch: InputBatch,
+    page_size: int,
+    settle: Settle,
 ) -> SegmentPlan:
     """Plan the forward of a batch.
 
     Args:
         batch: the rows that vLLM has scheduled.
         page_size: tokens in a KV page.
+        settle: completes the plan of a group that has requests that run ahead.
     """
     host, slots_in_batch = slots.host, batch.idx_mapping_np
-    host.settle()
+    runs_ahead = host.runs_ahead[slots_in_batch]
+    host.settle(slots_in_batch[~runs_ahead])
     starts = batch.num_computed_tokens_np.astype(np.int64)
     branches = np.ones_like(starts)
     if batch.num_draft_tokens_per_req is not None:
@@ -99,7 +123,7 @@ def plan_forward(
         host.leads[slots_in_batch] & (ends == first_blocks)
     )
     if facts.commits_alone:
-        decides &= ends > host.block_start[slots_in_batch]
+        decides &= runs_ahead | (ends > host.block_start[slots_in_batch])
     segments = cut_segments(
         facts.defaults.attention,
         starts,
@@ -112,7 +136,7 @@ def plan_forward(
     segments = segments.repeated(branches[segments.request])
     deciding = decides.nonzero()[0]
     groups = host.group[slots_in_batch[deciding]]
-    planner = _Planner(slots, facts, batch, starts, ends)
+    planner = _Planner(slots, facts, batch, starts, ends, settle)
     for number in np.unique(groups):
         planner.add_group(deciding[groups == number])
     kv_lens, causal = planner.keys(segments)
@@ -134,6 +158,7 @@ def plan_forward(
         )
         blocks, rows = planner.with_branches(blocks, branches)
         (logits_rows,) = upload_int32(facts.device, np.concatenate([rows, ahead.rows]))
+    blocks = [planner.settled(rows, logits_rows) for rows in blocks]
     return SegmentPlan(
         segments=segments,
         kv_lens_np=kv_lens,
@@ -143,6 +168,7 @@ def plan_forward(
         groups=blocks,
         branches=branch_plan,
         ahead=Ahead(sent[2], sent[3]) if len(ahead.rows) else None,
+        guessed_left=_guessed_left(facts, segments, blocks),
     )
 
 
@@ -160,8 +186,10 @@ class _Planner:
         batch: InputBatch,
         starts: np.ndarray,
         ends: np.ndarray,
+        settle: Settle,
     ) -> None:
         self._slots = slots
+        self._settle = settle
         self._facts = facts
         self._batch = batch
         self._starts = starts
@@ -179,6 +207,11 @@ class _Planner:
     def add_group(self, deciding: np.ndarray) -> None:
         """Plan the blocks of some requests [R] of the batch, all of one length."""
         batch, host, defaults = self._batch, self._slots.host, self._facts.defaults
+        runs_ahead = host.runs_ahead[batch.idx_mapping_np[deciding]]
+        if runs_ahead.any():
+            # The others first, so that the rows of these follow each other.
+            order = np.argsort(runs_ahead, kind="stable")
+            deciding, runs_ahead = deciding[order], runs_ahead[order]
         slots_np = batch.idx_mapping_np[deciding].astype(np.int64)
         start, end = self._starts[deciding, None], self._ends[deciding, None]
         block_start = host.block_start[slots_np]
@@ -192,6 +225,8 @@ class _Planner:
         source = _predicting_rows(host, defaults, slots_np, positions, start, leads)
         readable = valid & (start <= source) & (source < end)
         is_read = readable & _rows_to_read(host, slots_np, valid)
+        # What the host has of these is not so any more: a row for each position.
+        is_read[runs_ahead] = True
         row_request, row_offset = is_read.nonzero()
         first_row = sum(map(len, self.logits_rows))
         row_at = np.where(readable, NOT_READ, np.where(valid, NOT_READABLE, NOT_VALID))
@@ -199,9 +234,10 @@ class _Planner:
         first_rows = batch.query_start_loc_np[deciding].astype(np.int64) - start[:, 0]
         if defaults.reuses_blocks:
             block_end = np.minimum(block_start + width, canvas_end)
-            self._seen[deciding] = np.where(leads, 0, block_end)
+            # Who runs ahead computes the whole block.
+            self._seen[deciding] = np.where(leads | runs_ahead, 0, block_end)
         head_rows = np.zeros(len(slots_np), dtype=np.int64)
-        head_rows[0] = len(row_request)
+        head_rows[0] = (~runs_ahead[row_request]).sum()
         self._parts.append(
             {
                 "slots_np": slots_np,
@@ -230,6 +266,10 @@ class _Planner:
             ROWS_END: (self._starts + batch.num_scheduled_tokens)[deciding],
             LEADS: leads,
             HEAD_ROWS: head_rows,
+            ROWS_START: start[:, 0],
+            FIRST_ROW: batch.query_start_loc_np[deciding],
+            READS: runs_ahead * (1 + host.reads[slots_np]),
+            VOID_ROW: np.full(len(slots_np), batch.num_reqs),
         }
         self.packed.append(pack(columns, row_at, self._slots.num_slots, batch.num_reqs))
 
@@ -262,6 +302,32 @@ class _Planner:
             )
         ]
 
+    def settled(self, rows: GroupRows, logits_rows: torch.Tensor) -> GroupRows:
+        """The rows of a group, completed where requests run ahead.
+
+        Args:
+            logits_rows: [N] int32: rows of logits on the device, of all groups;
+                completed in place.
+        """
+        last = len(rows.slots_np)
+        count = int(self._slots.host.runs_ahead[rows.slots_np].sum())
+        if count == 0:
+            return rows
+        found = self._settle(rows)
+        own, end = slice(last - count, last), rows.first_row + rows.num_rows
+        logits_rows[end - count * rows.width : end] = found.rows[own].flatten()
+        return replace(
+            rows,
+            packed=found.packed,
+            guessed=GuessedRows(
+                rows.batch_rows_np[own],
+                rows.packed[own, BATCH_ROW].long(),
+                count * rows.width,
+                found.in_vain[own],
+                found.is_left[own],
+            ),
+        )
+
     def with_branches(
         self, groups: list[GroupRows], branches: np.ndarray
     ) -> tuple[list[GroupRows], np.ndarray]:
@@ -285,6 +351,18 @@ class _Planner:
                 group = replace(group, branches=drafted)
             blocks.append(group)
         return blocks, np.concatenate(rows)
+
+
+def _guessed_left(
+    facts: EngineFacts, segments: Segments, groups: list[GroupRows]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """See `SegmentPlan.guessed_left`."""
+    found = [rows.guessed for rows in groups if rows.guessed is not None]
+    if facts.defaults.attention != "causal" or not found:
+        return None
+    requests = np.concatenate([rows.batch_rows_np for rows in found])
+    last = np.searchsorted(segments.request, requests, side="right") - 1
+    return upload(facts.device, last)[0], torch.cat([rows.is_left for rows in found])
 
 
 def _predicting_rows(

@@ -225,13 +225,10 @@ class Advance:
         It has counted the last step's canvas end as a token: a step each, that would
         run past its row of token ids.
         """
-        # Its table has no dummy slot: what stands for nothing repeats the first row,
-        # or, where that does too, leaves the count as it is.
-        is_real = slots < self.total_len.shape[0]
-        row = torch.where(is_real, torch.arange(len(slots), device=slots.device), 0)
-        slot = slots[row].clamp(max=self.total_len.shape[0] - 1)
-        total = torch.where(is_real[row], total[row], self.total_len[slot])
-        self.total_len[slot] = total.to(self.total_len.dtype)
+        # Its table has no dummy slot: what stands for nothing adds nothing.
+        slot = slots.clamp(max=self.total_len.shape[0] - 1)
+        change = torch.where(slot == slots, total - self.total_len[slot], 0)
+        self.total_len.index_add_(0, slot, change.to(self.total_len.dtype))
 
     def _next_start(
         self, progress: Progress, prompt_len: torch.Tensor, blocks: Blocks

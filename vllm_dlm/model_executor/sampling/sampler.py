@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
 
     from vllm_dlm.model_executor.facts import EngineFacts
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.planning.branches import GroupRows
+    from vllm_dlm.model_executor.planning.guesses import Settled
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.groups import Group
     from vllm_dlm.model_executor.sampling.logits import Head, Logits
@@ -126,6 +128,10 @@ class DenoisingSampler:
 
     # -- one step ----------------------------------------------------------
 
+    def settle(self, rows: BlockRows) -> Settled:
+        """Complete the plan of a group with requests that run ahead (`guesses.py`)."""
+        return self.steps.of(self.groups.of(rows)).settled(rows.packed)
+
     def __call__(self, hidden: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Decide one denoise step.
 
@@ -156,21 +162,27 @@ class DenoisingSampler:
         before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None
         width = max(rows.width for rows in plan.groups)
         reply = Reply.empty(input_batch.num_reqs, width, hidden.device)
+        guessed = [rows.guessed for rows in plan.groups if rows.guessed is not None]
+        for void in guessed:
+            # Who is decided writes that anew.
+            reply.counts[1, void.batch_rows] = void.in_vain
         for group, rows in zip(groups, plan.groups, strict=True):
             self._step(group, rows, logits, reply)
         again = logits.computed - sum(rows.num_rows for rows in plan.groups)
+        again += sum(rows.num_rows for rows in guessed)
         if again:
             reply.counts[2, 0] += again
         logprobs = None
         if before is not None:
             logprobs = self.logprobs.emit(plan, before, input_batch.num_reqs)
         # When all groups are done: the host still has where the step began.
-        self.slots.host.send(
-            np.concatenate([rows.slots_np for rows in plan.groups]),
-            np.concatenate([rows.batch_rows_np for rows in plan.groups]),
-            reply.counts[3:],
-            reply.masked,
-        )
+        slots = np.concatenate([rows.slots_np for rows in plan.groups])
+        batch_rows = np.concatenate([rows.batch_rows_np for rows in plan.groups])
+        known = ~self.slots.host.runs_ahead[slots]
+        if known.any():
+            self.slots.host.send(
+                slots[known], batch_rows[known], reply.counts[3:], reply.masked
+            )
         return reply.for_runner(logprobs, envs.VLLM_COMPUTE_NANS_IN_LOGITS)
 
     def _step(

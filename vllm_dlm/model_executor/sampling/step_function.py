@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_dlm.model_executor.planning.block_rows import NOT_VALID, Blocks, pack
+from vllm_dlm.model_executor.planning.guesses import Settled, settle
 from vllm_dlm.model_executor.reply import Reply
 from vllm_dlm.model_executor.sampling.opening import opened
 from vllm_dlm.model_executor.sampling.views import Extras, Measured
@@ -48,6 +49,9 @@ logger = init_logger(__name__)
 
 Compiled: TypeAlias = "Callable[[torch.Tensor, Choice, Reply], None]"
 """`StepFunction.step`, or what was made of it."""
+
+Settling: TypeAlias = "Callable[[torch.Tensor], Settled]"
+"""`StepFunction.settle`, or what was made of it."""
 
 NOT_COMPILED = frozenset({"branches", "probabilities"})
 """Needs of strategies whose steps compute more than tensors of fixed shapes."""
@@ -76,17 +80,21 @@ class StepFunction:
         self,
         group: Group,
         slots: RequestSlots,
+        facts: EngineFacts,
         views: Views,
         safety: Safety,
         advance: Advance,
     ) -> None:
         self.group = group
         self.slots = slots
+        self.facts = facts
         self.views = views
         self.safety = safety
         self.advance = advance
         self.compiled: Compiled | None = None
         """`step`, compiled; None where it is not to be, or cannot."""
+        self.settled: Settling = self.settle
+        """`settle`, compiled where `step` is."""
 
     def decide(
         self, blocks: Blocks, choice: Choice, extras: Extras, asked: Asked
@@ -135,6 +143,14 @@ class StepFunction:
         decision, canvas = self.write(measured, decision, blocks, EVERYTHING)
         self.advance.move_on(measured, decision, canvas, blocks, reply)
 
+    def settle(self, packed: torch.Tensor) -> Settled:
+        """Complete the plan of the group's requests that run ahead (`guesses.py`).
+
+        Args:
+            packed: [R, COLUMNS + B] int32, as of `block_rows.pack`.
+        """
+        return settle(packed, self.slots, self.facts)
+
     def compile(self, choice: Choice) -> None:
         """Have `step` compiled, if it can be.
 
@@ -142,14 +158,12 @@ class StepFunction:
             choice: of the steps' rows.
         """
         name, start = self.group.strategy.name, time.perf_counter()
-        # A dictionary of each call's own: `torch.compile` takes its entries out.
-        compiled = torch.compile(
-            _own_code(self.step),
-            fullgraph=True,
-            options={"guard_filter_fn": _drop_all},
-        )
+        compiled = _compiled(_own_code(self.step))
+        settled = _compiled(_own_settling(self.settle))
         try:
             self._rehearse(compiled, choice)
+            if self.facts.is_async:
+                settled(self._nothing(13))
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             logger.warning(
@@ -162,6 +176,8 @@ class StepFunction:
         seconds = time.perf_counter() - start
         logger.info("Compiled the steps of the strategy %s in %.1f s", name, seconds)
         self.compiled = compiled
+        if self.facts.is_async:
+            self.settled = settled
 
     def _rehearse(self, compiled: Compiled, choice: Choice) -> None:
         """Call a compiled step for rows that stand for nothing.
@@ -169,20 +185,33 @@ class StepFunction:
         Its graph is to serve any number of requests: sizes that vary from step to step
         are marked so, and differ from each other, or they would be taken for equal.
         """
-        device, width = choice.candidate.device, self.group.strategy.block_length
-        num_blocks, num_reqs = 11, 13
-        nothing = pack(
-            {}, np.full((0, width), NOT_VALID), self.slots.num_slots, num_reqs
-        )
-        packed = torch.from_numpy(nothing[:1].repeat(num_blocks, axis=0)).to(device)
+        device, width, num_reqs = choice.candidate.device, self._width, 13
+        packed = self._nothing(num_reqs)
         reply = Reply.empty(num_reqs, width + 40, device)
         with self.group.rehearsing(width + 60) as memory:
-            varying = [(packed, 0), *((field, 0) for field in memory.values())]
+            varying = [(field, 0) for field in memory.values()]
             varying += [(reply.tokens, 0), (reply.tokens, 1), (reply.counts, 1)]
             varying += [(reply.masked, 0), (reply.masked, 1)]
             for tensor, dim in varying:
                 torch._dynamo.mark_dynamic(tensor, dim)
             compiled(packed, choice, reply)
+
+    def _nothing(self, num_reqs: int) -> torch.Tensor:
+        """A packed group of some rows that stand for nothing; how many may vary.
+
+        Args:
+            num_reqs: of the batch, another number.
+        """
+        none = np.full((0, self._width), NOT_VALID)
+        rows = pack({}, none, self.slots.num_slots, num_reqs)[:1].repeat(11, axis=0)
+        packed = torch.from_numpy(rows).to(self.slots.device)
+        torch._dynamo.mark_dynamic(packed, 0)
+        return packed
+
+    @property
+    def _width(self) -> int:
+        """B."""
+        return self.group.strategy.block_length
 
 
 class StepFunctions:
@@ -201,7 +230,7 @@ class StepFunctions:
         advance: Advance,
         choice: Choice,
     ) -> None:
-        self._parts = slots, views, safety, advance
+        self._parts = slots, facts, views, safety, advance
         self._facts = facts
         self._choice = choice
         self._expects_nothing_more = False
@@ -247,6 +276,28 @@ def _keep_kernels() -> None:
 
 def _drop_all(guards: list[object]) -> list[bool]:
     return [False for _ in guards]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(
+        function,
+        fullgraph=True,
+        # A dictionary of each call's own: `torch.compile` takes its entries out.
+        options={"guard_filter_fn": _drop_all},
+    )
+
+
+def _own_settling(settle: Settling) -> Settling:
+    """As `_own_code`, for what settles plans."""
+
+    def one_plan(packed: torch.Tensor) -> Settled:
+        return settle(packed)
+
+    return FunctionType(
+        one_plan.__code__.replace(),
+        one_plan.__globals__,
+        closure=one_plan.__closure__,
+    )
 
 
 def _own_code(step: Compiled) -> Compiled:

@@ -8,8 +8,9 @@ what a forward computes next follows from all of them.
 
 from __future__ import annotations
 
+from collections import deque
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.request import Request, RequestStatus
@@ -18,6 +19,7 @@ from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import Stages, one_at_a_time
+from vllm_dlm.model_executor.ahead import ends_by_count
 from vllm_dlm.model_executor.layout import (
     Limits,
     RequestLayout,
@@ -25,6 +27,7 @@ from vllm_dlm.model_executor.layout import (
     lay_out,
     part_rows,
     plan_rows,
+    scheduled_steps,
 )
 from vllm_dlm.model_executor.reply import take_canvas_end
 from vllm_dlm.model_executor.step_maps import StepCount
@@ -32,6 +35,15 @@ from vllm_dlm.model_executor.step_maps import StepCount
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.kv_cache_utils import BlockHash
+
+
+class Forward(NamedTuple):
+    """A forward of one request that was scheduled."""
+
+    rows: Rows
+    """Of one canvas."""
+    branches: int
+    """Canvases that it evaluates."""
 
 
 class CanvasRequest(Request):
@@ -56,6 +68,13 @@ class CanvasRequest(Request):
     """Canvases that one forward may evaluate (`planning/branches.py`)."""
     needs_branches: bool
     """It evaluates that many in every step but a block's first, or waits."""
+    runs_ahead: bool
+    """A forward is scheduled before the outcome of the last one is there: see
+    `ahead.py`. What is known of the request is then what it was before that one."""
+
+    blocks_ahead: int
+    """Blocks that a forward computes which is scheduled so, of a `block` model without
+    leads (option `async_blocks`)."""
 
     # Where its blocks and its canvas lie.
     layout: RequestLayout
@@ -90,6 +109,9 @@ class CanvasRequest(Request):
     """Rows that the token budget has room for; of a running request."""
     last_step: int
     """The scheduler's step that it last took part in; -1 for none."""
+    in_flight: deque[Forward]
+    """Those whose outcome is not there yet, in order; what was in flight at a
+    preemption is among them, and is dropped when it comes."""
 
     # vLLM's own attributes that are changed here.
     cache_salt: object
@@ -97,6 +119,8 @@ class CanvasRequest(Request):
     None; in the second stage of `tccf` it is what no client can give."""
     block_hashes: list[BlockHash]
     """Hashes of its full pages."""
+    num_computed_tokens: int
+    """Where the next forward's rows begin, once `plan_step` has said so."""
 
     @classmethod
     def adopt(
@@ -146,6 +170,7 @@ class CanvasRequest(Request):
         request.commits_alone = commits_alone
         request.max_branches = max_branches
         request.needs_branches = needs_branches
+        request.runs_ahead, request.blocks_ahead = False, 1
         # Forwards and tokens per forward, on every request's output.
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(config.block_length)
         request._lay_out()
@@ -153,6 +178,7 @@ class CanvasRequest(Request):
         request.steps = StepCount()
         request.frontiers = [request.layout.first_block]
         request.last_step = -1
+        request.in_flight = deque()
         request.allotted = request.branch_rows = 0
         request._begin()
         return request
@@ -281,10 +307,85 @@ class CanvasRequest(Request):
     def plan_step(self) -> None:
         """Fix the rows of the next forward; of one canvas, until `take_branches`.
 
-        vLLM computes what `num_tokens_with_spec` has beyond `num_computed_tokens`.
+        vLLM computes what `num_tokens_with_spec` has beyond `num_computed_tokens`: no
+        rows of a request that sits this step out, because the outcome of its last one
+        must be known first.
         """
-        self.num_computed_tokens, self.rows_end = self.next_rows()
+        rows = self.rows_ahead() if self.is_waited_for else self.next_rows()
         self.branches = 1
+        if rows is None:
+            self.rows_end = self.num_computed_tokens
+        else:
+            self.num_computed_tokens, self.rows_end = rows
+
+    @property
+    def sits_out(self) -> bool:
+        """Whether it does not take part in the step that is being planned."""
+        return self.num_computed_tokens == self.rows_end
+
+    def planned_rows(self) -> Rows:
+        """Rows of the next forward, as `plan_step` has fixed them if it runs."""
+        if self.status != RequestStatus.RUNNING:
+            return self.next_rows()
+        return Rows(self.num_computed_tokens, self.rows_end)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a forward is in flight whose outcome will count."""
+        return self.num_in_flight_tokens > self.num_stale_output_tokens
+
+    def rows_ahead(self) -> Rows | None:
+        """Rows of the forward behind the one in flight; None if they cannot be guessed.
+
+        The same rows again: a block that is finished by then is committed by them, or
+        predicts the next one's lead. `ahead.py` has the rule.
+        """
+        if not self.runs_ahead:
+            return None
+        rows, block = self.in_flight[-1].rows, self.block_start
+        if self.is_void(rows) or rows.end < block:
+            return self.next_rows()
+        length = self.layout.block_length
+        end, blocks = min(block + length, self.canvas_end), self.blocks_ahead
+        if rows.end > block and self._is_last_step():
+            if end == self.canvas_end:
+                return None  # the text or the canvas is at its end
+            blocks = 2
+        if self.layout.is_full:
+            return self.next_rows()
+        if blocks == 2 and not self.model.leads_blocks:
+            end = min(end + length, self.canvas_end)
+        # What is in flight has computed what is left of the block.
+        return Rows(self.kv_final, end)
+
+    def is_void(self, rows: Rows) -> bool:
+        """Whether a forward of these rows decides nothing, because they were guessed.
+
+        The device finds the same (`planning/guesses.py`).
+        """
+        if self.layout.is_full:
+            return rows.end != self.canvas_end
+        block, length = self.block_start, self.layout.block_length
+        block_end = min(block + length, self.canvas_end)
+        ends = [block_end]
+        if self.model.attention == "block":
+            # The next block is computed along in vain, and changes nothing.
+            ends.append(min(block_end + length, self.canvas_end))
+        return rows.end > block and rows.end not in ends
+
+    def _is_last_step(self) -> bool:
+        """Whether the step in flight finishes the active block, by its schedule."""
+        if not ends_by_count(self.dlm):
+            return False
+        block, prompt_len = self.block_start, self.num_prompt_tokens
+        block_end = min(block + self.layout.block_length, self.canvas_end)
+        steps = scheduled_steps(
+            block_end - max(block, prompt_len),
+            self.layout,
+            self.model,
+            begins_with_lead=self.model.begins_with_lead(block, prompt_len),
+        )
+        return self.step + 1 >= steps
 
     def useful_branches(self) -> int:
         """How many canvases the next forward can learn from; 1 without drafts."""
@@ -330,20 +431,27 @@ class CanvasRequest(Request):
             return 0
         return max(min(self.layout.attended_at(end), block) - start, 0)
 
-    def note_computed(self, start: int, end: int) -> int:
-        """Note that the next forward computes rows [start, end).
-
-        Returns:
-            How many of the rows are of the canvas; 0 if the forward decides nothing,
-            because it computes a part of the prompt or a finished block's KV.
-        """
+    def note_computed(self, rows: Rows) -> None:
+        """Note that the next forward computes these rows."""
         block = self.block_start
         self.refreshed_block = block
-        self.drafted_block = block if end > block else -1
+        self.drafted_block = block if rows.end > block else -1
+        if not self.layout.is_full:
+            self.kv_final = min(rows.end, block)
+
+    def canvas_rows(self, rows: Rows) -> int:
+        """How many rows of a forward are of the canvas.
+
+        0 if the forward decides nothing, because it computes a part of the prompt or a
+        finished block's KV, or rows that were guessed and are not wanted.
+        """
+        start, end, block = *rows, self.block_start
+        if self.runs_ahead and self.is_void(rows):
+            return 0
         if self.layout.is_full:
             return end - max(start, self.num_prompt_tokens)
-        self.kv_final = min(end, block)
         if end > block:
+            end = min(end, block + self.layout.block_length)
             return end - max(block, start, self.num_prompt_tokens)
         # The rows left of the block decide one token of it: its lead.
         return int(self.model.leads_blocks and len(self._all_token_ids) == end)
@@ -389,6 +497,9 @@ class CanvasRequest(Request):
             self.open_canvas()
         elif self.refreshed_block != self.block_start:
             self.block_canvas_end = self.canvas_end
+        if self.is_waited_for:
+            # What it does depends on what is known now.
+            self.note_computed(self.in_flight[-1].rows)
 
     def note_frontier(self) -> None:
         """Note how far the text has come, for a replay of the active block."""

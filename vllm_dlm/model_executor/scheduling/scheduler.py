@@ -37,8 +37,9 @@ from vllm_dlm.config.carried import request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig, server_config
 from vllm_dlm.config.tccf import Stages
+from vllm_dlm.model_executor.ahead import runs_ahead
 from vllm_dlm.model_executor.clean_pages import note_device
-from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits
+from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits, Rows
 from vllm_dlm.model_executor.planning.branches import (
     Wish,
     copies_of_pages,
@@ -46,7 +47,7 @@ from vllm_dlm.model_executor.planning.branches import (
     page_size_of,
     share_out,
 )
-from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
+from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest, Forward
 from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
 from vllm_dlm.model_executor.scheduling.stages import drop_its_end, is_thought_out
 from vllm_dlm.model_executor.scheduling.step_outcome import StepOutcome, take_apart
@@ -80,8 +81,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self._page_size = page_size_of(self.kv_cache_config)
         self._at_second_stage: list[CanvasRequest] = []
         """Requests whose first stage (`tccf`) ended with the step in flight."""
-        self._canvas_rows: dict[str, int] = {}
-        """Canvas rows that each request of the step in flight evaluates."""
+        self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._work = [0, 0, 0]
         """Work done since the last statistics, in the order of `metrics.COUNTERS`."""
         self._broken: frozenset[str] = frozenset()
@@ -112,6 +112,11 @@ class DiffusionStepScheduler(DiffusionScheduler):
             )
             if adopted.needs_branches:
                 self._limit_branches(adopted)
+            # Of the parameters that the worker sees, too.
+            adopted.runs_ahead = self._is_async and runs_ahead(
+                config, params, self.dlm_defaults, self.dlm_server
+            )
+            adopted.blocks_ahead = self.dlm_server.async_blocks
         super().add_request(request)
 
     # -- one step ----------------------------------------------------------
@@ -127,18 +132,15 @@ class DiffusionStepScheduler(DiffusionScheduler):
             output = super().schedule(throttle_prefills)
         finally:
             self.max_num_active_reqs = seats
-        self._canvas_rows = {}
         for request_id, num_rows in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             request.last_step = self.current_step
             # vLLM has counted the rows as computed already.
             start = request.num_computed_tokens - num_rows
             branches = self._settle_branches(output, request, start, num_rows)
-            canvas_rows = request.note_computed(start, start + num_rows // branches)
-            self._canvas_rows[request_id] = branches * canvas_rows
-            if canvas_rows == 0 and request.block_start != request.layout.first_block:
-                # vLLM counts no forward that decides nothing, as the prompt's parts.
-                request.spec_decode_metrics.observe(0, 0)
+            rows = Rows(start, start + num_rows // branches)
+            request.note_computed(rows)
+            request.in_flight.append(Forward(rows, branches))
             self.kv_cache_manager.publish(request, request.kv_final)
         return output
 
@@ -188,15 +190,16 @@ class DiffusionStepScheduler(DiffusionScheduler):
 
     def _hand_out_branches(self) -> None:
         """Give drafts the rows and pages that no other request wants in this step."""
-        if all(request.useful_branches() == 1 for request in self.running):
+        running = [one for one in self.running if not one.sits_out]
+        if all(request.useful_branches() == 1 for request in running):
             return
         manager = self.kv_cache_manager
         # Requests that may be admitted in this step come before drafts.
         seats = max(self.max_num_running_reqs - len(self.running), 0)
-        requests = [*self.running, *islice(self.waiting, seats)]
+        requests = [*running, *islice(self.waiting, seats)]
         wishes = []
         for request in requests:
-            start, end = request.next_rows()
+            start, end = request.planned_rows()
             held = len(manager.get_block_ids(request.request_id)[0])
             branches, seen = request.useful_branches(), request.keys_end(end)
             least = branches if request.needs_branches else 1
@@ -283,14 +286,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
         """Take the worker's reply apart, then let vLLM append and stop."""
-        outcome = take_apart(model_runner_output, self.requests)
+        requests = self._take_forwards(scheduler_output)
+        outcome = take_apart(model_runner_output, requests)
         self._note_outcome(scheduler_output.total_num_scheduled_tokens, outcome)
-        # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
-        # that its diffusion metrics and the per-request ones are right.
-        scheduler_output.scheduled_spec_decode_tokens = {
-            request_id: range(num_rows)
-            for request_id, num_rows in self._canvas_rows.items()
-        }
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._begin_second_stages()
         for of_client in outputs.values():
@@ -298,6 +296,34 @@ class DiffusionStepScheduler(DiffusionScheduler):
         for request in self.running:
             request.go_on()
         return outputs
+
+    def _take_forwards(
+        self, scheduler_output: SchedulerOutput
+    ) -> dict[str, CanvasRequest]:
+        """Take the forwards whose outcome is there, and count their canvas rows.
+
+        Returns:
+            Their requests, but for those that are not there any more, or have been
+            preempted since: their forwards are as if they had not been.
+        """
+        requests, counts = {}, {}
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is None:
+                continue
+            forward = request.in_flight.popleft()
+            if request.num_stale_output_tokens > 0:
+                continue
+            requests[request_id] = request
+            canvas_rows = request.canvas_rows(forward.rows)
+            counts[request_id] = range(forward.branches * canvas_rows)
+            if canvas_rows == 0 and request.block_start != request.layout.first_block:
+                # vLLM counts no forward that decides nothing, as the prompt's parts.
+                request.spec_decode_metrics.observe(0, 0)
+        # vLLM counts a forward as one "draft": name the canvas rows it evaluated, so
+        # that its diffusion metrics and the per-request ones are right.
+        scheduler_output.scheduled_spec_decode_tokens = counts
+        return requests
 
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
@@ -393,8 +419,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
 
         The block's decisions follow from the tokens left of it, the canvas width and
         the request's seed alone, so a replay gives the same tokens. Pages of finished
-        blocks may still be found by prefix caching.
+        blocks may still be found by prefix caching. What is in flight is dropped.
         """
         assert isinstance(request, CanvasRequest)
         request.start_over()
-        super()._preempt_request(request, timestamp, drop_stale_output)
+        super()._preempt_request(request, timestamp, drop_stale_output=True)
