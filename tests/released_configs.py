@@ -5,6 +5,7 @@ Fields that no release has are missing here too.
 """
 
 from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.strategies.base import EditTokens
 
 COUNTED = {"strict": True, "at_least": "scheduled"}
 
@@ -137,6 +138,21 @@ LLADA2 = {
     "pad_token_id": 156892,
     "sliding_window": 4096,
     "use_sliding_window": False,
+}
+# As other projects describe LLaDA2.2-flash's; its sizes are 2.0-flash's.
+LLADA2_2 = {name: LLADA2[name] for name in LLADA2 if name != "sliding_window"} | {
+    "block_size": 32,
+    "delete_token_id": 156930,
+    "expert_capacity": 48,
+    "hidden_size": 4096,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1024,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "rope_theta": 3000000,
+    "split_token_id": 156931,
+    "use_qk_norm": True,
 }
 DREAM = QWEN | {
     "architectures": ["DreamModel"],
@@ -358,6 +374,26 @@ RELEASED = {
             },
             "embedding_dropout": 0.0,
             "sliding_window": None,
+        },
+    ),
+    "LLaDA2.2-flash": (
+        LLADA2_2,
+        ModelDefaults(
+            "levenshtein",
+            32,
+            156895,
+            "block",
+            stop_ids=(156892,),
+            block_origin="start",
+            reference_confidence="drawn",
+            edit_tokens=EditTokens(delete=156930, insert=156931),
+        ),
+        {
+            "expert_capacity": 48,
+            "max_position_embeddings": 131072,
+            # The released router knows no groups.
+            "n_group": 1,
+            "topk_group": 1,
         },
     ),
     "Dream-v0-Instruct-7B": (

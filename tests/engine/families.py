@@ -50,6 +50,7 @@ BLOCK_CAUSAL = (
         8,
         dlm={"block_length": 8},
     ),
+    Served("llada2_2", "LLaDA2.2-mini", 8),
     Served("dream_reasoner", "DreamReasoner-8B", 16, changes={"block_size": 16}),
     Served("stable_diffcoder", "Stable-DiffCoder-8B-Instruct", 4),
 )

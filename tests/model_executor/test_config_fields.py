@@ -8,7 +8,7 @@ import pytest
 from family_configs import CONFIGS, read, refusal
 from released_configs import LLADA2, LLADA_MOE, RELEASED, SDAR
 
-from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.model import EDIT_TOKEN_FIELDS, ModelDefaults
 from vllm_dlm.model_executor.models.config_fields import KINDS, OTHER_NAMES
 from vllm_dlm.model_executor.models.declarations import check_declarations
 
@@ -141,6 +141,9 @@ COMPUTED = {
     ("llada2", "partial_rotary_factor"),
     ("llada2", "n_shared_experts"),
     ("llada2", "first_k_dense_replace"),
+    ("llada2_2", "partial_rotary_factor"),
+    ("llada2_2", "n_shared_experts"),
+    ("llada2_2", "first_k_dense_replace"),
 }
 
 
@@ -188,6 +191,13 @@ def test_values_of_other_networks_are_refused(family):
         ("llada2", {"num_experts_per_tok": 200}, "num_experts_per_tok"),
         ("llada2", {"rotary_dim": 32}, "rotary_dim"),
         ("llada2", {"use_qkv_bias": True}, "use_qkv_bias"),
+        (
+            "llada2_2",
+            {"expert_capacity": 7},
+            "expert_capacity in the LLaDA2 config is 7",
+        ),
+        ("llada2_2", {"expert_capacity": 257}, "at most all 256"),
+        ("sdar_moe", {"expert_capacity": 8}, "expert_capacity"),
         ("llada_moe", {"num_experts_per_tok": 65}, "num_experts_per_tok"),
         ("llada_moe", {"moe_router_score_function": "sigmoid"}, "score_function"),
         ("llada_moe", {"qk_layernorm": False}, "qk_layernorm"),
@@ -219,6 +229,7 @@ def test_ids_outside_the_vocabulary_end_no_text(name):
     fields = RELEASED[name][0] | {"vocab_size": 64, "mask_token_id": 63}
     fields |= {"embedding_size": 64, "eos_token_id": [5, 64, -1]}
     fields |= {"dlm_stop_ids": [7, 10**9]}
+    fields |= {e: 60 + i for i, e in enumerate(EDIT_TOKEN_FIELDS) if e in fields}
     config = read(fields, name_or_path=name)
     check_declarations(config)
     assert ModelDefaults.from_hf_config(config).stop_ids == (5, 7)

@@ -13,6 +13,7 @@ from released_configs import (
     DREAM_REASONER,
     LLADA,
     LLADA2,
+    LLADA2_2,
     LLADA_MOE,
     NEMOTRON,
     RELEASED,
@@ -22,7 +23,7 @@ from released_configs import (
 
 from vllm_dlm import plugin
 from vllm_dlm.config import aliases
-from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.model import EDIT_TOKEN_FIELDS, ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
 from vllm_dlm.model_executor.models.declarations import (
@@ -130,6 +131,16 @@ def test_llada2_1_corrects_what_it_wrote(read, name, strategy):
         assert (speed.mask_threshold, speed.edit_threshold) == (0.5, 0.0)
 
 
+def test_llada2_2_without_the_tokens_that_edit(read):
+    """By name alone it is no LLaDA2.2; by its tokens it is, whatever the name."""
+    fields = {k: v for k, v in LLADA2_2.items() if k not in EDIT_TOKEN_FIELDS}
+    assert read(fields, "LLaDA2.2-mini").dlm_strategy == "threshold"
+    config = read(LLADA2_2, "mine")
+    assert config.dlm_strategy == "levenshtein"
+    config.update({"expert_capacity": 0})
+    assert (config.n_group, config.topk_group) == (8, 4)
+
+
 def test_llada2_rotates_half_of_a_small_head(read):
     config = read(LLADA2 | {"head_dim": 16})
     assert config.rotary_dim == 8
@@ -200,6 +211,9 @@ def test_what_is_not_implemented_is_refused(read, released, fields, message):
     [
         (SDAR, {"vocab_size": 151669}, "mask_token_id 151669 is outside"),
         (DREAM, {"mask_token_id": -5}, "mask_token_id -5 is outside"),
+        (LLADA2, {"delete_token_id": 5}, "delete_token_id 5, and not the other"),
+        (LLADA2_2, {"split_token_id": 10**6}, "not both inside the vocabulary"),
+        (LLADA2_2, {"split_token_id": 156930}, "not two ids besides mask_token_id"),
         (
             A2D_QWEN3
             | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"},

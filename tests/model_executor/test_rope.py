@@ -117,7 +117,7 @@ def test_scalings_that_are_read(family, name):
     assert all(one == seen[0] for one in seen)
     assert seen[0]["rope_theta"] == theta
     assert seen[0].get("partial_rotary_factor", 1.0) == (
-        0.5 if family == "llada2" else 1.0
+        0.5 if family in ("llada2", "llada2_2") else 1.0
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from model_cases import ALL, load, write
 from safetensors.torch import load_file
 
-MIXTURES = ["llada_moe", "llada2", "sdar_moe"]
+MIXTURES = ["llada_moe", "llada2", "llada2_2", "sdar_moe"]
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ class TinyModel:
             h = self._norm(x, name + "post_attention_layernorm")
             # First layers may be dense: a layer has experts if it has a router.
             if name + "mlp.gate.weight" in self.weights:
-                x = x + self._experts(h, name + "mlp.")
+                x = x + self._experts(h, name + "mlp.", positions)
             else:
                 x = x + self._feed_forward(h, name + "mlp.")
 
@@ -233,9 +233,11 @@ class TinyModel:
         up = self._linear(x, name + "up_proj")
         return self._linear(gate * up, name + "down_proj")
 
-    def _experts(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _experts(
+        self, x: torch.Tensor, name: str, positions: torch.Tensor
+    ) -> torch.Tensor:
         """Every expert of every row, weighted; most weights are zero."""
-        weights = self.expert_weights(x, name)
+        weights = self.expert_weights(x, name, positions)
         total = torch.zeros_like(x)
         for expert in range(self.config["num_experts"]):
             output = self._feed_forward(x, f"{name}experts.{expert}.")
@@ -244,13 +246,19 @@ class TinyModel:
             total = total + self._feed_forward(x, name + "shared_experts.")
         return total
 
-    def expert_weights(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def expert_weights(
+        self, x: torch.Tensor, name: str, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What each expert's output counts, [n, num_experts]; zero if not chosen.
 
         `x` [n, hidden_size] is what the router sees, `name` the prefix of its tensors.
         Published routers compute in float32; here that is the model's own dtype.
+        LLaDA2.2 chooses in blocks, for which it needs the `positions` [n] of whole
+        blocks: each block admits `expert_capacity` experts, those with the highest
+        score that any of its positions has.
         """
         config = self.config
+        capacity = config.get("expert_capacity", 0)
         logits = self._linear(x, name + "gate")
         scores = logits.softmax(dim=-1)
         selection = scores
@@ -258,12 +266,23 @@ class TinyModel:
             scores = logits.sigmoid()
             # The bias says who is chosen, but not how much the chosen count.
             selection = scores + self.weights[name + "gate.expert_bias"]
+        if self.architecture.router == "grouped sigmoid" and not capacity:
             groups = selection.view(len(x), config["n_group"], -1)
             group_scores = groups.topk(2, dim=-1).values.sum(-1)
             kept = group_scores.topk(config["topk_group"], dim=-1).indices
             dropped = torch.ones_like(group_scores, dtype=torch.bool)
             dropped.scatter_(1, kept, False)
             selection = groups.masked_fill(dropped[..., None], -torch.inf).flatten(1)
+        if capacity:
+            # Of the block that holds them, whatever else is in the row.
+            blocks = positions // config["block_size"]
+            for block in blocks.unique():
+                inside = blocks == block
+                best = selection[inside].amax(dim=0)
+                admitted = best.topk(capacity).indices
+                dropped = torch.ones_like(best, dtype=torch.bool)
+                dropped[admitted] = False
+                selection[inside] = selection[inside].masked_fill(dropped, -torch.inf)
 
         chosen = selection.topk(config["num_experts_per_tok"], dim=-1).indices
         weights = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen))

@@ -31,6 +31,16 @@ COUNTERPARTS = {
         "Glm4Moe",
         {"use_qk_norm": True, "n_routed_experts": 16, "n_shared_experts": 1},
     ),
+    "llada2_2": (
+        "Glm4Moe",
+        {
+            "use_qk_norm": True,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "sdar": ("Qwen3", {}),
     "sdar_moe": ("Qwen3Moe", {}),
     "dream": ("Qwen2", {}),
@@ -58,7 +68,11 @@ OTHER_YARN = {
 }
 """Every part of YaRN shows in short texts."""
 
-CASES = [(family, {}) for family in FAMILIES] + [
+# Transformers has no experts that are chosen in blocks: here a block admits all.
+CASES = [
+    (family, {"expert_capacity": 16} if family == "llada2_2" else {})
+    for family in FAMILIES
+] + [
     ("fast_dllm_v2", {"tie_word_embeddings": True}),
     ("sdar", {"head_dim": 64}),
     ("dream", {"head_dim": 128}),
@@ -123,7 +137,7 @@ def as_ministral(nemotron: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return ministral
 
 
-RENAMED = {"llada2": as_glm, "nemotron": as_ministral}
+RENAMED = {"llada2": as_glm, "llada2_2": as_glm, "nemotron": as_ministral}
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES)
@@ -251,6 +265,33 @@ def test_llada2_chooses_by_bias_and_group_and_weighs_without_them(tmp_path):
         without_bias += set(chosen) != set(sorted(candidates, key=row.__getitem__)[-3:])
     # Both rules mattered, or the comparison would be empty.
     assert without_groups > 5 and without_bias > 5
+
+
+def test_llada2_2_chooses_among_the_experts_of_a_block(tmp_path):
+    """The rule again for one block at a time, with sorted lists of Python numbers."""
+    model = loaded(tmp_path, family="llada2_2")
+    layer = "model.layers.1.mlp."
+    rows = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    logits = rows @ model.weights[layer + "gate.weight"].T
+    bias = model.weights[layer + "gate.expert_bias"].tolist()
+    weights = model.expert_weights(rows, layer, torch.arange(16, 64))
+    restricted = 0
+    for first in range(0, 48, 8):
+        scores = logits[first : first + 8].sigmoid().tolist()
+        biased = [[s + b for s, b in zip(row, bias, strict=True)] for row in scores]
+        highest = [max(row[e] for row in biased) for e in range(16)]
+        admitted = sorted(range(16), key=highest.__getitem__)[-6:]
+        for row, choice, found in zip(
+            scores, biased, weights[first : first + 8].tolist(), strict=True
+        ):
+            chosen = sorted(admitted, key=choice.__getitem__)[-3:]
+            total = sum(row[e] for e in chosen)
+            expected = [2.5 * row[e] / total if e in chosen else 0.0 for e in range(16)]
+            assert found == pytest.approx(expected, abs=1e-5)
+            restricted += set(chosen) != set(
+                sorted(range(16), key=choice.__getitem__)[-3:]
+            )
+    assert restricted > 5
 
 
 # --- The checkpoints -----------------------------------------------------------

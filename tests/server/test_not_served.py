@@ -142,6 +142,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], list[str]]] = {
         {},
         ["threshold", "'x'"],
     ),
+    "edits of a model without tokens for them": (
+        "sdar",
+        "SDAR-4B-Chat",
+        {
+            "dlm_strategy": "levenshtein",
+            "dlm_strategy_config": {"edit_threshold": 0.5},
+        },
+        {},
+        ["'levenshtein'", "no delete_token_id and split_token_id", "'joint'"],
+    ),
     "a strategy that does not exist": (
         "sdar",
         "SDAR-4B-Chat",

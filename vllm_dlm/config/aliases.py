@@ -88,6 +88,8 @@ ALIASES: dict[str, Alias] = {
     "llada2-flash": Alias(LLADA2, "inclusionAI/LLaDA2.0-flash", "100B, 6.1B active"),
     "llada2.1-mini": Alias(LLADA2, "inclusionAI/LLaDA2.1-mini", "16B, 1.4B active"),
     "llada2.1-flash": Alias(LLADA2, "inclusionAI/LLaDA2.1-flash", "100B, 6.1B active"),
+    "llada2.2-mini": Alias(LLADA2, "inclusionAI/LLaDA2.2-mini", "16B, 1.4B active"),
+    "llada2.2-flash": Alias(LLADA2, "inclusionAI/LLaDA2.2-flash", "100B, agents"),
     "dream": Alias(DREAM, "Dream-org/Dream-v0-Instruct-7B", "7B, instructions"),
     "dream-base": Alias(DREAM, "Dream-org/Dream-v0-Base-7B", "7B, plain text"),
     "dream-coder": Alias(DREAM, "Dream-org/Dream-Coder-v0-Instruct-7B", "7B, code"),

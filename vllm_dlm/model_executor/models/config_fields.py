@@ -178,6 +178,7 @@ KINDS: dict[str, Kind] = {
             "topk_group",
             "first_k_dense_replace",
             "shared_expert_intermediate_size",
+            "expert_capacity",
             "sliding_window",
             "max_window_layers",
             "pretraining_tp",

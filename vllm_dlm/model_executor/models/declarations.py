@@ -72,14 +72,14 @@ def check_declarations(hf_config: Any) -> None:
     elif mask == UNKNOWN_MASK_ID:
         problem = "mask_token_id is not known: config.json does not name it"
         example = '{"mask_token_id": ID}'
-    elif problem_with_edits := _problem_with_edit_tokens(hf_config):
-        problem = problem_with_edits
-        example = '{"delete_token_id": ID, "split_token_id": ID}'
     elif not 0 <= mask < hf_config.vocab_size:
         problem = (
             f"mask_token_id {mask} is outside the vocabulary of {hf_config.vocab_size}"
         )
         example = '{"mask_token_id": ID}'
+    elif edits := _problem_with_edit_tokens(hf_config):
+        problem = edits
+        example = '{"delete_token_id": ID, "split_token_id": ID}'
     else:
         return
     raise ValueError(

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HF config of LLaDA2.0 and LLaDA2.1, mini and flash, in Bailing-MoE-V2's names.
+"""HF config of LLaDA2.0, 2.1 and 2.2, mini and flash, in Bailing-MoE-V2's names.
 
-Both versions share architecture and config; 2.1 was trained to correct its own tokens,
-and is decoded so. Only a checkpoint's name tells it apart: one with "LLaDA2.1" in it.
+All versions share the architecture. LLaDA2.1 has the config of 2.0, was trained to
+correct its own tokens, and is decoded so. Only a checkpoint's name tells it apart: one
+with "LLaDA2.1" in it. LLaDA2.2 also deletes and inserts, by two tokens that its config
+names, and chooses experts for a block before it does for a token (`expert_capacity`);
+the groups of experts that its config still has mean nothing then.
 Some released configs leave fields to the defaults of their own class, filled in here.
 `<|role_end|>`, which ends a turn, is left to the tokenizer and generation_config.json:
-its id is not in any config known to us.
-Source: inclusionAI/LLaDA2.X, arXiv 2512.15745 and 2602.08676.
+its id is not in any config.json known to us.
+Source: inclusionAI/LLaDA2.X, arXiv 2512.15745 and 2602.08676. LLaDA2.2's files were
+read in other projects' descriptions of them.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from vllm_dlm.config.model import declare
+from vllm_dlm.config.model import EDIT_TOKEN_FIELDS, declare
 from vllm_dlm.model_executor.models.declarations import (
     checkpoint_name,
     fill,
@@ -69,11 +73,11 @@ _COMMON = {
 
 
 class LLaDA2MoeConfig(FamilyConfig, PretrainedConfig):
-    """LLaDA2.0 and LLaDA2.1.
+    """LLaDA2.0, LLaDA2.1 and LLaDA2.2.
 
     Raises:
         ValueError: `rotary_dim` is not what the rotary factor makes of a head, or the
-            groups of experts do not add up.
+            groups of experts, or the experts of a block, do not add up.
     """
 
     model_type = "llada2_moe"
@@ -85,6 +89,7 @@ class LLaDA2MoeConfig(FamilyConfig, PretrainedConfig):
             "use_rmsnorm": (True,),
             "partial_rotary_factor": None,
             "num_experts": None,
+            "expert_capacity": None,
             "num_shared_experts": None,
             "first_k_dense_replace": None,
             "n_group": None,
@@ -103,20 +108,25 @@ class LLaDA2MoeConfig(FamilyConfig, PretrainedConfig):
         read(self.family, kwargs)
         fill(kwargs, **_MINI, **_COMMON)
         fill(kwargs, head_dim=kwargs["hidden_size"] // kwargs["num_attention_heads"])
+        fill(kwargs, block_size=32, expert_capacity=0)
         _settle_rotary_dim(kwargs)
+        if kwargs["expert_capacity"]:
+            _check_capacity(kwargs)
+            kwargs.update(n_group=1, topk_group=1)
         _check_groups(kwargs)
         kwargs["router_dtype"] = "fp32"
         # Announced in the released config, and switched off there.
         kwargs["sliding_window"] = None
         # Without it vLLM takes q and k norms for LayerNorm.
         kwargs["use_rmsnorm"] = True
-        strategy, strategy_config = _strategy(checkpoint_name(kwargs))
+        strategy, strategy_config = _strategy(kwargs)
         declare(
             self,
             kwargs,
             dlm_class="block",
             mask_token_id=LLADA2_MASK_ID,
             dlm_reference_confidence="drawn",
+            dlm_block_length=kwargs["block_size"],
             dlm_block_origin="start",
             dlm_strategy=strategy,
             dlm_strategy_config=strategy_config,
@@ -156,8 +166,20 @@ def _check_groups(given: dict[str, Any]) -> None:
         )
 
 
-def _strategy(name: str) -> tuple[str, dict[str, Any]]:
-    """How the checkpoint `name` is decoded by default: strategy and parameters."""
-    if "llada2.1" in name.lower():
+def _check_capacity(given: dict[str, Any]) -> None:
+    capacity, chosen = given["expert_capacity"], given["num_experts_per_tok"]
+    if not chosen <= capacity <= given["num_experts"]:
+        raise ValueError(
+            f"expert_capacity in the LLaDA2 config is {capacity}: a block admits at "
+            f"least the {chosen} experts of a token (num_experts_per_tok) and at most "
+            f"all {given['num_experts']} (num_experts)"
+        )
+
+
+def _strategy(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """How the checkpoint is decoded by default: strategy and parameters."""
+    if all(given.get(name) is not None for name in EDIT_TOKEN_FIELDS):
+        return "levenshtein", {}
+    if "llada2.1" in checkpoint_name(given).lower():
         return "joint", {"preset": "quality"}
     return "threshold", {"threshold": 0.95, "strict": True, "at_least": "scheduled"}

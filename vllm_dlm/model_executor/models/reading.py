@@ -76,6 +76,7 @@ _PLAIN_LLAMA: Mapping[str, tuple[Any, ...]] = {
     "num_experts": _NONE,
     "num_shared_experts": _NONE,
     "shared_expert_intermediate_size": _NONE,
+    "expert_capacity": _NONE,
     "first_k_dense_replace": _NONE,
     "moe_layer_freq": (1,),
     "moe_router_enable_expert_bias": (False,),
