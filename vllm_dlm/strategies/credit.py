@@ -35,7 +35,7 @@ from vllm_dlm.strategies.base import (
     given,
 )
 from vllm_dlm.strategies.presets import Preset
-from vllm_dlm.strategies.probabilities import Probabilities
+from vllm_dlm.strategies.probabilities import fused
 
 CREDITED = 64
 """Tokens of each position that can have credit at a time.
@@ -190,26 +190,3 @@ def earn(
         ),
         torch.where(masked, credit.scatter(2, place, total), credit),
     )
-
-
-def fused(
-    probabilities: Probabilities,
-    tokens: torch.Tensor,
-    credit: torch.Tensor,
-    weight: torch.Tensor,
-) -> torch.Tensor:
-    """Probabilities of tokens with credit, among the whole vocabulary.
-
-    Args:
-        probabilities: the model's.
-        tokens: [R, B, K] int64.
-        credit: [R, B, K] float32; 0 where there is no such token.
-        weight: power of 1 + credit; broadcasts to [R, B, K].
-
-    Returns:
-        [R, B, K] float32; 0 where there is no such token.
-    """
-    alone = torch.where(credit > 0, probabilities.of(tokens), 0.0)
-    raise_by = (1 + credit) ** weight
-    raised = alone * raise_by
-    return raised / (1 + (alone * (raise_by - 1)).sum(dim=-1, keepdim=True))

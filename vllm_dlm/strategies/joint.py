@@ -17,9 +17,7 @@ model cards'. Rule, penalty and end of a block follow SGLang's JointThreshold.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -35,9 +33,9 @@ from vllm_dlm.strategies.base import (
     Strategy,
     View,
     best_masked,
-    given,
 )
 from vllm_dlm.strategies.presets import Preset
+from vllm_dlm.strategies.stutter import penalised
 
 MOST_POST_STEPS = 64
 """Edits that go back and forth would go on for as long as a request may ask."""
@@ -47,16 +45,12 @@ class JointParams(Params):
     """Parameters of `Joint`."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
-        "quality": Preset(
-            {"mask_threshold": 0.7, "edit_threshold": 0.5},
-            "the model cards of LLaDA2.1: quality mode",
+        name: Preset(
+            {"mask_threshold": mask, "edit_threshold": edit},
+            f"the model cards of LLaDA2.1: {name} mode",
             "block_length 32",
-        ),
-        "speed": Preset(
-            {"mask_threshold": 0.5, "edit_threshold": 0.0},
-            "the model cards of LLaDA2.1: speed mode",
-            "block_length 32",
-        ),
+        )
+        for name, mask, edit in (("quality", 0.7, 0.5), ("speed", 0.5, 0.0))
     }
 
     mask_threshold: float = Field(
@@ -155,39 +149,5 @@ class Joint(Strategy):
         post_steps = view.state["post_steps"] + was_full.long()
         changed = (commit | edit).any(dim=1)
         hold = is_full & changed & (post_steps < row_params["max_post_steps"])
-        return Decision(
-            commit,
-            new_tokens=view.candidate,
-            edit=edit,
-            hold=hold,
-            state={"post_steps": post_steps},
-        )
-
-
-def penalised(view: View, penalty: float) -> View:
-    """The view, with the logit of each position's left neighbour lowered there.
-
-    The most probable token gives way to the next one where that is more probable then.
-    Another one that was drawn stays.
-    """
-    now = given(view.probabilities, "probabilities")
-    kept = math.exp(-penalty)
-    # What is left of the block is not looked at, and a mask is no token.
-    follows = (view.decided | (view.positions < 0)).roll(1, dims=1)
-    follows[:, 0] = False
-    before = torch.where(follows, view.tokens.roll(1, dims=1), 0)
-    repeated = torch.where(follows, now.of(before[..., None])[..., 0], 0.0)
-    total = 1 - repeated * (1 - kept)
-    is_repeat = follows & (view.candidate == before)
-    confidence = torch.where(is_repeat, view.confidence * kept, view.confidence)
-
-    probabilities, tokens = now.top(2)
-    if tokens.shape[-1] == 2:
-        second = probabilities[..., 1]
-        is_best = view.candidate == tokens[..., 0]
-        equal = (second == confidence) & (tokens[..., 1] < view.candidate)
-        gives_way = is_repeat & is_best & ((second > confidence) | equal)
-        candidate = torch.where(gives_way, tokens[..., 1], view.candidate)
-        confidence = torch.where(gives_way, second, confidence)
-        view = replace(view, candidate=candidate)
-    return replace(view, confidence=confidence / total)
+        tokens, state = view.candidate, {"post_steps": post_steps}
+        return Decision(commit, tokens, edit=edit, hold=hold, state=state)

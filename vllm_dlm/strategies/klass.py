@@ -36,14 +36,10 @@ from vllm_dlm.strategies.base import (
     top_masked,
 )
 from vllm_dlm.strategies.presets import Preset
-from vllm_dlm.strategies.probabilities import Probabilities
+from vllm_dlm.strategies.probabilities import divergence
 
 REMEMBERED = 64
 """Tokens of each position whose probabilities are kept for the next step."""
-
-TINY = 1e-12
-"""Added to probabilities under a logarithm, as in the published code."""
-
 
 _PUBLISHED = (
     ("paper", 0.9, 0.01, "defaults of src/llada_evaluation.py"),
@@ -144,29 +140,3 @@ class Klass(Strategy):
                 "stable_steps": stable_steps,
             },
         )
-
-
-def divergence(
-    now: Probabilities, before: torch.Tensor, tokens: torch.Tensor
-) -> torch.Tensor:
-    """KL(now || before) over some tokens and the rest of the vocabulary.
-
-    Merging tokens into a rest can only lower a divergence.
-
-    Args:
-        now: the distributions of this step.
-        before: [R, B, K] float32: the tokens' probabilities one step ago. One of
-            probability 0 is counted among the rest.
-        tokens: [R, B, K] int64.
-
-    Returns:
-        [R, B] float32, nats.
-    """
-    kept = torch.where(before > 0, now.of(tokens), 0.0)
-    rest = (1 - kept.sum(dim=-1)).clamp(min=0)
-    rest_before = (1 - before.sum(dim=-1)).clamp(min=0)
-
-    def terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        return p * ((p + TINY).log() - (q + TINY).log())
-
-    return terms(kept, before).sum(dim=-1) + terms(rest, rest_before)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probabilities of any token at the positions of a view (need "probabilities")."""
+"""Probabilities of any token at the positions of a view (need "probabilities").
+
+And what strategies make of them: a divergence, probabilities with credit.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
+TINY = 1e-12
+"""Added to probabilities under a logarithm, as in the published code."""
 
 
 class RowLogits(Protocol):
@@ -84,3 +90,52 @@ class Probabilities:
         if parts:
             whole.flatten(0, 1).index_copy_(0, self._read[0], torch.cat(parts))
         return whole
+
+
+def divergence(
+    now: Probabilities, before: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """KL(now || before) over some tokens and the rest of the vocabulary.
+
+    Merging tokens into a rest can only lower a divergence.
+
+    Args:
+        now: the distributions of this step.
+        before: [R, B, K] float32: the tokens' probabilities one step ago. One of
+            probability 0 is counted among the rest.
+        tokens: [R, B, K] int64.
+
+    Returns:
+        [R, B] float32, nats.
+    """
+    kept = torch.where(before > 0, now.of(tokens), 0.0)
+    rest = (1 - kept.sum(dim=-1)).clamp(min=0)
+    rest_before = (1 - before.sum(dim=-1)).clamp(min=0)
+
+    def terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return p * ((p + TINY).log() - (q + TINY).log())
+
+    return terms(kept, before).sum(dim=-1) + terms(rest, rest_before)
+
+
+def fused(
+    probabilities: Probabilities,
+    tokens: torch.Tensor,
+    credit: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Probabilities of tokens with credit, among the whole vocabulary.
+
+    Args:
+        probabilities: the model's.
+        tokens: [R, B, K] int64.
+        credit: [R, B, K] float32; 0 where there is no such token.
+        weight: power of 1 + credit; broadcasts to [R, B, K].
+
+    Returns:
+        [R, B, K] float32; 0 where there is no such token.
+    """
+    alone = torch.where(credit > 0, probabilities.of(tokens), 0.0)
+    raise_by = (1 + credit) ** weight
+    raised = alone * raise_by
+    return raised / (1 + (alone * (raise_by - 1)).sum(dim=-1, keepdim=True))
