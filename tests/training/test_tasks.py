@@ -112,18 +112,52 @@ def test_unknown_text_gives_unk(saved_tokenizer):
     assert tokenizer.UNK_ID in ids
 
 
-def test_batches_depend_on_seed_and_step_alone():
+@pytest.mark.parametrize(("step", "parts"), [(5, 1), (99, 2)])
+def test_batches_depend_on_seed_and_step_alone(step: int, parts: int):
     torch = pytest.importorskip("torch")
-    from vllm_dlm.training.tiny.llada_tiny import make_batch
+    from vllm_dlm.training.tiny.llada_tiny import make_batches
 
-    first, again = make_batch(5, 100, 1), make_batch(5, 100, 1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    ids, inputs, weights = first
-    masked = inputs == tokenizer.MASK_ID
-    assert torch.equal(masked, weights > 0)
-    assert torch.equal(ids[~masked], inputs[~masked])
-    # The prompt's first token is never masked.
-    assert (inputs[:, 0] == tokenizer.BOS_ID).all()
+    batches, again = make_batches(step, 100, 1), make_batches(step, 100, 1)
+    # In the second phase, the last steps: short rows and long ones.
+    assert len(batches) == parts
+    for batch, other in zip(batches, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+        ids, inputs, weights = batch
+        masked = inputs == tokenizer.MASK_ID
+        assert torch.equal(masked, weights > 0)
+        assert torch.equal(ids[~masked], inputs[~masked])
+        # The prompt's first token is never masked.
+        assert (inputs[:, 0] == tokenizer.BOS_ID).all()
+
+
+def test_the_padding_of_long_rows_does_not_drown_their_answers():
+    torch = pytest.importorskip("torch")
+    from vllm_dlm.training.tiny.llada_tiny import (
+        LONGEST_ROW,
+        SHORT_STEPS,
+        STEPS,
+        make_batches,
+    )
+
+    lengths = set()
+    for step in range(SHORT_STEPS, SHORT_STEPS + 100):
+        _, (ids, _, weights) = make_batches(step, STEPS, 1)
+        lengths.add(ids.shape[1])
+        padding = torch.where(weights < 1, weights, 0.0).sum(dim=1)
+        assert (padding <= 4.001).all()
+    assert max(lengths) == LONGEST_ROW
+    assert len(lengths) > 10
+
+
+def test_each_phase_warms_up_and_falls_to_zero():
+    from vllm_dlm.training.tiny.llada_tiny import STEPS, learning_rate, short_steps
+
+    short = short_steps(STEPS)
+    rates = [learning_rate(step, STEPS) for step in range(STEPS)]
+    assert short < STEPS
+    for phase, top in ((rates[:short], 1.0), (rates[short:], 0.5)):
+        assert phase[0] < 0.02 and phase[-1] < 0.01
+        assert max(phase) == top
 
 
 def test_export_and_decode(tmp_path):

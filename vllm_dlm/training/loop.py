@@ -151,6 +151,8 @@ def run_steps(
     evaluate: Callable[[int], dict[str, float]],
     *,
     scale: float = 1.0,
+    rate: Callable[[int, int], float] = learning_rate_factor,
+    first_step: int = 0,
 ) -> bool:
     """Train a model to the last step; False if stopped before.
 
@@ -161,6 +163,8 @@ def run_steps(
         step_loss: Loss of a step, from the model's (compiled) forward and the step.
         evaluate: Shares by name after so many steps; "all" is shown all the time.
         scale: Factor of the learning rates.
+        rate: Share of the full learning rate at a step of so many.
+        first_step: Step to begin with where there is no checkpoint.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another seed or network.
@@ -178,7 +182,7 @@ def run_steps(
     checkpoint = Path(output_dir) / CHECKPOINT
     optimizers = make_optimizers(model, scale)
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    step, seconds, steps = 0, 0.0, options.steps
+    step, seconds, steps = first_step, 0.0, options.steps
     if options.resume and checkpoint.exists():
         state = read_progress(checkpoint)
         if state.seed != options.seed:
@@ -218,7 +222,7 @@ def run_steps(
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = learning_rate_factor(step, steps)
+        factor = rate(step, steps)
         for optimizer, full_rate in zip(optimizers, full_rates, strict=True):
             optimizer.param_groups[0]["lr"] = factor * full_rate
             optimizer.step()

@@ -72,7 +72,7 @@ def make_config(model: LLaDAModel) -> dict[str, object]:
         "block_type": "llama",
         "d_model": shape.d_model,
         # Read by vllm-dlm: no wider canvas was trained on.
-        "dlm_max_canvas": 256,
+        "dlm_max_canvas": 1024,
         "embedding_dropout": 0.0,
         "embedding_size": shape.vocab_size,
         "eos_token_id": tokenizer.EOS_ID,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,12 @@ from vllm_dlm.training.tiny.llada_evaluation import evaluate_model
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, load_llada
 
 # (canvas, tokens per step) of the columns of the accuracy table.
-SETTINGS = ((64, 1), (256, 1), (64, 2), (64, 4), (64, 8))
+SETTINGS = (
+    *((canvas, 1) for canvas in (64, 256, 512, 768, 1024)),
+    *((64, count) for count in (2, 4, 8)),
+)
+# A wide canvas takes long: beyond this width, one problem in so many is decoded.
+WIDE, WIDE_PART = 256, 5
 BLOCK_LENGTH = 32
 
 _CARD = """\
@@ -45,7 +51,8 @@ check. It is no chat model: it knows nothing else.
 | vocabulary | {vocabulary} tokens: {names} names, letters, digits, task words |
 | mask / end and padding / begin token ids | {mask_id} / {eos_id} / {bos_id} |
 | prompts | the bare question, or the question as the first chat message |
-| canvas | 32 to 256 tokens, in blocks of {block}; the rest is `<|endoftext|>` |
+| canvas | 32 to {longest_canvas} tokens, in blocks of {block}; the rest is \
+`<|endoftext|>` |
 
 ## Questions and answers
 
@@ -67,14 +74,18 @@ stable hash of the question keeps one question in {parts} out of the training.
 same seed gives the same problems; the CPU, the number of threads and torch.compile \
 change the roundings, so that a new run ends at other weights of similar accuracy.
 - Objective: cross-entropy on the masked tokens, mask ratio uniform, padding \
-weighted {padding_weight}; prompts half plain, half chat; rows of 44 to 288 tokens.
+weighted {padding_weight}; prompts half plain, half chat. The first {short_steps} \
+steps have rows of 44 to 288 tokens. In the last {long_steps} steps half of the \
+tokens are in such rows and half in rows of 128 to {longest_row}; a row's padding \
+counts there no more than {long_padding:g} tokens of an answer.
 - Time: {minutes:.0f} minutes on {hardware}, bf16 autocast.
 
 ## Accuracy
 
 Exact match on {num_problems} held-out problems ({per_task} of each task), half asked \
 as plain text and half through the chat template. Static low-confidence decoding, \
-block length {block}, temperature 0; "canvas / tokens per step".
+block length {block}, temperature 0; "canvas / tokens per step". Canvases above {wide} \
+are measured on {wide_per_task} problems of each task.
 
 {accuracy}
 
@@ -82,13 +93,15 @@ block length {block}, temperature 0; "canvas / tokens per step".
 """
 
 
-def write_card(model_dir: str | Path, num_problems: int, padding_weight: float) -> str:
+def write_card(
+    model_dir: str | Path, num_problems: int, recipe: Mapping[str, float]
+) -> str:
     """Measure the model in a folder and write README.md there.
 
     Args:
         model_dir: Folder of the exported model, with `training.pt` beside it.
         num_problems: Held-out problems over all tasks.
-        padding_weight: That of the training's loss, which the card names.
+        recipe: Numbers of the training that the card names.
 
     Returns:
         The accuracy table in Markdown.
@@ -120,23 +133,29 @@ def write_card(model_dir: str | Path, num_problems: int, padding_weight: float) 
         mlp=shape.mlp_hidden_size,
         names=len(problems.NAMES),
         num_problems=per_task * len(problems.TASKS),
-        padding_weight=padding_weight,
         parts=problems.HELD_OUT_PARTS,
         per_task=per_task,
         seed=state.seed,
         steps=state.step,
         vocabulary=len(tokenizer.VOCABULARY),
+        wide=WIDE,
+        wide_per_task=_wide_per_task(per_task),
         width=shape.d_model,
+        **recipe,
     )
     write_text(model_dir / "README.md", card)
     return accuracy
+
+
+def _wide_per_task(per_task: int) -> int:
+    return max(1, per_task // WIDE_PART)
 
 
 def _accuracy_table(model: LLaDAModel, per_task: int) -> str:
     def measure(task: str, canvas: int, tokens_per_step: int) -> float:
         return evaluate_model(
             model,
-            per_task,
+            _wide_per_task(per_task) if canvas > WIDE else per_task,
             canvas=canvas,
             block_length=BLOCK_LENGTH,
             tokens_per_step=tokens_per_step,

@@ -19,6 +19,9 @@ from vllm_dlm.files.model_folders import Config, check_room, check_weights, read
 
 # Wider than the 0.02 of large models: with 128 dimensions that learns slowly.
 INIT_STD = 0.06
+# Up to this length, the backward pass of scaled_dot_product_attention on a CPU takes
+# longer than all the rest, and that of the plain product does not.
+LONGEST_PLAIN = 512
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class LLaDABlock(nn.Module):
         query = _rotate(heads(self.q_proj(h)), cos, sin)
         key = _rotate(heads(self.k_proj(h)), cos, sin)
         value = heads(self.v_proj(h))
-        if self.training:
+        if self.training and length <= LONGEST_PLAIN:
             h = _plain_attention(query, key, value, key_mask)
         else:
             h = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
@@ -184,8 +187,6 @@ def load_llada(model_dir: str | Path) -> LLaDAModel:
 def _plain_attention(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
 ) -> Tensor:
-    # For short rows on a CPU the backward pass of scaled_dot_product_attention takes
-    # as long as all the rest.
     scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask, float("-inf"))
