@@ -13,6 +13,7 @@ from engine.harness import Engine, params
 from engine.test_no_waits import Waits
 from vllm.outputs import RequestOutput
 
+from vllm_dlm.learn2pd.oracle import register_oracle
 from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT
 from vllm_dlm.model_executor.facts import EngineFacts
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS, ToHost
@@ -20,6 +21,7 @@ from vllm_dlm.model_executor.planning.block_rows import BlockRows
 from vllm_dlm.model_executor.sampling.observers import OBSERVERS, Observer
 from vllm_dlm.model_executor.sampling.safety import SafeDecision
 from vllm_dlm.model_executor.slots import RequestSlots
+from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import View
 
 KEY = "transcript_of_tests"
@@ -229,3 +231,33 @@ def test_the_steps_of_a_block_are_labelled_by_its_own_end(
     decided = (traces.label == IGNORED).sum(axis=1)
     assert decided.tolist() == [*range(8)] * 3
     assert (traces.label == RIGHT).any(axis=1).all()
+
+
+def test_the_oracle_writes_the_same_text_in_fewer_steps(
+    engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    """It knows what `static` wrote; its steps are recorded, and those alone."""
+    engine = engines({"record_traces": True, "block_length": 8})
+    recorder = engine.runner.sampler.observers["learn2pd"].recorder
+    monkeypatch.setattr(STRATEGIES, "_targets", dict(STRATEGIES._targets))
+    prompts = [make_prompt(12), make_prompt(7)]
+    wanted = engine.run(prompts, params(24, ignore_eos=True))
+    recorder.clear()
+    name = register_oracle()
+    asked = [
+        params(
+            24,
+            ignore_eos=True,
+            dlm={"strategy": name, "strategy_config": {"answer": one.tokens}},
+        )
+        for one in wanted
+    ]
+    got = engine.run(prompts, asked)
+    engine.flush()
+    assert [one.tokens for one in got] == [one.tokens for one in wanted]
+    assert all(
+        few.forwards < many.forwards for few, many in zip(got, wanted, strict=True)
+    )
+    traces = recorder.traces(8, "none")
+    assert len(traces) == sum(one.forwards for one in got)
+    assert len(np.unique(traces.block)) == 6

@@ -2,7 +2,8 @@
 """Collect traces for Learn2PD's filter from our own engine: `vllm-dlm traces`.
 
 The prompts are decoded as they will be served (KV policy, block length), by default
-one token per step; see `recorder.py` for what is recorded.
+twice: one token per step, then by the oracle that knows what that wrote (`oracle.py`),
+which is recorded. See `recorder.py` for what a record holds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vllm_dlm.cli.arguments import count, output_file
@@ -25,6 +25,7 @@ from vllm_dlm.files.tensor_files import (
     write_safetensors,
 )
 from vllm_dlm.files.whole_files import MIB, BadFile, parse_json, path_part, read_lines
+from vllm_dlm.learn2pd.oracle import Oracle, register_oracle
 from vllm_dlm.learn2pd.recorder import IGNORED, WRONG, Traces
 
 _WHAT = "traces"
@@ -64,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=count, default=256)
     parser.add_argument(
         "--strategy",
-        default="static",
-        help="how to decode while collecting (default: %(default)s, one token a step)",
+        default=Oracle.name,
+        help="how to decode while recording (default: %(default)s, which knows what "
+        "`static` writes, and visits the states of a parallel decoder)",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -77,19 +79,33 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     from vllm import LLM, SamplingParams
 
+    by_oracle = args.strategy == Oracle.name
     options = {
-        "strategy": args.strategy,
+        "strategy": "static" if by_oracle else args.strategy,
         "cache": args.cache,
         "block_length": args.block_length,
         "record_traces": True,
     }
     llm = LLM(args.model, additional_config={"dlm": options}, seed=args.seed)
     sampling = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
-    if args.chat:
+
+    def decode(sampling: Any) -> list[Any]:
+        if not args.chat:
+            return llm.generate(prompts, sampling)
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        llm.chat(messages, sampling)
-    else:
-        llm.generate(prompts, sampling)
+        return llm.chat(messages, sampling)
+
+    results = decode(sampling)
+    if by_oracle:
+        llm.collective_rpc(_drop_traces)
+        name = register_oracle()
+        known = []
+        for result in results:
+            answer = {"answer": list(result.outputs[0].token_ids)}
+            knowing = sampling.clone()
+            knowing.extra_args = {"dlm": {"strategy": name, "strategy_config": answer}}
+            known.append(knowing)
+        decode(known)
     traces, facts = llm.collective_rpc(_take_traces)[0]
     save_traces(args.out, traces, {**facts, "source": f"{len(prompts)} prompts"})
     print(f"{len(traces)} steps of {len(prompts)} prompts -> {args.out}")
@@ -106,6 +122,11 @@ def _take_traces(worker: Any) -> tuple[Traces, dict[str, str]]:
         "model_key": facts.model_key,
         "cache": cache,
     }
+
+
+def _drop_traces(worker: Any) -> None:
+    """Runs in the worker: what was recorded so far is forgotten."""
+    worker.model_runner.sampler.observers["learn2pd"].recorder.clear()
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -149,7 +170,7 @@ def _prompt(line: str, path: str, number: int) -> str:
 def save_traces(path: Path, traces: Traces, facts: dict[str, str]) -> None:
     """Write trace rows with what is known of them."""
     tensors = {
-        "confidence": traces.confidence.astype(np.float16),
+        "confidence": traces.confidence,
         "label": traces.label,
         "block": traces.block,
     }

@@ -112,6 +112,12 @@ class TraceRecorder:
             self._close(slot)
             del self._steps[slot]
 
+    def clear(self) -> None:
+        """Forget all rows, and the requests that are followed."""
+        self._receive()
+        self._rings.clear()
+        self._steps.clear()
+
     def follows(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests is recorded."""
         return any(slot in self._steps for slot in slots_np.tolist())
