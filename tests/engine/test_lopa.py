@@ -33,12 +33,14 @@ class Asked:
     branches: int = 4
     threshold: float = 0.5
     ignore_eos: bool = True
+    cache: str = "none"
 
     def params(self, **more: Any) -> Any:
         dlm = {
             "strategy": "lopa",
             "strategy_config": self.config(self.branches),
             "block_length": self.length,
+            "cache": self.cache,
         }
         options = {"ignore_eos": self.ignore_eos, "dlm": dlm} | more
         return params(self.max_tokens, **options)
@@ -67,23 +69,36 @@ def fitting(one: Asked, engine: Engine, *, end: int, length: int) -> int:
 
 
 def by_full_attention(one: Asked, model: TinyLLaDA, engine: Engine) -> Decoded:
-    def predict(row: list[int], start: int, end: int) -> Statistics:
-        return row_statistics(model.forward(row)[start:end], model.mask_id)
+    store = None
+
+    def predict(row: list[int], start: int, end: int, is_first: bool) -> Statistics:
+        nonlocal store
+        rows = range(len(row))
+        if one.cache != "none" and is_first:
+            store = model.new_store(len(row))
+        elif one.cache != "none":
+            # Of branches each overwrites all that the one before has computed.
+            rows = range(start, end if one.cache == "dual" else len(row))
+        logits = model.forward([row[i] for i in rows], list(rows), store)
+        return row_statistics(
+            logits[start - rows.start : end - rows.start], model.mask_id
+        )
 
     first, length = len(one.prompt), one.length
     end = first + -(-one.max_tokens // length) * length
+    rows = {"none": end, "prefix": end - first, "dual": length}[one.cache]
     return decode(
         predict,
         list(one.prompt),
         list(range(first + length, end + 1, length)),
         mask_id=model.mask_id,
         stops=() if one.ignore_eos else {model.eos_id},
-        **one.config(fitting(one, engine, end=end, length=end)),
+        **one.config(fitting(one, engine, end=end, length=rows)),
     )
 
 
 def by_blocks(one: Asked, model: TinyModel, engine: Engine) -> Decoded:
-    def predict(row: list[int], start: int, end: int) -> Statistics:
+    def predict(row: list[int], start: int, end: int, is_first: bool) -> Statistics:
         visible = block_causal(len(row), BLOCK, 0)
         logits = model.forward(row, visible=visible)
         return row_statistics(logits[start:end], model.mask_id)
@@ -126,11 +141,12 @@ FULL = [
         max_tokens=(16, 32, 24, 20, 48)[number % 5],
         length=(16, 16, 24, 20, 24)[number % 5],
         block=(16, 5, 8, 20, 6)[number % 5],
-        branches=(2, 3, 4, 1)[number % 4],
+        branches=(2, 3, 4, 5, 1)[number % 5],
         threshold=(0.4, 0.9, 0.2)[number % 3],
         ignore_eos=number % 3 != 1,
+        cache=("none", "dual", "none", "prefix")[number % 4],
     )
-    for number in range(15)
+    for number in range(20)
 ]
 
 
@@ -220,6 +236,6 @@ def test_blocks(engines: Callable[..., Engine], tmp_path_factory):
 
 
 def test_refused_with_other_caches(engine: Engine):
-    dlm = {"strategy": "lopa", "cache": "dual"}
-    with pytest.raises(VLLMValidationError, match="leave cache at 'none'"):
+    dlm = {"strategy": "lopa", "cache": "vicinity"}
+    with pytest.raises(VLLMValidationError, match="one of none, prefix, dual"):
         engine.run([make_prompt(5)], [params(8, dlm=dlm)])

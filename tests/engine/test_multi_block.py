@@ -196,12 +196,12 @@ def test_a_turn_that_others_have_published(sdar: BlockEngines, engine: Engine):
 
 
 def test_chunked_prompts(sdar: BlockEngines):
-    engine = sdar(max_num_batched_tokens=64, max_num_seqs=4)
+    engine = sdar(max_num_batched_tokens=5 * BLOCK - 3)
     cases = [Together(make_prompt(n, n), 40, mode=n % 3) for n in (70, 121, 150)]
     wanted = [expect(case, sdar.oracle, engine) for case in cases]
     got = run(engine, cases)
     assert_same_tokens([one.tokens for one in got], wanted)
-    with pytest.raises(VLLMValidationError, match="ask for at most 32"):
+    with pytest.raises(VLLMValidationError, match="ask for at most 38"):
         run(engine, [Together(make_prompt(5), 40, blocks=3)])
 
 

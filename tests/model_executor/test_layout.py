@@ -35,6 +35,7 @@ BLOCK = declared()
 LEADS = declared(shift=1)
 CAUSAL = declared(attention="causal", block_origin="prompt", leads=True)
 FULL = declared(attention="full", block_origin="prompt")
+SHIFTED = declared(attention="full", block_origin="prompt", shift=1)
 MODELS = {"block": BLOCK, "leads": LEADS, "causal": CAUSAL, "full": FULL}
 
 
@@ -271,6 +272,22 @@ def test_canvases_follow_each_other_to_the_texts_end(prompt_len: int, max_tokens
         assert 0 < end - at <= MAX_CANVAS and (end - at) % 4 == 0
         at = end
     assert at == layout.text_end
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "rows"),
+    [
+        (BLOCK, "none", 4),
+        (FULL, "none", 22),  # prompt and canvas
+        (FULL, "prefix", 12),  # the canvas
+        (FULL, "dual", 4),
+        (SHIFTED, "dual", 5),  # and the row to its left
+        (SHIFTED, "prefix", 13),
+    ],
+)
+def test_the_widest_step_behind_a_blocks_first(model, cache, rows):
+    layout = laid_out(model, 10, max_tokens=12, cache=cache)
+    assert layout.widest_step == rows
 
 
 # -- several blocks decided together -------------------------------------------

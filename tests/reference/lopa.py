@@ -27,7 +27,7 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    predict: Callable[[list[int], int, int], Statistics],
+    predict: Callable[[list[int], int, int, bool], Statistics],
     prompt: list[int],
     ends: list[int],
     *,
@@ -43,7 +43,8 @@ def decode(
     """Decode one request.
 
     Args:
-        predict: statistics of positions [start, end) of a row.
+        predict: statistics of positions [start, end) of a row; and whether this is the
+            first forward for them.
         ends: where the blocks that are decided together end, one after another.
         whole_row: the masks of later blocks are there to see.
         stops: tokens that end the text.
@@ -54,18 +55,20 @@ def decode(
     forwards, start, is_close, kept = 0, len(prompt), False, []
     for end in ends:
         drafts: list[tuple[int, int]] = []
+        is_first = True
         while mask_id in row[start:end]:
             tried = []
             for draft in [None, *drafts]:
                 canvas = row[:] if whole_row else row[:end]
                 if draft is not None:
                     canvas[draft[0]] = draft[1]
-                stats = predict(canvas, start, end)
+                stats = predict(canvas, start, end, is_first)
                 view = _view(canvas, start, end, mask_id, stats, forwards)
                 ahead = _ahead(view, block, open_at)
                 if ahead:
                     mean = float(sum(view.confidence[ahead]) / len(ahead))
                     tried.append((mean, draft, view, ahead))
+            is_first = False
             best = max(tried, key=lambda one: one[0])
             others = sorted(one[0] for one in tried)
             is_close |= len(others) > 1 and others[-1] - others[-2] < CLOSE

@@ -101,6 +101,16 @@ class RequestLayout:
         """Whether several blocks of attention are decided together."""
         return self.attended_length < self.block_length
 
+    @property
+    def widest_step(self) -> int:
+        """The most rows of a step that does not begin a block."""
+        if not self.is_full:
+            return self.block_length
+        if self.reach.refresh_every == 1:
+            return self.text_end
+        widest = self.text_end - self.prompt_len
+        return int(min(self.block_length + self.reach.right, widest) + self.reach.left)
+
     def canvas_from(self, num_tokens: int) -> int:
         """End of a canvas that is opened behind so many tokens.
 

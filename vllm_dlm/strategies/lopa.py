@@ -62,10 +62,8 @@ class LopaParams(Params):
         default=0.9,
         ge=0.0,
         le=2.0,
-        description=(
-            "Probability that a token must exceed to be written along with others. "
-            "Lower is faster and less exact."
-        ),
+        description="Probability that a token must exceed to be written along with "
+        "others. Lower is faster and less exact.",
     )
     block: int = Field(
         default=0,
@@ -106,10 +104,11 @@ class Lopa(Strategy):
 
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
-        if context.cache != "none":
+        full = ("prefix", "dual") if context.attention == "full" else ()
+        if context.cache not in ("none", *full):
             raise ValueError(
-                "the strategy 'lopa' evaluates whole canvases, and cache "
-                f"{context.cache!r} a part of them: leave cache at 'none'"
+                f"the strategy 'lopa' is not served with cache {context.cache!r}; set "
+                f"one of {', '.join(('none', *full))}"
             )
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:

@@ -180,9 +180,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
         )
         request.max_branches = most_branches(
             request.max_branches,
-            length=layout.text_end if layout.is_full else layout.block_length,
+            length=layout.widest_step,
             end=layout.text_end,
-            from_start=layout.is_full,
+            from_start=layout.widest_step == layout.text_end,
             rows=self.max_num_scheduled_tokens,
             longest=pages,
             page_size=self._page_size,
