@@ -23,10 +23,26 @@ from vllm_dlm.strategies.base import (
     best_masked,
     top_masked,
 )
+from vllm_dlm.strategies.presets import Preset
 
 
 class ThresholdParams(Params):
     """Parameters of `Threshold`."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        f"wino_plus_{task}": Preset(
+            {"threshold": threshold},
+            f"Feng-Hong/WINO-DLLM, WINO+ weights on {problems}",
+            "block_length 128, max_tokens 256",
+        )
+        for task, threshold, problems in (
+            ("gsm8k", 0.65, "GSM8K"),
+            ("math", 0.8, "MATH-500"),
+            ("code", 0.9, "HumanEval and MBPP"),
+            ("puzzle", 0.6, "Countdown and Sudoku"),
+            ("choice", 0.5, "ARC"),
+        )
+    }
 
     threshold: float = Field(
         default=0.9,
