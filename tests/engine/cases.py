@@ -142,7 +142,7 @@ class Case:
     seed: int = 0
     number: float | None = None
     """The rule's parameter of `NUMBERS`, where not the usual value."""
-    cache_config: dict[str, int] = field(default_factory=dict)
+    cache_config: dict[str, Any] = field(default_factory=dict)
     growing: Growing | None = None
 
     @property
@@ -278,6 +278,7 @@ def expect(
         rule = case_rule(case, len(tokens), per_block, model.eos_id)
         if watch is not None:
             observe = partial(watch, rule)
+        written = "written" if case.cache_config.get("early_stop") else None
         result = generate(
             model,
             [*case.prompt, *tokens],
@@ -291,7 +292,7 @@ def expect(
             whole_block=case.rule.partition("/")[0] in WHOLE_BLOCK,
             eos_stop=not case.ignore_eos,
             # Who ignores the end of the text has none to predict.
-            eotp=None if case.ignore_eos else eotp,
+            eotp=None if case.ignore_eos else eotp or written,
             eot_threshold=eot_threshold,
             growing=case.growing,
             observe=observe,

@@ -15,6 +15,7 @@ from reference.cached_procedures import MOVING_CACHES
 from reference.checkpoints import write_checkpoint
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
+from reference.window_diffusion import generate_windows
 
 SMALL: dict[str, list[dict[str, int]]] = {
     "vicinity": [
@@ -27,6 +28,7 @@ SMALL: dict[str, list[dict[str, int]]] = {
         {"active_window": 6, "external_window": 11, "refresh_every": 5},
         {"active_window": 1, "external_window": 1, "refresh_every": 32},
         {"active_window": 9, "external_window": 30, "refresh_every": 3},
+        {"active_window": 4, "external_window": 6, "early_stop": True},
     ],
 }
 """The usual parameters, and others that tiny requests notice."""
@@ -97,6 +99,71 @@ def test_parity_with_a_shift(
     rules = ("static/low_confidence", "threshold", "klass", "localleap", "joint/edit")
     cases = make_cases(cache, (8, 16, 48, 32), 4 * rules)
     check(engine, oracle, cases, shift=1)
+
+
+def published(number: int) -> tuple[Case, dict[str, int]]:
+    """A request of the published loop, and its windows."""
+    source = random.Random(f"published:{number}")
+    active = source.choice((1, 2, 5, 16))
+    windows = {
+        "active_window": active,
+        "external_window": active + source.choice((0, 3, 20)),
+        "refresh_every": source.choice((1, 4, 32)),
+        "early_stop": number % 3 < 2,
+    }
+    width = source.randint(1, 60)
+    case = Case(
+        make_prompt(source.choice((1, 2, 30)), seed=number),
+        rule="static/entropy",
+        cache="window",
+        block=width,
+        max_tokens=width,
+        ignore_eos=number % 4 == 3,
+        cache_config=windows,
+    )
+    return case, windows
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_published_loop_of_windows(
+    engines: Callable[..., Engine],
+    oracle: TinyLLaDA,
+    dream_folder: Path,
+    shift: int,
+):
+    """Tokens, forwards and rows: eight at a time, and alone."""
+    engine = engines(model=str(dream_folder)) if shift else engines()
+    model = TinyModel.from_folder(dream_folder) if shift else oracle
+    mask_id = engine.scheduler.dlm_defaults.mask_token_id
+    ban = {"logit_bias": {mask_id: -100.0}} if shift else {}
+    cases, wanted, cut = [], [], 0
+    for number in range(40):
+        case, windows = published(number)
+        loop = generate_windows(
+            model,
+            list(case.prompt),
+            gen_length=case.max_tokens,
+            external=windows["external_window"],
+            active=windows["active_window"],
+            refresh_every=windows["refresh_every"],
+            early_stop=bool(windows["early_stop"]),
+            ends=not case.ignore_eos,
+            shift=shift,
+            counts_mask=shift == 1,
+        )
+        cut += windows["early_stop"] and len(loop.tokens) < case.max_tokens
+        cases.append(case)
+        wanted.append(loop)
+    assert cut
+    sampling = [case.params(reference_exact=shift == 1, **ban) for case in cases]
+    got = engine.run([case.prompt for case in cases], sampling)
+    for case, result, loop in zip(cases, got, wanted, strict=True):
+        assert (result.tokens, result.forwards) == (loop.tokens, loop.forwards), case
+    for number in range(12):
+        with counting(engine) as counts:
+            (alone,) = engine.run([cases[number].prompt], [sampling[number]])
+        assert alone.tokens == wanted[number].tokens
+        assert counts.rows == [end - start for start, end in wanted[number].rows]
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual", *MOVING_CACHES])
@@ -174,8 +241,9 @@ def test_rows_of_vicinity_reach_into_a_short_prompt(engine: Engine):
 def test_rows_of_window(engine: Engine):
     config = {"active_window": 5, "external_window": 9, "refresh_every": 4}
     rows = rows_of(engine, 10, 20, cache="window", block=20, cache_config=config)
-    # The position written last, and five more; fewer at the canvas' end.
-    wanted = [30, 6, 6, 6, 30, 6, 6, 6, 30, 6, 6, 6, 30, 6, 6, 6, 30, 4, 3, 2]
+    # A refresh has nine masks, and all to their left; later steps what was written
+    # since it and five masks, or those that are left.
+    wanted = [19, 6, 7, 8, 23, 6, 7, 8, 27, 6, 7, 8, 30, 6, 7, 8, 30, 4, 4, 4]
     assert rows == wanted
 
 

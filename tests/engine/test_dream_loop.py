@@ -127,10 +127,10 @@ def test_rows_of_dreams_loop(dream_engine: Engine, cache: str, later: list[int])
 
 
 def test_only_the_reference_opens_a_block_alone(dream_engine: Engine):
-    """Not without a cache, and not other policies, which are not Fast-dLLM's."""
+    """Not without a cache, and not with dInfer's policy."""
     case = Loop(make_prompt(9), 16, "threshold", block=16)
     case = replace(case, rule="dream", steps=2)
-    for cache in ("none", "vicinity", "window"):
+    for cache in ("none", "vicinity"):
         (result,) = run(
             dream_engine, [replace(case, cache=cache)], block_length=16, **EXACT
         )

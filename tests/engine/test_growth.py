@@ -46,7 +46,8 @@ def make_cases(cache: str) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("cache", ALL_CACHES)
+# `window` is refused.
+@pytest.mark.parametrize("cache", [one for one in ALL_CACHES if one != "window"])
 def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str):
     cases = make_cases(cache)
     wanted = [expect(case, oracle) for case in cases]

@@ -8,6 +8,7 @@ import torch
 
 from vllm_dlm.config.cache import POLICIES, Cache, Reach
 from vllm_dlm.model_executor.layout import (
+    ALWAYS,
     next_start,
     part_rows,
     part_start,
@@ -26,7 +27,8 @@ def rows(
     shift: int = 0,
     end: int = 72,
     first: bool = False,
-    frontiers: tuple[int, int] = (43, 45),
+    phase: int = 43,
+    masks_end: int | None = None,
     reads_block: bool = False,
     **config: int,
 ) -> tuple[int, int]:
@@ -37,7 +39,8 @@ def rows(
         is_first_block=first,
         block_start=start,
         block_length=16,
-        frontiers=frontiers,
+        phase=phase,
+        masks_end=masks_end,
         canvas_end=end,
     )
 
@@ -91,6 +94,12 @@ def test_a_blocks_first_step_computes_everything(policy):
     assert rows(policy, 0) == (0, 72)
 
 
+def test_or_all_that_a_window_sees():
+    assert rows("window", 0, **WINDOW) == (0, 50)
+    assert rows("window", 0, end=48, **WINDOW) == (0, 48)
+    assert rows("window", 0, reads_block=True, **WINDOW) == (0, 62)
+
+
 @pytest.mark.parametrize(
     ("policy", "wanted"),
     [
@@ -98,7 +107,7 @@ def test_a_blocks_first_step_computes_everything(policy):
         ("prefix", (40, 72)),
         ("dual", (40, 56)),
         ("vicinity", (24, 72)),
-        ("window", (43, 61)),
+        ("window", (43, 72)),
     ],
 )
 def test_inner_steps(policy, wanted):
@@ -107,7 +116,7 @@ def test_inner_steps(policy, wanted):
 
 @pytest.mark.parametrize(
     ("policy", "wanted"),
-    [("prefix", (39, 72)), ("dual", (39, 56)), ("window", (42, 61))],
+    [("prefix", (39, 72)), ("dual", (39, 56)), ("window", (42, 72))],
 )
 def test_a_shift_computes_the_row_to_the_left(policy, wanted):
     assert rows(policy, 1, shift=1) == wanted
@@ -133,12 +142,15 @@ def test_vicinity_warms_up_in_the_first_block_alone():
 
 
 def test_window():
-    steps = [rows("window", step, **WINDOW) for step in range(5)]
-    assert steps == [(0, 72), (43, 49), (43, 49), (0, 72), (43, 49)]
-    assert rows("window", 1, end=47, **WINDOW) == (43, 47)
+    steps = [rows("window", step, masks_end=51, **WINDOW) for step in range(1, 5)]
+    assert steps == [(43, 51), (43, 51), (0, 51), (43, 51)]
+    assert rows("window", 1, end=47, masks_end=51, **WINDOW) == (43, 47)
     assert rows("window", 1, reads_block=True, **WINDOW) == (40, 56)
-    reach = POLICIES["window"](**WINDOW).reach(0, reads_block=False)
-    assert reach.keys == 6
+    assert rows("window", 3, reads_block=True, **WINDOW) == (0, 62)
+
+
+def test_a_window_that_has_seen_the_end_computes_all_that_is_left():
+    assert rows("window", 1, phase=ALWAYS, masks_end=51, **WINDOW) == (0, 51)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -147,21 +159,18 @@ def test_the_worker_starts_where_the_scheduler_does(policy, shift):
     """The same on tensors, of many requests."""
     reach = POLICIES[policy]().reach(shift, reads_block=False)
     cases = [
-        (step, first, start, (start + 2, start + 3))
+        (step, first, start, phase)
         for step in (0, 1, 4, 5, 31, 32, 64)
         for first in (False, True)
         for start in (1, 5, 16, 40)
+        for phase in (start + 2, ALWAYS)
+        if phase != ALWAYS or policy == "window"
     ]
     starts = next_start(
         Reach(*torch.tensor([reach] * len(cases)).unbind(dim=1)),
-        torch.tensor([step for step, *_ in cases]),
-        torch.tensor([first for _, first, *_ in cases]),
-        torch.tensor([start for *_, start, _ in cases]),
-        torch.tensor([frontiers[0] for *_, frontiers in cases]),
+        *map(torch.tensor, zip(*cases, strict=True)),
     )
     assert starts.tolist() == [
-        rows(policy, step, shift=shift, first=first, start=start, frontiers=frontiers)[
-            0
-        ]
-        for step, first, start, frontiers in cases
+        rows(policy, step, shift=shift, first=first, start=start, phase=phase)[0]
+        for step, first, start, phase in cases
     ]

@@ -3,8 +3,7 @@
 
 `none`, and Fast-dLLM's `prefix` and `dual` (arXiv 2505.22618); `vicinity`, dInfer's
 refresh of a block's surroundings (2510.08666); `window`, Window-Diffusion's plan
-(2601.20332) with contiguous windows. Positions, not rows: the row that predicts
-position p is p - shift.
+(2601.20332). Positions, not rows: the row that predicts position p is p - shift.
 """
 
 from __future__ import annotations
@@ -36,6 +35,10 @@ class Span(NamedTuple):
     """One past the last position predicted."""
     seen: int
     """Keys that are attended to: those of the positions 0 to seen - 1."""
+    refresh: bool = False
+    """All that is seen is computed."""
+    writable: int = 1 << 30
+    """One past the last position of the block that may be written."""
 
 
 def step_span(
@@ -47,7 +50,10 @@ def step_span(
     start: int,
     end: int,
     length: int,
-    frontiers: tuple[int, int],
+    masks: list[int],
+    phase: int,
+    computed: int,
+    always: bool,
     whole_block: bool,
     shift: int,
 ) -> Span:
@@ -58,12 +64,15 @@ def step_span(
         step: of the block, from 0, which computes everything.
         start, end: the block.
         length: of prompt and canvas.
-        frontiers: the leftmost mask before the step before this one, and now.
+        masks: masked positions from the block's start on.
+        phase: the leftmost mask before the last refresh.
+        computed: one past the last position computed in this block so far.
+        always: of `window`: this step is a refresh, whatever its number.
         whole_block: `window` must compute the block, as the rule reads all of it.
     """
-    everything = Span(0, length, 0, length, length)
+    everything = Span(0, length, 0, length, length, refresh=True)
     options = USUAL.get(cache, {}) | options
-    if cache == "none" or step == 0:
+    if cache == "none" or (step == 0 and cache != "window"):
         return everything
     if cache == "prefix":
         return _rows(start - shift, length, length, length, shift)
@@ -75,15 +84,22 @@ def step_span(
         first = start - max(options["look_back"], shift)
         stop = min(end + options["look_ahead"], length)
         return _rows(first, stop, length, length, shift)
-    if step % options["refresh_every"] == 0:
-        return everything
     active, external = options["active_window"], options["external_window"]
-    before, now = frontiers
+
+    def up_to_mask(number: int) -> int:
+        # Positions right of the canvas's last mask are seen where masks are too few.
+        return masks[number - 1] + 1 if number <= len(masks) else length
+
+    refresh = always or step % options["refresh_every"] == 0
+    first = 0 if refresh else phase - shift
+    stop = up_to_mask(external if refresh else active)
+    writable = up_to_mask(active)
     if whole_block:
-        seen = min(end + external - active, length)
-        return _rows(start - shift, end, seen, length, shift)
-    stop, seen = min(now + active, length), min(now + external, length)
-    return _rows(before - shift, stop, seen, length, shift)
+        first = 0 if refresh else start - shift
+        stop = min(end + external - active, length) if refresh else end
+        writable = end
+    span = _rows(first, stop, max(stop, computed), length, shift)
+    return span._replace(refresh=refresh, writable=writable)
 
 
 def _rows(first: int, end: int, seen: int, length: int, shift: int) -> Span:

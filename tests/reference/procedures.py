@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 
-EOTP_MODES = ("first", "block", "canvas", "paper")
+EOTP_MODES = ("first", "block", "canvas", "paper", "written")
 
 FOREVER = 50
 """Steps per position that only a block without an end takes."""
@@ -157,6 +157,7 @@ def generate(
             "block"; where that finds no end, the first position predicted by a row
             right of the active block, if this forward computed such rows, whose argmax
             is EOS with confidence >= eot_threshold: the cut is at the end of its block.
+            "written": the first branch of "first" alone.
         growing: begin with a short canvas that grows, up to gen_length; its tokens are
             all if it does not grow as far.
         observe: called with the view and the chosen offsets, before the commit.
@@ -197,7 +198,7 @@ def generate(
         last_step = rule.own_steps(num_masked) if rule.own_steps else steps_per_block
         store: KVStore | None = None
         step = 0
-        frontiers = (start, start)
+        phase, computed, is_cut = start, 0, False
         decision = Step([])
         while decision.hold or mask_id in row[start : start + block_length]:
             scheduled = schedule[step] if step < len(schedule) else 0
@@ -210,7 +211,7 @@ def generate(
 
             if cache != "none" and step == 0:
                 store = model.new_store(len(row))
-            first_row, end_row, low, high, seen = step_span(
+            first_row, end_row, low, high, seen, refresh, writable = step_span(
                 cache,
                 cache_options or {},
                 step=step,
@@ -218,13 +219,20 @@ def generate(
                 start=start,
                 end=end,
                 length=len(row),
-                frontiers=frontiers,
+                masks=[p for p in range(start, len(row)) if row[p] == mask_id],
+                phase=phase,
+                computed=computed,
+                always=is_cut and bool((cache_options or {}).get("early_stop")),
                 whole_block=whole_block or rule.rewrites,
                 shift=shift,
             )
-            computed = list(range(first_row, end_row))
+            if refresh:
+                phase = row.index(mask_id, start) if mask_id in row[start:end] else end
+            computed = max(computed, end_row)
             logits = model.forward(
-                row[first_row:end_row], computed, leading(store, seen)
+                row[first_row:end_row],
+                list(range(first_row, end_row)),
+                leading(store, seen),
             )
             sources = [max(p - shift, 0) - first_row for p in range(low, high)]
             stats = row_statistics(logits[sources], mask_id if forbid_mask else None)
@@ -254,10 +262,11 @@ def generate(
                 p for p in range(max(low, prompt_end), start) if row[p] == mask_id
             ]
             first = min([start, *left_over])
-            known = [low <= p < high for p in range(first, end)]
+            last = min(high, writable)
+            known = [low <= p < last for p in range(first, end)]
             view = View(
                 masked=torch.tensor(
-                    [row[p] == mask_id and low <= p < high for p in range(first, end)]
+                    [row[p] == mask_id and low <= p < last for p in range(first, end)]
                 ),
                 argmax=_placed(stats.argmax, known, low - first),
                 confidence=_placed(stats.confidence, known, low - first),
@@ -271,6 +280,7 @@ def generate(
                 steps=steps_per_block,
                 tokens=torch.tensor(row[first:end]),
                 decided=torch.tensor([row[p] != mask_id for p in range(first, end)]),
+                kept=row[max(first, last) : end].count(mask_id),
             )
             decision = rule.step(view)
             chosen = decision.commit
@@ -293,8 +303,6 @@ def generate(
                 row[first + offset] = mask_id
             forwards += 1
             step += 1
-            still = [p for p in range(start, end) if row[p] == mask_id]
-            frontiers = (frontiers[1], min([end, *still]))
             stuck = view.masked.any() and not committed
             if stuck and not rule.ends_by_schedule:
                 raise RuntimeError("no progress: the mask id is the only choice")
@@ -306,11 +314,15 @@ def generate(
                 predicted = {
                     p: stats.confidence[p - low]
                     for p in range(max(start, low), high)
-                    if row[p] == mask_id and stats.argmax[p - low] == eos_id
+                    if row[p] == mask_id
+                    and stats.argmax[p - low] == eos_id
+                    and not last <= p < end
                 }
                 cut = len(row)
                 if revealed:
                     cut = min(revealed) + 1
+                elif eotp == "written":
+                    pass
                 elif eotp == "paper" and predicted:
                     cut = max(predicted, key=lambda p: (predicted[p], -p)) + 1
                 elif eotp != "paper":
@@ -331,6 +343,7 @@ def generate(
                     if far:
                         blocks = (min(far) - start) // block_length + 1
                         cut = min(cut, start + blocks * block_length)
+                is_cut |= cut < len(row)
                 del row[cut:], set_at[cut:]
                 if store is not None:
                     store.truncate(cut)

@@ -138,7 +138,7 @@ class Doubling:
 
     def decide(self, view: View) -> list[int]:
         masks = view.masked_offsets()
-        self.schedule = self.schedule or doubling(len(masks))
+        self.schedule = self.schedule or doubling(len(masks) + view.kept)
         steps = len(self.schedule)
         time = (2 ** (view.step + 1) - 1) / 2**steps
         weights = (self.first_weight, self.last_weight)

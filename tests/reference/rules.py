@@ -52,6 +52,8 @@ class View:
     """[B, V], of all tokens."""
     tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     decided: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    kept: int = 0
+    """Masks of the block that are not `masked`: kept for later steps by a window."""
 
     def masked_offsets(self) -> list[int]:
         return [i for i in range(len(self.masked)) if self.masked[i]]
@@ -249,7 +251,8 @@ def dream(
         share = 1 - times[view.step + 1] / times[view.step]
         if alg == "origin":
             return [i for i in candidates if uniform(view)[i] < share]
-        count = int(torch.tensor(float(len(candidates))) * share)
+        masks = float(len(candidates) + view.kept)
+        count = int(torch.tensor(masks) * share)
         if alg == "maskgit_plus":
             scores = view.confidence
         elif alg == "topk_margin":

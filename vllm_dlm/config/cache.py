@@ -2,10 +2,10 @@
 """KV policies: which rows a step recomputes.
 
 With full attention every token's keys and values depend on the whole canvas, so only
-`none` is exact. The other policies compute all of the canvas in a block's first step (a
-refresh), and less of it in later steps (`POLICIES`). What a policy remembers begins
-anew with each block, so that a preempted request, which replays its block, computes the
-same rows again.
+`none` is exact. The other policies compute all of the canvas, or all that they look at,
+in a block's first step (a refresh), and less of it in later steps (`POLICIES`). What a
+policy remembers begins anew with each block, so that a preempted request, which replays
+its block, computes the same rows again.
 
 With block or causal attention the KV of a finished block is final, and a forward
 computes what is not final yet, up to the active block's end. Where a block is written
@@ -30,10 +30,13 @@ class Reach(NamedTuple):
 
     With full attention, step s of a block is a refresh if s is a multiple of
     `refresh_every`, and in the request's first block also while s < `first_refreshes`.
-    Other steps compute the rows from `left` before their anchor's beginning to `right`
-    behind its end. The anchor is the active block or, with `follows`, the span from the
-    frontier of the step before to the frontier now. The frontier is the first position
-    that is not final.
+    A refresh computes all from the prompt's start to `refresh_right` positions behind
+    the active block; other steps compute the rows from `left` before the block to
+    `right` behind it. With `follows` both move with the text: a refresh ends with the
+    mask of number `refresh_right`, counted from the left, and other steps compute the
+    rows from `left` before the frontier of the last refresh to the mask of number
+    `right`, and only these first masks are written. The frontier is the first position
+    that is not final. All that was computed is seen.
 
     With block or causal attention, a step computes the active block. If the frontier is
     inside a sub-block of `part` positions, whose first token is written then, the step
@@ -45,8 +48,9 @@ class Reach(NamedTuple):
     follows: Any = False
     left: Any = 0
     right: Any = FAR
-    keys: Any = FAR
-    """Keys that rows see behind the last row computed."""
+    refresh_right: Any = FAR
+    ends_early: Any = False
+    """Once the canvas was cut, all further steps of the block are refreshes."""
     part: Any = FAR
     """Positions of a sub-block, counted from the block's start."""
 
@@ -58,7 +62,15 @@ class CachePolicy(BaseModel):
 
     opens_alone: ClassVar[bool] = False
     """Whether the authors' code, for models with a shift, writes a block's first token
-    from the refresh, alone: then no row left of the block is computed after that."""
+    from the refresh, alone: then no row left of that is computed until the next."""
+
+    counts_masks: ClassVar[bool] = False
+    """Whether its rows reach to masks of certain numbers (`Reach.follows`)."""
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a token written that ends the text ends the canvas."""
+        return False
 
     def reach(self, shift: int, reads_block: bool, part: int = FAR) -> Reach:
         """Return the policy in numbers, for one request.
@@ -140,28 +152,42 @@ class Vicinity(CachePolicy):
 class Window(CachePolicy):
     """A step computes a window that moves with the text and sees a wider one.
 
-    Window-Diffusion, arXiv 2601.20332, with contiguous windows (docs/caches.md).
+    Window-Diffusion, arXiv 2601.20332 (docs/caches.md).
     """
+
+    opens_alone = True
+    counts_masks = True
 
     active_window: int = Field(
         default=16,
         ge=1,
         le=FAR,
-        description="Positions computed from the first one on that is not final; only "
-        "these can be written.",
+        description="Masks, counted from the left, that a step computes and may write.",
     )
     external_window: int = Field(
         default=64,
         ge=1,
         le=FAR,
-        description="Positions seen from there on; at least `active_window`.",
+        description="Masks that a refresh computes; what lies behind them is neither "
+        "computed nor seen. At least `active_window`.",
     )
     refresh_every: int = Field(
         default=32,
         ge=1,
         le=FAR,
-        description="Steps of a block from one that computes everything to the next.",
+        description="Steps of a block from one that computes all that is seen to the "
+        "next.",
     )
+    early_stop: bool = Field(
+        default=False,
+        description="End the canvas with the first token written that ends the text; "
+        "steps behind that are refreshes.",
+    )
+
+    @property
+    def stops_early(self) -> bool:
+        """See `CachePolicy`."""
+        return self.early_stop
 
     @model_validator(mode="after")
     def _see_what_is_computed(self) -> Window:
@@ -179,7 +205,9 @@ class Window(CachePolicy):
             follows=not reads_block,
             left=shift,
             right=0 if reads_block else self.active_window,
-            keys=self.external_window - self.active_window,
+            refresh_right=self.external_window
+            - (self.active_window if reads_block else 0),
+            ends_early=self.early_stop,
         )
 
 

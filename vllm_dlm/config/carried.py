@@ -24,6 +24,10 @@ from vllm_dlm.strategies import STRATEGIES
 CARRIED = "dlm_carried"
 """The key. It begins as options do but is none: who sends it is refused."""
 
+CANVAS_END = "dlm_canvas_end"
+"""Another such key: where the canvas of a preempted request ends, from the scheduler to
+the worker. Not part of the configuration."""
+
 _SCALARS = (type(None), bool, int, float, str)
 
 

@@ -99,17 +99,18 @@ class DlmConfig(BaseModel):
         "everything in each step and is exact. The others are faster and approximate: "
         "until the block is done, `prefix` keeps what is left of it, `dual` both sides "
         "(Fast-dLLM, arXiv 2505.22618), `vicinity` all but some positions around it "
-        "(dInfer, 2510.08666); `window` computes some positions from the first one on "
-        "that is not final (Window-Diffusion, 2601.20332). Of block-causal models with "
-        "sub-blocks (Fast-dLLM v2, 2509.26328) `none`, or `dual`: a sub-block is "
-        "computed alone once its first token is written (use_block_cache). "
+        "(dInfer, 2510.08666); `window` computes the first masks and what was written "
+        "lately, and sees some masks more (Window-Diffusion, 2601.20332). Of "
+        "block-causal models with sub-blocks (Fast-dLLM v2, 2509.26328) `none`, or "
+        "`dual`: a sub-block is computed alone once its first token is written "
+        "(use_block_cache). "
         "docs/caches.md",
     )
     cache_config: Object = Field(
         default_factory=dict,
         description="The cache policy's own parameters, as a JSON object: of "
         "`vicinity` look_back, look_ahead, warmup_steps; of `window` active_window, "
-        "external_window, refresh_every.",
+        "external_window, refresh_every, early_stop.",
     )
     steps: Count | None = Field(
         default=None,
@@ -401,7 +402,7 @@ def parse_policy(
         kind,
         values,
         where=f"{where} (cache {cache!r}): {set_as}",
-        numbers=kind.model_fields,
+        numbers=[n for n, f in kind.model_fields.items() if f.annotation is not bool],
         to_blame=set_as,
     )
 

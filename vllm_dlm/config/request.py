@@ -34,6 +34,9 @@ BLOCKS_TOGETHER = 4
 """Blocks of a block-causal model that are decided together, by a strategy that can,
 where the request does not say how many."""
 
+NO_PREDICTION = 2.0
+"""A confidence that no prediction has."""
+
 
 @dataclass(frozen=True)
 class RequestConfig:
@@ -146,6 +149,9 @@ def resolve(
     steps, steps_per_block = _steps(asked, server, strategy, params)
     cache, cache_policy = _cache(asked, server)
     eotp, eotp_threshold = _end_of_text(asked, server, strategy)
+    if cache_policy.stops_early and eotp == "off":
+        # By what is written, not by what is predicted.
+        eotp, eotp_threshold = "token", NO_PREDICTION
     growth, growth_policy = _growth(asked, server)
     trained = server.block_length or defaults.block_length
     spans = rule.scope == "blocks" and defaults.reuses_blocks
@@ -281,6 +287,11 @@ def _check_growth(
         why = (
             "adds blocks, and here the whole output is one block: set block_length to "
             "a number"
+        )
+    elif config.cache_policy.counts_masks:
+        why = (
+            f"looks at the whole canvas, of which cache {config.cache!r} leaves out "
+            "what is far: choose another cache"
         )
     elif config.sub_block_length:
         why = "does not work with sub_block_length: leave that out"

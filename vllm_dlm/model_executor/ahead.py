@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_dlm.config.cache import FAR
 from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.model_executor.columns import STOP_IDS
 from vllm_dlm.strategies import STRATEGIES
@@ -53,7 +54,7 @@ def repeats_rows(config: RequestConfig, defaults: ModelDefaults) -> bool:
     if defaults.reuses_blocks:
         is_whole = config.attended_length == config.block_length
         return bool(reach.part >= config.block_length) and is_whole
-    return bool(reach.refresh_every == 1)
+    return bool(reach.refresh_every == 1 and reach.refresh_right >= FAR)
 
 
 def why_not_ahead(

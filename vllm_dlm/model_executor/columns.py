@@ -59,7 +59,10 @@ FACTS = (
 FLOATS = ("eotp_threshold", "growth_threshold", "temperature", "top_p", "min_p")
 """Columns of `Columns.facts_f`, in order; strategies' other parameters follow."""
 
-LIVE = ("block_start", "canvas_end", "emitted", "step", "block_masks", "frontier")
+LIVE = (
+    *("block_start", "canvas_end", "emitted", "step", "block_masks", "frontier"),
+    "phase",
+)
 """Columns of `Columns.live`, in order."""
 
 DUMMY: dict[str, float] = {
@@ -119,6 +122,7 @@ class Requests(NamedTuple):
     step: torch.Tensor
     block_masks: torch.Tensor
     frontier: torch.Tensor
+    phase: torch.Tensor
 
     @classmethod
     def of(cls, columns: Columns, slots: torch.Tensor) -> Requests:
@@ -150,6 +154,7 @@ class Requests(NamedTuple):
             named["step"],
             named["block_masks"],
             named["frontier"],
+            named["phase"],
         )
 
 
@@ -220,7 +225,7 @@ class Columns:
 
         # -- written by every step, too ------------------------------------------
         self.live = zeros(len(LIVE), torch.int64)
-        """[S + 1, 6] int64: `LIVE`."""
+        """[S + 1, 7] int64: `LIVE`."""
         # int32 as vLLM's own token buffers; 4 bytes x slots x max_model_len.
         self.tokens = zeros(length, torch.int32)
         """[S + 1, L] int32."""
@@ -293,7 +298,10 @@ class Columns:
         self.block_masks = named["block_masks"]
         """Masks the active block began with: what the step schedule divides."""
         self.frontier = named["frontier"]
-        """First position that was not final before the active block's last step."""
+        """First position that is not final."""
+        self.phase = named["phase"]
+        """What that was before the active block's last refresh; `ALWAYS` where all of
+        its steps are refreshes from now on (`layout.refreshes`)."""
         self.emitted = named["emitted"]
         """Output tokens handed to the scheduler so far."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config.compilation import CompilationMode
 
-from vllm_dlm.config.carried import request_config
+from vllm_dlm.config.carried import CANVAS_END, request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
@@ -159,6 +159,9 @@ class RequestFacts:
     """Whether statistics are those of the distribution that is drawn from."""
     runs_ahead: bool = False
     """Whether its forwards are planned before the outcome of the last (`ahead.py`)."""
+    canvas_end: int = 0
+    """Of a request that returns after a preemption, if the scheduler says so: one past
+    its canvas's last position. Else 0."""
 
     @classmethod
     def of(cls, new: NewRequestData, engine: EngineFacts) -> RequestFacts:
@@ -167,6 +170,7 @@ class RequestFacts:
         prompt_len = new.prompt_len
         asked = dict(params.extra_args or {})
         in_second_stage = asked.pop(SECOND_STAGE, False)
+        canvas_end = asked.pop(CANVAS_END, 0)
         config = request_config(asked, engine.server, engine.defaults)
         config = config.sized(params.max_tokens, engine.max_canvas)
         if in_second_stage:
@@ -197,4 +201,5 @@ class RequestFacts:
             or STRATEGIES[config.strategy].measures == "drawn",
             runs_ahead=engine.is_async
             and runs_ahead(config, params, engine.defaults, engine.server),
+            canvas_end=canvas_end,
         )

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from vllm_dlm.config.cache import FAR
+
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.layout import RequestLayout
 
@@ -66,8 +68,13 @@ class HostSlots:
         """Whether the canvas may grow: so are they in a block's first step."""
         self.exact = per_slot(bool)
         """Whether the option `reference_exact` is on."""
-        self.keys_behind = per_slot()
-        """Keys that a step sees behind its rows, with full attention (`Reach.keys`)."""
+        self.computed_end = per_slot()
+        """With full attention: one past the last position of the canvas that was
+        computed. All up to there is seen."""
+        self.writable = per_slot()
+        """Masks, from the left, that a step may write."""
+        self.prunes = per_slot(bool)
+        """Whether a refresh may end before the canvas."""
         self.opens_alone = per_slot(bool)
         """Whether a block's first step writes its first token alone (`opening.py`)."""
         self.block_start = per_slot()
@@ -113,7 +120,9 @@ class HostSlots:
         self.leads[slot] = layout.leads_first
         self.text_end[slot] = layout.text_end
         self.canvas_end[slot] = 0 if layout.is_full else layout.text_end
-        self.keys_behind[slot] = layout.reach.keys
+        self.computed_end[slot] = 0
+        self.writable[slot] = layout.reach.right if layout.reach.follows else FAR
+        self.prunes[slot] = layout.reach.refresh_right < FAR
         self.opens_alone[slot] = layout.opens_alone
         self.predicts_end[slot] = predicts_end
         self.looks_ahead[slot] = looks_ahead
@@ -142,6 +151,21 @@ class HostSlots:
         untouched = self.masked[slots, : self.block_length[slots[0]]].all(axis=1)
         growing: np.ndarray = self.grows[slots] & untouched
         return growing
+
+    def note_computed(self, slots: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Note what the next forward of some requests computes, with full attention.
+
+        Args:
+            slots: [R].
+            ends: [R]: one past the last position computed for each.
+
+        Returns:
+            [R]: `computed_end` from then on. With a canvas, it begins anew.
+        """
+        begins = self.canvas_end[slots] <= self.block_start[slots]
+        before = np.where(begins, 0, self.computed_end[slots])
+        self.computed_end[slots] = noted = np.maximum(before, ends)
+        return noted
 
     def read_whole_block(self, slot: int) -> None:
         """From now on have the logits of decided positions read too."""

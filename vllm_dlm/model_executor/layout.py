@@ -266,29 +266,35 @@ class Rows(NamedTuple):
     """One past the last position computed."""
 
 
-def refreshes(reach: Reach, step: Any, is_first_block: Any) -> Any:
-    """Whether a step computes prompt and canvas; of one request or, tensors, of many.
+ALWAYS = -1
+"""Instead of the frontier of the last refresh: all further steps of the block are
+refreshes."""
+
+
+def refreshes(reach: Reach, step: Any, is_first_block: Any, phase: Any) -> Any:
+    """Whether a step is a refresh; of one request or, tensors, of many.
 
     Args:
         step: denoise steps that the active block has had.
         is_first_block: it is its request's first.
+        phase: first position that was not final before the last refresh, or `ALWAYS`.
     """
     warms_up = is_first_block & (step < reach.first_refreshes)
-    return (step % reach.refresh_every == 0) | warms_up
+    return (step % reach.refresh_every == 0) | warms_up | (phase == ALWAYS)
 
 
 def next_start(
-    reach: Reach, step: Any, is_first_block: Any, block_start: Any, frontier: Any
+    reach: Reach, step: Any, is_first_block: Any, block_start: Any, phase: Any
 ) -> Any:
     """First row of `plan_rows`; of one request or, tensors [R], of many.
 
     Args:
-        step, is_first_block: as in `refreshes`.
+        step, is_first_block, phase: as in `refreshes`.
         block_start: absolute position of the active block's first token.
-        frontier: first position that was not final before the block's last step.
     """
-    start = block_start + reach.follows * (frontier - block_start) - reach.left
-    return start * (start > 0) * (refreshes(reach, step, is_first_block) == 0)
+    start = block_start + reach.follows * (phase - block_start) - reach.left
+    is_refresh = refreshes(reach, step, is_first_block, phase)
+    return start * (start > 0) * (is_refresh == 0)
 
 
 def plan_rows(
@@ -298,7 +304,8 @@ def plan_rows(
     is_first_block: bool,
     block_start: int,
     block_length: int,
-    frontiers: tuple[int, int],
+    phase: int,
+    masks_end: int | None,
     canvas_end: int,
 ) -> Rows:
     """Rows to compute in the next forward of a request with full attention.
@@ -309,14 +316,21 @@ def plan_rows(
         is_first_block: it is the request's first.
         block_start: absolute position of the active block's first token.
         block_length: B; the last block of a canvas may be shorter.
-        frontiers: first position not final, before the block's last step and now.
+        phase: as in `refreshes`.
+        masks_end: where the worker says that the rows end (`Advance`), because the
+            masks that they reach to are known to it; None for the canvas's end.
         canvas_end: one past the canvas's last position.
     """
-    start = next_start(reach, step, is_first_block, block_start, frontiers[0])
-    if refreshes(reach, step, is_first_block):
-        return Rows(start, canvas_end)
-    end = frontiers[1] if reach.follows else block_start + block_length
-    return Rows(start, min(end + reach.right, canvas_end))
+    start = next_start(reach, step, is_first_block, block_start, phase)
+    is_refresh = refreshes(reach, step, is_first_block, phase)
+    right = reach.refresh_right if is_refresh else reach.right
+    if not reach.follows:
+        end = block_start + block_length + right
+    elif step == 0:
+        end = block_start + right  # All of the block is masked.
+    else:
+        end = canvas_end if masks_end is None else masks_end
+    return Rows(start, min(end, canvas_end))
 
 
 def part_start(reach: Reach, block_start: Any, frontier: Any) -> Any:

@@ -3,7 +3,8 @@
 
 vLLM's reply has fixed fields, made for autoregressive models. From worker to scheduler:
 
-- where the canvas ends now: a negative number behind a request's tokens;
+- where the canvas ends now: a negative number behind a request's tokens; and behind
+  that another, where the rows of the request's next forward end;
 - rows through lm_head, and which requests' logits are broken: `num_nans_in_logits`, of
   which vLLM reads nothing by default;
 - step maps: columns of the log-probabilities (`step_maps.py`).
@@ -24,17 +25,17 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 
 
-def put_canvas_end(
+def put_end(
     tokens: torch.Tensor,
     count: torch.Tensor,
-    canvas_end: torch.Tensor,
+    end: torch.Tensor,
     says_end: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the end of each canvas behind the tokens that became final.
+    """Put a position behind what each request's row has to say.
 
     Args:
-        tokens: [R, W] int64, of which the first `count` [R] are final; W > count.
-        canvas_end: [R] int64, a position.
+        tokens: [R, W] int64, of which the first `count` [R] are meant; W > count.
+        end: [R] int64, the position.
         says_end: [R] bool, for which requests.
 
     Returns:
@@ -42,13 +43,19 @@ def put_canvas_end(
     """
     place = torch.arange(tokens.shape[1], device=tokens.device)
     at_end = (place == count[:, None]) & says_end[:, None]
-    tokens = torch.where(at_end, -(canvas_end[:, None] + 1), tokens)
+    tokens = torch.where(at_end, -(end[:, None] + 1), tokens)
     return tokens, count + says_end.long()
 
 
-def take_canvas_end(tokens: list[int]) -> int | None:
-    """Take the canvas end off a request's tokens, in place; None if it is not there."""
-    return -tokens.pop() - 1 if tokens and tokens[-1] < 0 else None
+def take_ends(tokens: list[int]) -> tuple[int | None, int | None]:
+    """Take the canvas's end and the rows' end off a request's tokens, in place.
+
+    Each is None if it is not there.
+    """
+    ends: list[int | None] = [None, None]
+    while tokens and tokens[-1] < 0:
+        ends.insert(0, -tokens.pop() - 1)
+    return ends[0], ends[1]
 
 
 BROKEN = 1 << 30

@@ -88,6 +88,7 @@ class RequestSlots(Columns):
             canvas_end=0 if layout.is_full else layout.text_end,
             block_start=layout.first_block,
             frontier=layout.first_block,
+            phase=layout.first_block,
             step=layout.first_step,
             block_masks=0,
             emitted=layout.num_emitted,
@@ -114,6 +115,8 @@ class RequestSlots(Columns):
             exact=config.reference_exact,
             runs_ahead=request.runs_ahead,
         )
+        if request.canvas_end:
+            self.host.canvas_end[slot] = request.canvas_end
 
     def assign_strategy(
         self,

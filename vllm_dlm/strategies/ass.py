@@ -47,7 +47,7 @@ class Ass(Strategy):
 
 def masks_at_first(view: View) -> torch.Tensor:
     """[R] int64: masks in the block's first step, kept as the state "masks"."""
-    return torch.where(view.step == 0, view.masked.sum(dim=1), view.state["masks"])
+    return torch.where(view.step == 0, view.masks_to_divide(), view.state["masks"])
 
 
 def doubling_steps(masks: torch.Tensor) -> torch.Tensor:

@@ -147,11 +147,18 @@ class View:
     """Of any token (need "probabilities")."""
     branches: Branches | None = None
     """The canvas and its drafts (need "branches")."""
+    num_masks: torch.Tensor | None = None
+    """[R] int64: masks for a schedule to divide. Among them are those that the cache
+    policy `window` keeps for later steps; None where all of them are `masked`."""
 
     @property
     def masks(self) -> torch.Tensor:
         """[R, B] bool: all masks of the block; `masked` may be those of a part."""
         return self.valid & ~self.decided & (self.positions >= 0)
+
+    def masks_to_divide(self) -> torch.Tensor:
+        """[R] int64: see `num_masks`."""
+        return self.masked.sum(dim=1) if self.num_masks is None else self.num_masks
 
     def take(self, rows: slice | np.ndarray, width: int) -> View:
         """The view of some rows (a slice, or [n] int64), cut to `width` columns."""

@@ -91,7 +91,7 @@ class Dream(Strategy):
         if self.params.alg == "origin":
             commit = view.masked & (given(view.uniform, "uniform") < share[:, None])
         else:
-            masks = view.masked.sum(dim=1)
+            masks = view.masks_to_divide()
             count = (masks.float() * share).long()
             score = self._score(view, row_params["alg_temp"][:, None].double())
             commit = top_masked(view, score, count)

@@ -215,7 +215,7 @@ class _Planner:
         slots_np = batch.idx_mapping_np[deciding].astype(np.int64)
         start, end = self._starts[deciding, None], self._ends[deciding, None]
         block_start = host.block_start[slots_np]
-        canvas_end = _canvas_ends(host, defaults, slots_np, end[:, 0])
+        canvas_end = self._canvas_ends(slots_np, end[:, 0])
         # Rows that end before the block predict its first position.
         leads = end[:, 0] <= block_start
 
@@ -224,6 +224,7 @@ class _Planner:
         valid = positions < canvas_end[:, None]
         source = _predicting_rows(host, defaults, slots_np, positions, start, leads)
         readable = valid & (start <= source) & (source < end)
+        readable &= _writable(host, slots_np, valid)
         is_read = readable & _rows_to_read(host, slots_np, valid)
         # What the host has of these is not so any more: a row for each position.
         is_read[runs_ahead] = True
@@ -280,9 +281,30 @@ class _Planner:
             kv_lens, is_left = _keys_of_blocks(segments, self._seen)
             return kv_lens, is_left if defaults.attention == "causal" else None
         slots_np = self._batch.idx_mapping_np
-        canvas_end = _canvas_ends(host, defaults, slots_np, self._ends)
-        seen = np.minimum(self._ends + host.keys_behind[slots_np], canvas_end)
+        computed = host.note_computed(slots_np, self._ends)
+        seen = np.minimum(computed, self._canvas_ends(slots_np, self._ends))
         return seen[segments.request], None
+
+    def _canvas_ends(self, slots_np: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """[R]: where the canvases end in this forward.
+
+        Args:
+            ends: [R]: one past the last position computed for each request.
+        """
+        host, defaults = self._slots.host, self._facts.defaults
+        canvas_end = host.canvas_end[slots_np]
+        is_over = canvas_end <= host.block_start[slots_np]
+        if defaults.reuses_blocks:
+            # A strategy cut the canvas at a block's end, and the text goes on.
+            return np.where(is_over, host.text_end[slots_np], canvas_end)
+        # A canvas's first forward covers it, as wide as the scheduler has opened it.
+        opened = np.where(is_over, ends, canvas_end)
+        for number in (is_over & host.prunes[slots_np]).nonzero()[0]:
+            # Or a part of it: then it is as wide as canvases are.
+            slot = int(slots_np[number])
+            layout = self._slots.requests[slot].layout
+            opened[number] = layout.canvas_from(int(host.block_start[slot]))
+        return opened
 
     def block_rows(self, packed: list[torch.Tensor]) -> list[GroupRows]:
         """The groups' blocks.
@@ -388,21 +410,18 @@ def _predicting_rows(
     return np.where(is_own & (source < start), positions, source)
 
 
-def _canvas_ends(
-    host: HostSlots, defaults: ModelDefaults, slots_np: np.ndarray, ends: np.ndarray
-) -> np.ndarray:
-    """[R]: where the canvases end in this forward.
+def _writable(host: HostSlots, slots_np: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[R, B] bool: positions up to the last mask that the cache policy lets be written.
 
     Args:
-        ends: [R]: one past the last position computed for each request.
+        valid: [R, B] bool.
     """
-    canvas_end = host.canvas_end[slots_np]
-    is_over = canvas_end <= host.block_start[slots_np]
-    if defaults.reuses_blocks:
-        # A strategy cut the canvas at a block's end, and the text goes on.
-        return np.where(is_over, host.text_end[slots_np], canvas_end)
-    # A canvas's first forward covers it, as wide as the scheduler has opened it.
-    return np.where(is_over, ends, canvas_end)
+    most = host.writable[slots_np, None]
+    if (most >= valid.shape[1]).all():
+        return valid
+    masked = host.masked[slots_np, : valid.shape[1]] & valid
+    is_left: np.ndarray = masked.cumsum(axis=1) <= most
+    return is_left
 
 
 def _keys_of_blocks(

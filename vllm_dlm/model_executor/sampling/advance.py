@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vllm_dlm.config.cache import FAR
-from vllm_dlm.model_executor.layout import next_start, part_start
-from vllm_dlm.model_executor.reply import Reply, health, put_canvas_end
+from vllm_dlm.model_executor.layout import (
+    ALWAYS,
+    next_start,
+    part_start,
+    refreshes,
+)
+from vllm_dlm.model_executor.reply import Reply, health, put_end
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
@@ -48,11 +53,13 @@ class Progress(NamedTuple):
     frontier: torch.Tensor
     """First position that is not final. In a replay, more is final than `final` says:
     what was emitted before."""
-    before: torch.Tensor
-    """`frontier` before the step."""
     block_start: torch.Tensor
     step: torch.Tensor
     """Denoise steps that the active block has had."""
+    is_first: torch.Tensor
+    """[R] bool: the active block is its request's first."""
+    phase: torch.Tensor
+    """See `layout.refreshes`."""
 
 
 class Advance:
@@ -108,16 +115,25 @@ class Advance:
         canvas: Canvas,
         blocks: Blocks,
         reply: Reply,
+        *,
+        counts_masks: bool,
     ) -> None:
         """Go on in the blocks or to the next ones, and emit what became final.
 
         Args:
             canvas: as `write_canvas` has left it.
+            counts_masks: what the requests' cache policy says of itself.
             reply: to runner and scheduler; the requests' rows are written.
         """
         table, slots = self.slots, blocks.slots
         progress = self._progress(measured, decision, canvas, blocks)
-        emitted = self._emit(progress, canvas, measured.broken, blocks, reply)
+        masks_end = None
+        if counts_masks:
+            progress = progress._replace(phase=self._phase(progress, canvas, blocks))
+            masks_end = self._masks_end(progress, canvas, blocks)
+        emitted = self._emit(
+            progress, canvas, measured.broken, blocks, reply, masks_end
+        )
         block_masks = measured.block_masks
         if block_masks is None:
             block_masks = blocks.requests.block_masks
@@ -129,6 +145,7 @@ class Advance:
                 progress.step,
                 block_masks,
                 progress.frontier,
+                progress.phase,
             ],
             dim=1,
         )
@@ -152,14 +169,22 @@ class Advance:
         waits = blocks.requests.may_rewrite | decision.hold | self._lacks_lead(blocks)
         # A lead is emitted at once: by it a replay knows that it was decided.
         final = torch.where(waits & ~done & ~blocks.leads, begin, final)
-        before = blocks.requests.frontier
-        return Progress(
-            final,
-            torch.maximum(before, final),
-            before,
-            block_start=torch.where(done, end, begin),
-            step=torch.where(done, 0, measured.view.step + decision.steps()),
-        )
+        frontier = torch.maximum(blocks.requests.frontier, final)
+        block_start = torch.where(done, end, begin)
+        step = torch.where(done, 0, measured.view.step + decision.steps())
+        is_first = block_start <= blocks.requests.prompt_len
+        phase = blocks.requests.phase
+        return Progress(final, frontier, block_start, step, is_first, phase)
+
+    def _phase(
+        self, progress: Progress, canvas: Canvas, blocks: Blocks
+    ) -> torch.Tensor:
+        """[R] int64: what `layout.refreshes` calls so, for each next forward."""
+        reach, step = blocks.requests.reach, progress.step
+        cut = (reach.ends_early != 0) & (canvas.end < blocks.canvas_end)
+        phase = torch.where(cut, ALWAYS, progress.phase)
+        begins = (phase >= 0) & refreshes(reach, step, progress.is_first, 0)
+        return torch.where((step == 0) | begins, progress.frontier, phase)
 
     def _lacks_lead(self, blocks: Blocks) -> torch.Tensor:
         """[R] bool: blocks whose lead was the mask id (`reference_exact`).
@@ -182,8 +207,12 @@ class Advance:
         broken: torch.Tensor,
         blocks: Blocks,
         reply: Reply,
+        masks_end: torch.Tensor | None,
     ) -> torch.Tensor:
         """Hand tokens that became final to the scheduler, then where the canvas ends.
+
+        Args:
+            masks_end: [R] int64: where the next rows end, if they end with masks.
 
         Returns:
             [R] int64: output tokens handed over so far.
@@ -196,7 +225,7 @@ class Advance:
         first = prompt_len + old - blocks.positions[:, 0]
         places = torch.arange(blocks.width + 1, device=slots.device)
         source = (first[:, None] + places).clamp(0, blocks.width - 1)
-        tokens, counts = put_canvas_end(
+        tokens, counts = put_end(
             canvas.tokens.gather(1, source),
             new - old,
             canvas.end,
@@ -204,6 +233,10 @@ class Advance:
             # number into its row of token ids, which may end with the canvas.
             says_end=prompt_len + new < blocks.canvas_end,
         )
+        if masks_end is not None:
+            says = (blocks.requests.reach.follows != 0) & (progress.step > 0)
+            says &= (masks_end < canvas.end) & (prompt_len + new + 1 < canvas.end)
+            tokens, counts = put_end(tokens, counts, masks_end, says)
         start = self._next_start(progress, prompt_len, blocks)
         # Nothing of a block that begins is written yet.
         begins = progress.block_start != blocks.positions[:, 0]
@@ -249,6 +282,24 @@ class Advance:
             frontier = torch.maximum(progress.frontier, prompt_len)
             start = part_start(reach, decided, torch.where(is_whole, decided, frontier))
         else:
-            is_first = block_start <= prompt_len
-            start = next_start(reach, step, is_first, block_start, progress.before)
+            start = next_start(
+                reach, step, progress.is_first, block_start, progress.phase
+            )
         return start
+
+    def _masks_end(
+        self, progress: Progress, canvas: Canvas, blocks: Blocks
+    ) -> torch.Tensor:
+        """[R] int64: where the rows of each next forward end, if the block goes on.
+
+        Of policies whose rows reach to a mask of a certain number (`Reach.follows`),
+        for the scheduler, which does not know the masks. What lies right of the block
+        is masked.
+        """
+        reach = blocks.requests.reach
+        is_refresh = refreshes(reach, progress.step, progress.is_first, progress.phase)
+        most = torch.where(is_refresh, reach.refresh_right, reach.right)
+        numbers = canvas.open.cumsum(dim=1)
+        before = (canvas.exists & (numbers < most[:, None])).sum(dim=1)
+        missing = (most - numbers[:, -1]).clamp(min=1)
+        return torch.minimum(blocks.positions[:, 0] + before + missing, canvas.end)

@@ -1,31 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The opening of a block, as Fast-dLLM's code decodes Dream with its caches.
+"""The opening of a block, as published code decodes Dream with caches.
 
 Where a position is predicted by the row to its left, a block's first token comes from a
-row outside of it. That loop computes this row in the block's first forward alone, which
-refreshes the keys: it writes the first token from it, however sure, and nothing else.
-What the strategy has for the block's step 0 is not written; it goes on with step 1.
-A strategy that drafts (FreeDave, arXiv 2510.00294) has all other masks drafted then.
-Source: NVlabs/Fast-dLLM's code for Dream (arXiv 2505.22618); with `reference_exact`.
+row outside of it. That code computes this row in the forwards alone that refresh the
+keys, of which a block has one or more: such a step writes the first mask from it,
+however sure, and nothing else. What the strategy has for the step is not written; it
+goes on with the next. A strategy that drafts (FreeDave, arXiv 2510.00294) has all
+other masks drafted then. Sources: the code for Dream of Fast-dLLM (arXiv 2505.22618)
+and of Window-Diffusion (2601.20332); with `reference_exact`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_dlm.model_executor.layout import refreshes
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision, View, best_of, ranks
 
+if TYPE_CHECKING:
+    from vllm_dlm.model_executor.columns import Requests
 
-def opened(view: View, decision: Decision, opens_alone: torch.Tensor) -> Decision:
+
+def opened(view: View, decision: Decision, requests: Requests) -> Decision:
     """The decision, but for blocks that this step opens: their first mask alone.
 
     Args:
         view: what was decided on.
-        opens_alone: [R] bool: requests whose blocks are opened so.
+        requests: of the view.
     """
-    opens = (opens_alone & (view.step == 0))[:, None]
+    is_first = requests.block_start <= requests.prompt_len
+    is_refresh = refreshes(requests.reach, view.step, is_first, requests.phase)
+    opens = (requests.opens_alone & is_refresh)[:, None]
     places = torch.arange(view.masked.shape[1], device=view.masked.device)
     first = best_of(view.masked, -places.expand_as(view.masked))
 

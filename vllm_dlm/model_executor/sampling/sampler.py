@@ -235,7 +235,7 @@ class DenoisingSampler:
             written = torch.where(unknown, -1, canvas.tokens)
             for observer in watching:
                 observer.after_step(view, decision, written, rows)
-        self.advance.move_on(measured, decision, canvas, blocks, reply)
+        function.move_on(measured, decision, canvas, blocks, reply)
 
     def _rehearse(self, hidden: torch.Tensor) -> None:
         """Compute a full tile, while vLLM measures how much memory a step takes."""

@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from vllm import envs
 from vllm.logger import init_logger
 
+from vllm_dlm.config.cache import POLICIES
 from vllm_dlm.model_executor.planning.block_rows import NOT_VALID, Blocks, pack
 from vllm_dlm.model_executor.planning.guesses import Settled, settle
 from vllm_dlm.model_executor.reply import Reply
@@ -37,6 +38,7 @@ from vllm_dlm.model_executor.sampling.opening import opened
 from vllm_dlm.model_executor.sampling.views import Extras, Measured
 
 if TYPE_CHECKING:
+    from vllm_dlm.config.cache import Cache
     from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.sampling.advance import Advance, Canvas
     from vllm_dlm.model_executor.sampling.choice import Choice
@@ -113,7 +115,7 @@ class StepFunction:
         decision = group.strategy.select(view, group.row_params(table, blocks.slots))
         group.remember(seats, {**state, **(decision.state or {})}, blocks.leads)
         if asked.opening:
-            decision = opened(view, decision, blocks.requests.opens_alone)
+            decision = opened(view, decision, blocks.requests)
         held = self.safety.hold_to_rules(view, decision, blocks)
         if asked.growth:
             held = self.safety.grow(view, held, blocks)
@@ -141,7 +143,22 @@ class StepFunction:
         blocks = Blocks.unpacked(packed, self.slots)
         measured, decision = self.decide(blocks, choice, NO_EXTRAS, EVERYTHING)
         decision, canvas = self.write(measured, decision, blocks, EVERYTHING)
-        self.advance.move_on(measured, decision, canvas, blocks, reply)
+        self.move_on(measured, decision, canvas, blocks, reply)
+
+    def move_on(
+        self,
+        measured: Measured,
+        decision: SafeDecision,
+        canvas: Canvas,
+        blocks: Blocks,
+        reply: Reply,
+    ) -> None:
+        """Go on in the blocks or to the next ones: the end of a step."""
+        cache = cast("Cache", self.group.strategy.context.cache)
+        counts = POLICIES[cache].counts_masks
+        self.advance.move_on(
+            measured, decision, canvas, blocks, reply, counts_masks=counts
+        )
 
     def settle(self, packed: torch.Tensor) -> Settled:
         """Complete the plan of the group's requests that run ahead (`guesses.py`).

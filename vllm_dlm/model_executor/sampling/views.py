@@ -77,10 +77,13 @@ class Views:
         masks = table.masks(blocks)
         decided = blocks.valid & ~masks & (output_positions >= 0)
         step = requests.step
-        masked = self._open(masks, blocks) & blocks.readable
+        open_ = self._open(masks, blocks)
+        masked = open_ & blocks.readable
+        # A schedule divides masks that a cache policy leaves for later steps, too.
+        shared = masked if self.facts.defaults.reuses_blocks else open_
         written = output_positions[:, 0].clamp(min=0) + decided.sum(dim=1)
         longest = requests.text_end - requests.prompt_len
-        block_masks = self._block_masks(masked, requests)
+        block_masks = self._block_masks(shared, requests)
 
         chosen = choice.at(blocks, other="other" in needs)
         tokens = table.tokens[blocks.slots[:, None], blocks.places].long()
@@ -97,7 +100,7 @@ class Views:
             confidence=chosen.confidence,
             is_eos=self.candidates.is_stop(candidate, blocks),
             step=step,
-            scheduled=self._scheduled(masked, block_masks, requests),
+            scheduled=self._scheduled(shared, block_masks, requests),
             steps=requests.steps_per_block,
             progress=written / longest,
             state=state,
@@ -107,6 +110,7 @@ class Views:
             other=chosen.other if "other" in needs else None,
             probabilities=extras.probabilities,
             branches=extras.branches,
+            num_masks=shared.sum(dim=1),
         )
         return Measured(view, block_masks, chosen.broken.any(dim=1))
 

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_dlm.config.cache import FAR
+from vllm_dlm.config.carried import CANVAS_END
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import Stages, one_at_a_time
 from vllm_dlm.model_executor.ahead import ends_by_count
 from vllm_dlm.model_executor.layout import (
+    ALWAYS,
     Limits,
     RequestLayout,
     Rows,
@@ -29,7 +32,7 @@ from vllm_dlm.model_executor.layout import (
     plan_rows,
     scheduled_steps,
 )
-from vllm_dlm.model_executor.reply import take_canvas_end
+from vllm_dlm.model_executor.reply import take_ends
 from vllm_dlm.model_executor.step_maps import StepCount
 
 if TYPE_CHECKING:
@@ -90,6 +93,11 @@ class CanvasRequest(Request):
     frontiers: list[int]
     """How many tokens there were before the active block's first step, and after each
     step of it. Kept at a preemption: a replay computes the same rows again."""
+    masks_ends: list[int | None]
+    """Beside them, where the worker says that the next step's rows end; None for the
+    canvas's end."""
+    said_end: int | None
+    """What the worker has said of that with the last step."""
     kv_final: int
     """Leading positions whose KV never changes again; 0 with full attention."""
     refreshed_block: int
@@ -176,7 +184,7 @@ class CanvasRequest(Request):
         request._lay_out()
         request.open_canvas()
         request.steps = StepCount()
-        request.frontiers = [request.layout.first_block]
+        request._note_block(request.layout.first_block)
         request.last_step = -1
         request.in_flight = deque()
         request.allotted = request.branch_rows = 0
@@ -243,6 +251,13 @@ class CanvasRequest(Request):
         self.canvas_end = self.block_canvas_end
         self._lay_out()
         self._begin()
+        if self.layout.reach.refresh_right < FAR:
+            # The worker sees no forward that would show it the canvas whole.
+            params = self.sampling_params
+            params.extra_args = {
+                **(params.extra_args or {}),
+                CANVAS_END: self.canvas_end,
+            }
 
     def _lay_out(self) -> None:
         """Lay the request out with the tokens that it has by now."""
@@ -263,7 +278,7 @@ class CanvasRequest(Request):
         self.steps.enter(first_block)
         self.steps.in_block, self.steps.joined = self.layout.first_step, 0
         if self.frontiers[0] != first_block:
-            self.frontiers = [first_block]
+            self._note_block(first_block)
         self.kv_final = 0
         self.rows_end = self.next_rows().end
 
@@ -273,14 +288,16 @@ class CanvasRequest(Request):
         """Rows that the request's next forward computes, of one canvas."""
         block, length = self.block_start, self.layout.block_length
         if self.layout.is_full:
-            step = self.step
+            reach, step = self.layout.reach, self.step
+            is_cut = reach.ends_early and self.canvas_end < self.block_canvas_end
             return plan_rows(
-                self.layout.reach,
+                reach,
                 step=step,
                 is_first_block=block <= self.num_prompt_tokens,
                 block_start=block,
                 block_length=length,
-                frontiers=(self.frontiers[max(step - 1, 0)], self.frontiers[step]),
+                phase=ALWAYS if is_cut else self._last_refresh(step),
+                masks_end=self.masks_ends[step],
                 canvas_end=self.canvas_end,
             )
         is_new = self.step == 0 and len(self._all_token_ids) == block
@@ -465,7 +482,7 @@ class CanvasRequest(Request):
             tokens: the request's tokens of the worker's reply, changed in place: what
                 is left of them is text, to be appended.
         """
-        canvas_end = take_canvas_end(tokens)
+        canvas_end, self.said_end = take_ends(tokens)
         if canvas_end is not None:
             if self.layout.growth.expansion and canvas_end > self.canvas_end:
                 # The forward wrote nothing: the block begins anew.
@@ -504,9 +521,19 @@ class CanvasRequest(Request):
     def note_frontier(self) -> None:
         """Note how far the text has come, for a replay of the active block."""
         if self.frontiers[0] != self.block_start:
-            self.frontiers = [self.block_start]
+            self._note_block(self.block_start)
         elif self.step == len(self.frontiers):
             self.frontiers.append(len(self._all_token_ids))
+            self.masks_ends.append(self.said_end)
+
+    def _note_block(self, start: int) -> None:
+        """Note that a block begins."""
+        self.frontiers, self.masks_ends = [start], [None]
+
+    def _last_refresh(self, step: int) -> int:
+        """The frontier before the last refresh of the block, if the steps count out
+        when refreshes are."""
+        return self.frontiers[step - step % self.layout.reach.refresh_every]
 
     def was_cut(self) -> bool:
         """Whether the text ends here because the strategy has cut the canvas here.
