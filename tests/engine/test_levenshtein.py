@@ -142,3 +142,23 @@ def test_drawn_restricted_and_observed(served: tuple[Engine, TinyModel]):
         for prompt, one in zip(prompts, sampling, strict=True)
     ]
     assert alone == together
+
+
+@pytest.mark.slow
+def test_lost_pages(engines: Callable[..., Engine], tmp_path_factory: Any):
+    """A request that loses its pages replays its block, edits and all."""
+    folder = tmp_path_factory.mktemp("model") / "LLaDA2.2-mini"
+    write_checkpoint("llada2_2", folder, seed=2, **EDITS)
+    engine = engines(
+        model=str(folder), max_num_batched_tokens=64, num_gpu_blocks_override=13
+    )
+    cases = [
+        Case(make_prompt(length), 60, RULES[length % 3], stops=False)
+        for length in (9, 64, 71, 95, 96, 100, 130, 150)
+    ]
+    alone = [engine.run([case.prompt], [case.params()])[0] for case in cases]
+    outputs, _ = engine.run_short_of_pages(
+        [case.prompt for case in cases], [case.params() for case in cases]
+    )
+    got = [list(output.outputs[0].token_ids) for output in outputs]
+    assert got == [one.tokens for one in alone]
