@@ -180,8 +180,8 @@ def test_an_unknown_preset_is_told_the_known_ones(request_of: Any, wrong: Any):
 
 
 def test_where_there_are_no_presets_the_name_is_unknown():
-    assert not STRATEGIES["threshold"].Params.presets
-    assert "unknown option" in refuse("threshold", "preset", "paper")
+    assert not STRATEGIES["factor"].Params.presets
+    assert "unknown option" in refuse("factor", "preset", "paper")
 
 
 @pytest.mark.parametrize("name", OURS)
