@@ -62,7 +62,11 @@ class Table:
             )
             self.layouts.append(layout)
             of: Any = SimpleNamespace(
-                id=str(slot), config=config, layout=layout, runs_ahead=False
+                id=str(slot),
+                config=config,
+                layout=layout,
+                runs_ahead=False,
+                canvas_end=0,
             )
             self.slots.admit(slot, of, [5] * prompt_len)
         self.slots.write_staged()

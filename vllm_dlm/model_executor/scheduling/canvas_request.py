@@ -186,7 +186,7 @@ class CanvasRequest(Request):
         request.steps = StepCount()
         request._note_block(request.layout.first_block)
         request.last_step = -1
-        request.in_flight = deque()
+        request.in_flight, request.said_end = deque(), None
         request.allotted = request.branch_rows = 0
         request._begin()
         return request
