@@ -19,6 +19,11 @@ from engine.test_counts import counting
 from reference.cached_procedures import ALL_CACHES
 from reference.llada import TinyLLaDA
 
+CACHES = [
+    cache if cache in ("none", "dual") else pytest.param(cache, marks=pytest.mark.slow)
+    for cache in ALL_CACHES
+]
+
 LENGTHS = range(1, 25)
 
 
@@ -107,7 +112,7 @@ class Counting:
         return self.model.forward(ids, positions, store)
 
 
-@pytest.mark.parametrize("cache", ALL_CACHES)
+@pytest.mark.parametrize("cache", CACHES)
 def test_what_is_dropped_is_not_computed(engine: Engine, oracle: TinyLLaDA, cache: str):
     """Rows, and rows through lm_head, of every forward of a canvas that shrinks.
 

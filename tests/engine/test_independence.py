@@ -128,9 +128,7 @@ def test_preempted_at_any_step(engine: Engine, solo: Tokens):
     assert got == dict(enumerate(solo))
 
 
-@pytest.mark.parametrize(
-    "rule", ["learn2pd/token", "learn2pd/block", "learn2pd/canvas"]
-)
+@pytest.mark.parametrize("rule", ["learn2pd/token", "learn2pd/block"])
 @pytest.mark.parametrize("cache", ALL_CACHES)
 def test_preempted_after_its_canvas_was_cut(engine: Engine, rule: str, cache: str):
     """The block is replayed with the canvas that it began with."""
