@@ -29,7 +29,6 @@ from vllm_dlm.tasks.problems import Problem, sample_problems
 ROOT = Path(__file__).resolve().parents[1]
 REQUESTS_AT_A_TIME = 16
 LONGEST_PROMPT = 128
-BLOCK = 32
 BEGIN, END = "<!-- ends -->", "<!-- end of ends -->"
 """Lines of the document between which this command writes."""
 
@@ -118,7 +117,7 @@ def main() -> int:
             served = evaluate_served(
                 llm,
                 problems,
-                {"block_length": BLOCK, **setting.options},
+                {"block_length": args.block_length, **setting.options},
                 max_tokens=args.canvas,
                 progress=False,
             )
@@ -129,7 +128,7 @@ def main() -> int:
             facts = [asdict(row) for row in rows]
             args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         llm.llm_engine.engine_core.shutdown()
-    _write(args.document, _table(rows, args.canvas))
+    _write(args.document, _table(rows, args.canvas, args.block_length))
     print(f"{len(rows)} rows -> {args.document}, {args.json}")
     return 0
 
@@ -161,6 +160,13 @@ def _arguments() -> argparse.Namespace:
         type=int,
         default=1024,
         help="positions of a canvas, and most tokens of an answer (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        default=32,
+        help="positions of a block; in shorter ones answers take several (default: "
         "%(default)s)",
     )
     parser.add_argument(
@@ -201,7 +207,7 @@ def _write(path: Path, table: str) -> None:
     path.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{reading}", encoding="utf-8")
 
 
-def _table(rows: list[Row], canvas: int) -> str:
+def _table(rows: list[Row], canvas: int, block: int) -> str:
     """The rows; the first is what the others are compared with."""
     import vllm
 
@@ -209,7 +215,7 @@ def _table(rows: list[Row], canvas: int) -> str:
     first = rows[0]
     about = f"""\
 Measured by `{command}` on {hardware()}, vLLM {vllm.__version__}, bfloat16: the built-in
-llada-tiny, {first.problems} held-out problems, greedy, canvas {canvas}, block {BLOCK}.
+llada-tiny, {first.problems} held-out problems, greedy, canvas {canvas}, block {block}.
 Rows are positions that go through the network, prompts included. The first row is
 computed: each of the {canvas} forwards of the published loop has all rows."""
     lines = [
