@@ -31,8 +31,10 @@ def extremes(name: str) -> list[dict[str, Any]]:
         if field.annotation is bool:
             choices += [{parameter: False}, {parameter: True}]
         elif parameter not in numeric_fields(STRATEGIES[name].Params):
-            choices += [{parameter: choice} for choice in get_args(field.annotation)]
-            continue
+            # Words, or a number that may be left out.
+            parts = get_args(field.annotation)
+            words = [word for part in parts for word in (get_args(part) or (part,))]
+            choices += [{parameter: word} for word in words if isinstance(word, str)]
         for limit in field.metadata:
             for attribute, side, step in (
                 *(("ge", 0, 0), ("gt", 0, 1e-6)),
