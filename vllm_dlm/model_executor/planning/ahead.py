@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows right of the active blocks whose logits are read: there a text may end.
 
-The option `eotp=canvas` asks for them (`sampling/eotp.py`). They are rows that the
-forward computes in any case, so that how far a request looks follows from its cache
-policy: to the end of its canvas, where all of it is computed.
+The option `eotp=canvas` asks for them (`sampling/eotp.py`), and a canvas that may grow
+(`sampling/growth.py`). They are rows that the forward computes in any case, so that how
+far a request looks follows from its cache policy: to the end of its canvas, where all
+of it is computed.
 """
 
 from __future__ import annotations
