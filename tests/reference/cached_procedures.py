@@ -92,7 +92,7 @@ def step_span(
 
     refresh = always or step % options["refresh_every"] == 0
     first = 0 if refresh else phase - shift
-    stop = up_to_mask(external if refresh else active)
+    stop = up_to_mask(external if refresh else min(active, max(len(masks), 1)))
     writable = up_to_mask(active)
     if whole_block:
         first = 0 if refresh else start - shift

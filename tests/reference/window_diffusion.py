@@ -72,7 +72,7 @@ def generate_windows(
         candidates = masks[:active]
         if refresh:
             first = masks[0]
-            seen = masks[:external][-1] + 1
+            seen = masks[external - 1] + 1 if external <= len(masks) else len(row)
             span = (0, seen)
         else:
             span = (first, candidates[-1] + 1)

@@ -300,6 +300,10 @@ class Advance:
         is_refresh = refreshes(reach, progress.step, progress.is_first, progress.phase)
         most = torch.where(is_refresh, reach.refresh_right, reach.right)
         numbers = canvas.open.cumsum(dim=1)
+        # Behind the canvas's last mask, only a refresh computes what is written.
+        block_end = blocks.positions[:, 0] + canvas.exists.sum(dim=1)
+        is_last = (block_end >= canvas.end) & ~is_refresh
+        most = torch.where(is_last, torch.minimum(most, numbers[:, -1]), most)
         before = (canvas.exists & (numbers < most[:, None])).sum(dim=1)
         missing = (most - numbers[:, -1]).clamp(min=1)
         return torch.minimum(blocks.positions[:, 0] + before + missing, canvas.end)
