@@ -332,7 +332,9 @@ def generate(
                         if p < end and c >= float32(eot_threshold)
                     ]
                     cut = min(sure) + 1 if sure else cut
-                if eotp in ("block", "canvas") and cut < len(row):
+                # An end that may be rewritten keeps the block whole.
+                keeps = eotp == "written" and rule.rewrites
+                if (keeps or eotp in ("block", "canvas")) and cut < len(row):
                     cut = end
                 elif eotp == "canvas":
                     far = [
