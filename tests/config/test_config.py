@@ -157,6 +157,26 @@ def test_a_model_has_parameters_for_further_strategies():
     assert resolve(base, {"dlm_drafts": 2}, published).params.drafts == 2
 
 
+def test_who_may_look_ahead():
+    """Whole blocks behind the active one, unless something looks at each step."""
+    blocks = ModelDefaults("threshold", 4, 9, attention="block")
+    asked = {"dlm_strategy": "freedave", "dlm_eager": True, "dlm_drafts": 6}
+
+    def window(**more) -> int:
+        return resolve(server(), asked | more, blocks).sized(20, 64).window
+
+    assert window() == 4 + 8
+    assert window(dlm_drafts=4) == 4 + 4
+    assert window(dlm_eager=False) == 4
+    assert window(dlm_step_map=True) == window(dlm_eotp="block") == 4
+    assert window(dlm_reference_exact=True) == 4
+    logged = server(record_traces=True)
+    assert resolve(logged, asked, blocks).window == 4
+    refused(lambda: resolve(server(), asked, DEFAULTS), "has full attention", "eager")
+    leads = replace(blocks, leads=True)
+    refused(lambda: resolve(server(), asked, leads), "first token of a block alone")
+
+
 def test_the_default_strategy_takes_the_servers_parameters():
     base = server(strategy_config={"threshold": 0.7})
     assert resolve(base, None, DEFAULTS).params.threshold == 0.7

@@ -21,6 +21,7 @@ from engine.freedave_cases import (
     compare,
     forwards,
     one_by_one,
+    room_in,
     run,
     serving,
     static,
@@ -81,17 +82,6 @@ def test_with_a_shift_and_keys_that_stay(
     compare(
         engines(model=str(dream_folder)), [replace(one, exact=exact) for one in sample]
     )
-
-
-def room_in(engine: Engine) -> Callable[[int, int, int], int]:
-    """Canvases that the context has room for, by rows [start, end) and keys."""
-    page = engine.scheduler.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    most = engine.scheduler.max_model_len // page
-
-    def room(start: int, end: int, length: int) -> int:
-        return 1 + (most - -(-length // page)) // (-(-end // page) - start // page)
-
-    return room
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
@@ -263,3 +253,8 @@ def test_caches_that_count_forwards_are_refused(engine: Engine, cache: str):
     sampling = Asked((1, 2), cache=cache).by("freedave")
     with pytest.raises(VLLMValidationError, match="set cache to 'none' or 'prefix' or"):
         engine.run([[1, 2]], sampling)
+
+
+def test_eager_is_refused_with_full_attention(engine: Engine):
+    with pytest.raises(VLLMValidationError, match="full attention, where a full block"):
+        run(engine, [Asked((1, 2), eager=True)], Asked.drafted)

@@ -128,3 +128,12 @@ def test_the_last_segment_of_each_request_is_known():
     assert segments.request.tolist() == [0, 0, 1, 2]
     assert segments.query_start_loc.tolist() == [0, 8, 12, 28, 32]
     assert segments.is_last.tolist() == [False, True, True, True]
+
+
+def test_branches_repeat_all_segments_of_their_request():
+    """A request that looks ahead computes finished text and several blocks."""
+    segments = cut("block", Asked(4, 16, 0), Asked(8, 10, 0)).repeated(np.array([2, 1]))
+    assert segments.request.tolist() == [0] * 6 + [1]
+    assert segments.query_start_loc.tolist() == [0, 4, 8, 12, 16, 20, 24, 26]
+    assert segments.kv_lens.tolist() == [8, 12, 16, 8, 12, 16, 10]
+    assert segments.is_last.tolist() == [False, False, True] * 2 + [True]

@@ -34,12 +34,14 @@ def step_of(masked: list[int], confidence: list[float], threshold: float) -> lis
     return sure or [max(masked, key=lambda i: (confidence[i], -i))]
 
 
+def places_of(flags: torch.Tensor) -> list[list[int]]:
+    """Of each row of flags [K, B], where they are set."""
+    return [[i for i, flag in enumerate(row) if flag] for row in flags.tolist()]
+
+
 def made_by_hand(branches: Branches, row: int, threshold: float) -> Made:
     """What `FreeDave.select` should do with a row."""
-    masked = [
-        [i for i, flag in enumerate(flags) if flag]
-        for flags in branches.masked[row].tolist()
-    ]
+    masked = places_of(branches.masked[row])
     confidence = branches.confidence[row].tolist()
     candidate = branches.candidate[row].tolist()
     rank, tokens = branches.rank[row].tolist(), branches.tokens[row].tolist()
@@ -58,7 +60,11 @@ def made_by_hand(branches: Branches, row: int, threshold: float) -> Made:
         best = after
     writes |= {i: (candidate[best][i], best) for i in step}
     left = [i for i in masked[best] if i not in step]
-    left.sort(key=lambda i: (-confidence[best][i], i))
+    part = [0] * len(rank)
+    if branches.later is not None and branches.part is not None:
+        left += places_of(branches.later[row])[best]
+        part = branches.part[row].tolist()
+    left.sort(key=lambda i: (part[i], -confidence[best][i], i))
     return Made(writes, [(i, candidate[best][i]) for i in left])
 
 
@@ -77,28 +83,49 @@ def made(decision: Decision, row: int) -> Made:
     )
 
 
+def open_part(masked: list[int], part: int) -> list[int]:
+    """The masks that may be written: of parts of this length, those of the first."""
+    return [i for i in masked if i // part == min(masked) // part]
+
+
 def evaluate(
-    model: Model, canvas: Canvas, drafts: list[tuple[int, int]], count: int
+    model: Model,
+    canvas: Canvas,
+    drafts: list[tuple[int, int]],
+    count: int,
+    part: int | None = None,
 ) -> Branches:
-    """What an engine makes of a canvas and its drafts, `count` branches; one row."""
+    """What an engine makes of a canvas and its drafts, `count` branches; one row.
+
+    Args:
+        part: length of the canvas's parts, which are all drafted; None for one part.
+    """
     width = len(canvas)
     tokens, rank = [0] * width, [NOT_DRAFTED] * width
     for place, (i, token) in enumerate(drafts):
         tokens[i], rank[i] = token, place
-    stacked: list[list[list]] = [[], [], []]
+    stacked: list[list[list]] = [[], [], [], []]
     for branch in range(count):
         filled = tuple(
             tokens[i] if rank[i] < branch else canvas[i] for i in range(width)
         )
         candidate, confidence = model(filled)
-        masked = [token is None for token in filled]
-        for column, values in zip(
-            stacked, (masked, candidate, confidence), strict=True
-        ):
-            column.append(values)
-    masked, candidate, confidence = (torch.tensor([part]) for part in stacked)
+        masks = [i for i, token in enumerate(filled) if token is None]
+        now = open_part(masks, part or width)
+        masked = [i in now for i in range(width)]
+        later = [i in masks and i not in now for i in range(width)]
+        values = masked, candidate, confidence, later
+        for column, own in zip(stacked, values, strict=True):
+            column.append(own)
+    masked, candidate, confidence, later = (torch.tensor([one]) for one in stacked)
     return Branches(
-        torch.tensor([tokens]), torch.tensor([rank]), masked, candidate, confidence
+        torch.tensor([tokens]),
+        torch.tensor([rank]),
+        masked,
+        candidate,
+        confidence,
+        later if part else None,
+        torch.arange(width)[None] // part if part else None,
     )
 
 
@@ -118,10 +145,12 @@ def decode(
     strategy: FreeDave,
     room: Callable[[], int] = lambda: 16,
     steps: list[int | None] | None = None,
+    part: int | None = None,
 ) -> tuple[Canvas, int]:
     """Decode one block; its tokens, and the forwards it took.
 
     Args:
+        part: as of `evaluate`.
         room: how many branches the engine makes at most, asked before each forward.
         steps: takes the step that each token is said to be written in.
     """
@@ -131,7 +160,7 @@ def decode(
     forwards = 0
     while None in canvas:
         count = min(len(drafts) + 1, strategy.params.drafts, room())
-        branches = evaluate(model, canvas, drafts, count)
+        branches = evaluate(model, canvas, drafts, count, part)
         decision = select(strategy, view_of(branches))
         writes, drafts = made(decision, 0)
         assert writes and decision.step_ahead is not None
@@ -146,13 +175,16 @@ def decode(
     return canvas, forwards
 
 
-def followed(model: Model, width: int, threshold: float) -> tuple[Canvas, int]:
-    """The procedure that is followed: a step per forward."""
+def followed(
+    model: Model, width: int, threshold: float, part: int | None = None
+) -> tuple[Canvas, int]:
+    """The procedure that is followed: a step per forward, part after part."""
     canvas: Canvas = (None,) * width
     forwards = 0
     while None in canvas:
         candidate, confidence = model(canvas)
         masked = [i for i, token in enumerate(canvas) if token is None]
+        masked = open_part(masked, part or width)
         step = step_of(masked, confidence, threshold)
         canvas = tuple(
             candidate[i] if i in step else token for i, token in enumerate(canvas)

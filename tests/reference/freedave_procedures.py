@@ -12,7 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 
 from reference.cached_procedures import leading, step_span
-from reference.network import TinyModel
+from reference.network import TinyModel, block_causal
 from reference.procedures import ReferenceResult, row_statistics
 
 Predicted = dict[int, tuple[int, float]]
@@ -142,3 +142,88 @@ def freedave(
             forwards += 1
     first = len(prompt_ids)
     return ReferenceResult(row[first:], forwards, set_at[first:])
+
+
+def freedave_blocks(
+    model: TinyModel,
+    prompt_ids: list[int],
+    *,
+    max_tokens: int,
+    block_length: int,
+    drafts: int,
+    eager: bool,
+    origin: str = "start",
+    max_model_len: int,
+    eos_ids: frozenset[int] = frozenset(),
+    room: Callable[[int, int, int], int] = lambda start, end, length: 16,
+) -> ReferenceResult:
+    """Decode one request block after block; `forwards` are those up to its last token.
+
+    Args:
+        eager: draft the blocks to come too, as many as the drafts may reach, and go on
+            in them where the active block is full.
+        origin: as of `generate_blocks`.
+        max_model_len: no position from here on exists.
+        eos_ids: end the text.
+        room: as of `freedave`; rows begin with what is not final yet.
+    """
+    mask_id, prompt_end = model.mask_id, len(prompt_ids)
+    border = prompt_end % block_length if origin == "prompt" else 0
+    blocks = -(-(prompt_end + max_tokens - border) // block_length)
+    limit = min(border + blocks * block_length, max_model_len)
+    row = list(prompt_ids) + [mask_id] * (limit - prompt_end)
+    set_at = [-1] * limit
+    forwards, computed = 0, 0
+    planned: list[tuple[int, int]] = []
+
+    def block_of(position: int) -> int:
+        return (position - border) // block_length
+
+    def result() -> ReferenceResult | None:
+        for p in range(prompt_end, min(prompt_end + max_tokens, limit)):
+            if row[p] == mask_id:
+                return None
+            if row[p] in eos_ids:
+                break
+        return ReferenceResult(
+            row[prompt_end : p + 1], forwards, set_at[prompt_end : p + 1]
+        )
+
+    while (done := result()) is None:
+        first = border + block_of(row.index(mask_id, prompt_end)) * block_length
+        ahead = -(-drafts // block_length) if eager else 0
+        stop = min(first + (1 + ahead) * block_length, limit)
+
+        def evaluate(canvas: list[int], stop: int = stop) -> Predicted:
+            visible = block_causal(stop, block_length, border)
+            logits = model.forward(canvas[:stop], visible=visible)
+            masks = [p for p in range(prompt_end, stop) if canvas[p] == mask_id]
+            stats = row_statistics(logits[masks], mask_id)
+            tokens, sure = stats.argmax.tolist(), stats.confidence.tolist()
+            return dict(zip(masks, zip(tokens, sure, strict=True), strict=True))
+
+        def by_block(predicted: Predicted) -> list[int]:
+            return sorted(by_confidence(predicted), key=block_of)
+
+        missing = row[prompt_end:stop].count(mask_id)
+        most = min(drafts, missing, room(computed, stop, stop))
+        canvases = drafted(row, planned, most)
+        found: dict[int, Predicted] = {}
+
+        def on_canvas(
+            j: int, canvases=canvases, found=found, evaluate=evaluate
+        ) -> Predicted:
+            found[j] = evaluate(canvases[j])
+            return found[j]
+
+        after, rest, steps = follow(canvases, on_canvas, by_block)
+        planned = [(p, found[steps - 1][p][0]) for p in rest]
+        for p in range(prompt_end, stop):
+            if after[p] != row[p]:
+                set_at[p] = forwards
+        if not eager and mask_id not in after[first:stop]:
+            planned = []
+        row = after
+        forwards += 1
+        computed = first
+    return done

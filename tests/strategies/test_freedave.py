@@ -123,6 +123,25 @@ def test_loses_nothing_and_needs_no_more_forwards(seed, moodiness, drafts, thres
         assert forwards == 1 + -(-7 // drafts)
 
 
+@given(
+    seed=st.integers(0, 2**20),
+    moodiness=st.sampled_from([0.0, 0.05, 0.2, 1.0]),
+    drafts=st.integers(1, 9),
+    threshold=thresholds,
+    part=st.sampled_from([2, 3, 4, 8]),
+)
+def test_goes_on_behind_a_full_block(seed, moodiness, drafts, threshold, part):
+    """Eagerly, several blocks of a canvas in one forward, and no token of another."""
+    model = moody(seed, moodiness)
+    strategy = freedave(drafts=drafts, threshold=threshold, eager=True)
+    tokens, forwards = decode(model, 8, strategy, part=part)
+    wanted, most = followed(model, 8, threshold, part)
+    assert tokens == wanted
+    assert forwards <= most
+    if moodiness == 0 and threshold > 1:
+        assert forwards == 1 + -(-7 // drafts)
+
+
 @given(seed=st.integers(0, 2**20), threshold=thresholds)
 def test_room_for_branches_shows_neither_in_the_text_nor_in_its_steps(seed, threshold):
     model, source = moody(seed, 0.1), random.Random(seed)
@@ -145,7 +164,9 @@ def test_room_for_branches_shows_neither_in_the_text_nor_in_its_steps(seed, thre
 # -- one step -------------------------------------------------------------------
 
 
-def random_branches(seed: int, rows: int = 5, count: int = 5) -> Branches:
+def random_branches(
+    seed: int, rows: int = 5, count: int = 5, part: int | None = None
+) -> Branches:
     """Rows at some point of a block; some branches were not evaluated."""
     source = random.Random(seed)
     parts = []
@@ -159,13 +180,17 @@ def random_branches(seed: int, rows: int = 5, count: int = 5) -> Branches:
             (i, candidate[i] if source.random() < 0.9 else 0)
             for i in open_[: source.randint(0, 8)]
         ]
-        part = evaluate(model, canvas, drafts, count)
-        part.masked[:, source.randint(1, count) :] = False
-        parts.append(part)
+        made = evaluate(model, canvas, drafts, count, part)
+        last = source.randint(1, count)
+        made.masked[:, last:] = False
+        if made.later is not None:
+            made.later[:, last:] = False
+        parts.append(made)
     return Branches(
         **{
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in vars(parts[0])
+            for name, value in vars(parts[0]).items()
+            if value is not None
         }
     )
 
@@ -173,10 +198,11 @@ def random_branches(seed: int, rows: int = 5, count: int = 5) -> Branches:
 @given(
     seed=st.integers(0, 2**20),
     row_thresholds=st.lists(thresholds, min_size=5, max_size=5),
+    part=st.sampled_from([None, 2, 3, 4]),
 )
-def test_agrees_with_a_row_wise_reading(seed, row_thresholds):
+def test_agrees_with_a_row_wise_reading(seed, row_thresholds, part):
     """Rows with thresholds of their own, each as if it were alone."""
-    branches = random_branches(seed)
+    branches = random_branches(seed, part=part)
     strategy = freedave()
     numbers = row_params(strategy, 5) | {"threshold": torch.tensor(row_thresholds)}
     decision = strategy.select(view_of(branches), numbers)
@@ -254,7 +280,13 @@ def test_refuses_caches_that_count_forwards():
 
 def test_registered_with_bounds():
     assert STRATEGIES["freedave"] is FreeDave
-    assert FreeDaveParams().model_dump() == {"drafts": 4, "threshold": 2.0}
+    assert FreeDaveParams().model_dump() == {
+        "drafts": 4,
+        "threshold": 2.0,
+        "eager": False,
+    }
+    assert FreeDave.looks_ahead(FreeDaveParams(drafts=3)) == 0
+    assert FreeDave.looks_ahead(FreeDaveParams(drafts=3, eager=True)) == 3
     assert numeric_fields(FreeDaveParams) == ["drafts", "threshold"]
     assert FreeDave.branches(FreeDaveParams(drafts=3)) == 3
     for bad in ({"drafts": 0}, {"drafts": 17}, {"threshold": 0.0}, {"threshold": 2.5}):

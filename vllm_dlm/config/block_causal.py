@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models that decode block after block cannot do.
+"""What models that decode block after block cannot do, and what they alone can.
 
 In a block-causal model the keys and values of a finished block are final. So nothing
 may be decided over the whole output, and all requests share one block length.
@@ -11,6 +11,7 @@ from vllm_dlm.config.cache import Cache
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.option_types import WHOLE_CANVAS
 from vllm_dlm.strategies import STRATEGIES
+from vllm_dlm.strategies.base import Params
 
 
 def check_block_causal(
@@ -100,3 +101,25 @@ def _check_blocks(
             f"sub_block_length is for strategies that decide one block, {strategy!r} "
             "decides several: leave it out"
         )
+
+
+def check_ahead(strategy: str, params: Params, model: ModelDefaults) -> int:
+    """Positions behind the active block that a forward may write too.
+
+    Args:
+        strategy, params: what a request is decoded with.
+        model: what the model declares.
+
+    Raises:
+        ValueError: the strategy looks ahead, and the model does not allow it.
+    """
+    ahead = STRATEGIES[strategy].looks_ahead(params)
+    if ahead and (model.attention != "block" or model.leads_blocks):
+        reason = "decides the first token of a block alone"
+        if model.attention == "full":
+            reason = "has full attention, where a full block's keys do not stay"
+        raise ValueError(
+            f"the strategy {strategy!r} would draft blocks to come (eager), and this "
+            f"model {reason}: leave eager out"
+        )
+    return ahead

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.config.block_causal import check_block_causal
+from vllm_dlm.config.block_causal import check_ahead, check_block_causal
 from vllm_dlm.config.cache import Cache, CachePolicy, Reach
 from vllm_dlm.config.growth import GrowthName, GrowthPolicy, parse_growth
 from vllm_dlm.config.model import ModelDefaults
@@ -61,6 +61,8 @@ class RequestConfig:
     """Denoise steps over the whole canvas; None writes one token per step."""
     steps_per_block: int | None
     """Denoise steps of a block; wins over `steps`."""
+    looks_ahead: int
+    """Positions behind the active block that a forward may write too, at least."""
     eotp: EndOfText
     eotp_threshold: float
     growth: GrowthName
@@ -83,6 +85,12 @@ class RequestConfig:
             attended_length=self.attended_length or length,
             sub_block_length=min(self.sub_block_length or length, length),
         )
+
+    @property
+    def window(self) -> int:
+        """Positions that are decided together, if `sized`: whole blocks."""
+        length = self.block_length
+        return -(-(length + self.looks_ahead) // length) * length
 
     @property
     def follows_schedule(self) -> bool:
@@ -155,6 +163,14 @@ def resolve(
     growth, growth_policy = _growth(asked, server)
     trained = server.block_length or defaults.block_length
     spans = rule.scope == "blocks" and defaults.reuses_blocks
+    looks_ahead = check_ahead(strategy, params, defaults)
+    tccf = request.tccf or server.tccf
+    reference_exact = _first_set("reference_exact", asked, server).reference_exact
+    step_map = _first_set("step_map", asked, server).step_map
+    # What looks at every step of a block would find that of another one.
+    logs = server.record_traces or server.trajectory_dir
+    if step_map or reference_exact or tccf or eotp != "off" or logs:
+        looks_ahead = 0
     config = RequestConfig(
         strategy=strategy,
         params=params,
@@ -172,13 +188,14 @@ def resolve(
         or server.record_traces,
         steps=steps,
         steps_per_block=steps_per_block,
+        looks_ahead=looks_ahead,
         eotp=eotp,
         eotp_threshold=eotp_threshold,
         growth=growth,
         growth_policy=growth_policy,
-        tccf=request.tccf or server.tccf,
-        reference_exact=_first_set("reference_exact", asked, server).reference_exact,
-        step_map=_first_set("step_map", asked, server).step_map,
+        tccf=tccf,
+        reference_exact=reference_exact,
+        step_map=step_map,
     )
     if growth != "none":
         _check_growth(config, asked, defaults)

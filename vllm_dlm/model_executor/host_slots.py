@@ -45,6 +45,8 @@ class HostSlots:
         self.block_length = per_slot()
         self.attended_length = per_slot()
         """Positions of a block as attention has it."""
+        self.window = per_slot()
+        """Positions that are decided together, from the active block's first one on."""
         self.sub_block_length = per_slot()
         self.origin = per_slot()
         """Position from which blocks are counted."""
@@ -83,7 +85,7 @@ class HostSlots:
         """One past the canvas's last position. Not above `block_start` where the next
         forward opens a canvas, whose rows say how wide it is."""
         self.masked = np.zeros((num_slots, length), dtype=bool)
-        """Masks of the active block, by place in the block."""
+        """Masks of the active block and of what is decided with it, by place."""
         self.runs_ahead = per_slot(bool)
         """Whether the columns that steps change are known on the device alone."""
         self._arriving: deque[_Sent] = deque()
@@ -112,7 +114,7 @@ class HostSlots:
         self._arriving = deque(sent.without(slot) for sent in self._arriving)
         self.runs_ahead[slot] = runs_ahead
         self.prompt_len[slot] = layout.prompt_len
-        self.block_length[slot] = length = layout.block_length
+        self.block_length[slot] = layout.block_length
         self.attended_length[slot] = layout.attended_length
         self.sub_block_length[slot] = layout.sub_block_length
         self.origin[slot] = layout.origin
@@ -128,8 +130,9 @@ class HostSlots:
         self.looks_ahead[slot] = looks_ahead
         self.grows[slot] = layout.growth.expansion > 0
         self.exact[slot] = exact
+        self.window[slot] = width = min(layout.window, self.masked.shape[1])
         first_mask = layout.first_mask - layout.first_block
-        self.masked[slot, :length] = np.arange(length) >= first_mask
+        self.masked[slot, :width] = np.arange(width) >= first_mask
 
     def looking_ahead(self, slots: np.ndarray) -> np.ndarray:
         """[n] bool: requests of whose next forward rows are read ahead.

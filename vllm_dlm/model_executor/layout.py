@@ -53,6 +53,9 @@ class RequestLayout:
     block_length: int
     attended_length: int
     """Positions of a block as attention has it: `block_length`, or a part of it."""
+    window: int
+    """Positions from the active block's first on that are decided together: the block,
+    and those behind it that the strategy may write too (`Strategy.looks_ahead`)."""
     sub_block_length: int
     origin: int
     """Position from which blocks are counted: 0 where the model was trained so (the
@@ -176,6 +179,7 @@ def lay_out(
         is_full=is_full,
         block_length=length,
         attended_length=attended,
+        window=config.window,
         sub_block_length=config.sub_block_length,
         origin=origin,
         first_block=first_block,
@@ -359,8 +363,9 @@ def usual_rows(
     """How many rows a step in the middle of a block has, if all have as many.
 
     A step has fewer where the canvas, the text or the context ends, and more where a
-    block begins. None where the rows move with the text, or reach to the canvas's end,
-    and where several blocks have more segments than a whole CUDA graph has room for.
+    block begins. None where the rows move with the text, or reach to the canvas's end
+    or into blocks to come, and where several blocks have more segments than a whole
+    CUDA graph has room for.
 
     Args:
         config: a request's options, `sized`.
@@ -368,6 +373,8 @@ def usual_rows(
         blocks: that a step computes, where blocks are reused.
     """
     reach, length = config.reach(model.shift), config.block_length
+    if config.window > length:
+        return None
     if model.reuses_blocks:
         is_whole = reach.part >= length and config.attended_length == length
         return blocks * length if is_whole else None

@@ -96,6 +96,12 @@ class Branches:
     """[R, K, B] int64."""
     confidence: torch.Tensor
     """[R, K, B] float32."""
+    later: torch.Tensor | None = None
+    """[R, K, B] bool: masks of parts to the right of those in `masked`, which come in
+    their turn; None where the strategy does not look ahead (`Strategy.looks_ahead`)."""
+    part: torch.Tensor | None = None
+    """[R, B] int64: the part of the canvas that each position belongs to: parts are
+    written from the left. None as `later`."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,12 @@ class View:
             if isinstance(value, Probabilities):
                 return replace(value, rows=value.rows[rows][:, :width])
             if isinstance(value, Branches):
-                parts = {name: part[index] for name, part in vars(value).items()}
-                return Branches(**{n: part[..., :width] for n, part in parts.items()})
+                parts = {
+                    name: part[index][..., :width]
+                    for name, part in vars(value).items()
+                    if part is not None
+                }
+                return Branches(**parts)
             if value is None:
                 return None
             some = value[index]
@@ -333,6 +343,19 @@ class Strategy:
             params: of the request.
         """
         return 1
+
+    @classmethod
+    def looks_ahead(cls, params: AnyParams) -> int:
+        """Positions behind the active block that a forward may draft and write too.
+
+        B of the views is then the block length and this number, rounded up to whole
+        blocks; where something looks at each step, the block length alone. For models
+        whose finished blocks keep their keys and values.
+
+        Args:
+            params: of the request.
+        """
+        return 0
 
     def is_current(self) -> bool:
         """Whether it may decide requests to come, too; else they get a new object.

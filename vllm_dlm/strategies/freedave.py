@@ -10,6 +10,10 @@ is the canvas sequential decoding would be at. The chain goes on there. Where it
 the branch's own choice is written. So every forward writes one token at least, and the
 text is that of sequential decoding.
 
+With `eager`, the masks of the blocks to come are drafted behind those of the active
+block, and the chain goes on where that block is full: what a full block's keys and
+values are does not depend on what is to its right, so that this loses nothing either.
+
 With `threshold` (freedave++) a step of the procedure that is followed writes every
 token that is sure, as the strategy `threshold` does; here a branch is taken over only
 if its drafts are exactly what such a step writes, so that this is lossless too.
@@ -38,6 +42,7 @@ from vllm_dlm.strategies.base import (
     given,
     ranks,
 )
+from vllm_dlm.strategies.chains import follow
 from vllm_dlm.strategies.presets import Preset
 
 
@@ -46,7 +51,7 @@ class FreeDaveParams(Params):
 
     presets: ClassVar[Mapping[str, Preset]] = {
         name: Preset(
-            {"drafts": drafts, "threshold": threshold},
+            {"drafts": drafts, "threshold": threshold, "eager": block_length == 4},
             f"cychomatica/FreeDave, eval/scripts/eval_{name.split('_')[0]}.sh",
             f"block_length {block_length}",
         )
@@ -80,6 +85,13 @@ class FreeDaveParams(Params):
             "threshold (freedave++)."
         ),
     )
+    eager: bool = Field(
+        default=False,
+        description=(
+            "Draft the masks of the blocks to come too, and go on in these within the "
+            "same forward. For models with block attention."
+        ),
+    )
 
 
 class FreeDave(Strategy):
@@ -95,6 +107,11 @@ class FreeDave(Strategy):
     def branches(cls, params: AnyParams) -> int:
         assert isinstance(params, FreeDaveParams)
         return params.drafts
+
+    @classmethod
+    def looks_ahead(cls, params: AnyParams) -> int:
+        assert isinstance(params, FreeDaveParams)
+        return params.drafts if params.eager else 0
 
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
@@ -115,14 +132,19 @@ class FreeDave(Strategy):
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         branches = given(view.branches, "branches")
         writes = _step(branches, row_params["threshold"])
-        best, commit, source, ahead, moves = _verify(branches, writes)
+        best, commit, source, ahead, moves = follow(branches, writes)
 
         rows = torch.arange(len(best), device=best.device)
         candidate = branches.candidate[rows, best]
         tokens = torch.where(commit, branches.tokens, candidate)
         last = writes[rows, best]
         left = branches.masked[rows, best] & ~last
-        rank = ranks(left, branches.confidence[rows, best])
+        turn = branches.confidence[rows, best]
+        if branches.later is not None and branches.part is not None:
+            left = left | branches.later[rows, best]
+            # Of two blocks the left one comes first, however sure the model is.
+            turn = turn - 2.0 * branches.part
+        rank = ranks(left, turn)
         commit = commit | last
         return Decision(
             commit=commit,
@@ -140,42 +162,3 @@ def _step(branches: Branches, threshold: torch.Tensor) -> torch.Tensor:
     sure = masked & (branches.confidence >= threshold[:, None, None])
     best = best_of(masked, branches.confidence)
     return torch.where(sure.any(dim=2, keepdim=True), sure, best)
-
-
-def _verify(
-    branches: Branches, writes: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Follow the chain of branches that the procedure goes through.
-
-    Args:
-        writes: [R, K, B] bool, its step on each branch.
-
-    Returns:
-        The last branch of the chain [R] int64; the drafts on the way [R, B] bool; the
-        branch that confirmed each of them, and the number of its step, both [R, B]
-        int64; how many steps these are, [R] int64.
-    """
-    rows, count, _ = writes.shape
-    rank, evaluated = branches.rank[:, None], branches.masked.any(dim=2)
-    number = torch.arange(count, device=rank.device)
-    following = number + writes.sum(dim=2)
-    drafts = (rank >= number[:, None]) & (rank < following[..., None])
-    is_draft = branches.candidate == branches.tokens[:, None]
-    agrees = ((writes == drafts) & (is_draft | ~writes)).all(dim=2)
-    exists = evaluated.gather(1, following.clamp(max=count - 1)) & (following < count)
-    moves = agrees & exists & evaluated
-
-    best = torch.zeros(rows, dtype=torch.int64, device=rank.device)
-    commit = torch.zeros_like(writes[:, 0])
-    source = torch.zeros_like(branches.rank)
-    ahead = torch.zeros_like(branches.rank)
-    steps = torch.zeros_like(best)
-    for branch in range(count):
-        here = (best == branch) & moves[:, branch]
-        best = torch.where(here, following[:, branch], best)
-        taken = drafts[:, branch] & here[:, None]
-        commit = commit | taken
-        source = torch.where(taken, branch, source)
-        ahead = torch.where(taken, steps[:, None], ahead)
-        steps = steps + here
-    return best, commit, source, ahead, steps

@@ -97,6 +97,6 @@ def _declare_sdar(config: Any, given: dict[str, Any]) -> None:
             "strict": True,
             "at_least": "scheduled",
         },
-        dlm_other_strategies={"freedave": {"drafts": 8}},
+        dlm_other_strategies={"freedave": {"drafts": 8, "eager": True}},
         dlm_stop_ids=stop_ids(given, SDAR_MASK_ID, SDAR_STOP_IDS),
     )

@@ -341,10 +341,11 @@ def plan_branches(
     own_pages = Pages(*(of_request[row_request] for of_request in pages))
     position = starts[row_request] + place[rows] % lengths[row_request]
 
-    copy = np.arange(len(segments.request)) - np.searchsorted(
+    place = np.arange(len(segments.request)) - np.searchsorted(
         segments.request, segments.request
     )
-    number = np.where(branches[segments.request] > 1, copy, 0)
+    of_request = np.bincount(segments.request, minlength=len(branches))
+    number = place // (of_request // branches)[segments.request]
     of_branches = number.nonzero()[0]
     replaced = Pages(*(of[segments.request[of_branches]] for of in pages))
     return BranchPlan(

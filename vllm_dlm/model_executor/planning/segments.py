@@ -41,14 +41,23 @@ class Segments:
     is_last: np.ndarray
     """[S] bool: the last one of its request, or of a branch of it."""
 
-    def repeated(self, counts: np.ndarray) -> Segments:
-        """These segments, each `counts` [S] times, one behind the other: branches."""
-        lengths = np.repeat(np.diff(self.query_start_loc), counts)
+    def repeated(self, branches: np.ndarray) -> Segments:
+        """These segments, those of each request several times over: branches.
+
+        Args:
+            branches: [requests]: how often, one behind the other.
+        """
+        if branches.max(initial=1) == 1:
+            return self
+        counts = np.bincount(self.request, minlength=len(branches))
+        first = np.cumsum(counts) - counts
+        request, place = ragged(counts * branches)
+        copied = first[request] + place % counts[request]
         return Segments(
-            np.repeat(self.request, counts),
-            _starts_of(lengths),
-            np.repeat(self.kv_lens, counts),
-            np.repeat(self.is_last, counts),
+            request,
+            _starts_of(np.diff(self.query_start_loc)[copied]),
+            self.kv_lens[copied],
+            self.is_last[copied],
         )
 
 

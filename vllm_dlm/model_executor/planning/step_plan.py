@@ -132,8 +132,7 @@ def plan_forward(
         host.origin[slots_in_batch],
         first_blocks,
     )
-    # A request with branches computes its active block, or all: one segment.
-    segments = segments.repeated(branches[segments.request])
+    segments = segments.repeated(branches)
     deciding = decides.nonzero()[0]
     groups = host.group[slots_in_batch[deciding]]
     planner = _Planner(slots, facts, batch, starts, ends, settle)
@@ -205,7 +204,7 @@ class _Planner:
         self.ahead = RowsAhead.none()
 
     def add_group(self, deciding: np.ndarray) -> None:
-        """Plan the blocks of some requests [R] of the batch, all of one length."""
+        """Plan the blocks of some requests [R] of the batch, of one group."""
         batch, host, defaults = self._batch, self._slots.host, self._facts.defaults
         runs_ahead = host.runs_ahead[batch.idx_mapping_np[deciding]]
         if runs_ahead.any():
@@ -219,7 +218,7 @@ class _Planner:
         # Rows that end before the block predict its first position.
         leads = end[:, 0] <= block_start
 
-        width = int(host.block_length[slots_np[0]])
+        width = int(host.window[slots_np[0]])
         positions = block_start[:, None] + np.arange(width)
         valid = positions < canvas_end[:, None]
         source = _predicting_rows(host, defaults, slots_np, positions, start, leads)
@@ -234,7 +233,8 @@ class _Planner:
         row_at[is_read] = first_row + np.arange(len(row_request))
         first_rows = batch.query_start_loc_np[deciding].astype(np.int64) - start[:, 0]
         if defaults.reuses_blocks:
-            block_end = np.minimum(block_start + width, canvas_end)
+            block_end = block_start + host.block_length[slots_np]
+            block_end = np.minimum(block_end, canvas_end)
             # Who runs ahead computes the whole block.
             self._seen[deciding] = np.where(leads | runs_ahead, 0, block_end)
         head_rows = np.zeros(len(slots_np), dtype=np.int64)

@@ -46,7 +46,7 @@ class Canvas(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where R requests stand after a step; every tensor is [R] int64."""
+    """Where R requests stand after a step; tensors are [R] int64 but for the last."""
 
     final: torch.Tensor
     """First position that is not final by this step."""
@@ -60,6 +60,8 @@ class Progress(NamedTuple):
     """[R] bool: the active block is its request's first."""
     phase: torch.Tensor
     """See `layout.refreshes`."""
+    masked: torch.Tensor
+    """[R, B] bool: masks of the active block, and of what is decided along."""
 
 
 class Advance:
@@ -172,9 +174,20 @@ class Advance:
         frontier = torch.maximum(blocks.requests.frontier, final)
         block_start = torch.where(done, end, begin)
         step = torch.where(done, 0, measured.view.step + decision.steps())
+        # Nothing of a block that begins is written yet.
+        masked = canvas.masked | (block_start != begin)[:, None]
+        if decision.step_ahead is not None:
+            # But for what was decided along with the block before.
+            length, stays = blocks.requests.block_length, done | decision.hold
+            moved = torch.where(stays, 0, first_open // length * length)
+            block_start, in_next = block_start + moved, offsets >= moved[:, None]
+            masked = torch.where(done[:, None], masked, _from(canvas.masked, moved))
+            ahead = torch.where(decision.commit, decision.step_ahead, 0)
+            later = ahead.amax(dim=1) - torch.where(in_next, 0, ahead).amax(dim=1)
+            step = torch.where(moved > 0, later, step)
         is_first = block_start <= blocks.requests.prompt_len
         phase = blocks.requests.phase
-        return Progress(final, frontier, block_start, step, is_first, phase)
+        return Progress(final, frontier, block_start, step, is_first, phase, masked)
 
     def _phase(
         self, progress: Progress, canvas: Canvas, blocks: Blocks
@@ -238,8 +251,6 @@ class Advance:
             says &= (masks_end < canvas.end) & (prompt_len + new + 1 < canvas.end)
             tokens, counts = put_end(tokens, counts, masks_end, says)
         start = self._next_start(progress, prompt_len, blocks)
-        # Nothing of a block that begins is written yet.
-        begins = progress.block_start != blocks.positions[:, 0]
         reply.write(
             blocks.batch_rows,
             tokens,
@@ -248,7 +259,7 @@ class Advance:
                 health(broken, blocks.head_rows),
                 *(progress.block_start, canvas.end),
             ),
-            canvas.masked | begins[:, None],
+            progress.masked,
         )
         return new
 
@@ -307,3 +318,11 @@ class Advance:
         before = (canvas.exists & (numbers < most[:, None])).sum(dim=1)
         missing = (most - numbers[:, -1]).clamp(min=1)
         return torch.minimum(blocks.positions[:, 0] + before + missing, canvas.end)
+
+
+def _from(masked: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """[R, B] bool: the columns of `masked` from `first` [R] on, True behind them."""
+    width = masked.shape[1]
+    source = torch.arange(width, device=masked.device) + first[:, None]
+    there = masked.gather(1, source.clamp(max=width - 1))
+    return there | (source >= width)

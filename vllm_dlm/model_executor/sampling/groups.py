@@ -245,6 +245,7 @@ def group_key(config: RequestConfig) -> GroupKey:
     return (
         config.strategy,
         config.block_length,
+        config.window,
         config.cache,
         *sorted((name, repr(value)) for name, value in fixed.items()),
     )

@@ -86,7 +86,13 @@ class Safety:
         new_tokens = torch.where(keeps_masks & ~commit, mask_id, new_tokens)
         # A further sub-block, whose rows were not read, ends in the next step.
         rest = view.masks & ((blocks.readable & blocks.has_row) | keeps_masks)
-        commit = torch.where(last, rest, commit)
+        if view.branches is not None:
+            # Of what is decided along with the block, it alone ends.
+            offsets = torch.arange(blocks.width, device=rest.device)
+            last_here = last & (offsets < blocks.requests.block_length[:, None])
+        else:
+            last_here = last
+        commit = torch.where(last_here, rest, commit)
         edit, remask = edit & ~last, remask & ~last
         # An edit may choose the mask id (`reference_exact`): so it is in LLaDA2.1's.
         to_mask = edit & (new_tokens == mask_id)

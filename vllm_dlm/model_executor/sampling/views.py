@@ -8,6 +8,7 @@ What only some strategies ask for, and no compiled step holds, is made before it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -122,14 +123,20 @@ class Views:
         decided = blocks.valid & ~masks
         decided &= blocks.positions >= blocks.requests.prompt_len[:, None]
         step = torch.where(
-            blocks.requests.has_branches, decided.sum(dim=1), blocks.requests.step
+            blocks.requests.has_branches,
+            _written(decided, masks, blocks),
+            blocks.requests.step,
         )
         masked = self._open(masks, blocks) & blocks.readable
         drawn = [Drawn(rows, masked, step)]
         if rows.branches is not None:
-            left = self._left(rows, rows.branches)
-            steps = step[rows.branches.parents] + rows.branches.numbers
-            drawn.append(Drawn(rows.branches.rows, left, steps))
+            layout = rows.branches
+            left, branches = self._left(rows, layout), layout.rows.blocks
+            steps = step[layout.parents] + layout.numbers
+            if self._looks_ahead(rows):
+                written = decided[layout.parents] | (masks[layout.parents] & ~left)
+                steps = _written(written, left, branches)
+            drawn.append(Drawn(layout.rows, self._open(left, branches), steps))
         return drawn
 
     def branches(self, rows: GroupRows, choice: Choice) -> Branches:
@@ -141,7 +148,9 @@ class Views:
         blocks, table = rows.blocks, self.slots
         tokens, rank = table.drafts.of(blocks)
         own = choice.at(blocks)
-        canvas = self._open(table.masks(blocks), blocks) & blocks.readable
+        masks = table.masks(blocks)
+        canvas = self._open(masks, blocks) & blocks.readable
+        masks = (masks & blocks.readable)[:, None]
         masked, candidate = canvas[:, None], own.candidate[:, None]
         confidence = own.confidence[:, None]
         layout = rows.branches
@@ -151,23 +160,36 @@ class Views:
             # Drafts that break the logits were not evaluated: if they are right, the
             # canvas will have them, and break.
             left &= ~drafted.broken.any(dim=1, keepdim=True)
-            masked = layout.by_branch(canvas, left)
-            masked &= (layout.index >= 0)[..., None]
+            exists = (layout.index >= 0)[..., None]
+            masks = layout.by_branch(masks[:, 0], left) & exists
+            masked = layout.by_branch(canvas, self._open(left, layout.rows.blocks))
+            masked &= exists
             candidate = layout.by_branch(own.candidate, drafted.candidate)
             confidence = layout.by_branch(own.confidence, drafted.confidence)
-        return Branches(tokens, rank, masked, candidate, confidence)
+        branches = Branches(tokens, rank, masked, candidate, confidence)
+        if not self._looks_ahead(rows):
+            return branches
+        return replace(branches, later=masks & ~masked, part=self._parts(blocks))
+
+    def _looks_ahead(self, rows: GroupRows) -> bool:
+        """Whether a group decides more than its requests' active blocks."""
+        return rows.width > int(self.slots.host.block_length[rows.slots_np[0]])
 
     def _left(self, rows: GroupRows, layout: BranchBlocks) -> torch.Tensor:
-        """[E, B] bool: masks that branches leave, in the first sub-block with any."""
+        """[E, B] bool: masks that branches leave."""
         _, rank = self.slots.drafts.of(rows.blocks)
         drafted = in_branch(rank[layout.parents], layout.numbers[:, None])
-        left = self.slots.masks(rows.blocks)[layout.parents] & ~drafted
-        return self._open(left, layout.rows.blocks)
+        return self.slots.masks(rows.blocks)[layout.parents] & ~drafted
+
+    def _parts(self, blocks: Blocks) -> torch.Tensor:
+        """[R, B] int64: the sub-block of each position, counted from the left."""
+        offsets = torch.arange(blocks.width, device=blocks.slots.device)
+        parts: torch.Tensor = offsets // blocks.requests.sub_block_length[:, None]
+        return parts
 
     def _open(self, masked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: of all masks of active blocks, the first sub-block with any."""
-        offsets = torch.arange(blocks.width, device=masked.device)
-        sub_block = offsets // blocks.requests.sub_block_length[:, None]
+        sub_block = self._parts(blocks)
         first = torch.where(masked, sub_block, blocks.width).amin(dim=1)
         return masked & (sub_block == first[:, None])
 
@@ -202,3 +224,17 @@ class Views:
         # An opening takes the place of step 0, and its share is left to the last step.
         last = budget - requests.opens_alone.long()
         return torch.where(step < last, share, masked.shape[1]).clamp(min=1)
+
+
+def _written(
+    decided: torch.Tensor, masked: torch.Tensor, blocks: Blocks
+) -> torch.Tensor:
+    """[R] int64: tokens of the block that holds the first mask, of those decided.
+
+    Args:
+        decided, masked: [R, B] bool.
+    """
+    offsets = torch.arange(blocks.width, device=masked.device)
+    block = offsets // blocks.requests.block_length[:, None]
+    first = torch.where(masked, block, blocks.width).amin(dim=1, keepdim=True)
+    return (decided & (block == first)).sum(dim=1)

@@ -71,6 +71,8 @@ class CanvasRequest(Request):
     """Canvases that one forward may evaluate (`planning/branches.py`)."""
     needs_branches: bool
     """It evaluates that many in every step but a block's first, or waits."""
+    ahead: int
+    """Positions behind the active block that a forward computes too: whole blocks."""
     runs_ahead: bool
     """A forward is scheduled before the outcome of the last one is there: see
     `ahead.py`. What is known of the request is then what it was before that one."""
@@ -142,6 +144,7 @@ class CanvasRequest(Request):
         commits_alone: bool,
         max_branches: int,
         needs_branches: bool,
+        ahead: int = 0,
     ) -> CanvasRequest:
         """Give a new request, which vLLM has built, its canvas.
 
@@ -157,6 +160,7 @@ class CanvasRequest(Request):
             commits_alone: the server's option `commit` is "separate".
             max_branches: canvases that one forward of it may evaluate.
             needs_branches: its strategy needs all of them.
+            ahead: positions behind its active block that a forward computes too.
         """
         params = request.sampling_params
         if not params.ignore_eos:
@@ -176,11 +180,11 @@ class CanvasRequest(Request):
             request.set_max_tokens(most, copy(params))
         request.stop_ids = stop_ids(params)
         request.commits_alone = commits_alone
-        request.max_branches = max_branches
+        request.max_branches, request.ahead = max_branches, ahead
         request.needs_branches = needs_branches
         request.runs_ahead, request.blocks_ahead = False, 1
         # Forwards and tokens per forward, on every request's output.
-        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(config.block_length)
+        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(config.window)
         request._lay_out()
         request.open_canvas()
         request.steps = StepCount()
@@ -309,7 +313,7 @@ class CanvasRequest(Request):
             return Rows(self.kv_final, block)
         # What is finished but not final (the block before this one, or the prompt)
         # and the block itself: no forward is spent on writing final KV alone.
-        end = min(block + length, self.canvas_end)
+        end = min(block + length + self.ahead, self.canvas_end)
         step = self.step
         if step <= self.model.begins_with_lead(block, self.num_prompt_tokens):
             return Rows(self.kv_final, end)
@@ -406,15 +410,17 @@ class CanvasRequest(Request):
 
     def useful_branches(self) -> int:
         """How many canvases the next forward can learn from; 1 without drafts."""
-        block = self.block_start
-        if self.drafted_block != block:
+        block, drafted = self.block_start, self.drafted_block
+        has_drafts = drafted == block or (self.ahead > 0 and drafted >= 0)
+        if not has_drafts or self.next_rows().end <= block:
             return 1
         if self.needs_branches:
             # Also in a replay, which knows more tokens than there were.
             return self.max_branches
-        block_end = min(block + self.layout.block_length, self.canvas_end)
+        end = block + self.layout.block_length + self.ahead
         # One for each mask, as far as the scheduler knows: for each missing token.
-        return max(min(self.max_branches, block_end - len(self._all_token_ids)), 1)
+        missing = min(end, self.canvas_end) - len(self._all_token_ids)
+        return max(min(self.max_branches, missing), 1)
 
     def keys_end(self, rows_end: int) -> int:
         """One past the last key that the rows of a canvas see.
@@ -468,7 +474,7 @@ class CanvasRequest(Request):
         if self.layout.is_full:
             return end - max(start, self.num_prompt_tokens)
         if end > block:
-            end = min(end, block + self.layout.block_length)
+            end = min(end, block + self.layout.window)
             return end - max(block, start, self.num_prompt_tokens)
         # The rows left of the block decide one token of it: its lead.
         return int(self.model.leads_blocks and len(self._all_token_ids) == end)

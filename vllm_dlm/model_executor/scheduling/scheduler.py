@@ -100,6 +100,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 params.extra_args, self.dlm_server, self.dlm_defaults
             )
             config = config.sized(params.max_tokens, self.dlm_limits.max_canvas)
+            branches = self._max_branches(config, params)
             adopted = CanvasRequest.adopt(
                 request,
                 config,
@@ -107,8 +108,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 self.dlm_limits,
                 stages=Stages.of(config.tccf, self.vllm_config.model_config),
                 commits_alone=self.dlm_server.commit == "separate",
-                max_branches=self._max_branches(config, params),
+                max_branches=branches,
                 needs_branches=STRATEGIES[config.strategy].needs_branches,
+                ahead=self._ahead(config) if branches > 1 else 0,
             )
             if adopted.needs_branches:
                 self._limit_branches(adopted)
@@ -187,6 +189,15 @@ class DiffusionStepScheduler(DiffusionScheduler):
             longest=pages,
             page_size=self._page_size,
         )
+
+    def _ahead(self, config: RequestConfig) -> int:
+        """Positions behind the active block that a request's forwards compute too.
+
+        They fit into a forward's rows, with the block and the one before.
+        """
+        length = config.block_length
+        room = self.max_num_scheduled_tokens // length - 2
+        return min(config.window - length, max(room, 0) * length)
 
     def _hand_out_branches(self) -> None:
         """Give drafts the rows and pages that no other request wants in this step."""
