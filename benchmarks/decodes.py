@@ -83,6 +83,8 @@ def _requests(llm: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in STRATEGIES:
         if name == "levenshtein":
             continue  # Its page has edits by hand: llada-tiny has no tokens that edit.
+        if STRATEGIES[name].verifies:
+            continue  # for causal models
         options: dict[str, Any] = {"strategy": name}
         if name == "replay":
             # Of the threshold's decode, with its steps in reverse.

@@ -145,4 +145,5 @@ SETTINGS = [
 LEFT_OUT = {
     "replay": "it repeats the order of another request, and is as good as that",
     "levenshtein": "llada-tiny, with which all are measured, has no tokens that edit",
+    "linear_spec": "it is for causal models, and llada-tiny has full attention",
 }

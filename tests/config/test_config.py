@@ -57,8 +57,11 @@ def test_request_wins_over_server_wins_over_model():
 def test_steps_are_for_strategies_that_follow_a_schedule(option: str):
     """A request that sets them for another is refused; a server's leave it alone."""
 
+    causal = ModelDefaults("threshold", 8, 9, attention="causal", leads=True)
+
     def steps(base: DlmConfig, **request) -> tuple[int | None, int | None]:
-        config = resolve(base, request, DEFAULTS)
+        verifies = request.get("dlm_strategy") == "linear_spec"
+        config = resolve(base, request, causal if verifies else DEFAULTS)
         return config.steps, config.steps_per_block
 
     asked = {f"dlm_{option}": 8}
@@ -175,6 +178,22 @@ def test_who_may_look_ahead():
     refused(lambda: resolve(server(), asked, DEFAULTS), "has full attention", "eager")
     leads = replace(blocks, leads=True)
     refused(lambda: resolve(server(), asked, leads), "first token of a block alone")
+
+
+def test_who_may_verify_drafts():
+    """Blocks of one token; views are as wide as a block of the model."""
+    causal = ModelDefaults("threshold", 8, 9, attention="causal", leads=True)
+    asked = {"dlm_strategy": "linear_spec"}
+    config = resolve(server(), asked, causal).sized(20, 64)
+    assert (config.block_length, config.window, config.sub_block_length) == (1, 8, 8)
+    for other in (
+        DEFAULTS,
+        replace(causal, attention="block"),
+        replace(causal, leads=False),
+    ):
+        refused(lambda model=other: resolve(server(), asked, model), "a causal model")
+    options = {"dlm_step_map": True, "dlm_eotp": "token"}
+    refused(lambda: resolve(server(), asked | options, causal), "step_map, eotp")
 
 
 def test_the_default_strategy_takes_the_servers_parameters():

@@ -152,4 +152,4 @@ def test_what_cannot_be_compiled_is_said_and_runs_as_it_stands(caplog):
     assert "threshold" in line and "\n" not in line
     bench.measure()
     packed = bench.packed([0, 1])
-    assert bench.run(bench.function.step, packed, 2)["counts"].shape == (5, 2)
+    assert bench.run(bench.function.step, packed, 2)["counts"].shape == (6, 2)

@@ -14,7 +14,13 @@ from vllm_dlm.strategies.base import NOT_DRAFTED, Branches, Strategy, View
 
 OF_EDITING_MODELS = ("levenshtein",)
 """Refused on models that declare no tokens that delete and insert; tested apart."""
-NAMES = [name for name in STRATEGIES.names() if name not in OF_EDITING_MODELS]
+OF_CAUSAL_MODELS = ("linear_spec",)
+"""Refused on models that are not causal; tested apart."""
+NAMES = [
+    name
+    for name in STRATEGIES.names()
+    if name not in (*OF_EDITING_MODELS, *OF_CAUSAL_MODELS)
+]
 
 # Parameters that have no default.
 GIVEN: dict[str, dict[str, Any]] = {"replay": {"recorded_steps": [1, 0, 2, 1]}}

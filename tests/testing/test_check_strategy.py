@@ -9,7 +9,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pydantic import Field
-from reference.registered import GIVEN, NAMES, OF_EDITING_MODELS, build
+from reference.registered import (
+    GIVEN,
+    NAMES,
+    OF_CAUSAL_MODELS,
+    OF_EDITING_MODELS,
+    build,
+)
 
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.strategies import STRATEGIES
@@ -27,14 +33,14 @@ from vllm_dlm.testing.blocks import MASK_ID, RandomBlocks, padded
 from vllm_dlm.testing.check import CONTEXT
 from vllm_dlm.testing.compiling import why
 
-EAGER = {"credit", "freedave", "klass", "prophet"}
+EAGER = {"credit", "freedave", "klass", "linear_spec", "prophet"}
 """They read more of a step than a compiled function has."""
 
 
 # -- ours ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OF_EDITING_MODELS])
+@pytest.mark.parametrize("name", [*NAMES, *OF_EDITING_MODELS, *OF_CAUSAL_MODELS])
 def test_registered_strategies_keep_the_contract(name: str):
     report = check_strategy(
         STRATEGIES[name],

@@ -59,6 +59,11 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
         )
     if stages is not None and params.max_tokens:
         stages.check_budget(params.max_tokens)
+    if params.bad_words and config.verifies:
+        raise ValueError(
+            f"the strategy {config.strategy!r} writes the model's own text, and cannot "
+            "take a token back for bad_words: leave one of them out"
+        )
     check_strategy(
         config, server, model_config, params.max_tokens or model_config.max_model_len
     )

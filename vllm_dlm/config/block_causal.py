@@ -7,6 +7,8 @@ may be decided over the whole output, and all requests share one block length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vllm_dlm.config.cache import Cache
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.option_types import WHOLE_CANVAS
@@ -123,3 +125,30 @@ def check_ahead(strategy: str, params: Params, model: ModelDefaults) -> int:
             f"model {reason}: leave eager out"
         )
     return ahead
+
+
+def check_verifying(
+    strategy: str, model: ModelDefaults, options: Mapping[str, bool]
+) -> None:
+    """Refuse what a strategy that drafts a block and verifies it causally cannot do.
+
+    Args:
+        strategy: of the request.
+        model: what the model declares.
+        options: that look at steps of a block, and whether each of them is set.
+
+    Raises:
+        ValueError: the model is another, or an option looks at the steps of a block.
+    """
+    if model.attention != "causal" or not model.leads_blocks:
+        raise ValueError(
+            f"the strategy {strategy!r} verifies drafts as an autoregressive model "
+            "reads them, which needs a causal model that predicts the next token too "
+            "(Nemotron-Labs-Diffusion); for this model use 'freedave' or 'threshold'"
+        )
+    asked = [option for option, is_set in options.items() if is_set]
+    if asked:
+        raise ValueError(
+            f"the strategy {strategy!r} writes text left to right and has no steps "
+            f"of a block: leave out {', '.join(asked)}"
+        )

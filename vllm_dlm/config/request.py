@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.config.block_causal import check_ahead, check_block_causal
+from vllm_dlm.config.block_causal import (
+    check_ahead,
+    check_block_causal,
+    check_verifying,
+)
 from vllm_dlm.config.cache import Cache, CachePolicy, Reach
 from vllm_dlm.config.growth import GrowthName, GrowthPolicy, parse_growth
 from vllm_dlm.config.model import ModelDefaults
@@ -79,11 +83,14 @@ class RequestConfig:
             max_canvas: most positions of a canvas.
         """
         length = self.block_length or min(max_tokens, max_canvas)
+        sub = self.sub_block_length or length
+        if not self.verifies:
+            sub = min(sub, length)
         return replace(
             self,
             block_length=length,
             attended_length=self.attended_length or length,
-            sub_block_length=min(self.sub_block_length or length, length),
+            sub_block_length=sub,
         )
 
     @property
@@ -91,6 +98,11 @@ class RequestConfig:
         """Positions that are decided together, if `sized`: whole blocks."""
         length = self.block_length
         return -(-(length + self.looks_ahead) // length) * length
+
+    @property
+    def verifies(self) -> bool:
+        """Whether its strategy drafts, and then verifies (`Strategy.verifies`)."""
+        return STRATEGIES[self.strategy].verifies
 
     @property
     def follows_schedule(self) -> bool:
@@ -163,6 +175,7 @@ def resolve(
     growth, growth_policy = _growth(asked, server)
     trained = server.block_length or defaults.block_length
     spans = rule.scope == "blocks" and defaults.reuses_blocks
+    length = _block_length(asked, server, defaults, strategy)
     looks_ahead = check_ahead(strategy, params, defaults)
     tccf = request.tccf or server.tccf
     reference_exact = _first_set("reference_exact", asked, server).reference_exact
@@ -174,7 +187,7 @@ def resolve(
     config = RequestConfig(
         strategy=strategy,
         params=params,
-        block_length=_block_length(asked, server, defaults, strategy),
+        block_length=length,
         attended_length=int(trained) if spans and trained != WHOLE_CANVAS else 0,
         sub_block_length=request.sub_block_length
         or server.sub_block_length
@@ -220,7 +233,24 @@ def resolve(
                 f"tccf cannot be combined with the strategy {strategy!r}, which "
                 "decides several blocks together: leave one of them out"
             )
-    elif config.tccf is not None:
+    if rule.verifies:
+        check_verifying(
+            strategy,
+            defaults,
+            {
+                "reference_exact": reference_exact,
+                "step_map": step_map,
+                "eotp": eotp != "off",
+                "tccf": tccf is not None,
+                "cache": cache != "none",
+                "sub_block_length": config.sub_block_length not in (0, length),
+            },
+        )
+        # Its text is that of blocks of one token.
+        config = replace(
+            config, block_length=1, sub_block_length=length, looks_ahead=length - 1
+        )
+    if config.tccf is not None and not defaults.reuses_blocks:
         raise ValueError(
             "tccf is for block-causal models: with full attention, shorter blocks are "
             "not finer; leave it out"

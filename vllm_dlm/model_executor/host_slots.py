@@ -77,10 +77,14 @@ class HostSlots:
         """Masks, from the left, that a step may write."""
         self.prunes = per_slot(bool)
         """Whether a refresh may end before the canvas."""
+        self.verifies = per_slot(bool)
+        """Whether drafts are verified by every second forward (`Strategy.verifies`)."""
         self.opens_alone = per_slot(bool)
         """Whether a block's first step writes its first token alone (`opening.py`)."""
         self.block_start = per_slot()
         """Position of the active block's first token."""
+        self.step = per_slot()
+        """Denoise steps that the active block has had."""
         self.canvas_end = per_slot()
         """One past the canvas's last position. Not above `block_start` where the next
         forward opens a canvas, whose rows say how wide it is."""
@@ -126,6 +130,8 @@ class HostSlots:
         self.writable[slot] = layout.reach.right if layout.reach.follows else FAR
         self.prunes[slot] = layout.reach.refresh_right < FAR
         self.opens_alone[slot] = layout.opens_alone
+        self.verifies[slot] = layout.verifies
+        self.step[slot] = layout.first_step
         self.predicts_end[slot] = predicts_end
         self.looks_ahead[slot] = looks_ahead
         self.grows[slot] = layout.growth.expansion > 0
@@ -185,7 +191,7 @@ class HostSlots:
 
         Args:
             slots, rows: [n]: each request's, in the table and in what follows.
-            where: [2, at least n] int32: block start, canvas end.
+            where: [3, at least n] int32: block start, canvas end, step.
             masked: [at least n, B] bool: of the blocks that are active now.
         """
         self._arriving.append(_Sent(slots, rows, ToHost(where), ToHost(masked)))
@@ -207,8 +213,9 @@ class HostSlots:
         for _ in range(count):
             sent = self._arriving.popleft()
             masked = sent.masked.numpy()[sent.rows]
-            where = sent.where.numpy()[:, sent.rows]
-            self.block_start[sent.slots], self.canvas_end[sent.slots] = where
+            start, end, step = sent.where.numpy()[:, sent.rows]
+            self.block_start[sent.slots], self.canvas_end[sent.slots] = start, end
+            self.step[sent.slots] = step
             self.masked[sent.slots, : masked.shape[1]] = masked
 
 

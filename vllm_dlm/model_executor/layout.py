@@ -56,6 +56,9 @@ class RequestLayout:
     window: int
     """Positions from the active block's first on that are decided together: the block,
     and those behind it that the strategy may write too (`Strategy.looks_ahead`)."""
+    verifies: bool
+    """Each block is a position, and every second forward verifies what the one before
+    has drafted (`Strategy.verifies`)."""
     sub_block_length: int
     origin: int
     """Position from which blocks are counted: 0 where the model was trained so (the
@@ -88,8 +91,11 @@ class RequestLayout:
 
     @property
     def first_step(self) -> int:
-        """Denoise steps that the first block has had: deciding its lead was one."""
-        return int(self.knows_lead)
+        """Denoise steps that the first block has had: deciding its lead was one.
+
+        Where drafts are verified, the rows left of the block do so: without drafts.
+        """
+        return int(self.knows_lead or self.verifies)
 
     def block_at(self, position: int) -> int:
         """Start of the block that holds a position, which is not left of `origin`."""
@@ -180,6 +186,7 @@ def lay_out(
         block_length=length,
         attended_length=attended,
         window=config.window,
+        verifies=config.verifies,
         sub_block_length=config.sub_block_length,
         origin=origin,
         first_block=first_block,
@@ -355,6 +362,18 @@ def part_rows(reach: Reach, *, block_start: int, block_end: int, frontier: int) 
     start = part_start(reach, block_start, frontier)
     is_whole = (frontier - block_start) % reach.part == 0
     return Rows(start, block_end if is_whole else min(start + reach.part, block_end))
+
+
+def verified_rows(*, length: int, block_start: int, canvas_end: int) -> Rows:
+    """Rows of a draft and of its verification: the text's last token, and masks.
+
+    Args:
+        length: positions that are drafted and verified at a time.
+        block_start: the first mask.
+        canvas_end: one past the canvas's last position.
+    """
+    start = block_start - 1
+    return Rows(start, min(start + length, canvas_end))
 
 
 def usual_rows(

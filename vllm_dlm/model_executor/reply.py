@@ -82,9 +82,10 @@ class Reply(NamedTuple):
     tokens: torch.Tensor
     """[requests + 1, W + 1] int64."""
     counts: torch.Tensor
-    """[5, requests + 1] int32: tokens of each row that are meant; rows of the forward
+    """[6, requests + 1] int32: tokens of each row that are meant; rows of the forward
     that were computed in vain, as vLLM counts; `health`; and, for the next plan, where
-    the active block begins and where the canvas ends."""
+    the active block begins, where the canvas ends, and the steps of the block so far.
+    """
     masked: torch.Tensor
     """[requests + 1, W] bool, for the next plan: masks of the active block."""
 
@@ -98,7 +99,7 @@ class Reply(NamedTuple):
         tokens = torch.zeros(num_reqs + 1, width + 1, dtype=torch.int64, device=device)
         return cls(
             tokens,
-            tokens.new_zeros(5, num_reqs + 1, dtype=torch.int32),
+            tokens.new_zeros(6, num_reqs + 1, dtype=torch.int32),
             tokens.new_zeros(num_reqs + 1, width, dtype=torch.bool),
         )
 

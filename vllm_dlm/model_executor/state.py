@@ -203,9 +203,13 @@ class DlmModelState(ModelState):
         if branches is not None:
             positions -= branches.setback
         tokens = self.slots.tokens[plan.row_slots, positions]
+        drafted = plan.row_drafts
         if branches is not None:
+            row_branch = branches.row_branch
+            drafted = row_branch if drafted is None else row_branch + drafted
+        if drafted is not None:
             tokens = self.slots.drafts.written(
-                tokens, plan.row_slots, positions, branches.row_branch
+                tokens, plan.row_slots, positions, drafted
             )
         input_batch.input_ids[:num_tokens] = tokens
         input_batch.logits_indices = plan.logits_rows

@@ -28,6 +28,7 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "klass": "vllm_dlm.strategies.klass:Klass",
         "learn2pd": "vllm_dlm.strategies.learn2pd:Learn2PD",
         "levenshtein": "vllm_dlm.strategies.levenshtein:Levenshtein",
+        "linear_spec": "vllm_dlm.strategies.linear_spec:LinearSpec",
         "localleap": "vllm_dlm.strategies.localleap:LocalLeap",
         "lopa": "vllm_dlm.strategies.lopa:Lopa",
         "multi_block": "vllm_dlm.strategies.multi_block:MultiBlock",

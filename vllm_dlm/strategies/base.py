@@ -254,6 +254,13 @@ class Strategy:
     block length. Models that decode block after block cannot serve it. "blocks": the
     same with full attention; with block attention, `View`s are of several of the
     model's blocks, none of which sees the ones behind it."""
+    verifies: ClassVar[bool] = False
+    """Whether it writes one token after the other, as a causal model would, after steps
+    that draft: see `LinearSpec`. Then the views are of the B positions behind the text,
+    B being the model's block length. `View.step` is 0 where they are masks that see
+    each other, to be drafted, and 1 where the drafts stand in their places and each
+    position is predicted by the one to its left; behind the prompt there are no drafts.
+    For causal models with leads."""
     measures: ClassVar[Literal["model", "drawn"]] = "model"
     """Of which distribution the statistics are: the model's own, or the one that is
     drawn from, after temperature and top-k/p."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from vllm_dlm.config.cache import FAR
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
 from vllm_dlm.model_executor.planning.ahead import Ahead, RowsAhead
 from vllm_dlm.model_executor.planning.block_rows import (
@@ -78,6 +79,9 @@ class SegmentPlan:
     causal attention; None with another kind of attention."""
     row_slots: torch.Tensor
     """[M] int32: state slot of each row's request."""
+    row_drafts: torch.Tensor | None
+    """[M] int64: 1 where drafts stand in the place of masks, to be verified; None where
+    they do nowhere."""
     logits_rows: torch.Tensor
     """[N] int32: rows of the forward that go through lm_head, group by group: those of
     the blocks' masks, or of all their positions where the strategy reads them. Behind
@@ -128,7 +132,8 @@ def plan_forward(
         facts.defaults.attention,
         starts,
         ends,
-        host.attended_length[slots_in_batch],
+        # A draft, and what verifies it, are one segment.
+        np.where(host.verifies, FAR, host.attended_length)[slots_in_batch],
         host.origin[slots_in_batch],
         first_blocks,
     )
@@ -163,6 +168,7 @@ def plan_forward(
         kv_lens_np=kv_lens,
         causal_np=causal,
         row_slots=sent[0],
+        row_drafts=planner.row_drafts(),
         logits_rows=logits_rows,
         groups=blocks,
         branches=branch_plan,
@@ -215,8 +221,10 @@ class _Planner:
         start, end = self._starts[deciding, None], self._ends[deciding, None]
         block_start = host.block_start[slots_np]
         canvas_end = self._canvas_ends(slots_np, end[:, 0])
-        # Rows that end before the block predict its first position.
-        leads = end[:, 0] <= block_start
+        # Rows that end before the block predict its first position; those that verify
+        # drafts predict all.
+        verifies = host.verifies[slots_np] & (host.step[slots_np] > 0)
+        leads = (end[:, 0] <= block_start) | verifies
 
         width = int(host.window[slots_np[0]])
         positions = block_start[:, None] + np.arange(width)
@@ -235,6 +243,8 @@ class _Planner:
         if defaults.reuses_blocks:
             block_end = block_start + host.block_length[slots_np]
             block_end = np.minimum(block_end, canvas_end)
+            # A draft sees itself whole.
+            block_end = np.where(host.verifies[slots_np], end[:, 0], block_end)
             # Who runs ahead computes the whole block.
             self._seen[deciding] = np.where(leads | runs_ahead, 0, block_end)
         head_rows = np.zeros(len(slots_np), dtype=np.int64)
@@ -273,6 +283,15 @@ class _Planner:
             VOID_ROW: np.full(len(slots_np), batch.num_reqs),
         }
         self.packed.append(pack(columns, row_at, self._slots.num_slots, batch.num_reqs))
+
+    def row_drafts(self) -> torch.Tensor | None:
+        """See `SegmentPlan`."""
+        host, slots_np = self._slots.host, self._batch.idx_mapping_np
+        verifies = host.verifies[slots_np] & (host.step[slots_np] > 0)
+        if not verifies.any():
+            return None
+        rows = np.repeat(verifies, self._batch.num_scheduled_tokens)
+        return upload(self._facts.device, rows)[0]
 
     def keys(self, segments: Segments) -> tuple[np.ndarray, np.ndarray | None]:
         """[S]: keys that segments see; and which are causal, where some may be."""

@@ -119,12 +119,14 @@ class Advance:
         reply: Reply,
         *,
         counts_masks: bool,
+        verifies: bool,
     ) -> None:
         """Go on in the blocks or to the next ones, and emit what became final.
 
         Args:
             canvas: as `write_canvas` has left it.
             counts_masks: what the requests' cache policy says of itself.
+            verifies: what the strategy says of itself (`Strategy.verifies`).
             reply: to runner and scheduler; the requests' rows are written.
         """
         table, slots = self.slots, blocks.slots
@@ -134,7 +136,7 @@ class Advance:
             progress = progress._replace(phase=self._phase(progress, canvas, blocks))
             masks_end = self._masks_end(progress, canvas, blocks)
         emitted = self._emit(
-            progress, canvas, measured.broken, blocks, reply, masks_end
+            progress, canvas, measured.broken, blocks, reply, masks_end, verifies
         )
         block_masks = measured.block_masks
         if block_masks is None:
@@ -176,15 +178,13 @@ class Advance:
         step = torch.where(done, 0, measured.view.step + decision.steps())
         # Nothing of a block that begins is written yet.
         masked = canvas.masked | (block_start != begin)[:, None]
-        if decision.step_ahead is not None:
+        if measured.view.branches is not None:
             # But for what was decided along with the block before.
             length, stays = blocks.requests.block_length, done | decision.hold
             moved = torch.where(stays, 0, first_open // length * length)
             block_start, in_next = block_start + moved, offsets >= moved[:, None]
             masked = torch.where(done[:, None], masked, _from(canvas.masked, moved))
-            ahead = torch.where(decision.commit, decision.step_ahead, 0)
-            later = ahead.amax(dim=1) - torch.where(in_next, 0, ahead).amax(dim=1)
-            step = torch.where(moved > 0, later, step)
+            step = torch.where(moved > 0, _steps_in(decision, in_next), step)
         is_first = block_start <= blocks.requests.prompt_len
         phase = blocks.requests.phase
         return Progress(final, frontier, block_start, step, is_first, phase, masked)
@@ -221,11 +221,13 @@ class Advance:
         blocks: Blocks,
         reply: Reply,
         masks_end: torch.Tensor | None,
+        verifies: bool,
     ) -> torch.Tensor:
         """Hand tokens that became final to the scheduler, then where the canvas ends.
 
         Args:
             masks_end: [R] int64: where the next rows end, if they end with masks.
+            verifies: what the strategy says of itself.
 
         Returns:
             [R] int64: output tokens handed over so far.
@@ -250,14 +252,14 @@ class Advance:
             says = (blocks.requests.reach.follows != 0) & (progress.step > 0)
             says &= (masks_end < canvas.end) & (prompt_len + new + 1 < canvas.end)
             tokens, counts = put_end(tokens, counts, masks_end, says)
-        start = self._next_start(progress, prompt_len, blocks)
+        start = self._next_start(progress, prompt_len, blocks, verifies)
         reply.write(
             blocks.batch_rows,
             tokens,
             (
                 *(counts, blocks.rows_ends - start),
                 health(broken, blocks.head_rows),
-                *(progress.block_start, canvas.end),
+                *(progress.block_start, canvas.end, progress.step),
             ),
             progress.masked,
         )
@@ -275,11 +277,18 @@ class Advance:
         self.total_len.index_add_(0, slot, change.to(self.total_len.dtype))
 
     def _next_start(
-        self, progress: Progress, prompt_len: torch.Tensor, blocks: Blocks
+        self,
+        progress: Progress,
+        prompt_len: torch.Tensor,
+        blocks: Blocks,
+        verifies: bool,
     ) -> torch.Tensor:
         """[R] int64: where the next forward of each request starts.
 
         The scheduler's rule (`CanvasRequest.next_rows`), for the runner's own count.
+
+        Args:
+            verifies: what the strategy says of itself.
         """
         defaults = self.facts.defaults
         reach = blocks.requests.reach
@@ -292,6 +301,9 @@ class Advance:
             is_whole = begins | (block_start != decided)
             frontier = torch.maximum(progress.frontier, prompt_len)
             start = part_start(reach, decided, torch.where(is_whole, decided, frontier))
+            if verifies:
+                # The text's last token: its keys are not final yet.
+                start = block_start - 1
         else:
             start = next_start(
                 reach, step, progress.is_first, block_start, progress.phase
@@ -318,6 +330,14 @@ class Advance:
         before = (canvas.exists & (numbers < most[:, None])).sum(dim=1)
         missing = (most - numbers[:, -1]).clamp(min=1)
         return torch.minimum(blocks.positions[:, 0] + before + missing, canvas.end)
+
+
+def _steps_in(decision: SafeDecision, places: torch.Tensor) -> torch.Tensor | int:
+    """[R] int64: steps of this forward that wrote in these places [R, B], the last."""
+    if decision.step_ahead is None:
+        return 0
+    ahead = torch.where(decision.commit, decision.step_ahead, 0)
+    return ahead.amax(dim=1) - torch.where(places, 0, ahead).amax(dim=1)
 
 
 def _from(masked: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -154,10 +154,16 @@ class StepFunction:
         reply: Reply,
     ) -> None:
         """Go on in the blocks or to the next ones: the end of a step."""
-        cache = cast("Cache", self.group.strategy.context.cache)
-        counts = POLICIES[cache].counts_masks
+        strategy = self.group.strategy
+        cache = cast("Cache", strategy.context.cache)
         self.advance.move_on(
-            measured, decision, canvas, blocks, reply, counts_masks=counts
+            measured,
+            decision,
+            canvas,
+            blocks,
+            reply,
+            counts_masks=POLICIES[cache].counts_masks,
+            verifies=strategy.verifies,
         )
 
     def settle(self, packed: torch.Tensor) -> Settled:

@@ -31,6 +31,7 @@ from vllm_dlm.model_executor.layout import (
     part_rows,
     plan_rows,
     scheduled_steps,
+    verified_rows,
 )
 from vllm_dlm.model_executor.reply import take_ends
 from vllm_dlm.model_executor.step_maps import StepCount
@@ -305,10 +306,18 @@ class CanvasRequest(Request):
                 canvas_end=self.canvas_end,
             )
         is_new = self.step == 0 and len(self._all_token_ids) == block
+        if self.layout.verifies:
+            is_new = block == self.layout.first_block
         if self.model.leads_blocks and is_new:
             # The rows left of the block, which are finished now, predict its lead. They
             # do so once, also if they predict the mask id (`reference_exact`).
             return Rows(self.kv_final, block)
+        if self.layout.verifies:
+            return verified_rows(
+                length=self.layout.window,
+                block_start=block,
+                canvas_end=self.canvas_end,
+            )
         if self.commits_alone and self.kv_final < block != self.layout.first_block:
             return Rows(self.kv_final, block)
         # What is finished but not final (the block before this one, or the prompt)
@@ -460,7 +469,9 @@ class CanvasRequest(Request):
         self.refreshed_block = block
         self.drafted_block = block if rows.end > block else -1
         if not self.layout.is_full:
-            self.kv_final = min(rows.end, block)
+            # The keys of a draft are not those of text.
+            is_round = self.layout.verifies and rows.end > block
+            self.kv_final = rows.start if is_round else min(rows.end, block)
 
     def canvas_rows(self, rows: Rows) -> int:
         """How many rows of a forward are of the canvas.
