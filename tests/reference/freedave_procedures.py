@@ -100,7 +100,10 @@ def freedave(
                 start=start,
                 end=end,
                 length=len(row),
-                frontiers=(start, start),
+                masks=[p for p in range(start, len(row)) if row[p] == mask_id],
+                phase=start,
+                computed=0 if is_refresh else len(row),
+                always=False,
                 whole_block=False,
                 shift=shift,
             )
