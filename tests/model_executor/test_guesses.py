@@ -210,6 +210,8 @@ def test_a_further_canvas_is_as_wide_as_the_scheduler_opens_it():
 FULL = ModelDefaults("threshold", 32, MASK)
 BLOCKS = ModelDefaults("threshold", 32, MASK, attention="block")
 LEADS = ModelDefaults("threshold", 32, MASK, attention="block", shift=1)
+CAUSAL = ModelDefaults("threshold", 32, MASK, attention="causal", shift=1)
+EAGER = {"drafts": 4, "eager": True}
 
 
 def asks(model: ModelDefaults = FULL, **options: Any) -> bool:
@@ -249,6 +251,8 @@ def test_requests_that_need_the_host_do_not_run_ahead():
         assert not asks(**options), options
     assert not asks(LEADS, cache="dual", sub_block_length=8)
     assert not asks(BLOCKS, strategy="multi_block")
+    assert not asks(BLOCKS, strategy="freedave", strategy_config=EAGER)
+    assert asks(CAUSAL) and not asks(CAUSAL, strategy="linear_spec")
     assert not asks(BLOCKS, tccf={"trigger": [1], "check": [2]})
 
 
@@ -261,12 +265,17 @@ def test_what_loses_nothing():
     assert free(BLOCKS, strategy="static") and free(BLOCKS, async_blocks=2)
     assert not free(BLOCKS, strategy="static", sub_block_length=8)
     assert not free(FULL, cache="dual")
+    assert not free(BLOCKS, strategy="freedave", strategy_config=EAGER)
+    assert free(CAUSAL) and not free(CAUSAL, strategy="linear_spec")
 
 
 def test_reasons_name_a_remedy():
     server = DlmConfig(cache="dual")
     plain = resolve(server, None, FULL).sized(64, 64)
     assert "--dlm-cache none" in (why_not_ahead(plain, FULL, server) or "")
+    server = DlmConfig(strategy="linear_spec")
+    plain = resolve(server, None, CAUSAL).sized(64, 64)
+    assert "--dlm-strategy" in (why_not_ahead(plain, CAUSAL, server) or "")
     server = DlmConfig()
     plain = resolve(server, None, FULL).sized(64, 64)
     own = ["learn2pd", "trajectory_log"]

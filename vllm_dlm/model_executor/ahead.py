@@ -15,7 +15,9 @@ outcome is there (`CanvasRequest.is_void`), the device before it decides
 nothing, and the next one makes up for it. A text never depends on a guess.
 
 All other requests of an asynchronous engine sit out the step that is scheduled while a
-forward of theirs is on its way: what comes next for them needs the host.
+forward of theirs is on its way: what comes next for them needs the host. So do those
+that decide positions behind the active block too (`freedave` with `eager`,
+`linear_spec`): how far they come with a step is not known before.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ def repeats_rows(config: RequestConfig, defaults: ModelDefaults) -> bool:
     """
     reach = config.reach(defaults.shift)
     if defaults.reuses_blocks:
-        is_whole = config.attended_length == config.block_length
-        return bool(reach.part >= config.block_length) and is_whole
+        length = config.block_length
+        is_whole = config.attended_length == config.window == length
+        return bool(reach.part >= length) and is_whole
     return bool(reach.refresh_every == 1 and reach.refresh_right >= FAR)
 
 
@@ -75,6 +78,11 @@ def why_not_ahead(
     """
     needs = sorted(STRATEGIES[plain.strategy].needs_with(plain.params) & NEED_HOST)
     foreign = sorted(set(observers) - OWN_OBSERVERS)
+    if needs:
+        return (
+            f"the strategy {plain.strategy!r}, whose {needs[0]} are made on the host: "
+            "choose another with --dlm-strategy"
+        )
     if not repeats_rows(plain, defaults):
         return (
             f"the cache policy {plain.cache!r}, whose rows move from step to step: set "
@@ -82,11 +90,6 @@ def why_not_ahead(
         )
     if defaults.edit_tokens is not None:
         return "a model that inserts and deletes tokens: choose another model"
-    if needs:
-        return (
-            f"the strategy {plain.strategy!r}, whose {needs[0]} are made on the host: "
-            "choose another with --dlm-strategy"
-        )
     if server.trajectory_dir is not None or server.record_traces:
         option = "record-traces" if server.record_traces else "trajectory-dir"
         return f"--dlm-{option}, for which each step is looked at: leave that out"
