@@ -24,6 +24,7 @@ from engine.freedave_cases import (
     static,
 )
 from engine.harness import finished
+from engine.withheld import withholding
 from reference.freedave_procedures import freedave_blocks
 from reference.network import TinyModel
 from vllm.exceptions import VLLMValidationError
@@ -125,6 +126,27 @@ def test_preempted_in_the_midst(serve: Serve):
     done = engine.drive(meddle)
     for name, expected in zip(ids, wanted, strict=True):
         assert finished(done[name].outputs[0]).tokens == expected.tokens
+
+
+@pytest.mark.slow
+def test_in_an_asynchronous_engine(serve: Serve):
+    """It sits steps out there, among requests that run ahead."""
+    asked = eager_sample("SDAR-4B-Chat")
+    others = [one.by("threshold", threshold=0.3) for one in asked]
+    for other in others:
+        other.logprobs, other.extra_args["dlm"]["step_map"] = None, False
+    prompts = [one.prompt for one in asked for _ in range(2)]
+    pairs = [
+        one
+        for pair in zip(map(Asked.drafted, asked), others, strict=True)
+        for one in pair
+    ]
+    wanted = serve("SDAR-4B-Chat").run(prompts, pairs)
+    ahead = serve("SDAR-4B-Chat", async_scheduling=True)
+    with withholding(ahead) as steps:
+        got = ahead.run(prompts, pairs)
+    assert [one.tokens for one in got] == [one.tokens for one in wanted]
+    assert steps.ahead > 0
 
 
 def test_published_pages_are_final(serve: Serve):

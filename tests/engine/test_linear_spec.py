@@ -11,6 +11,7 @@ from engine.block_engines import assert_only_final_pages_are_published
 from engine.cases import make_prompt
 from engine.freedave_cases import FAMILIES, Serve, serving
 from engine.harness import Engine, finished, params
+from engine.withheld import withholding
 from reference.linear_spec import linear_spec, one_by_one
 from reference.network import TinyModel
 from vllm import SamplingParams
@@ -129,6 +130,23 @@ def test_preempted_in_the_midst(engine: Engine):
     done = engine.drive(meddle)
     got = [finished(done[name].outputs[0]).tokens for name in ids]
     assert got == [one.tokens for one in wanted]
+
+
+def test_in_an_asynchronous_engine(engine: Engine, serve: Serve):
+    """It sits steps out there, among requests that run ahead."""
+    prompts, lengths = zip(*sample(), strict=True)
+    asked = [
+        by(length, ignore_eos=True, temperature=0.8 * (number % 2), seed=number)
+        if number % 3
+        else params(length, dlm={"strategy": "threshold"}, ignore_eos=True)
+        for number, length in enumerate(lengths)
+    ]
+    wanted = engine.run(prompts, asked)
+    ahead = serve(NEMOTRON, async_scheduling=True)
+    with withholding(ahead) as steps:
+        got = ahead.run(prompts, asked)
+    assert [one.tokens for one in got] == [one.tokens for one in wanted]
+    assert steps.ahead > 0
 
 
 def test_published_pages_are_final(engine: Engine):
