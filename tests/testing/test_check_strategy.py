@@ -33,7 +33,7 @@ from vllm_dlm.testing.blocks import MASK_ID, RandomBlocks, padded
 from vllm_dlm.testing.check import CONTEXT
 from vllm_dlm.testing.compiling import why
 
-EAGER = {"credit", "freedave", "klass", "linear_spec", "prophet"}
+EAGER = {"credit", "freedave", "klass", "linear_spec", "lopa", "prophet"}
 """They read more of a step than a compiled function has."""
 
 
