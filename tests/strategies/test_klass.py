@@ -100,7 +100,8 @@ def test_divergence_is_at_most_the_true_one(seed, vocab):
     view = with_probabilities(random_view(seed, 1, 5), now)
     kept, tokens = with_probabilities(view, before).probabilities.top(64)
     got = divergence(view.probabilities, kept, tokens)
-    assert (got <= true + 1e-4).all() and (got >= -1e-4).all()
+    # Of float32: the true one is a sum of many.
+    assert (got <= true * (1 + 1e-3) + 1e-4).all() and (got >= -1e-4).all()
     if vocab == 64:
         torch.testing.assert_close(got, true, atol=1e-4, rtol=1e-3)
 
