@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from engine.block_cases import BlockCase
@@ -19,17 +18,7 @@ from engine.test_no_waits import Waits
 from engine.withheld import withholding
 from vllm import LLM, SamplingParams
 
-from vllm_dlm.model_executor import config_hook
-from vllm_dlm.model_executor.ahead import OWN_OBSERVERS
-
 Request = tuple[tuple[int, ...], SamplingParams]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_other_observer() -> Iterator[None]:
-    """As far as engines know that start here: `test_observers.py` registers one."""
-    with patch.object(config_hook, "OBSERVERS", OWN_OBSERVERS):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -100,9 +101,6 @@ def open_transcript(slots: RequestSlots, facts: EngineFacts) -> Transcript | Non
     return None if wanted is None else Transcript(slots, wanted == "block")
 
 
-OBSERVERS.register(KEY, open_transcript)
-
-
 @pytest.fixture(scope="module")
 def observed(engines: Callable[..., Engine]) -> Callable[[str], Engine]:
     """`observed("block" | "masks")`: an engine with canvases of 32, and pages for three
@@ -110,11 +108,14 @@ def observed(engines: Callable[..., Engine]) -> Callable[[str], Engine]:
 
     def engine(reads: str) -> Engine:
         dlm = {"online_learning": False, "max_canvas": 32}
-        return engines(
-            additional_config={"dlm": dlm, KEY: reads},
-            max_model_len=128,
-            num_gpu_blocks_override=13,
-        )
+        # Engines of other tests do not know of it.
+        with patch.dict(OBSERVERS._targets), patch.dict(OBSERVERS._loaded):
+            OBSERVERS.register(KEY, open_transcript)
+            return engines(
+                additional_config={"dlm": dlm, KEY: reads},
+                max_model_len=128,
+                num_gpu_blocks_override=13,
+            )
 
     return engine
 
