@@ -284,7 +284,11 @@ def test_more_segments_than_a_graph_has_are_an_error(sdar: Engine):
     starts = np.array([0, 16, 32, 48], np.int32)
     segments = Segments(np.zeros(3, np.int64), starts, keys, keys > 32)
     plan = SimpleNamespace(
-        segments=segments, kv_lens_np=keys, causal_np=None, branches=None
+        segments=segments,
+        kv_lens_np=keys,
+        causal_np=None,
+        branches=None,
+        guessed_left=None,
     )
     tables = runner.block_tables.get_dummy_block_tables(1)
     fill = runner.model_state._attention.fill

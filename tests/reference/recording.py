@@ -34,4 +34,6 @@ class Batch:
         begins += width * torch.as_tensor(ended).long()
         masked = torch.ones(len(begins), width, dtype=torch.bool)
         slots = self.plan.slots_np
-        self.host.send(slots, slots, torch.stack([begins, begins + width]), masked)
+        self.host.send(
+            slots, slots, torch.stack([begins, begins + width, begins * 0]), masked
+        )

@@ -72,6 +72,10 @@ class CanvasRequest(Request):
     """Canvases that one forward may evaluate (`planning/branches.py`)."""
     needs_branches: bool
     """It evaluates that many in every step but a block's first, or waits."""
+    is_looked_up: bool
+    """Pages are being looked for that it may share: for all but the last of
+    `num_tokens`, as vLLM does, and for none of its first block. A replay decides the
+    block again, and would write to pages of others that have decided it alike."""
     ahead: int
     """Positions behind the active block that a forward computes too: whole blocks."""
     runs_ahead: bool
@@ -182,7 +186,7 @@ class CanvasRequest(Request):
         request.stop_ids = stop_ids(params)
         request.commits_alone = commits_alone
         request.max_branches, request.ahead = max_branches, ahead
-        request.needs_branches = needs_branches
+        request.needs_branches, request.is_looked_up = needs_branches, False
         request.runs_ahead, request.blocks_ahead = False, 1
         # Forwards and tokens per forward, on every request's output.
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(config.window)
@@ -199,6 +203,8 @@ class CanvasRequest(Request):
     @property
     def num_tokens(self) -> int:
         """Tokens so far; while waiting, all rows that its first forward computes."""
+        if self.is_looked_up:
+            return min(self.rows_end, self.layout.first_block + 1)
         if self.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             return self.rows_end
         return len(self._all_token_ids)

@@ -69,6 +69,16 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         finally:
             self._publishes = False
 
+    def get_computed_blocks(self, request: Request) -> Any:
+        """Look for pages as vLLM does, but for those that reach into the first block
+        that the request will decide."""
+        assert isinstance(request, CanvasRequest)
+        request.is_looked_up = True
+        try:
+            return super().get_computed_blocks(request)
+        finally:
+            request.is_looked_up = False
+
     def allocate_slots(
         self,
         request: Request,
