@@ -146,6 +146,7 @@ def test_several_blocks_are_written_in_one_step(wanted: list[Expected]):
 def test_rows_of_every_forward(engine: Engine):
     """Spans begin with the block in which the prompt ends; the last one is cut."""
     case = Together(make_prompt(40), 70, blocks=2, mode=0, ignore_eos=True)
+    assert engine.llm.reset_prefix_cache()
     with recording(engine) as forwards:
         request_id = engine.add(case.prompt, case.params())
         drive(engine, lambda step: None)
