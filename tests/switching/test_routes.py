@@ -64,8 +64,11 @@ def values(pair: Server, metric: str, label: str) -> dict[str, float]:
 
 def app_of_vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's application with all routes that an environment variable adds."""
+    from vllm import envs
     from vllm.entrypoints.launchers.app import build_app
 
+    # An engine that was started before has vLLM keep what it read.
+    envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     return build_app(serve_arguments("model", {}), ("generate",))
