@@ -34,7 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SUITES = {
     "kernels": "kernels/test_runner_cpu.py spec_decode/test_verification_cpu.py",
-    "platform": "test_platform.py test_plugin.py admission/test_request.py",
+    "platform": (
+        "test_platform.py test_plugin.py test_overrides.py admission/test_request.py"
+    ),
     "prefix-cache": (
         "model_executor/test_page_publishing.py engine/test_prefix_cache.py"
     ),

@@ -69,13 +69,13 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         finally:
             self._publishes = False
 
-    def get_computed_blocks(self, request: Request) -> Any:
+    def get_computed_blocks(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Look for pages as vLLM does, but for those that reach into the first block
         that the request will decide."""
         assert isinstance(request, CanvasRequest)
         request.is_looked_up = True
         try:
-            return super().get_computed_blocks(request)
+            return super().get_computed_blocks(request, *args, **kwargs)
         finally:
             request.is_looked_up = False
 

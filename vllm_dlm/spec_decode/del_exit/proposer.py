@@ -157,7 +157,7 @@ class DelProposer(Drafter):
             self.num_layers,
         )
 
-    def dummy_run(self, num_tokens: int, **kwargs: Any) -> None:
+    def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Nothing: the target's own dummy runs go through all of its layers."""
 
     def draft(self, batch: Batch) -> Drafts:
