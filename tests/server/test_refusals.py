@@ -133,10 +133,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["'diffusion_max_steps'", "dlm_"],
     ),
     "output too long": (
-        {"max_tokens": 1023},
-        ["max_tokens", "1023", "1024", "at most"],
+        {"max_tokens": 1087},
+        ["max_tokens", "1087", "1088", "at most"],
     ),
-    "prompt too long": ({"prompt": "Ada Ben " * 600}, ["1024", "prompt"]),
+    "prompt too long": ({"prompt": "Ada Ben " * 600}, ["1088", "prompt"]),
     "presence penalty": ({"presence_penalty": 0.5}, ["presence_penalty", "canvas"]),
     "frequency penalty": ({"frequency_penalty": 0.5}, ["frequency_penalty"]),
     "repetition penalty": ({"repetition_penalty": 1.5}, ["repetition_penalty"]),

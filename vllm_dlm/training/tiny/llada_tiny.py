@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 # The first phase learns the tasks on short rows, the second one the long canvases.
-SHORT_STEPS, LONG_STEPS = 12_000, 600
+SHORT_STEPS, LONG_STEPS = 12_000, 700
 STEPS = SHORT_STEPS + LONG_STEPS
 # Token budget of a batch: short rows come in larger batches.
 BATCH_TOKENS = 3072
