@@ -3,27 +3,28 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.engine import start_engine
-from benchmarks.strategies import hardware
+from benchmarks.engine import RowCounter, start_engine
+from benchmarks.tables import (
+    MEASURED,
+    measured_by,
+    save,
+    served_facts,
+    table_parser,
+    write_between,
+)
 from vllm_dlm.config.cache import POLICIES
 from vllm_dlm.tasks.evaluation import Served, evaluate_served
 from vllm_dlm.tasks.problems import sample_problems
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUESTS_AT_A_TIME = 32
-BEGIN, END = "<!-- measured -->", "<!-- reading -->"
-"""Lines of the document between which this command writes."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +95,11 @@ class Row:
         return self.rows / self.served.problems
 
 
-class RowCounter:
-    """Counts the rows of every forward that an engine in this process schedules."""
-
-    def __init__(self, llm: Any) -> None:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        self.rows = 0
-        schedule = scheduler.schedule
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            self.rows += output.total_num_scheduled_tokens
-            return output
-
-        scheduler.schedule = counted
-
-
 def main() -> int:
     """Measure, and write the tables."""
-    args = _arguments()
+    args = table_parser(
+        "caches", __doc__, "docs/caches.md", num_problems=200
+    ).parse_args()
     # The scheduler must be here, to be asked for its rows.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     rows: list[Row] = []
@@ -139,77 +126,28 @@ def main() -> int:
                     )
                     rows.append(Row(setting, workload, served, counter.rows - before))
                     progress.update()
-                    _save(rows, args.json)
+                    save([_facts(row) for row in rows], args.json)
         llm.llm_engine.engine_core.shutdown()
-    _write(args.document, _tables(rows))
+    write_between(args.document, MEASURED, _tables(rows))
     print(f"{len(rows)} rows -> {args.document}, {args.json}")
     return 0
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.caches", description=__doc__
-    )
-    parser.add_argument(
-        "--num-problems",
-        type=int,
-        default=200,
-        help="held-out problems per row, at most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=ROOT / "runs/caches.json",
-        help="all numbers, written after each row (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--document",
-        type=Path,
-        default=ROOT / "docs/caches.md",
-        help=f"markdown file with the lines {BEGIN} and {END}, between which the "
-        "tables go (default: %(default)s)",
-    )
-    return parser.parse_args()
 
 
 # -- what is written ------------------------------------------------------
 
 
-def _save(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = [
-        {
-            "setting": asdict(row.setting),
-            "workload": asdict(row.workload),
-            **asdict(row.served),
-            "accuracy": row.served.accuracy,
-            "forwards_per_request": row.served.forwards_per_request,
-            "rows_per_request": row.rows_per_request,
-        }
-        for row in rows
-    ]
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def _write(path: Path, tables: str) -> None:
-    """Put the tables between the document's two lines.
-
-    Raises:
-        ValueError: it has no such lines.
-    """
-    head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, reading = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    path.write_text(f"{head}{BEGIN}\n\n{tables}\n\n{END}{reading}", encoding="utf-8")
+def _facts(row: Row) -> dict[str, Any]:
+    return {
+        "setting": asdict(row.setting),
+        "workload": asdict(row.workload),
+        **served_facts(row.served),
+        "rows_per_request": row.rows_per_request,
+    }
 
 
 def _tables(rows: list[Row]) -> str:
-    import vllm
-
-    command = " ".join(["python -m benchmarks.caches", *sys.argv[1:]])
     about = f"""\
-Measured by `{command}` on {hardware()}, vLLM {vllm.__version__}, bfloat16:
+{measured_by("caches")}:
 the built-in llada-tiny (1.1 M parameters), greedy, at most {REQUESTS_AT_A_TIME}
 requests at a time, by default or as said. Rows are positions that go through
 the network, prompts included."""

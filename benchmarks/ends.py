@@ -10,26 +10,22 @@ its answers are those of `static` here, which stops where the text ends.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.caches import RowCounter
-from benchmarks.engine import start_engine
-from benchmarks.strategies import hardware
+from benchmarks.engine import RowCounter, start_engine
+from benchmarks.tables import measured_by, save, table_parser, write_between
 from vllm_dlm.tasks.evaluation import Served, evaluate_served
 from vllm_dlm.tasks.problems import Problem, sample_problems
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUESTS_AT_A_TIME = 16
 LONGEST_PROMPT = 128
-BEGIN, END = "<!-- ends -->", "<!-- end of ends -->"
+LINES = ("<!-- ends -->", "<!-- end of ends -->")
 """Lines of the document between which this command writes."""
 
 
@@ -124,11 +120,9 @@ def main() -> int:
             rows.append(_row(setting, served, counter.rows - before))
             if setting is STATIC:
                 rows.insert(0, published(rows[0], prompts, args.canvas))
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            facts = [asdict(row) for row in rows]
-            args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            save([asdict(row) for row in rows], args.json)
         llm.llm_engine.engine_core.shutdown()
-    _write(args.document, _table(rows, args.canvas, args.block_length))
+    write_between(args.document, LINES, _table(rows, args.canvas, args.block_length))
     print(f"{len(rows)} rows -> {args.document}, {args.json}")
     return 0
 
@@ -150,10 +144,8 @@ def _mean_prompt(llm: Any, problems: list[Problem]) -> float:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ends",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = table_parser(
+        "ends", __doc__, "docs/strategies/learn2pd.md", num_problems=100, lines=LINES
     )
     parser.add_argument(
         "--canvas",
@@ -169,52 +161,17 @@ def _arguments() -> argparse.Namespace:
         help="positions of a block; in shorter ones answers take several (default: "
         "%(default)s)",
     )
-    parser.add_argument(
-        "--num-problems",
-        type=int,
-        default=100,
-        help="held-out problems per row (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=ROOT / "runs/ends.json",
-        help="all numbers, written after each row (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--document",
-        type=Path,
-        default=ROOT / "docs/strategies/learn2pd.md",
-        help=f"markdown file with the lines {BEGIN} and {END}, between which the "
-        "table goes (default: %(default)s)",
-    )
     return parser.parse_args()
 
 
 # -- what is written ------------------------------------------------------
 
 
-def _write(path: Path, table: str) -> None:
-    """Put the table between the document's two lines.
-
-    Raises:
-        ValueError: it has no such lines.
-    """
-    head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, reading = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}")
-    path.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{reading}", encoding="utf-8")
-
-
 def _table(rows: list[Row], canvas: int, block: int) -> str:
     """The rows; the first is what the others are compared with."""
-    import vllm
-
-    command = " ".join(["python -m benchmarks.ends", *sys.argv[1:]])
     first = rows[0]
     about = f"""\
-Measured by `{command}` on {hardware()}, vLLM {vllm.__version__}, bfloat16: the built-in
+{measured_by("ends")}: the built-in
 llada-tiny, {first.problems} held-out problems, greedy, canvas {canvas}, block {block}.
 Rows are positions that go through the network, prompts included. The first row is
 computed: each of the {canvas} forwards of the published loop has all rows."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine that is measured: llada-tiny, and what its strategies need besides."""
+"""The engine that is measured: llada-tiny, what its strategies need, its rows."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def start_engine(folder: str | Path, **options: Any) -> Any:
         dlm_filter_dir=str(folder),
         **options,
     )
+
+
+class RowCounter:
+    """Counts the rows of every forward that an engine in this process schedules."""
+
+    def __init__(self, llm: Any) -> None:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self.rows = 0
+        schedule = scheduler.schedule
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.rows += output.total_num_scheduled_tokens
+            return output
+
+        scheduler.schedule = counted
 
 
 def _count_tokens(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.answers import TARGET, engine
 from benchmarks.speculation import counting
-from benchmarks.strategies import hardware
+from benchmarks.tables import hardware
 from vllm_dlm.bench.report import check_plotting
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.tasks.problems import TASKS, sample_problems

@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.caches import BEGIN, END, RowCounter, _write
-from benchmarks.engine import start_engine
-from benchmarks.strategies import hardware
+from benchmarks.engine import RowCounter, start_engine
+from benchmarks.tables import (
+    MEASURED,
+    measured_by,
+    save,
+    served_facts,
+    table_parser,
+    write_between,
+)
 from vllm_dlm.tasks.evaluation import Served, evaluate_served
 from vllm_dlm.tasks.problems import sample_problems
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUESTS_AT_A_TIME = 32
 
 
@@ -189,10 +192,10 @@ def main() -> int:
                     progress.set_postfix_str(row.label)
                     progress.update()
                     rows.append(row)
-                    _save(rows, args.json)
+                    save([_facts(row) for row in rows], args.json)
             llm.llm_engine.engine_core.shutdown()
     progress.close()
-    _write(args.document, _tables(rows, items))
+    write_between(args.document, MEASURED, _tables(rows, items))
     print(f"{len(rows)} rows -> {args.document}, {args.json}")
     return 0
 
@@ -210,15 +213,7 @@ def _measure(llm: Any, counter: RowCounter, item: Item, most: int) -> list[Row]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fidelity", description=__doc__
-    )
-    parser.add_argument(
-        "--num-problems",
-        type=int,
-        default=200,
-        help="held-out problems per row, at most (default: %(default)s)",
-    )
+    parser = table_parser("fidelity", __doc__, "docs/fidelity.md", num_problems=200)
     parser.add_argument(
         "--items",
         nargs="+",
@@ -226,45 +221,23 @@ def _arguments() -> argparse.Namespace:
         metavar="TITLE",
         help="only these",
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=ROOT / "runs/fidelity.json",
-        help="all numbers, written after each row (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--document",
-        type=Path,
-        default=ROOT / "docs/fidelity.md",
-        help=f"markdown file with the lines {BEGIN} and {END}, between which the "
-        "tables go (default: %(default)s)",
-    )
     return parser.parse_args()
 
 
 # -- what is written ------------------------------------------------------
 
 
-def _save(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = [
-        {
-            **asdict(row),
-            "accuracy": row.served.accuracy,
-            "forwards_per_request": row.served.forwards_per_request,
-            "rows_per_request": row.rows_per_request,
-        }
-        for row in rows
-    ]
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+def _facts(row: Row) -> dict[str, Any]:
+    return {
+        **asdict(row),
+        **served_facts(row.served),
+        "rows_per_request": row.rows_per_request,
+    }
 
 
 def _tables(rows: list[Row], items: list[Item]) -> str:
-    import vllm
-
-    command = " ".join(["python -m benchmarks.fidelity", *sys.argv[1:]])
     about = f"""\
-Measured by `{command}` on {hardware()}, vLLM {vllm.__version__}, bfloat16:
+{measured_by("fidelity")}:
 the built-in llada-tiny (1.1 M parameters), greedy, blocks of 32 or as said, at most
 {REQUESTS_AT_A_TIME} requests at a time. Rows are positions that go through the network,
 prompts included; "fewer" is against the first line."""

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.caches import RowCounter
+from benchmarks.engine import RowCounter
 from vllm_dlm.tasks.evaluation import evaluate_served
 from vllm_dlm.tasks.problems import sample_problems
 

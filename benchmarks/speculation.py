@@ -33,7 +33,7 @@ from benchmarks.answers import (
     engine,
     from_file,
 )
-from benchmarks.strategies import hardware
+from benchmarks.tables import hardware
 from vllm_dlm.config.aliases import resolve
 
 DRAFT = "llama-tiny-draft"

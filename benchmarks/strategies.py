@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,10 +15,10 @@ from tqdm import tqdm
 
 from benchmarks.engine import start_engine
 from benchmarks.settings import LEFT_OUT, SETTINGS, WORKLOADS, Setting, Workload
+from benchmarks.tables import ROOT, hardware, save, served_facts
 from vllm_dlm.tasks.evaluation import Served, evaluate_served
 from vllm_dlm.tasks.problems import Problem, sample_problems
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUESTS_AT_A_TIME = 32
 READING = "<!-- reading -->"
 DOCUMENT = """\
@@ -86,7 +83,7 @@ def main() -> int:
                     progress.set_postfix_str(row.setting.strategy)
                     progress.update()
                     rows.append(row)
-                    _save(rows, args.json)
+                    save([_facts(row) for row in rows], args.json)
         llm.llm_engine.engine_core.shutdown()
     _write(args.table, _document(rows))
     print(f"{len(rows)} rows -> {args.table}, {args.json}")
@@ -146,20 +143,13 @@ def _arguments() -> argparse.Namespace:
 # -- what is written ------------------------------------------------------
 
 
-def _save(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = [
-        {
-            **asdict(row.setting),
-            "workload": row.workload.title,
-            **asdict(row.served),
-            "accuracy": row.served.accuracy,
-            "forwards_per_request": row.served.forwards_per_request,
-            "tokens_per_forward": row.served.tokens_per_forward,
-        }
-        for row in rows
-    ]
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+def _facts(row: Row) -> dict[str, Any]:
+    return {
+        **asdict(row.setting),
+        "workload": row.workload.title,
+        **served_facts(row.served),
+        "tokens_per_forward": row.served.tokens_per_forward,
+    }
 
 
 def _write(path: Path, document: str) -> None:
@@ -215,18 +205,6 @@ def _table(rows: list[Row], workload: Workload) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def hardware() -> str:
-    """The GPU, or the cores and name of the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{len(os.sched_getaffinity(0))} cores, {(names or [platform.machine()])[0]}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.strategies import hardware
+from benchmarks.tables import hardware
 from vllm_dlm.bench.report import check_plotting
 from vllm_dlm.tasks.problems import Problem, sample_problems
 

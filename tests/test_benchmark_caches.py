@@ -13,7 +13,7 @@ from vllm_dlm.config.request import resolve
 
 # No part of the package: found beside it, for this import only.
 sys.path.append(str(Path(__file__).parent.parent))
-from benchmarks import caches  # noqa: E402
+from benchmarks import caches, tables  # noqa: E402
 
 sys.path.pop()
 
@@ -49,13 +49,11 @@ def test_the_table_compares_rows_with_the_first_policy():
 
 
 def test_writing_keeps_what_is_around_the_tables(tmp_path: Path):
-    path = tmp_path / "caches.md"
-    path.write_text(f"Head.\n{caches.BEGIN}\nold\n{caches.END}\nReading.\n")
-    for tables in ("first", "second"):
-        caches._write(path, tables)
-    assert path.read_text() == (
-        f"Head.\n{caches.BEGIN}\n\nsecond\n\n{caches.END}\nReading.\n"
-    )
+    path, (begin, end) = tmp_path / "caches.md", tables.MEASURED
+    path.write_text(f"Head.\n{begin}\nold\n{end}\nReading.\n")
+    for text in ("first", "second"):
+        tables.write_between(path, tables.MEASURED, text)
+    assert path.read_text() == f"Head.\n{begin}\n\nsecond\n\n{end}\nReading.\n"
     path.write_text("no such lines\n")
-    with pytest.raises(ValueError, match=caches.BEGIN):
-        caches._write(path, "tables")
+    with pytest.raises(ValueError, match=begin):
+        tables.write_between(path, tables.MEASURED, "tables")
