@@ -78,7 +78,7 @@ def test_chat_without_max_tokens_has_the_rest_of_the_context(server: Server):
     # One step a block: the canvas is as wide as the context.
     xargs = {"dlm_threshold": 0.001}
     result = server.chat(QUESTION, ignore_eos=True, vllm_xargs=xargs)
-    assert result.usage.total_tokens == 1024
+    assert result.usage.total_tokens == 1088
     assert result.choices[0].finish_reason == "length"
 
 

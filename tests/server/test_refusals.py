@@ -156,10 +156,10 @@ CHAT_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "bad JSON": CASES["bad JSON"],
     "filter path": CASES["filter path"],
     "presence penalty": CASES["presence penalty"],
-    "output too long": ({"max_tokens": 1020}, ["max_tokens", "1020", "at most"]),
+    "output too long": ({"max_tokens": 1084}, ["max_tokens", "1084", "at most"]),
     "output too long, new name": (
-        {"max_tokens": None, "max_completion_tokens": 1020},
-        ["max_completion_tokens is 1020", "max_completion_tokens to at most"],
+        {"max_tokens": None, "max_completion_tokens": 1084},
+        ["max_completion_tokens is 1084", "max_completion_tokens to at most"],
     ),
     "JSON schema": (
         {"response_format": JSON_SCHEMA},
