@@ -16,11 +16,15 @@ from vllm import SamplingParams
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
-from vllm_dlm.model_executor.ahead import loses_nothing, runs_ahead, why_not_ahead
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS
 from vllm_dlm.model_executor.layout import Limits, lay_out, scheduled_steps
 from vllm_dlm.model_executor.planning.guesses import settle
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
+from vllm_dlm.model_executor.running_ahead import (
+    loses_nothing,
+    runs_ahead,
+    why_not_ahead,
+)
 from vllm_dlm.model_executor.slots import RequestSlots
 
 LENGTH, B, MASK, SLOTS = 64, 4, 99, 6

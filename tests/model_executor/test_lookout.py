@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dlm.config.cache import FAR
-from vllm_dlm.model_executor.planning.ahead import Ahead, RowsAhead
+from vllm_dlm.model_executor.planning.lookout_rows import HostLookoutRows, LookoutRows
 from vllm_dlm.model_executor.sampling.candidates import Candidates
 from vllm_dlm.model_executor.sampling.choice import Choice
 from vllm_dlm.model_executor.sampling.growth import in_units
@@ -57,17 +57,17 @@ def test_agrees_with_plain_loops_whoever_else_is_there(seed: int):
     for present in (rows, *({slot: its} for slot, its in rows.items()), {}):
         flat = [(slot, *row) for slot, its in present.items() for row in its]
         slots, positions, tokens, sure = zip(*flat, strict=True) if flat else [()] * 4
-        ahead = Ahead(
+        seen = LookoutRows(
             torch.tensor(slots, dtype=torch.int32),
             torch.tensor(positions, dtype=torch.int32),
         )
         # Rows of the blocks come first, and are not looked at.
         choice = choice_of([END, *tokens], [1.0, *sure])
-        lookout.look(ahead if flat else None, choice)
+        lookout.look(seen if flat else None, choice)
         for slot in range(SLOTS + 1):
             assert (
-                int(table.end_ahead[slot]),
-                table.counts_ahead[slot].tolist(),
+                int(table.lookout_end[slot]),
+                table.lookout_counts[slot].tolist(),
             ) == expected(table, slot, present.get(slot, []))
 
 
@@ -88,7 +88,7 @@ def expected(
 
 
 def test_rows_of_requests_follow_each_other():
-    rows = RowsAhead.of(
+    rows = HostLookoutRows.of(
         np.array([3, 1, 2]),
         starts=np.array([8, 20, 9]),
         ends=np.array([11, 18, 10]),

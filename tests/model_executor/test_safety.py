@@ -68,7 +68,7 @@ class Ending:
     def may_choose_the_mask(self) -> bool:
         head: Any = SimpleNamespace(vocab_shard=None)
         rows = Rows(self.slots, self.facts, head, None)  # type: ignore[arg-type]
-        plan: Any = SimpleNamespace(groups=[self.rows], ahead=None)
+        plan: Any = SimpleNamespace(groups=[self.rows], lookout=None)
         banned = rows.logits(torch.zeros(4, 2), plan).banned
         return banned is not None and not bool(banned.any())
 

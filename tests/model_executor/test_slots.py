@@ -282,9 +282,9 @@ def test_where_a_request_stands_is_written_at_admission_and_by_the_advance():
     sampling = {"temperature", "top_p", "min_p", "top_k", "seed", "min_tokens"}
     sampling |= {"stop_ids"}
     wholes = {"_constants", "facts", "facts_f", "live", "numbers", "numbers_f"}
-    ahead = {"end_ahead", "counts_ahead"}
+    lookout = {"lookout_end", "lookout_counts"}
     # What of these is an array follows from the layout, or from the strategy.
-    admitted = {*columns(slots)} - wholes - sampling - {"reach"} - ahead
+    admitted = {*columns(slots)} - wholes - sampling - {"reach"} - lookout
     admitted |= {"numbers"}
     admitted |= {"numbers_f"}
     assert written == {
@@ -292,7 +292,7 @@ def test_where_a_request_stands_is_written_at_admission_and_by_the_advance():
         "slots.py": admitted | {"reads", "group"},
         "sampling/candidates.py": sampling,
         "host_slots.py": {*vars(slots.host)} - {"_arriving", "group"},
-        "sampling/lookout.py": ahead,
+        "sampling/lookout.py": lookout,
         "sampling/advance.py": {"tokens", "masked", "live", "canvas_end"},
         # Those of the reply.
         "reply.py": {"tokens", "masked"},

@@ -234,11 +234,11 @@ class Columns:
         self.masked = zeros(length, torch.bool)
         """[S + 1, L] bool."""
 
-        self.end_ahead = torch.full((rows,), FAR, dtype=torch.int64, device=device)
+        self.lookout_end = torch.full((rows,), FAR, dtype=torch.int64, device=device)
         """[S + 1] int64: where this step's forward predicts an end of the text right
         of the active block, for the option `eotp`; `FAR` for nowhere (`lookout.py`)."""
 
-        self.counts_ahead = zeros(3, torch.int64)
+        self.lookout_counts = zeros(3, torch.int64)
         """[S + 1, 3] int64: of the same rows, `growth.Ends`."""
 
         # -- columns [S + 1] by name; flags are 0 or 1 ---------------------------

@@ -22,11 +22,11 @@ from vllm_dlm.admission.server_options import refuse_server_options
 from vllm_dlm.config.model import ModelDefaults, as_ids, attention_of, declared_stop_ids
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
-from vllm_dlm.model_executor.ahead import loses_nothing, why_not_ahead
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
 from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
+from vllm_dlm.model_executor.running_ahead import loses_nothing, why_not_ahead
 from vllm_dlm.model_executor.sampling.observers import OBSERVERS
 
 if TYPE_CHECKING:

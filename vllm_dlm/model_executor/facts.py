@@ -21,9 +21,9 @@ from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import SECOND_STAGE, one_at_a_time
-from vllm_dlm.model_executor.ahead import runs_ahead
 from vllm_dlm.model_executor.layout import Limits, RequestLayout, lay_out
 from vllm_dlm.model_executor.model_key import model_key
+from vllm_dlm.model_executor.running_ahead import runs_ahead
 from vllm_dlm.model_executor.sampling.logits import tile_rows
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Context
@@ -158,7 +158,8 @@ class RequestFacts:
     measures_drawn: bool
     """Whether statistics are those of the distribution that is drawn from."""
     runs_ahead: bool = False
-    """Whether its forwards are planned before the outcome of the last (`ahead.py`)."""
+    """Whether its forwards are planned before the outcome of the last one is there
+    (`running_ahead.py`)."""
     canvas_end: int = 0
     """Of a request that returns after a preemption, if the scheduler says so: one past
     its canvas's last position. Else 0."""

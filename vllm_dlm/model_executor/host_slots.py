@@ -6,9 +6,9 @@ which of its positions are masked, is decided on the device: each step's advance
 that (`send`), behind the work whose outcome the scheduler waits for in any case, so
 that reading the columns here waits for nothing more.
 
-Of requests that run ahead (`ahead.py`), a forward is planned before the outcome of the
-one before it is there. Nothing is sent for them, and what their steps change is unknown
-here: `planning/guesses.py` looks it up on the device.
+Of requests that run ahead (`running_ahead.py`), a forward is planned before the outcome
+of the one before it is there. Nothing is sent for them, and what their steps change is
+unknown here: `planning/guesses.py` looks it up on the device.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class HostSlots:
         """Number of the strategy group (`sampling/groups.py`) that decides it."""
         self.predicts_end = per_slot(bool)
         """Whether the option `eotp` is on."""
-        self.looks_ahead = per_slot(bool)
+        self.looks_out = per_slot(bool)
         """Whether it is `canvas`: rows right of the active block are read for it."""
         self.grows = per_slot(bool)
         """Whether the canvas may grow: so are they in a block's first step."""
@@ -101,7 +101,7 @@ class HostSlots:
         layout: RequestLayout,
         *,
         predicts_end: bool,
-        looks_ahead: bool,
+        looks_out: bool,
         exact: bool,
         runs_ahead: bool,
     ) -> None:
@@ -109,7 +109,7 @@ class HostSlots:
 
         Args:
             predicts_end: whether its option `eotp` is on.
-            looks_ahead: whether it is `canvas`.
+            looks_out: whether it is `canvas`.
             exact: whether its option `reference_exact` is.
             runs_ahead: whether its forwards are planned before the last outcome is
                 there.
@@ -133,20 +133,20 @@ class HostSlots:
         self.verifies[slot] = layout.verifies
         self.step[slot] = layout.first_step
         self.predicts_end[slot] = predicts_end
-        self.looks_ahead[slot] = looks_ahead
+        self.looks_out[slot] = looks_out
         self.grows[slot] = layout.growth.expansion > 0
         self.exact[slot] = exact
         self.window[slot] = width = min(layout.window, self.masked.shape[1])
         first_mask = layout.first_mask - layout.first_block
         self.masked[slot, :width] = np.arange(width) >= first_mask
 
-    def looking_ahead(self, slots: np.ndarray) -> np.ndarray:
-        """[n] bool: requests of whose next forward rows are read ahead.
+    def looking_out(self, slots: np.ndarray) -> np.ndarray:
+        """[n] bool: requests of whose next forward rows right of the block are read.
 
         Args:
             slots: [n], of one group.
         """
-        looking: np.ndarray = self.looks_ahead[slots] | self.growing(slots)
+        looking: np.ndarray = self.looks_out[slots] | self.growing(slots)
         return looking
 
     def growing(self, slots: np.ndarray) -> np.ndarray:

@@ -111,7 +111,7 @@ class RequestSlots(Columns):
             slot,
             layout,
             predicts_end=config.eotp != "off",
-            looks_ahead=config.eotp == "canvas",
+            looks_out=config.eotp == "canvas",
             exact=config.reference_exact,
             runs_ahead=request.runs_ahead,
         )

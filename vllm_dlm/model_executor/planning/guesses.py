@@ -2,10 +2,11 @@
 """Blocks of requests that run ahead: what only the device knows of them.
 
 When such a forward is planned, the step before it may still be computed, so the host
-does not know which block is active and what is masked in it (`model_executor/ahead.py`
-has the rule). The host therefore reserves a row of logits for each position of a block,
-and sends which rows of the forward are the request's. `settle` then finds on the device
-what those rows are for, and completes the plan:
+does not know which block is active and what is masked in it
+(`model_executor/running_ahead.py` has the rule). The host therefore reserves a row of
+logits for each position of a block, and sends which rows of the forward are the
+request's. `settle` then finds on the device what those rows are for, and completes the
+plan:
 
     rows end where the active block ends    a denoise step of this block; with `block`
                                             attention also where the next one ends

@@ -18,7 +18,6 @@ import torch
 
 from vllm_dlm.config.cache import FAR
 from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
-from vllm_dlm.model_executor.planning.ahead import Ahead, RowsAhead
 from vllm_dlm.model_executor.planning.block_rows import (
     BATCH_ROW,
     CANVAS_END,
@@ -44,6 +43,7 @@ from vllm_dlm.model_executor.planning.branches import (
     branch_blocks,
     plan_branches,
 )
+from vllm_dlm.model_executor.planning.lookout_rows import HostLookoutRows, LookoutRows
 from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ class SegmentPlan:
     logits_rows: torch.Tensor
     """[N] int32: rows of the forward that go through lm_head, group by group: those of
     the blocks' masks, or of all their positions where the strategy reads them. Behind
-    them those of branches, group by group; and last those read ahead."""
+    them those of branches, group by group; and last those of the lookout."""
     groups: list[GroupRows]
     """The blocks that are decided, by what decides them (`HostSlots.group`)."""
     branches: BranchPlan | None
     """Drafts that are evaluated along; None where there are none."""
-    ahead: Ahead | None
+    lookout: LookoutRows | None
     """Rows read right of active blocks; None where there are none."""
     guessed_left: tuple[torch.Tensor, torch.Tensor] | None
     """With causal attention, [n] int64 and [n] int32: segments of which only the device
@@ -145,13 +145,13 @@ def plan_forward(
         planner.add_group(deciding[groups == number])
     kv_lens, causal = planner.keys(segments)
     row_slots = np.repeat(slots_in_batch, batch.num_scheduled_tokens)
-    ahead = planner.ahead
+    looked_at = planner.lookout
     sent = upload_int32(
         facts.device,
         row_slots,
-        np.concatenate([*planner.logits_rows, ahead.rows]),
-        ahead.slots,
-        ahead.positions,
+        np.concatenate([*planner.logits_rows, looked_at.rows]),
+        looked_at.slots,
+        looked_at.positions,
         *planner.packed,
     )
     blocks = planner.block_rows(sent[4:])
@@ -161,7 +161,9 @@ def plan_forward(
             starts, ends, branches, segments, kv_lens, page_size, facts.device
         )
         blocks, rows = planner.with_branches(blocks, branches)
-        (logits_rows,) = upload_int32(facts.device, np.concatenate([rows, ahead.rows]))
+        (logits_rows,) = upload_int32(
+            facts.device, np.concatenate([rows, looked_at.rows])
+        )
     blocks = [planner.settled(rows, logits_rows) for rows in blocks]
     return SegmentPlan(
         segments=segments,
@@ -172,7 +174,7 @@ def plan_forward(
         logits_rows=logits_rows,
         groups=blocks,
         branches=branch_plan,
-        ahead=Ahead(sent[2], sent[3]) if len(ahead.rows) else None,
+        lookout=LookoutRows(sent[2], sent[3]) if len(looked_at.rows) else None,
         guessed_left=_guessed_left(facts, segments, blocks),
     )
 
@@ -207,7 +209,7 @@ class _Planner:
         """Of each group: see `pack`."""
         self.logits_rows: list[np.ndarray] = []
         """Of each group: its rows of the forward."""
-        self.ahead = RowsAhead.none()
+        self.lookout = HostLookoutRows.none()
 
     def add_group(self, deciding: np.ndarray) -> None:
         """Plan the blocks of some requests [R] of the batch, of one group."""
@@ -261,9 +263,9 @@ class _Planner:
             }
         )
         self.logits_rows.append((first_rows[:, None] + source)[is_read])
-        if (is_looking := host.looking_ahead(slots_np)).any():
+        if (is_looking := host.looking_out(slots_np)).any():
             looking = is_looking.nonzero()[0]
-            self.ahead += RowsAhead.of(
+            self.lookout += HostLookoutRows.of(
                 slots_np[looking],
                 starts=np.maximum(start[looking, 0], block_start[looking] + width),
                 ends=np.minimum(end[looking, 0], canvas_end[looking] - defaults.shift),

@@ -79,8 +79,8 @@ class Rows:
             if group.branches is not None:
                 parents = group.branches.parents
                 of_branches.append(may[parents[group.branches.rows.row_request]])
-        ahead = [] if plan.ahead is None else [table.exact[plan.ahead.slots] != 0]
-        return torch.cat([*of_canvases, *of_branches, *ahead])
+        lookout = [] if plan.lookout is None else [table.exact[plan.lookout.slots] != 0]
+        return torch.cat([*of_canvases, *of_branches, *lookout])
 
     def measure(self, logits: Logits, drawn: list[Drawn]) -> None:
         """Measure all rows of a step: `choice` holds the outcome.

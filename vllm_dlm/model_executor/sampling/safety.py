@@ -141,7 +141,7 @@ class Safety:
             )
         )
         ends = with_block(
-            Ends(*table.counts_ahead[blocks.slots].unbind(1)),
+            Ends(*table.lookout_counts[blocks.slots].unbind(1)),
             view.masked & view.is_eos,
             view.confidence,
             view.masked,
@@ -151,7 +151,7 @@ class Safety:
         # `eotp=canvas` leaves no more than the end: where it sees one, that is enough.
         sure = view.confidence >= requests.eotp_threshold[:, None]
         has_end = (view.masked & view.is_eos & sure).any(dim=1)
-        has_end |= table.end_ahead[blocks.slots] < FAR
+        has_end |= table.lookout_end[blocks.slots] < FAR
         looks = requests.eotp == MODES.index("canvas")
         # In whole blocks; no wider than a canvas may be, nor than the longest text.
         begin, length = requests.block_start, requests.block_length
@@ -176,7 +176,7 @@ class Safety:
         write = decision.commit | decision.edit
         cut = canvas_cut(
             end_of_text(view, write, is_end, requests.eotp_threshold),
-            self.slots.end_ahead[blocks.slots] - requests.block_start,
+            self.slots.lookout_end[blocks.slots] - requests.block_start,
             requests.eotp,
             requests.may_rewrite,
             requests.block_length,

@@ -157,7 +157,7 @@ class DenoisingSampler:
                 for drawn in self.views.drawn(rows)
             ],
         )
-        self.lookout.look(plan.ahead, self.rows.choice.part(slice(len(logits))))
+        self.lookout.look(plan.lookout, self.rows.choice.part(slice(len(logits))))
         # Of all, also of requests that do not ask: who does is rare.
         before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None
         width = max(rows.width for rows in plan.groups)

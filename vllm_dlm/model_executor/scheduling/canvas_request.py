@@ -21,7 +21,6 @@ from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.config.tccf import Stages, one_at_a_time
-from vllm_dlm.model_executor.ahead import ends_by_count
 from vllm_dlm.model_executor.layout import (
     ALWAYS,
     Limits,
@@ -34,6 +33,7 @@ from vllm_dlm.model_executor.layout import (
     verified_rows,
 )
 from vllm_dlm.model_executor.reply import take_ends
+from vllm_dlm.model_executor.running_ahead import ends_by_count
 from vllm_dlm.model_executor.step_maps import StepCount
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class CanvasRequest(Request):
     """Positions behind the active block that a forward computes too: whole blocks."""
     runs_ahead: bool
     """A forward is scheduled before the outcome of the last one is there: see
-    `ahead.py`. What is known of the request is then what it was before that one."""
+    `running_ahead.py`. What is known of the request is then what it was before
+    that one."""
 
     blocks_ahead: int
     """Blocks that a forward computes which is scheduled so, of a `block` model without
@@ -374,7 +375,7 @@ class CanvasRequest(Request):
         """Rows of the forward behind the one in flight; None if they cannot be guessed.
 
         The same rows again: a block that is finished by then is committed by them, or
-        predicts the next one's lead. `ahead.py` has the rule.
+        predicts the next one's lead. `running_ahead.py` has the rule.
         """
         if not self.runs_ahead:
             return None

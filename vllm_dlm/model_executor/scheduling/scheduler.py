@@ -37,7 +37,6 @@ from vllm_dlm.config.carried import request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig, server_config
 from vllm_dlm.config.tccf import Stages
-from vllm_dlm.model_executor.ahead import runs_ahead
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits, Rows
 from vllm_dlm.model_executor.planning.branches import (
@@ -47,6 +46,7 @@ from vllm_dlm.model_executor.planning.branches import (
     page_size_of,
     share_out,
 )
+from vllm_dlm.model_executor.running_ahead import runs_ahead
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest, Forward
 from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
 from vllm_dlm.model_executor.scheduling.stages import drop_its_end, is_thought_out

@@ -18,8 +18,8 @@ import torch
 from vllm_dlm.model_executor.planning.segments import ragged
 
 
-class Ahead(NamedTuple):
-    """n rows that are read ahead, on the engine's device: the last rows of logits."""
+class LookoutRows(NamedTuple):
+    """n such rows, on the engine's device: the last rows of logits."""
 
     slots: torch.Tensor
     """[n] int32: state slot of each row's request."""
@@ -28,7 +28,7 @@ class Ahead(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RowsAhead:
+class HostLookoutRows:
     """The same on the host."""
 
     slots: np.ndarray
