@@ -16,7 +16,8 @@ from vllm_dlm.bench.engine import load_adapter
 from vllm_dlm.bench.environment import record
 from vllm_dlm.cli.arguments import count
 from vllm_dlm.config.cache import POLICIES
-from vllm_dlm.config.options import DlmConfig, parse_params, parse_policy
+from vllm_dlm.config.options import DlmConfig, parse_params
+from vllm_dlm.config.validation import parse_policy
 from vllm_dlm.strategies import STRATEGIES
 
 Setting: TypeAlias = tuple[str, dict[str, Any]]
@@ -292,7 +293,7 @@ def _strategy(name: str, params: Mapping[str, Any], where: str) -> None:
 def _cache(name: str, params: Mapping[str, Any], where: str) -> None:
     if name not in POLICIES:
         raise ValueError(f"{name!r} is not one of {', '.join(POLICIES)}")
-    parse_policy(name, params, where=where)
+    parse_policy("cache", POLICIES, name, params, where=where)
 
 
 def _settings_of(

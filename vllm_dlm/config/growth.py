@@ -12,13 +12,11 @@ canvas grows is computed in `model_executor/sampling/growth.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_dlm.config.cache import FAR
-from vllm_dlm.config.validation import Names, validated
 
 MOST = 1 << 20
 """Largest number of positions that a parameter may be."""
@@ -107,32 +105,3 @@ GROWTHS: dict[GrowthName, type[GrowthPolicy]] = {
     "daedal": Daedal,
     "rho_eos": RhoEos,
 }
-
-
-def parse_growth(
-    name: GrowthName,
-    values: Mapping[str, Any],
-    *,
-    where: str,
-    names: Names | None = None,
-) -> GrowthPolicy:
-    """Validate a growth policy's parameters.
-
-    Args:
-        name: whose they are.
-        values: parameter -> value; None means "not set".
-        where: names the source in error messages.
-        names: under "growth_config", how that was set.
-
-    Raises:
-        ValueError: unknown or wrong parameters; the message lists the valid ones.
-    """
-    kind = GROWTHS[name]
-    set_as = (names or {}).get("growth_config", "growth_config")
-    return validated(
-        kind,
-        values,
-        where=f"{where} (growth {name!r}): {set_as}",
-        numbers=kind.model_fields,
-        to_blame=set_as,
-    )

@@ -19,10 +19,10 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from vllm_dlm import trajectories
-from vllm_dlm.config.cache import POLICIES, Cache, CachePolicy
-from vllm_dlm.config.growth import GrowthName, parse_growth
+from vllm_dlm.config.cache import POLICIES, Cache
+from vllm_dlm.config.growth import GROWTHS, GrowthName
 from vllm_dlm.config.model import DEFAULT_MAX_CANVAS
-from vllm_dlm.config.validation import Names, foreign_hint, validated
+from vllm_dlm.config.validation import Names, foreign_hint, parse_policy, validated
 from vllm_dlm.messages import OptionError
 from vllm_dlm.option_types import BlockLength, Count, Number, Object, Stages
 from vllm_dlm.strategies import STRATEGIES
@@ -273,8 +273,10 @@ class DlmConfig(BaseModel):
         config = parse_options(mapping, where=where)
         if config.strategy is not None:
             parse_params(config.strategy, config.strategy_config, where=where)
-        parse_policy(config.cache, config.cache_config, where=where)
-        parse_growth(config.growth, config.growth_config, where=where)
+        parse_policy("cache", POLICIES, config.cache, config.cache_config, where=where)
+        parse_policy(
+            "growth", GROWTHS, config.growth, config.growth_config, where=where
+        )
         if config.trajectory_dir is not None:
             trajectories.check_folder(config.trajectory_dir, where=where)
         return config
@@ -380,31 +382,6 @@ def parse_params(
                 f"{where}: {set_as}: at most {LARGEST_NUMBER:g} is accepted", set_as
             )
     return parsed
-
-
-def parse_policy(
-    cache: Cache, values: Mapping[str, Any], *, where: str, names: Names | None = None
-) -> CachePolicy:
-    """Validate a cache policy's parameters.
-
-    Args:
-        cache: whose they are.
-        values: parameter -> value; None means "not set".
-        where: names the source in error messages.
-        names: under "cache_config", how that was set.
-
-    Raises:
-        ValueError: unknown or wrong parameters; the message lists the valid ones.
-    """
-    kind = POLICIES[cache]
-    set_as = (names or {}).get("cache_config", "cache_config")
-    return validated(
-        kind,
-        values,
-        where=f"{where} (cache {cache!r}): {set_as}",
-        numbers=[n for n, f in kind.model_fields.items() if f.annotation is not bool],
-        to_blame=set_as,
-    )
 
 
 def parse_options(

@@ -13,17 +13,17 @@ from vllm_dlm.config.block_causal import (
     check_block_causal,
     check_verifying,
 )
-from vllm_dlm.config.cache import Cache, CachePolicy, Reach
-from vllm_dlm.config.growth import GrowthName, GrowthPolicy, parse_growth
+from vllm_dlm.config.cache import POLICIES, Cache, CachePolicy, Reach
+from vllm_dlm.config.growth import GROWTHS, GrowthName, GrowthPolicy
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import (
     DlmConfig,
     EndOfText,
     is_server_only,
     parse_params,
-    parse_policy,
 )
 from vllm_dlm.config.request_options import RequestOptions, read_request
+from vllm_dlm.config.validation import Model, parse_policy
 from vllm_dlm.messages import OptionError, with_parameters
 from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse
 from vllm_dlm.strategies import STRATEGIES
@@ -167,12 +167,12 @@ def resolve(
     rule = STRATEGIES[strategy]
     params = _params(asked, server, defaults, strategy)
     steps, steps_per_block = _steps(asked, server, strategy, params)
-    cache, cache_policy = _cache(asked, server)
+    cache, cache_policy = _policy("cache", POLICIES, asked, server)
     eotp, eotp_threshold = _end_of_text(asked, server, strategy)
     if cache_policy.stops_early and eotp == "off":
         # By what is written, not by what is predicted.
         eotp, eotp_threshold = "token", NO_PREDICTION
-    growth, growth_policy = _growth(asked, server)
+    growth, growth_policy = _policy("growth", GROWTHS, asked, server)
     trained = server.block_length or defaults.block_length
     spans = rule.scope == "blocks" and defaults.reuses_blocks
     length = _block_length(asked, server, defaults, strategy)
@@ -300,23 +300,25 @@ def _over(
     return {**below, **level}
 
 
-def _cache(asked: RequestOptions, server: DlmConfig) -> tuple[Cache, CachePolicy]:
-    """The cache policy; its parameters mean nothing to another policy."""
-    cache = _first_set("cache", asked, server).cache
-    config = server.cache_config if cache == server.cache else {}
-    config = {**config, **asked.options.cache_config}
-    policy = parse_policy(cache, config, where="the request", names=asked.names)
-    return cache, policy
+def _policy(
+    option: str,
+    kinds: Mapping[Any, type[Model]],
+    asked: RequestOptions,
+    server: DlmConfig,
+) -> tuple[Any, Model]:
+    """A policy's name and the policy; its parameters mean nothing to another one.
 
-
-def _growth(
-    asked: RequestOptions, server: DlmConfig
-) -> tuple[GrowthName, GrowthPolicy]:
-    """The growth policy; its parameters mean nothing to another policy."""
-    growth = _first_set("growth", asked, server).growth
-    config = server.growth_config if growth == server.growth else {}
-    config = {**config, **asked.options.growth_config}
-    return growth, parse_growth(growth, config, where="the request", names=asked.names)
+    Args:
+        option, kinds: as `parse_policy` takes them.
+    """
+    config = f"{option}_config"
+    name = getattr(_first_set(option, asked, server), option)
+    values = getattr(server, config) if name == getattr(server, option) else {}
+    values = {**values, **getattr(asked.options, config)}
+    where = "the request"
+    return name, parse_policy(
+        option, kinds, name, values, where=where, names=asked.names
+    )
 
 
 def _check_growth(

@@ -74,3 +74,37 @@ def validated(
         raise OptionError(
             f"{where}: {explain(error, names)}", to_blame or first_field(error, names)
         ) from None
+
+
+def parse_policy(
+    option: str,
+    kinds: Mapping[Any, type[Model]],
+    name: str,
+    values: Mapping[str, Any],
+    *,
+    where: str,
+    names: Names | None = None,
+) -> Model:
+    """Validate the parameters of a policy, which are an option of their own.
+
+    Args:
+        option: "cache", say; the parameters are then the option "cache_config".
+        kinds: name of a policy -> its class.
+        name: whose parameters they are.
+        values: parameter -> value; None means "not set".
+        where: names the source in error messages.
+        names: under the parameters' option, how that was set.
+
+    Raises:
+        ValueError: unknown or wrong parameters; the message lists the valid ones.
+    """
+    kind, set_as = kinds[name], f"{option}_config"
+    set_as = (names or {}).get(set_as, set_as)
+    fields = kind.model_fields.items()
+    return validated(
+        kind,
+        values,
+        where=f"{where} ({option} {name!r}): {set_as}",
+        numbers=[field for field, info in fields if info.annotation is not bool],
+        to_blame=set_as,
+    )
