@@ -27,6 +27,7 @@ GROUND = (
 FLOORS = (
     GROUND,
     ("kernels", "strategies", "tasks"),
+    ("constraints",),
     ("config",),
     ("admission",),
     ("entrypoints", "model_executor"),
