@@ -276,10 +276,10 @@ def test_batch_and_row_order_do_not_matter(dtype, monkeypatch):
 def test_numba_makes_the_same_noise():
     ids = torch.arange(3000)
     for seed in (0, -1, 2**40):
-        key = module._row_key(torch.tensor([seed]), torch.tensor(3), torch.tensor(7))
+        key = module.row_key(torch.tensor([seed]), torch.tensor(3), torch.tensor(7))
         out = torch.empty(2900)
         numba_rows._exponentials(key.numpy().view("uint64")[0], 100, out.numpy())
-        want = module._gumbel(key, ids)[0, 100:]
+        want = module.token_noise(key, ids)[0, 100:]
         torch.testing.assert_close(-out.log(), want, rtol=4e-7, atol=4e-7)
 
 
@@ -352,8 +352,8 @@ def test_draws_of_neighbours_and_the_uniform_numbers_are_independent():
 
 
 def test_the_noise_is_gumbel_into_both_tails():
-    keys = module._row_key(torch.arange(500), torch.tensor(0), torch.tensor(0))
-    noise = module._gumbel(keys, torch.arange(2000)).flatten().double()
+    keys = module.row_key(torch.arange(500), torch.tensor(0), torch.tensor(0))
+    noise = module.token_noise(keys, torch.arange(2000)).flatten().double()
     assert noise.isfinite().all()
     edges = torch.linspace(-2, 9, 40, dtype=torch.float64)
     below = torch.exp(-torch.exp(-edges))  # Gumbel's distribution function

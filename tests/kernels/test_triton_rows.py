@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from vllm_dlm.kernels.draw import _plain_draw_reference, _row_key, draw
+from vllm_dlm.kernels.draw import _plain_draw_reference, draw, row_key
 from vllm_dlm.kernels.token_stats import TokenStats, finished, token_stats
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,7 +85,7 @@ def test_draws(device, odd_logits, dtype, vocab):
         top,
         torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7], device=device),
         torch.tensor([0.0, 0.1, 0.5, 0.0, 0.01], device=device).log(),
-        _row_key(rows, rows + 7, rows * 0),
+        row_key(rows, rows + 7, rows * 0),
     )
     # As of the rank that holds the tokens from 1000 on.
     scores, columns = triton_rows.draw_rows(logits, rows, *settings, 1000)

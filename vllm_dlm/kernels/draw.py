@@ -91,7 +91,7 @@ def draw(
             "and draw them without a shard"
         )
     tokens = argmax.clone()
-    key = _row_key(seed, position, step)
+    key = row_key(seed, position, step)
     if len(rows):
         columns = logits if shard is None else shard.columns(logits)
         bans = banned_ids(
@@ -118,7 +118,7 @@ def draw(
         top = scores.max(dim=1, keepdim=True).values
         scores = _scaled(scores, top, temperature[part], min_p[part].log())
         scores, ids = _truncated(scores, top_k[part], top_p[part])
-        drawn = (scores + _gumbel(key[part], ids)).argmax(dim=1)
+        drawn = (scores + token_noise(key[part], ids)).argmax(dim=1)
         drawn = ids.gather(1, drawn[:, None])[:, 0]
         drawn = torch.where(top[:, 0].isfinite(), drawn, argmax[part])
         tokens.index_copy_(0, part, drawn)
@@ -154,7 +154,7 @@ def uniform(
     Returns:
         float32 of the broadcast shape; a pure function of the three numbers.
     """
-    bits = _mix(_row_key(seed, position, step))
+    bits = _mix(row_key(seed, position, step))
     return _shifted(bits, 40).float() * 2.0**-24
 
 
@@ -224,7 +224,7 @@ def _plain_draw_reference(
     scores = _scaled(
         scores.masked_fill(left_out, -torch.inf), top[:, None], temperature, cut
     )
-    best = (scores + _gumbel(key, columns + first)).max(dim=1)
+    best = (scores + token_noise(key, columns + first)).max(dim=1)
     return best.values, best.indices
 
 
@@ -260,7 +260,7 @@ def _truncated(
     return scores.masked_fill(drop, -torch.inf), ids
 
 
-def _gumbel(key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def token_noise(key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Gumbel noise, float32 [N, V], for row keys [N] and token ids [V] or [N, V]."""
     bits = _shifted(_mix(key[:, None] + (ids + 1) * _GOLDEN), 11)
     # -log(-log(u)) is large for u near 1, where float32 is coarse: v = 1 - u is exact
@@ -269,7 +269,7 @@ def _gumbel(key: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
-def _row_key(
+def row_key(
     seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor
 ) -> torch.Tensor:
     key = _mix(_mix(seed) + (position + 1) * _GOLDEN)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loops over rows of logits on a CPU, in numba: statistics, draws, largest logits.
 
+Statistics and draws are of whole rows, or of classes of tokens (`class_stats.py`).
+
 The loops work on the bits of float32 or bfloat16 logits: as integers they compare in
 the order of the numbers, which LLVM vectorises, and NaN, which it does not, is mapped
 to -inf on the way. A chunk of a row is read from memory once, and used twice from the
@@ -149,6 +151,71 @@ def draw_rows(
     # Noise costs several times what statistics do.
     _in_threads(work, len(rows), 4 * len(rows) * vocab)
     return torch.from_numpy(scores), torch.from_numpy(columns)
+
+
+def class_parts(
+    logits: torch.Tensor,
+    columns: torch.Tensor,
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Five numbers per row and class of tokens; see `token_stats._PARTS`.
+
+    Args:
+        logits: [N, V], N and V at least 1, such that `reads(logits)`.
+        columns: [L] int32, of the tokens of all classes, class after class, in each
+            class ascending.
+        tokens: [L] int32, the ids of these tokens.
+        first: [K + 1] int64, where each class begins.
+        scale: factor of all logits.
+
+    Returns:
+        [N, K, 5] float64.
+    """
+    num_rows, num_classes = len(logits), len(first) - 1
+    parts = np.empty((num_rows, num_classes, 5), dtype=np.float64)
+    flat, stride, short = _bits(logits)
+    lists = columns.numpy(), tokens.numpy(), first.numpy()
+
+    def work(begin: int, end: int) -> None:
+        _class_stats(flat, stride, short, *lists, np.float32(scale), begin, end, parts)
+
+    _in_threads(work, num_rows, 2 * num_rows * len(columns))
+    return torch.from_numpy(parts)
+
+
+def class_draws(
+    logits: torch.Tensor,
+    columns: torch.Tensor,
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+    top: torch.Tensor,
+    temperature: torch.Tensor,
+    key: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest (logit - top) / temperature + noise of each row and class.
+
+    Args:
+        logits, columns, tokens, first: as `class_parts` takes them.
+        top, temperature: [N] float32, finite; key: [N] int64; as in `draw_rows`.
+
+    Returns:
+        [N, K] float32 noisy scores, -inf where nothing can be drawn; [N, K] int64
+        places among the L tokens.
+    """
+    shape = len(logits), len(first) - 1
+    scores = np.empty(shape, dtype=np.float32)
+    places = np.empty(shape, dtype=np.int64)
+    flat, stride, short = _bits(logits)
+    lists = columns.numpy(), tokens.numpy(), first.numpy()
+    settings = (top.numpy(), temperature.numpy(), key.numpy().view(np.uint64))
+
+    def work(begin: int, end: int) -> None:
+        _class_draw(flat, stride, short, *lists, *settings, begin, end, scores, places)
+
+    _in_threads(work, len(logits), 4 * len(logits) * len(columns))
+    return torch.from_numpy(scores), torch.from_numpy(places)
 
 
 def largest_rows(
@@ -440,7 +507,7 @@ def _mix(bits: Any) -> Any:
 
 @_EXACT
 def _exponentials(key: Any, first_token: int, out: Any) -> None:
-    """-log1p(-v) for the v of `draw._gumbel`, for a token per place of `out`.
+    """-log1p(-v) for the v of `draw.token_noise`, for a token per place of `out`.
 
     A loop each for the hash, this logarithm and the next: LLVM vectorises them alone.
     """
@@ -495,6 +562,90 @@ def _draw(  # type: ignore[no-untyped-def]
                 best, column = found, first + _place(bits, None, found)
         scores[row] = _number(best)
         columns[row] = column
+
+
+@_EXACT
+def _exponentials_of(key: Any, tokens: Any, out: Any) -> None:
+    """As `_exponentials`, of tokens that do not follow each other."""
+    full_width()
+    for i in range(out.size):
+        number = np.uint64(tokens[i]) + np.uint64(1)
+        bits = np.int64(_mix(key + number * _GOLDEN) >> np.uint64(11))
+        v = (np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-53)
+        out[i] = min(v, np.float32(1.0 - 2.0**-24))
+    for i in range(out.size):
+        v = out[i]
+        rest = np.float32(1.0) - v
+        out[i] = -(_log(rest) + ((np.float32(1.0) - rest) - v) / rest)
+
+
+@_EXACT
+def _gather(row: Any, short: Any, columns: Any, out: Any) -> None:
+    """The logits of some columns of a row, as bits of float32."""
+    full_width()
+    for i in range(out.size):
+        out[i] = _float_bits(row[columns[i]], short)
+
+
+@_EXACT
+def _class_stats(  # type: ignore[no-untyped-def]
+    flat, stride, short, columns, tokens, first, scale, first_row, last_row, parts
+):
+    gathered = np.empty(columns.size, dtype=np.int32)
+    values = gathered.view(np.float32)
+    for row in range(first_row, last_row):
+        _gather(flat[row * stride :], short, columns, gathered)
+        if scale != np.float32(1.0):
+            for i in range(values.size):
+                values[i] *= scale
+        for k in range(first.size - 1):
+            begin, end = first[k], first[k + 1]
+            own = gathered[begin:end]
+            best = max(_largest(own, None), np.int32(_MINUS_INFINITY))
+            place = np.int64(0) if end - begin == 1 else _place(own, None, best)
+            second = np.int32(_MINUS_INFINITY)
+            if end - begin > 1:
+                second = max(second, _largest(own[:place], None))
+                second = max(second, _largest(own[place + 1 :], None))
+            top = _number(best)
+            total, spread = 0.0, 0.0
+            if np.isfinite(top):
+                if end - begin == 1:
+                    total = 1.0
+                else:
+                    for chunk in range(begin, end, _CHUNK):
+                        last = min(chunk + _CHUNK, end)
+                        sums = _sums(gathered[chunk:last], None, top)
+                        total += sums[0]
+                        spread += sums[1]
+            parts[row, k, 0] = top
+            parts[row, k, 1] = tokens[begin + place] if begin < end else np.inf
+            parts[row, k, 2] = total
+            parts[row, k, 3] = spread
+            parts[row, k, 4] = _number(second)
+
+
+@_EXACT
+def _class_draw(  # type: ignore[no-untyped-def]
+    flat, stride, short, columns, tokens, first, tops, temperatures, keys,
+    first_row, last_row, scores, places,
+):  # fmt: skip
+    gathered = np.empty(min(_CHUNK, columns.size), dtype=np.int32)
+    noisy = np.empty(columns.size, dtype=np.float32)
+    for row in range(first_row, last_row):
+        for begin in range(0, columns.size, _CHUNK):
+            end = min(begin + _CHUNK, columns.size)
+            own, noise = gathered[: end - begin], noisy[begin:end]
+            _gather(flat[row * stride :], short, columns[begin:end], own)
+            _exponentials_of(keys[row], tokens[begin:end], noise)
+            _noisy(own, None, tops[row], temperatures[row], np.float32(-np.inf), noise)
+        bits = noisy.view(np.int32)
+        for k in range(first.size - 1):
+            own = bits[first[k] : first[k + 1]]
+            best = max(_largest(own, None), np.int32(_MINUS_INFINITY))
+            scores[row, k] = _number(best)
+            place = _place(own, None, best)
+            places[row, k] = first[k] + (place if place < own.size else 0)
 
 
 @_EXACT

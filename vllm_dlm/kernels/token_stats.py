@@ -77,7 +77,7 @@ def token_stats(
     """
     if shard is not None:
         columns = shard.columns(logits)
-        parts = _row_parts(columns, banned_ids(columns, banned, shard.column(ban_id)))
+        parts = row_parts(columns, banned_ids(columns, banned, shard.column(ban_id)))
         parts[:, 1] += shard.first
         return finished(merged(shard.gather(parts)), need_entropy, need_margin)
     bans = banned_ids(logits, banned, ban_id)
@@ -85,7 +85,7 @@ def token_stats(
     if triton_rows is not None:
         columns = triton_rows.token_stats(logits, bans, need_entropy, need_margin)
         return TokenStats(*columns)
-    return finished(_row_parts(logits, bans), need_entropy, need_margin)
+    return finished(row_parts(logits, bans), need_entropy, need_margin)
 
 
 def write_stats(
@@ -229,7 +229,7 @@ def finished(
     )
 
 
-def _row_parts(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
+def row_parts(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
     """The five numbers [N, 5] of rows [N, V] that leave out tokens `bans` [N]."""
     num_rows, vocab = logits.shape
     if num_rows == 0 or vocab == 0:
