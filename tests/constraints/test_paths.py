@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths against all texts of small automata, by brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_dlm.constraints.automaton import Automaton
+from vllm_dlm.constraints.paths import (
+    OPEN,
+    Completions,
+    Drawing,
+    Graph,
+    Problem,
+    Solution,
+    feasible,
+    solve,
+    unread,
+    walk,
+)
+
+
+def automaton(class_of: list[int], transitions: list[list[int]], accepting: list[bool]):
+    """An automaton whose last state is the end, and whose last class ends texts."""
+    moves = np.array(transitions, dtype=np.int32)
+    accepts = np.array(accepting)
+    shortest = np.where(accepts, 0, 1 << 20)
+    for _ in moves:
+        behind = np.where(moves >= 0, shortest[moves] + 1, 1 << 20).min(axis=1)
+        shortest = np.minimum(shortest, behind)
+    return Automaton(
+        np.array(class_of, dtype=np.int32),
+        moves,
+        accepts,
+        shortest.astype(np.int32),
+        np.full(len(moves), 1 << 30, dtype=np.int32),
+        end_state=len(moves) - 1,
+        end_class=moves.shape[1] - 1,
+    )
+
+
+A, B, C, AB, END = range(5)
+PAIRS = automaton(
+    # (ab|c)+ of the tokens a, b, c, ab and an end: c and ab do the same.
+    [0, 1, 2, 2, 3],
+    [[2, -1, 1, -1], [2, -1, 1, 3], [-1, 1, -1, -1], [-1, -1, -1, 3]],
+    [False, True, False, True],
+)
+ROWS = np.array(
+    [
+        [0.5, 0.1, 0.2, 0.1, 0.1],
+        [0.4, 0.2, 0.2, 0.1, 0.1],
+        [0.2, 0.3, 0.1, 0.1, 0.3],
+    ]
+)
+
+
+def parts_of(logits: np.ndarray, machine: Automaton) -> np.ndarray:
+    """The numbers of each class, by plain loops."""
+    num_classes = machine.transitions.shape[1]
+    parts = np.zeros((len(logits), num_classes, 5))
+    parts[..., [0, 4]], parts[..., 1] = -np.inf, np.inf
+    for row, klass in np.ndindex(parts.shape[:2]):
+        (tokens,) = (machine.class_of == klass).nonzero()
+        values = logits[row, tokens]
+        if len(values) and values.max() > -np.inf:
+            deltas = values - values.max()
+            parts[row, klass, :4] = (
+                values.max(),
+                tokens[values.argmax()],
+                np.exp(deltas).sum(),
+                (np.maximum(deltas, -1e4) * np.exp(deltas)).sum(),
+            )
+            parts[row, klass, 4] = np.sort(values)[-2] if len(values) > 1 else -np.inf
+    return parts
+
+
+def problem_of(
+    logits: np.ndarray,
+    machine: Automaton,
+    fixed: list[int],
+    end: np.ndarray,
+    start: int = 0,
+) -> Problem:
+    return Problem(
+        Graph.of(machine), start, end, np.array(fixed), parts_of(logits, machine)
+    )
+
+
+def texts(
+    machine: Automaton, fixed: list[int], end: np.ndarray, start: int
+) -> list[tuple[int, ...]]:
+    """All that may stand at the positions."""
+    found = []
+    for text in itertools.product(range(len(machine.class_of)), repeat=len(fixed)):
+        pairs = zip(text, fixed, strict=True)
+        if any(k != OPEN and machine.class_of[t] != k for t, k in pairs):
+            continue
+        state = walk(machine, start, np.array(text))
+        if state >= 0 and end[state]:
+            found.append(text)
+    return found
+
+
+def expected(
+    logits: np.ndarray,
+    machine: Automaton,
+    fixed: list[int],
+    end: np.ndarray,
+    start: int = 0,
+) -> tuple[list[tuple[int, ...]], np.ndarray, np.ndarray]:
+    """The most probable texts, the weight of all, and the posterior of tokens.
+
+    Fixed positions weigh nothing, and have a token of their class.
+    """
+    free = [i for i, klass in enumerate(fixed) if klass == OPEN]
+    unique = {}
+    for text in texts(machine, fixed, end, start):
+        unique[tuple(text[i] for i in free)] = text
+    logs = {
+        key: sum(logits[i, t] for i, t in zip(free, key, strict=True)) for key in unique
+    }
+    logs = {key: log for key, log in logs.items() if log > -np.inf}
+    top = max(logs.values(), default=0.0)
+    weights = {key: np.exp(log - top) for key, log in logs.items()}
+    posterior = np.zeros(logits.shape)
+    total = sum(weights.values())
+    for key, weight in weights.items():
+        for i, token in zip(free, key, strict=True):
+            posterior[i, token] += weight / total
+    most = max(weights.values(), default=0.0)
+    best = [key for key, weight in weights.items() if weight >= most * (1 - 1e-9)]
+    return best, np.array(total), posterior
+
+
+def check(
+    solution: Solution, logits: np.ndarray, machine: Automaton, problem: Problem
+) -> None:
+    fixed = problem.fixed.tolist()
+    end = problem.end
+    best, total, posterior = expected(logits, machine, fixed, end, problem.start)
+    assert solution.found == (total > 0)
+    if not solution.found:
+        return
+    free = [i for i, klass in enumerate(fixed) if klass == OPEN]
+    assert tuple(solution.tokens[free]) in best
+    for i in free:
+        token = solution.tokens[i]
+        row = posterior[i]
+        assert solution.confidence[i] == pytest.approx(row[token], abs=1e-9)
+        assert solution.entropy[i] == pytest.approx(
+            -(row[row > 0] * np.log(row[row > 0])).sum(), abs=1e-7
+        )
+        two = np.sort(row)[::-1]
+        assert solution.margin[i] == pytest.approx(two[0] - two[1], abs=1e-9)
+
+
+EXAMPLES = {
+    "nothing written": (
+        3,
+        [OPEN] * 3,
+        0,
+        [A, B, END],
+        [
+            [0.3571, 0, 0.4286, 0.2143, 0],
+            [0.2571, 0.3571, 0.2143, 0.1071, 0.0643],
+            [0, 0.2571, 0.1357, 0.1357, 0.4714],
+        ],
+    ),
+    "the last one is b": (
+        3,
+        [OPEN, OPEN, 1],
+        0,
+        [C, A, -1],
+        [[0, 0, 0.6667, 0.3333, 0], [1, 0, 0, 0, 0]],
+    ),
+    "one token behind": (
+        2,
+        [OPEN] * 2,
+        1,
+        [A, B],
+        [[0.2941, 0, 0.4706, 0.2353, 0], [0.3529, 0.2941, 0.1765, 0.0882, 0.0882]],
+    ),
+    "nothing behind": (
+        2,
+        [OPEN] * 2,
+        0,
+        None,
+        [[0.4545, 0, 0.3636, 0.1818, 0], [0, 0.4545, 0.2727, 0.1364, 0.1364]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_examples(name: str):
+    count, fixed, rest, path, rows = EXAMPLES[name]
+    logits = np.log(ROWS[:count])
+    problem = problem_of(logits, PAIRS, fixed, PAIRS.min_length <= rest)
+    solution = solve(problem)
+    assert solution.found
+    if path is not None:
+        assert solution.tokens.tolist() == path
+    by_class = np.array([problem.parts[..., 2]])[0]
+    for i, row in enumerate(rows):
+        share = np.exp(logits[i] - problem.parts[i, PAIRS.class_of, 0])
+        share /= by_class[i, PAIRS.class_of]
+        tokens = solution.classes[i, PAIRS.class_of] * share
+        np.testing.assert_allclose(tokens, row, atol=6e-5)
+    check(solution, logits, PAIRS, problem)
+
+
+@st.composite
+def problems(draw) -> tuple[np.ndarray, Automaton, Problem]:
+    num_states = draw(st.integers(1, 4))
+    vocab, count = draw(st.integers(2, 5)), draw(st.integers(1, 5))
+    num_classes = draw(st.integers(1, vocab))
+    follows = st.integers(-1, num_states - 1)
+    moves = [
+        draw(st.lists(follows, min_size=num_classes, max_size=num_classes))
+        for _ in range(num_states)
+    ]
+    accepts = draw(st.lists(st.booleans(), min_size=num_states, max_size=num_states))
+    # The end's state and class are the last ones.
+    moves = [
+        [*row, num_states if accept else -1]
+        for row, accept in zip(moves, accepts, strict=True)
+    ]
+    moves.append([-1] * num_classes + [num_states])
+    classes = st.integers(-1, num_classes - 1)
+    class_of = draw(st.lists(classes, min_size=vocab - 1, max_size=vocab - 1))
+    machine = automaton([*class_of, num_classes], moves, [*accepts, True])
+    steps = st.sampled_from([-600.0, -3.0, -1.0, 0.0, 0.0, 0.5, 2.0, -np.inf])
+    size = count * vocab
+    logits = np.array(draw(st.lists(steps, min_size=size, max_size=size)))
+    logits = logits.reshape(count, vocab)
+    taken = sorted({*machine.class_of.tolist()} - {-1})
+    fixed = [
+        draw(st.sampled_from([OPEN, OPEN, *taken])) if taken else OPEN
+        for _ in range(count)
+    ]
+    rest = draw(st.integers(0, 2))
+    start = draw(st.integers(0, num_states - 1))
+    end = machine.min_length <= rest
+    return logits, machine, problem_of(logits, machine, fixed, end, start)
+
+
+@given(problems())
+@settings(max_examples=300, deadline=None)
+def test_against_all_texts(case):
+    logits, machine, problem = case
+    check(solve(problem), logits, machine, problem)
+
+
+@given(problems())
+@settings(max_examples=100, deadline=None)
+def test_feasible_classes_are_those_of_some_text(case):
+    logits, machine, problem = case
+    usable = np.where(np.isfinite(logits), 0.0, -np.inf)
+    _, _, posterior = expected(
+        usable, machine, problem.fixed.tolist(), problem.end, problem.start
+    )
+    found = feasible(problem)
+    for i, klass in np.ndindex(found.shape):
+        if problem.fixed[i] == OPEN:
+            is_taken = posterior[i, machine.class_of == klass].sum() > 0
+            assert found[i, klass] == is_taken
+
+
+def test_a_model_that_is_sure_of_another_text_is_no_overflow():
+    """Every position is as good as impossible; the path is there all the same."""
+    count = 64
+    logits = np.full((count, 5), 0.0)
+    logits[:, B] = 700.0
+    problem = problem_of(logits, PAIRS, [OPEN] * count, PAIRS.min_length <= 0)
+    solution = solve(problem)
+    assert solution.found and solution.tokens[:2].tolist() == [A, B]
+    assert walk(PAIRS, 0, solution.tokens) in (1, 3)
+    # b and a take turns: that is the only way to have b at every second position.
+    np.testing.assert_allclose(solution.confidence, 1.0)
+
+
+def test_ties_go_to_the_lowest_token():
+    logits = np.zeros((2, 5))
+    problem = problem_of(logits, PAIRS, [OPEN] * 2, PAIRS.min_length <= 0)
+    assert solve(problem).tokens.tolist() == [A, B]
+
+
+def test_positions_that_are_not_read_count_all_classes_alike():
+    problem = problem_of(np.log(ROWS), PAIRS, [OPEN] * 3, PAIRS.min_length <= 0)
+    parts = problem.parts.copy()
+    parts[1] = unread(1, parts.shape[1])
+    solution = solve(Problem(problem.graph, 0, problem.end, problem.fixed, parts))
+    assert solution.found
+    # a, then b and c, ab or the end; or c or ab, and any but b.
+    weights = {
+        (0, 1): 0.5 * (0.1 + 0.1 + 0.3),
+        (2, 0): 0.3 * 0.3,
+        (2, 2): 0.3 * (0.2 + 0.3),
+        (2, 3): 0.3 * 0.3,
+    }
+    total = sum(weights.values())
+    first = [sum(w for k, w in weights.items() if k[0] == c) / total for c in (0, 2)]
+    np.testing.assert_allclose(solution.classes[0, [0, 2]], first)
+
+
+def test_draws_have_the_joint_distribution():
+    """20,000 paths of the first worked example, by chi-square."""
+    draws, generator = 20_000, np.random.default_rng(3)
+    logits = np.log(ROWS)
+    problem = problem_of(logits, PAIRS, [OPEN] * 3, PAIRS.min_length <= 0)
+    weights = problem.parts[..., 0] + np.log(problem.parts[..., 2])
+    counts: dict[tuple[int, ...], int] = {}
+    for _ in range(draws):
+        noisy = logits + generator.gumbel(size=logits.shape)
+        best = parts_of(noisy, PAIRS)
+        tokens = best[..., 1].astype(np.int64)
+        own = np.take_along_axis(logits, tokens, axis=1)
+        drawing = Drawing(weights, best[..., 0], tokens, own)
+        solution = solve(
+            Problem(
+                problem.graph, 0, problem.end, problem.fixed, problem.parts, drawing
+            )
+        )
+        key = tuple(solution.tokens.tolist())
+        counts[key] = counts.get(key, 0) + 1
+    everything = texts(PAIRS, [OPEN] * 3, problem.end, 0)
+    chances = {
+        text: np.prod([ROWS[i, t] for i, t in enumerate(text)]) for text in everything
+    }
+    total = sum(chances.values())
+    assert total == pytest.approx(0.14)
+    assert counts.keys() <= chances.keys()
+    square = sum(
+        (counts.get(text, 0) - draws * p / total) ** 2 / (draws * p / total)
+        for text, p in chances.items()
+    )
+    # 18 degrees of freedom: more than 42.3 in one run of a thousand.
+    assert len(chances) == 19 and square < 42.3
+
+
+@given(problems(), st.integers(0, 4), st.data())
+@settings(max_examples=100, deadline=None)
+def test_completions_are_those_of_all_texts(case, shortest, data):
+    _, machine, problem = case
+    count = len(problem.fixed)
+    completions = Completions(
+        machine, problem.graph, count, shortest, pins=problem.fixed
+    )
+    position = data.draw(st.integers(0, count))
+    is_end = machine.class_of == machine.end_class
+    for state in range(len(machine.transitions)):
+        completed = any(
+            not any(is_end[t] for i, t in enumerate(text) if position + i < shortest)
+            for text in texts(
+                machine,
+                problem.fixed[position:].tolist(),
+                machine.accepting,
+                state,
+            )
+        )
+        # Classes without a token are no way on for a text; they are for the rows.
+        if completed:
+            assert completions.at(position)[state]
+
+
+def test_the_first_place_without_a_completion_is_named():
+    graph = Graph.of(PAIRS)
+    pins = np.full(4, OPEN)
+    pins[[1, 2]] = 1
+    assert Completions(PAIRS, graph, 4, pins=pins).first_dead(0) is not None
+    assert Completions(PAIRS, graph, 4).first_dead(0) is None

@@ -1,0 +1,637 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths through a token automaton: one consistent choice for all open positions.
+
+A request whose text must match a pattern has its candidates taken together, as one path
+that the automaton accepts: the most probable one, or a draw from the product of the
+positions' distributions under the condition that the text matches. Whatever part of a
+path is written, the rest of the path completes it. How sure a candidate is, is its
+probability under the same condition, the **posterior**.
+
+With w_i[k] the weight of class k at position i, and s a state:
+
+    backward   b_i[s] = sum or maximum over k of w_i[k] b_{i+1}[next(s, k)]
+    path       from the left: the best score_i[k] + log b_{i+1}[next(s, k)]
+    posterior  from the left: w_i[k] b_{i+1}[next(s, k)] / b_i[s] of what s has
+
+Sums are float64 numbers with a binary exponent of their own for each state, so that a
+model that is sure of another text than the pattern allows neither overflows them nor
+makes them 0. Only states that can be reached are looked at. All is computed in a fixed
+order, request by request: nothing depends on the batch. The compiled functions hold no
+GIL (`solve_all` gives each request a thread).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vllm_dlm.kernels.numba_jit import jit
+
+if TYPE_CHECKING:
+    from vllm_dlm.constraints.automaton import Automaton
+
+OPEN = -1
+"""In place of a position's class: any class, by its weight."""
+
+BEST, TOKEN, TOTAL, SPREAD, SECOND = range(5)
+"""Numbers of a row's class, as `kernels/class_stats.py` has them: the largest logit,
+its token, sum of exp(d), sum of d exp(d), second-largest logit; d = logit - largest."""
+
+
+class Graph(NamedTuple):
+    """The live pairs of state and class of an automaton, by state; E of them."""
+
+    first: np.ndarray
+    """[S + 1] int64: where each state's pairs begin."""
+    klass: np.ndarray
+    """[E] int32, ascending in each state."""
+    target: np.ndarray
+    """[E] int32: the state that follows."""
+    transitions: np.ndarray
+    """[S, K] int32: the same as a table; -1 where nothing follows."""
+
+    @classmethod
+    def of(cls, automaton: Automaton) -> Graph:
+        """The pairs of an automaton."""
+        transitions = np.ascontiguousarray(automaton.transitions, dtype=np.int32)
+        state, klass = (transitions >= 0).nonzero()
+        first = np.searchsorted(state, np.arange(len(transitions) + 1))
+        return cls(
+            first.astype(np.int64),
+            klass.astype(np.int32),
+            transitions[state, klass],
+            transitions,
+        )
+
+
+class Drawing(NamedTuple):
+    """What a path is drawn with, where it is not the most probable one."""
+
+    weights: np.ndarray
+    """[n, K] float64: log of each class's weight, tempered and truncated."""
+    scores: np.ndarray
+    """[n, K] float64: largest of its tokens' logit / temperature + Gumbel noise."""
+    tokens: np.ndarray
+    """[n, K] int64: the token of that score."""
+    logits: np.ndarray
+    """[n, K] float64: that token's logit, as `Problem.parts` measures them."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The n positions that one request decides in a step, or has written."""
+
+    graph: Graph
+    start: int
+    """State left of the first position."""
+    end: np.ndarray
+    """[S] bool: states behind the last position from which a text can be completed."""
+    fixed: np.ndarray
+    """[n] int64: class of what is written; `OPEN` elsewhere."""
+    parts: np.ndarray
+    """[n, K, 5] float64: numbers of each class; of no meaning where a class is fixed.
+    Classes with a largest logit of -inf are not taken."""
+    drawing: Drawing | None = None
+    """None for the most probable path."""
+
+
+class Solution(NamedTuple):
+    """A path, and how sure its tokens are."""
+
+    found: bool
+    """False if no path is left; then the rest is of no meaning."""
+    tokens: np.ndarray
+    """[n] int64; -1 where a class is fixed."""
+    confidence: np.ndarray
+    """[n] float64: posterior of the token."""
+    entropy: np.ndarray
+    """[n] float64, nats: of the posterior over tokens."""
+    margin: np.ndarray
+    """[n] float64: best minus second-best posterior of a token."""
+    states: np.ndarray
+    """[n + 1] int64: states along the path, the first one `start`."""
+    classes: np.ndarray
+    """[n, K] float64: posterior of each class."""
+
+
+def solve(problem: Problem) -> Solution:
+    """The path of one request's positions, and its posterior."""
+    count, num_classes = problem.parts.shape[:2]
+    graph, end = problem.graph, np.ascontiguousarray(problem.end)
+    fixed = np.ascontiguousarray(problem.fixed, dtype=np.int64)
+    parts = np.ascontiguousarray(problem.parts, dtype=np.float64)
+    drawing = problem.drawing
+    solution = Solution(
+        True,
+        np.full(count, -1, dtype=np.int64),
+        *np.zeros((3, count)),
+        np.zeros(count + 1, dtype=np.int64),
+        np.zeros((count, num_classes)),
+    )
+    if drawing is None:
+        found = _solve_best(*graph, problem.start, end, fixed, parts, *solution[1:])
+    else:
+        found = _solve_drawn(
+            *graph, problem.start, end, fixed, parts, *drawing, *solution[1:]
+        )
+    return solution._replace(found=bool(found))
+
+
+def solve_all(
+    problems: Sequence[Problem], pool: ThreadPoolExecutor | None = None
+) -> list[Solution]:
+    """The solutions of several requests, in order.
+
+    Args:
+        pool: shares them out over its threads; None for one after the other.
+    """
+    if pool is None or len(problems) < 2:
+        return [solve(problem) for problem in problems]
+    return list(pool.map(solve, problems))
+
+
+def unread(num_positions: int, num_classes: int) -> np.ndarray:
+    """[n, K, 5]: `parts` of positions of which nothing is known: all classes alike."""
+    parts = np.zeros((num_positions, num_classes, 5))
+    parts[..., TOTAL], parts[..., SECOND] = 1.0, -np.inf
+    return parts
+
+
+def walk(automaton: Automaton, state: int, tokens: np.ndarray) -> int:
+    """The state behind tokens [n]; -1 where they leave the automaton."""
+    for token in tokens.tolist():
+        known = 0 <= token < len(automaton.class_of)
+        klass = int(automaton.class_of[token]) if known else -1
+        if state < 0 or klass < 0:
+            return -1
+        state = int(automaton.transitions[state, klass])
+    return state
+
+
+def feasible(problem: Problem) -> np.ndarray:
+    """[n, K] bool: classes that some path takes, whatever their weights."""
+    count, (_, num_classes) = len(problem.fixed), problem.graph.transitions.shape
+    found = np.zeros((count, num_classes), dtype=np.bool_)
+    usable = problem.parts[..., BEST] > -np.inf
+    _feasible(
+        *problem.graph,
+        problem.start,
+        np.ascontiguousarray(problem.end),
+        np.ascontiguousarray(problem.fixed, dtype=np.int64),
+        np.ascontiguousarray(usable),
+        found,
+    )
+    return found
+
+
+class Completions:
+    """From which states a text can be completed, at each of its positions.
+
+    A text has exactly `length` positions: those behind its end hold end tokens.
+
+    Args:
+        automaton: of the pattern.
+        graph: its pairs.
+        length: most tokens of the text.
+        shortest: positions that no end token may stand at, from the first on.
+        pins: [length] int64: classes of tokens that stand in the text from the start,
+            `OPEN` elsewhere; None for none.
+    """
+
+    def __init__(
+        self,
+        automaton: Automaton,
+        graph: Graph,
+        length: int,
+        shortest: int = 0,
+        pins: np.ndarray | None = None,
+    ) -> None:
+        self._min_length = automaton.min_length
+        self._length = length
+        pinned = np.full(length, OPEN, dtype=np.int64) if pins is None else pins
+        (places,) = (pinned >= 0).nonzero()
+        self._plain_from = max(
+            min(shortest, length), int(places[-1]) + 1 if len(places) else 0
+        )
+        """From here on nothing but the length counts."""
+        self._rows = np.zeros((self._plain_from + 1, len(graph.transitions)), np.bool_)
+        self._rows[-1] = self._plain(self._plain_from)
+        _complete(
+            *graph,
+            pinned[: self._plain_from].astype(np.int64),
+            shortest,
+            automaton.end_class,
+            self._rows,
+        )
+
+    def at(self, position: int) -> np.ndarray:
+        """[S] bool: states left of a position from which the text can be completed."""
+        if position < self._plain_from:
+            row: np.ndarray = self._rows[position]
+            return row
+        return self._plain(position)
+
+    def first_dead(self, start: int) -> int | None:
+        """The first position where no completion is left; None if there is one.
+
+        Right of it, all that is asked for can be had from some state.
+        """
+        if self.at(0)[start]:
+            return None
+        (alive,) = self._rows.any(axis=1).nonzero()
+        return max(int(alive[0]) - 1, 0) if len(alive) and alive[0] else 0
+
+    def _plain(self, position: int) -> np.ndarray:
+        rows: np.ndarray = self._min_length <= max(self._length - position, 0)
+        return rows
+
+
+# --- Compiled ----------------------------------------------------------------------
+
+_EXACT = jit(error_model="numpy")
+
+_NOTHING = -(1 << 30)
+"""Exponent of 0."""
+_POWERS = 2.0 ** -np.arange(128.0)
+_LOG_2 = math.log(2.0)
+_NEGLIGIBLE = 1e-40
+"""Posterior of a state below which what follows from it is left out."""
+
+
+@_EXACT
+def _reached(first, klass, target, transitions, start, fixed, usable, order, counts):  # type: ignore[no-untyped-def]
+    """States that can be reached at each position, in `order` [n + 1, S]."""
+    num_states = len(transitions)
+    seen = np.full(num_states, -1, np.int64)
+    order[0, 0], counts[0] = start, 1
+    for i in range(len(fixed)):
+        count = 0
+        for place in range(counts[i]):
+            state = order[i, place]
+            if fixed[i] >= 0:
+                follows = transitions[state, fixed[i]]
+                if follows >= 0 and seen[follows] != i:
+                    seen[follows] = i
+                    order[i + 1, count] = follows
+                    count += 1
+                continue
+            for pair in range(first[state], first[state + 1]):
+                follows = target[pair]
+                if seen[follows] != i and usable[i, klass[pair]]:
+                    seen[follows] = i
+                    order[i + 1, count] = follows
+                    count += 1
+        counts[i + 1] = count
+
+
+@_EXACT
+def _backward_best(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, fixed, weights, end, order, counts, behind
+):
+    """Logs of the largest weights: `behind` [n + 1, S], -inf for nothing."""
+    count = len(fixed)
+    behind[:] = -np.inf
+    for place in range(counts[count]):
+        state = order[count, place]
+        if end[state]:
+            behind[count, state] = 0.0
+    for i in range(count - 1, -1, -1):
+        for place in range(counts[i]):
+            state = order[i, place]
+            best = -np.inf
+            if fixed[i] >= 0:
+                follows = transitions[state, fixed[i]]
+                if follows >= 0:
+                    best = behind[i + 1, follows]
+            else:
+                for pair in range(first[state], first[state + 1]):
+                    value = weights[i, klass[pair]] + behind[i + 1, target[pair]]
+                    best = max(best, value)
+            behind[i, state] = best
+
+
+@_EXACT
+def _split(weights, mantissas, exponents):  # type: ignore[no-untyped-def]
+    """Logs of weights as numbers in [1, 2) and their exponents."""
+    for i in range(weights.shape[0]):
+        for k in range(weights.shape[1]):
+            if weights[i, k] > -np.inf:
+                power = weights[i, k] / _LOG_2
+                whole = math.floor(power)
+                mantissas[i, k] = 2.0 ** (power - whole)
+                exponents[i, k] = np.int32(whole)
+            else:
+                mantissas[i, k], exponents[i, k] = 0.0, _NOTHING
+
+
+@_EXACT
+def _backward_sum(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, fixed, w_mantissas, w_exponents, end,
+    order, counts, mantissas, exponents,
+):  # fmt: skip
+    """Sums of weights: `mantissas` [n + 1, S] in [0.5, 1), or 0, and `exponents`."""
+    count = len(fixed)
+    mantissas[:] = 0.0
+    exponents[:] = _NOTHING
+    for place in range(counts[count]):
+        state = order[count, place]
+        if end[state]:
+            mantissas[count, state], exponents[count, state] = 0.5, 1
+    for i in range(count - 1, -1, -1):
+        for place in range(counts[i]):
+            state = order[i, place]
+            if fixed[i] >= 0:
+                follows = transitions[state, fixed[i]]
+                if follows >= 0:
+                    mantissas[i, state] = mantissas[i + 1, follows]
+                    exponents[i, state] = exponents[i + 1, follows]
+                continue
+            total, top = 0.0, _NOTHING
+            for pair in range(first[state], first[state + 1]):
+                k, follows = klass[pair], target[pair]
+                value = w_mantissas[i, k] * mantissas[i + 1, follows]
+                if value > 0.0:
+                    power = w_exponents[i, k] + exponents[i + 1, follows]
+                    if power <= top:
+                        if top - power < 128:
+                            total += value * _POWERS[top - power]
+                    else:
+                        total = (
+                            total * _POWERS[power - top] if (power - top < 128) else 0.0
+                        )
+                        total += value
+                        top = power
+            if total > 0.0:
+                mantissa, power = math.frexp(total)
+                mantissas[i, state], exponents[i, state] = mantissa, top + power
+
+
+@_EXACT
+def _walk(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, start, fixed, scores, tokens, behind,
+    out_tokens, out_classes, out_states,
+):  # fmt: skip
+    """The path of the best scores; False where none is left.
+
+    Of equal scores, the lowest token's.
+    """
+    state = start
+    out_states[0] = state
+    if behind[0, state] == -np.inf:
+        return False
+    for i in range(len(fixed)):
+        if fixed[i] >= 0:
+            state = transitions[state, fixed[i]]
+            out_classes[i] = fixed[i]
+        else:
+            best, chosen = -np.inf, -1
+            for pair in range(first[state], first[state + 1]):
+                k = klass[pair]
+                value = scores[i, k] + behind[i + 1, target[pair]]
+                if value > best or (
+                    value == best
+                    and chosen >= 0
+                    and tokens[i, k] < tokens[i, klass[chosen]]
+                ):
+                    best, chosen = value, pair
+            if chosen < 0:
+                return False
+            out_classes[i] = klass[chosen]
+            out_tokens[i] = tokens[i, klass[chosen]]
+            state = target[chosen]
+        out_states[i + 1] = state
+    return True
+
+
+@_EXACT
+def _posterior(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, start, fixed, w_mantissas, w_exponents,
+    order, counts, mantissas, exponents, posterior,
+):  # fmt: skip
+    """Probability of each class at each position, given that the text matches."""
+    num_states = len(transitions)
+    here, ahead = np.zeros(num_states), np.zeros(num_states)
+    here[start] = 1.0
+    for i in range(len(fixed)):
+        ahead[:] = 0.0
+        for place in range(counts[i]):
+            state = order[i, place]
+            share = here[state]
+            if share < _NEGLIGIBLE:
+                continue
+            if fixed[i] >= 0:
+                posterior[i, fixed[i]] += share
+                ahead[transitions[state, fixed[i]]] += share
+                continue
+            share /= mantissas[i, state]
+            power = exponents[i, state]
+            for pair in range(first[state], first[state + 1]):
+                k, follows = klass[pair], target[pair]
+                less = power - w_exponents[i, k] - exponents[i + 1, follows]
+                if less < 128:
+                    value = w_mantissas[i, k] * mantissas[i + 1, follows]
+                    value *= share * _POWERS[less]
+                    posterior[i, k] += value
+                    ahead[follows] += value
+        here, ahead = ahead, here
+
+
+@_EXACT
+def _measure(  # type: ignore[no-untyped-def]
+    fixed, parts, posterior, classes, logits, confidence, entropy, margin
+):
+    """Statistics of the posterior over tokens, from that over classes.
+
+    In class k, a token has its share exp(logit - best) / total of the class.
+    """
+    for i in range(len(fixed)):
+        if fixed[i] >= 0:
+            continue
+        chosen = classes[i]
+        share = math.exp(logits[i] - parts[i, chosen, 0]) / parts[i, chosen, 2]
+        confidence[i] = min(posterior[i, chosen] * share, 1.0)
+        spread, most, second = 0.0, 0.0, 0.0
+        for k in range(posterior.shape[1]):
+            q = posterior[i, k]
+            if q <= 0.0:
+                continue
+            total = parts[i, k, 2]
+            spread += q * (math.log(total) - parts[i, k, 3] / total - math.log(q))
+            one = q / total
+            two = one * math.exp(parts[i, k, 4] - parts[i, k, 0])
+            if one > most:
+                second = max(most, two)
+                most = one
+            elif one > second:
+                second = one
+        entropy[i] = max(spread, 0.0)
+        margin[i] = min(most - second, 1.0)
+
+
+@_EXACT
+def _weights_of(parts):  # type: ignore[no-untyped-def]
+    """[n, K]: logs of the classes' weights."""
+    weights = np.empty(parts.shape[:2])
+    for i in range(parts.shape[0]):
+        for k in range(parts.shape[1]):
+            usable = -np.inf < parts[i, k, 0] < np.inf
+            weights[i, k] = -np.inf
+            if usable:
+                weights[i, k] = parts[i, k, 0] + math.log(parts[i, k, 2])
+    return weights
+
+
+@_EXACT
+def _sum(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, fixed, weights, end, order, counts
+):
+    """`_backward_sum`'s outcome, and the weights as it takes them."""
+    shape = len(fixed) + 1, len(transitions)
+    mantissas, exponents = np.empty(shape), np.empty(shape, np.int32)
+    w_mantissas = np.empty(weights.shape)
+    w_exponents = np.empty(weights.shape, np.int32)
+    _split(weights, w_mantissas, w_exponents)
+    _backward_sum(
+        first, klass, target, transitions, fixed, w_mantissas, w_exponents, end,
+        order, counts, mantissas, exponents,
+    )  # fmt: skip
+    return w_mantissas, w_exponents, mantissas, exponents
+
+
+@_EXACT
+def _solve_best(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, start, end, fixed, parts,
+    tokens, confidence, entropy, margin, states, posterior,
+):  # fmt: skip
+    count, num_states = len(fixed), len(transitions)
+    weights = _weights_of(parts)
+    order = np.empty((count + 1, num_states), np.int32)
+    counts = np.zeros(count + 1, np.int64)
+    _reached(
+        first, klass, target, transitions, start, fixed, weights > -np.inf,
+        order, counts,
+    )  # fmt: skip
+    scores = np.empty(weights.shape)
+    own = np.empty(weights.shape, np.int64)
+    for i in range(count):
+        for k in range(weights.shape[1]):
+            usable = weights[i, k] > -np.inf
+            scores[i, k] = parts[i, k, 0] if usable else -np.inf
+            own[i, k] = np.int64(parts[i, k, 1]) if usable else -1
+    behind = np.empty((count + 1, num_states))
+    _backward_best(
+        first, klass, target, transitions, fixed, scores, end, order, counts, behind
+    )
+    classes = np.zeros(count, np.int64)
+    if not _walk(
+        first, klass, target, transitions, start, fixed, scores, own, behind,
+        tokens, classes, states,
+    ):  # fmt: skip
+        return False
+    logits = np.empty(count)
+    for i in range(count):
+        logits[i] = scores[i, classes[i]]
+    w_mantissas, w_exponents, mantissas, exponents = _sum(
+        first, klass, target, transitions, fixed, weights, end, order, counts
+    )
+    _posterior(
+        first, klass, target, transitions, start, fixed, w_mantissas, w_exponents,
+        order, counts, mantissas, exponents, posterior,
+    )  # fmt: skip
+    _measure(fixed, parts, posterior, classes, logits, confidence, entropy, margin)
+    return True
+
+
+@_EXACT
+def _solve_drawn(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, start, end, fixed, parts,
+    drawn_weights, scores, own, own_logits,
+    tokens, confidence, entropy, margin, states, posterior,
+):  # fmt: skip
+    count, num_states = len(fixed), len(transitions)
+    weights = _weights_of(parts)
+    order = np.empty((count + 1, num_states), np.int32)
+    counts = np.zeros(count + 1, np.int64)
+    _reached(
+        first, klass, target, transitions, start, fixed, weights > -np.inf,
+        order, counts,
+    )  # fmt: skip
+    _, _, mantissas, exponents = _sum(
+        first, klass, target, transitions, fixed, drawn_weights, end, order, counts
+    )
+    behind = np.full((count + 1, num_states), -np.inf)
+    for i in range(count + 1):
+        for place in range(counts[i]):
+            state = order[i, place]
+            if mantissas[i, state] > 0.0:
+                behind[i, state] = math.log(mantissas[i, state])
+                behind[i, state] += exponents[i, state] * _LOG_2
+    classes = np.zeros(count, np.int64)
+    if not _walk(
+        first, klass, target, transitions, start, fixed, scores, own, behind,
+        tokens, classes, states,
+    ):  # fmt: skip
+        return False
+    logits = np.empty(count)
+    for i in range(count):
+        logits[i] = own_logits[i, classes[i]]
+    w_mantissas, w_exponents, mantissas, exponents = _sum(
+        first, klass, target, transitions, fixed, weights, end, order, counts
+    )
+    _posterior(
+        first, klass, target, transitions, start, fixed, w_mantissas, w_exponents,
+        order, counts, mantissas, exponents, posterior,
+    )  # fmt: skip
+    _measure(fixed, parts, posterior, classes, logits, confidence, entropy, margin)
+    return True
+
+
+@_EXACT
+def _feasible(  # type: ignore[no-untyped-def]
+    first, klass, target, transitions, start, end, fixed, usable, found
+):
+    """Mark the classes that some path takes."""
+    count, num_states = len(fixed), len(transitions)
+    order = np.empty((count + 1, num_states), np.int32)
+    counts = np.zeros(count + 1, np.int64)
+    _reached(first, klass, target, transitions, start, fixed, usable, order, counts)
+    alive, before = end.copy(), np.empty(num_states, np.bool_)
+    for i in range(count - 1, -1, -1):
+        before[:] = False
+        for place in range(counts[i]):
+            state = order[i, place]
+            if fixed[i] >= 0:
+                follows = transitions[state, fixed[i]]
+                if follows >= 0 and alive[follows]:
+                    before[state] = found[i, fixed[i]] = True
+                continue
+            for pair in range(first[state], first[state + 1]):
+                if usable[i, klass[pair]] and alive[target[pair]]:
+                    before[state] = found[i, klass[pair]] = True
+        alive, before = before, alive
+
+
+@_EXACT
+def _complete(first, klass, target, transitions, pins, shortest, end_class, rows):  # type: ignore[no-untyped-def]
+    """Fill `rows` [n + 1, S] from its last one: states that can go on to that one."""
+    for i in range(len(pins) - 1, -1, -1):
+        pin, early = pins[i], i < shortest
+        for state in range(rows.shape[1]):
+            alive = False
+            if pin >= 0:
+                follows = transitions[state, pin]
+                alive = follows >= 0 and rows[i + 1, follows]
+                alive = alive and not (early and pin == end_class)
+            else:
+                for pair in range(first[state], first[state + 1]):
+                    if rows[i + 1, target[pair]] and not (
+                        early and klass[pair] == end_class
+                    ):
+                        alive = True
+                        break
+            rows[i, state] = alive
