@@ -18,6 +18,10 @@ class Workload:
     canvas: int
     tasks: tuple[str, ...] | None = None
     """Names of the tasks; None is all of them."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the requests, where a setting does not have them."""
+    most_problems: int | None = None
+    """Fewer where the first forward of a request is wide; None is all."""
 
 
 FEW_PROBLEMS = 32
@@ -29,6 +33,12 @@ WORKLOADS = [
     Workload("All tasks, canvas 256", 256),
     # Here tokens depend on each other: writing them together costs right answers.
     Workload("Tasks with several right answers, canvas 64", 64, FREE_TASKS),
+    Workload(
+        "All tasks, canvas 1024, `eotp` `canvas` unless said",
+        1024,
+        options={"eotp": "canvas"},
+        most_problems=32,
+    ),
 ]
 
 
@@ -43,19 +53,21 @@ class Setting:
     tokens_per_step: int | None = None
     """Makes `steps` the canvas divided by it; None is one token per step."""
 
-    def request_options(self, canvas: int) -> dict[str, Any]:
-        """The request's options on a canvas of this width."""
-        options: dict[str, Any] = {"strategy": self.strategy, **self.options}
+    def request_options(self, workload: Workload) -> dict[str, Any]:
+        """The request's options on a workload."""
+        options = {**workload.options, "strategy": self.strategy, **self.options}
         if self.params:
             options["strategy_config"] = self.params
         if self.tokens_per_step:
-            options["steps"] = canvas // self.tokens_per_step
+            options["steps"] = workload.canvas // self.tokens_per_step
         return options
 
-    def most_problems(self, canvas: int) -> int | None:
+    def most_problems(self, workload: Workload) -> int | None:
         """Fewer where each request takes hundreds of forwards; None is all."""
         whole = STRATEGIES[self.strategy].scope != "block"
-        return FEW_PROBLEMS if whole and canvas > WIDE_CANVAS else None
+        if whole and workload.canvas > WIDE_CANVAS:
+            return FEW_PROBLEMS
+        return workload.most_problems
 
     @property
     def label(self) -> str:

@@ -103,8 +103,8 @@ def _measure(
     # Kernels are compiled at their first use: not in the first row's time.
     served(problems[:2], {})
     for setting in settings:
-        options = setting.request_options(workload.canvas)
-        some = problems[: setting.most_problems(workload.canvas)]
+        options = setting.request_options(workload)
+        some = problems[: setting.most_problems(workload)]
         yield Row(setting, workload, served(some, options))
 
 

@@ -34,7 +34,7 @@ def test_every_strategy_is_measured_or_left_out_with_a_reason():
 )
 def test_settings_are_valid(setting):
     for workload in settings.WORKLOADS:
-        options = setting.request_options(workload.canvas)
+        options = setting.request_options(workload)
         assert resolve(DlmConfig(), {"dlm": options}, LLADA).strategy
 
 
