@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`search.run`: one search for each prompt, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_dlm.config.validation import validated
+from vllm_dlm.messages import quote
+from vllm_dlm.search.base import Budget, Driver, Result, Scorer, Stats, Task, Text
+from vllm_dlm.search.endpoint import Endpoint, HttpEngine
+from vllm_dlm.search.jobs import Engine
+from vllm_dlm.search.prompts import read_prompt
+from vllm_dlm.search.pump import Pump
+from vllm_dlm.search.registry import SEARCHES
+
+
+def run(
+    llm: Any,
+    driver: str | type[Driver],
+    prompts: Any,
+    *,
+    scorer: Scorer | None = None,
+    budget: Budget | Mapping[str, Any] | None = None,
+    sampling: Any = None,
+    use_tqdm: bool = True,
+    **options: Any,
+) -> list[Result]:
+    """Search for the best answer to each prompt.
+
+    Args:
+        llm: a `vllm_dlm.LLM` or `vllm.LLM`, or an `Endpoint`.
+        driver: name of a search (`vllm-dlm search --help` lists them), or a subclass
+            of `Driver`.
+        prompts: texts, lists of token ids, lists of messages, or dicts that hold one
+            of these as `prompt`, `prompt_token_ids` or `messages`; what else such a
+            dict holds is `Candidate.record`.
+        scorer: what says how good candidates are; a float for each, higher is better.
+        budget: of each prompt: `tokens`, `requests`, `scores`, `seconds`.
+        sampling: what every request has besides: `SamplingParams` or its fields; for
+            an endpoint, fields of a request's body.
+        use_tqdm: show a progress bar.
+        **options: of the driver: `vllm-dlm search NAME --help`.
+
+    Returns:
+        A `Result` for each prompt.
+
+    Raises:
+        ValueError: something is not valid, or does not go together; the message says
+            what would be. Exceptions of the scorer come through as they are.
+    """
+    kind, named = _driver_class(driver)
+    chosen = _driver(kind, named, options)
+    limits = _budget(budget)
+    scorers = _scorers(chosen, scorer, named)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    engines: list[Engine] = []
+    try:
+        for each in (llm, *chosen.engines()):
+            engines.append(open_engine(each, sampling))
+        _check(chosen, named, engines, scorer is not None)
+        tasks = [
+            _task(engines[0], index, prompt, scorer is not None)
+            for index, prompt in enumerate(texts)
+        ]
+        with tqdm(
+            total=len(tasks),
+            desc=f"Search {named}",
+            unit="prompt",
+            dynamic_ncols=True,
+            disable=not use_tqdm,
+        ) as progress:
+            pump = Pump(engines, scorers, limits, chosen.seed, _reporter(progress))
+            return pump.run(tasks, [chosen.search(task) for task in tasks])
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def open_engine(llm: Any, sampling: Any) -> Engine:
+    """What answers a search's requests.
+
+    Raises:
+        ValueError: nothing can be searched with it.
+    """
+    if isinstance(llm, Endpoint):
+        return HttpEngine(llm, sampling)
+    if isinstance(llm, str) and llm.startswith(("http://", "https://")):
+        return HttpEngine(Endpoint(llm), sampling)
+    if all(hasattr(llm, name) for name in ("submit", "poll", "pace")):
+        engine: Engine = llm
+        return engine
+    from vllm import LLM
+
+    if isinstance(llm, LLM):
+        from vllm_dlm.search.engine import OfflineEngine
+
+        return OfflineEngine(llm, sampling)
+    raise ValueError(
+        f"cannot search with {quote(llm)}: expected a vllm_dlm.LLM, a vllm.LLM, or a "
+        "search.Endpoint (two models that write one text are searched over HTTP: "
+        "vllm-dlm serve-pair)"
+    )
+
+
+def _driver_class(driver: str | type[Driver]) -> tuple[type[Driver], str]:
+    if isinstance(driver, type) and issubclass(driver, Driver):
+        return driver, driver.name
+    kind = SEARCHES[SEARCHES.check(driver)]
+    return kind, str(driver)
+
+
+def _driver(kind: type[Driver], named: str, options: Mapping[str, Any]) -> Driver:
+    return validated(
+        kind,
+        options,
+        where=f"the search {named!r}",
+        numbers=number_fields(kind),
+        hint=lambda name: "",
+    )
+
+
+def number_fields(kind: type[Driver]) -> list[str]:
+    """Options that take numbers, for which a boolean is refused."""
+    return [
+        name
+        for name, field in kind.model_fields.items()
+        if field.annotation in (int, float, int | None, float | None)
+    ]
+
+
+def _budget(budget: Budget | Mapping[str, Any] | None) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if not isinstance(budget, Mapping | None):
+        raise ValueError(
+            f"budget: expected a dict of {', '.join(Budget.model_fields)}, got "
+            f"{quote(budget)}"
+        )
+    return validated(
+        Budget,
+        budget or {},
+        where="budget",
+        numbers=Budget.model_fields,
+        hint=lambda name: "",
+    )
+
+
+def _scorers(driver: Driver, scorer: Scorer | None, named: str) -> list[Scorer]:
+    """All scorers of a search, the first of them the user's.
+
+    Raises:
+        ValueError: there is one too many, or none.
+    """
+    if scorer is not None and not callable(scorer):
+        raise ValueError(
+            f"scorer: {quote(scorer)} cannot be called; expected a function from a "
+            "list of candidates to a list of numbers"
+        )
+    if scorer is None and driver.scorer == "needed":
+        without = [name for name in SEARCHES if SEARCHES[name].scorer != "needed"]
+        raise ValueError(
+            f"the search {named!r} needs a scorer; without one work: "
+            f"{', '.join(without)}"
+        )
+    if scorer is not None and driver.scorer == "unused":
+        using = [name for name in SEARCHES if SEARCHES[name].scorer != "unused"]
+        raise ValueError(
+            f"the search {named!r} asks no scorer: leave it out, or take one of: "
+            f"{', '.join(using)}"
+        )
+    own = [] if scorer is None else [scorer]
+    return [*own, *driver.scorers()]
+
+
+def _check(
+    driver: Driver, named: str, engines: Sequence[Engine], has_scorer: bool
+) -> None:
+    """Refuse what the engine, or the engines together, cannot do.
+
+    Raises:
+        ValueError: what, and what would work.
+    """
+    first, *others = engines
+    if driver.branches and first.kind != "autoregressive":
+        raise ValueError(
+            f"the search {named!r} looks at next tokens, and a diffusion model has "
+            f"none; take one of: {', '.join(without_branches())}"
+        )
+    if driver.branches and isinstance(first, HttpEngine) and not first.ends:
+        raise ValueError(
+            f"the search {named!r} must know which tokens end a text, which an "
+            "endpoint does not tell: name them as end_tokens (--end-token)"
+        )
+    try:
+        driver.check(first.kind, has_scorer)
+        for options in driver.request_options():
+            first.check_options(options)
+    except ValueError as error:
+        raise ValueError(f"the search {named!r}: {error}") from None
+    ours = first.vocabulary()
+    for other in others:
+        theirs = other.vocabulary()
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ValueError(
+                "continue_with: the two models have different tokenizers; they must "
+                "share one: take two sizes of one family"
+            )
+
+
+def without_branches() -> list[str]:
+    """The searches that diffusion models can have too."""
+    return [name for name in SEARCHES if not SEARCHES[name].branches]
+
+
+def _task(engine: Engine, index: int, prompt: Any, has_scorer: bool) -> Task:
+    try:
+        shown, record = read_prompt(prompt)
+        tokens = engine.encode(shown)
+    except ValueError as error:
+        raise ValueError(f"prompt {index}: {error}") from None
+    if not tokens:
+        raise ValueError(f"prompt {index} is empty")
+    return Task(
+        prompt=shown,
+        index=index,
+        start=Text(tokens),
+        to_text=engine.decode,
+        to_tokens=engine.encode_text,
+        ends=engine.ends,
+        stops=engine.stops,
+        kind=engine.kind,
+        has_scorer=has_scorer,
+        record=record,
+    )
+
+
+def _reporter(progress: tqdm[Any]) -> Callable[[Stats], None]:
+    return partial(_report, progress, [0])
+
+
+def _report(progress: tqdm[Any], total: list[int], stats: Stats) -> None:
+    """A search has ended: the bar shows how much was written for all of them."""
+    total[0] += stats.generated
+    progress.set_postfix_str(f"{total[0]} tokens", refresh=False)
+    progress.update()
