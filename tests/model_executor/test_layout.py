@@ -323,8 +323,7 @@ def together(
 def test_spans_begin_where_the_prompt_ends(prompt_len, num_known, max_tokens, wanted):
     layout = together(BLOCK, prompt_len, num_known, max_tokens)
     assert (layout.first_block, layout.first_mask, layout.text_end) == wanted
-    assert layout.spans_blocks and layout.block_length == 16
-    assert not laid_out(BLOCK, prompt_len, num_known).spans_blocks
+    assert (layout.attended_length, layout.block_length) == (4, 16)
 
 
 @given(prompt_len=lengths, emitted=st.integers(0, 90))

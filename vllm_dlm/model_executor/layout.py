@@ -106,11 +106,6 @@ class RequestLayout:
         return block_start(position, self.attended_length, self.origin)
 
     @property
-    def spans_blocks(self) -> bool:
-        """Whether several blocks of attention are decided together."""
-        return self.attended_length < self.block_length
-
-    @property
     def widest_step(self) -> int:
         """The most rows of a step that does not begin a block."""
         if not self.is_full:

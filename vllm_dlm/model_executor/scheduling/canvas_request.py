@@ -255,11 +255,7 @@ class CanvasRequest(Request):
         """Forget what was computed, because the request is preempted.
 
         It will replay its active block, on the canvas of the time when that began.
-        Where that is several blocks of the model, the pages of some may be found, full
-        of what is to be decided again: so none is looked for.
         """
-        if self.layout.spans_blocks:
-            self.skip_reading_prefix_cache = True
         self.canvas_end = self.block_canvas_end
         self._lay_out()
         self._begin()
