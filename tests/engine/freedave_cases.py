@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.cases import make_prompt
 from engine.harness import Engine, Finished, params
 from reference.checkpoints import write_checkpoint
 from vllm import SamplingParams
@@ -134,6 +136,30 @@ FAMILIES = {
     "Nemotron-Labs-Diffusion-8B": ("nemotron", 8, {"block_size": 8, "head_dim": 64}),
 }
 """Folder -> family, block length, entries of config.json."""
+
+
+def block_sample(name: str, drafts: Sequence[int], eager: bool = False) -> list[Asked]:
+    """Prompts of every residue mod B; texts that end inside a block.
+
+    Args:
+        name: of `FAMILIES`.
+        drafts: numbers of drafts, of which each request has one.
+    """
+    source = random.Random(name)
+    _, block, _ = FAMILIES[name]
+    return [
+        Asked(
+            make_prompt(length, seed=length),
+            max_tokens=source.randint(block, 4 * block + 3),
+            drafts=source.choice(drafts),
+            ignore_eos=length % 3 != 0,
+            temperature=0.7 * (length % 4 == 1),
+            seed=length,
+            eager=eager,
+        )
+        for length in range(2 * block, 3 * block)
+    ]
+
 
 Serve = Callable[..., Engine]
 

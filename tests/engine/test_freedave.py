@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
@@ -17,6 +16,7 @@ from engine.freedave_cases import (
     Asked,
     Serve,
     assert_nothing_is_lost,
+    block_sample,
     branches_of,
     compare,
     forwards,
@@ -182,22 +182,6 @@ def serve(engines: Serve, tmp_path_factory: pytest.TempPathFactory) -> Serve:
     return serving(engines, tmp_path_factory.getbasetemp() / "freedave")
 
 
-def block_sample(name: str) -> list[Asked]:
-    """Prompts of every residue mod B; texts that end inside a block."""
-    source = random.Random(name)
-    _, block, _ = FAMILIES[name]
-    return [
-        Asked(
-            make_prompt(length, seed=length),
-            max_tokens=source.randint(block, 4 * block + 3),
-            drafts=source.choice([2, 3, 4, 8]),
-            ignore_eos=length % 3 != 0,
-            temperature=0.7 * (length % 4 == 1),
-        )
-        for length in range(2 * block, 3 * block)
-    ]
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -207,7 +191,7 @@ def block_sample(name: str) -> list[Asked]:
     ],
 )
 def test_block_after_block(serve: Serve, name: str):
-    compare(serve(name), block_sample(name))
+    compare(serve(name), block_sample(name, (2, 3, 4, 8)))
 
 
 def test_pages_of_drafts_are_never_found(serve: Serve):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ from engine.freedave_cases import (
     Asked,
     Serve,
     assert_nothing_is_lost,
+    block_sample,
     branches_of,
     compare,
     forwards,
@@ -39,21 +39,7 @@ def serve(engines: Serve, tmp_path_factory: pytest.TempPathFactory) -> Serve:
 
 
 def eager_sample(name: str) -> list[Asked]:
-    """Prompts of every residue mod B; texts that end inside a block."""
-    source = random.Random(name)
-    _, block, _ = FAMILIES[name]
-    return [
-        Asked(
-            make_prompt(length, seed=length),
-            max_tokens=source.randint(block, 4 * block + 3),
-            drafts=source.choice([3, 4, 8, 12]),
-            ignore_eos=length % 3 != 0,
-            temperature=0.7 * (length % 4 == 1),
-            seed=length,
-            eager=True,
-        )
-        for length in range(2 * block, 3 * block)
-    ]
+    return block_sample(name, (3, 4, 8, 12), eager=True)
 
 
 @pytest.mark.parametrize("name", ["SDAR-4B-Chat", BD3LM])
