@@ -22,6 +22,9 @@ class Workload:
     """Options of the requests, where a setting does not have them."""
     most_problems: int | None = None
     """Fewer where the first forward of a request is wide; None is all."""
+    defaults_only: bool = False
+    """Only strategies as they are, and none that writes the canvas whole: that takes a
+    forward or more for each of its positions."""
 
 
 FEW_PROBLEMS = 32
@@ -34,10 +37,11 @@ WORKLOADS = [
     # Here tokens depend on each other: writing them together costs right answers.
     Workload("Tasks with several right answers, canvas 64", 64, FREE_TASKS),
     Workload(
-        "All tasks, canvas 1024, `eotp` `canvas` unless said",
+        "All tasks, canvas 1024, `eotp` `canvas`",
         1024,
         options={"eotp": "canvas"},
-        most_problems=32,
+        most_problems=16,
+        defaults_only=True,
     ),
 ]
 
@@ -62,12 +66,17 @@ class Setting:
             options["steps"] = workload.canvas // self.tokens_per_step
         return options
 
+    def is_measured(self, workload: Workload) -> bool:
+        """Whether a workload has a row of it."""
+        is_default = self.label == "default"
+        in_blocks = STRATEGIES[self.strategy].scope != "canvas"
+        return not workload.defaults_only or (is_default and in_blocks)
+
     def most_problems(self, workload: Workload) -> int | None:
         """Fewer where each request takes hundreds of forwards; None is all."""
         whole = STRATEGIES[self.strategy].scope != "block"
-        if whole and workload.canvas > WIDE_CANVAS:
-            return FEW_PROBLEMS
-        return workload.most_problems
+        few = FEW_PROBLEMS if whole and workload.canvas > WIDE_CANVAS else None
+        return workload.most_problems or few
 
     @property
     def label(self) -> str:

@@ -77,7 +77,8 @@ def main() -> int:
             # Enough rows for the drafts of all requests.
             max_num_batched_tokens=65536,
         )
-        with tqdm(total=len(WORKLOADS) * len(settings), unit="row") as progress:
+        total = sum(one.is_measured(work) for work in WORKLOADS for one in settings)
+        with tqdm(total=total, unit="row") as progress:
             for workload in WORKLOADS:
                 for row in _measure(llm, workload, settings, args.num_problems):
                     progress.set_postfix_str(row.setting.strategy)
@@ -103,6 +104,8 @@ def _measure(
     # Kernels are compiled at their first use: not in the first row's time.
     served(problems[:2], {})
     for setting in settings:
+        if not setting.is_measured(workload):
+            continue
         options = setting.request_options(workload)
         some = problems[: setting.most_problems(workload)]
         yield Row(setting, workload, served(some, options))
