@@ -94,7 +94,7 @@ def compile_or_none(pattern: str, vocabulary: Vocabulary) -> Automaton | None:
 
 
 @given(patterns)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_short_texts_match_as_in_python(pattern: str) -> None:
     """All sequences of up to four tokens; the tree that is written again as well."""
     automaton = compile_or_none(pattern, LETTERS)
@@ -155,7 +155,7 @@ def test_characters_of_several_bytes(pattern: str) -> None:
     st.lists(st.binary(max_size=4), min_size=1, max_size=30),
     st.sampled_from(["[ab]+c?", r"\w{0,3}", "(?:é|a.)*", "[^a]{2,3}"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_classes_are_what_a_walk_of_each_token_says(
     tokens: list[bytes], pattern: str
 ) -> None:
@@ -265,3 +265,10 @@ def test_anchors_of_the_whole_text_say_nothing(pattern: str) -> None:
 def test_limits_are_named(pattern: str, limits: Limits, says: str) -> None:
     with pytest.raises(ConstraintError, match=says):
         compile_pattern(pattern, LETTERS, [4], limits=limits)
+
+
+@pytest.mark.slow
+@given(patterns)
+@settings(max_examples=3000, deadline=None)
+def test_many_patterns_match_as_in_python(pattern: str) -> None:
+    test_short_texts_match_as_in_python.hypothesis.inner_test(pattern)

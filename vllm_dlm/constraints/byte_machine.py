@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dlm.constraints.limits import Clock, ConstraintError, Limits
-from vllm_dlm.constraints.syntax import Characters, Choice, Concat, Node
+from vllm_dlm.constraints.syntax import Characters, Choice, Concat, Node, Repeat
 
 _SURROGATES = (0xD800, 0xDFFF)
 _LAST_OF_LENGTH = (0x7F, 0x7FF, 0xFFFF)
@@ -106,9 +106,7 @@ class _Builder:
         if isinstance(node, Characters):
             return self._add_characters(node, start)
         if isinstance(node, Concat):
-            for part in node.parts:
-                start = self.add(part, start)
-            return start
+            return self._add_parts(node.parts, start)
         if isinstance(node, Choice):
             end = self.new()
             for branch in node.branches:
@@ -133,6 +131,31 @@ class _Builder:
             self.free[start].append(end)
         return end
 
+    def _add_parts(self, parts: tuple[Node, ...], start: int) -> int:
+        """Add parts one behind another.
+
+        Entries with something between them, `x(, x)*`, are one loop, with the entry
+        once: nested lists would grow by a factor of two with every level otherwise.
+        """
+        i = 0
+        while i < len(parts):
+            length = _entry_length(parts, i)
+            if not length:
+                start = self.add(parts[i], start)
+                i += 1
+                continue
+            repeated = parts[i + length]
+            assert isinstance(repeated, Repeat) and isinstance(repeated.part, Concat)
+            between = repeated.part.parts[:-length]
+            loop = self.new()
+            self.free[start].append(loop)
+            behind = self._add_parts(parts[i : i + length], loop)
+            self.free[self._add_parts(between, behind)].append(loop)
+            start = self.new()
+            self.free[behind].append(start)
+            i += length + 1
+        return start
+
     def _add_characters(self, node: Characters, start: int) -> int:
         end = self.new()
         spelled = self._spelled.get(node)
@@ -146,6 +169,24 @@ class _Builder:
                 at = self.moves[at][-1][2]
             self.moves[at].append((*intervals[-1], end))
         return end
+
+
+def _entry_length(parts: tuple[Node, ...], i: int) -> int:
+    """How many parts from `i` on are the entry of a list; 0 if none is."""
+    for j in range(i + 1, len(parts)):
+        part = parts[j]
+        if not isinstance(part, Repeat) or (part.least, part.most) != (0, None):
+            continue
+        length = j - i
+        inside = part.part
+        if (
+            isinstance(inside, Concat)
+            and len(inside.parts) > length
+            and inside.parts[-length:] == parts[i:j]
+        ):
+            return length
+        return 0
+    return 0
 
 
 def _determine(
@@ -179,7 +220,7 @@ def _determine(
 
     start = closed(frozenset({0}))
     number = {start: 0}
-    order, rows = [start], []
+    order, rows = [start], list[list[int]]()
     known: dict[frozenset[int], frozenset[int]] = {}
     for subset in order:
         if len(rows) % _CHECK_EACH == 0:

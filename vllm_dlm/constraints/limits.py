@@ -17,7 +17,7 @@ class Limits:
 
     pattern_bytes: int = 65_536
     """Length of the pattern, in bytes of UTF-8."""
-    parts: int = 400_000
+    parts: int = 200_000
     """States of the machine that is not deterministic yet."""
     subsets: int = 20_000
     """States of the machine over bytes, before those that do the same are merged."""

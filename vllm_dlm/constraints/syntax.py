@@ -57,8 +57,11 @@ class Repeat:
 
 Node: TypeAlias = Characters | Concat | Choice | Repeat
 
-EMPTY = Concat(())
+EMPTY: Node = Concat(())
 """The empty text."""
+
+NO_TEXT = "[^\\x00-\\U0010ffff]"
+"""The expression that matches nothing: one character, but none of all."""
 
 
 def characters(ranges: Iterable[tuple[int, int]]) -> Characters:
@@ -227,6 +230,22 @@ def choice(nodes: Iterable[Node]) -> Node:
     return branches[0] if len(branches) == 1 else Choice(branches)
 
 
+def only(node: Node, ranges: Ranges) -> Node:
+    """A tree without the characters that are in none of the ranges."""
+    if isinstance(node, Characters):
+        return Characters(intersect(node.ranges, ranges))
+    if isinstance(node, Concat):
+        return concat(only(part, ranges) for part in node.parts)
+    if isinstance(node, Choice):
+        return choice(only(branch, ranges) for branch in node.branches)
+    return Repeat(only(node.part, ranges), node.least, node.most)
+
+
+def optional(node: Node) -> Node:
+    """A part that may be left out."""
+    return Repeat(node, 0, 1)
+
+
 def literal(text: str) -> Node:
     """A text as it stands."""
     return concat(Characters(((ord(each), ord(each)),)) for each in text)
@@ -242,10 +261,12 @@ def write(node: Node) -> str:
             for part in node.parts
         )
     if isinstance(node, Choice):
-        return "|".join(map(write, node.branches))
+        return "|".join(map(write, node.branches)) or NO_TEXT
     inside = write(node.part)
     if not isinstance(node.part, Characters):
         inside = f"(?:{inside})"
+    if node.least == node.most:
+        return inside if node.least == 1 else f"{inside}{{{node.least}}}"
     if (node.least, node.most) == (0, 1):
         return f"{inside}?"
     if node.most is None and node.least < 2:
@@ -255,8 +276,7 @@ def write(node: Node) -> str:
 
 def _write_characters(ranges: Ranges) -> str:
     if not ranges:
-        # No character: all but all of them.
-        return "[^\\x00-\\U0010ffff]"
+        return NO_TEXT
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
         return _escape(ranges[0][0])
     negated = ranges[-1][1] == LAST_CODE_POINT and ranges[0][0] == 0
