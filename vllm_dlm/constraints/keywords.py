@@ -11,6 +11,11 @@ from vllm_dlm.constraints.limits import ConstraintError
 
 Schema = Mapping[str, Any] | bool
 
+MOST_COUNTED = 8
+"""Entries of which each number of ways to choose is spelled out."""
+DEEPEST = 64
+"""Levels of schemas inside schemas."""
+
 OF_TYPE = {
     "string": ("minLength", "maxLength", "pattern", "format"),
     "number": (

@@ -18,7 +18,9 @@ from vllm_dlm.constraints.json_text import (
     constant,
 )
 from vllm_dlm.constraints.keywords import (
+    DEEPEST,
     KNOWN,
+    MOST_COUNTED,
     Schema,
     fail,
     has_type,
@@ -52,11 +54,6 @@ from vllm_dlm.constraints.syntax import (
     write,
 )
 
-MOST_COUNTED = 8
-"""Entries of which each number of ways to choose is spelled out."""
-DEEPEST = 64
-"""Levels of schemas inside schemas."""
-
 
 def schema_pattern(schema: Any, whitespace: str | None = None) -> str:
     """The pattern of a JSON schema.
@@ -72,10 +69,15 @@ def schema_pattern(schema: Any, whitespace: str | None = None) -> str:
             message names the keyword and where it stands.
     """
     layout = Layout() if whitespace is None else Layout.with_blanks(whitespace)
+    return write(schema_node(schema, layout))
+
+
+def schema_node(schema: Any, layout: Layout) -> Node:
+    """The tree of a JSON schema; see `schema_pattern`."""
     node = _Translator(checked(schema, "#"), layout).node(schema, "#", ())
     if node == NOTHING:
         raise ConstraintError("json schema: no value is valid")
-    return write(node)
+    return node
 
 
 class _Translator:
