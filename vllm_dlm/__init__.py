@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_dlm.entrypoints.canvas_fields import fields
     from vllm_dlm.entrypoints.llm import LLM
     from vllm_dlm.entrypoints.step_maps import StepMap, step_map
     from vllm_dlm.switching.router import EntropyRouter
@@ -18,7 +19,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0+unknown"
 
-__all__ = ["LLM", "EntropyRouter", "StepMap", "__version__", "step_map"]
+__all__ = ["LLM", "EntropyRouter", "StepMap", "__version__", "fields", "step_map"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from vllm_dlm.switching.router import EntropyRouter
 
         return EntropyRouter
+    if name == "fields":
+        from vllm_dlm.entrypoints.canvas_fields import fields
+
+        return fields
     if name in ("StepMap", "step_map"):
         from vllm_dlm.entrypoints import step_maps
 

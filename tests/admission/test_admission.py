@@ -104,11 +104,21 @@ def test_options_for_a_template():
     assert error.parameter == "chat_template_kwargs" and "dlm_steps" in str(error)
 
 
-@pytest.mark.parametrize("suffix", ["", "end"])
-def test_suffix(suffix):
-    error = refused(*completion(suffix=suffix))
-    assert error.parameter == "suffix" and "not supported" in str(error)
-    assert answer(*completion(suffix=suffix), config=autoregressive()) == "done"
+def test_suffix_becomes_an_option_of_our_models():
+    seen = []
+
+    async def note(self, request, raw_request=None):
+        seen.append((request.suffix, request.vllm_xargs))
+        return "done"
+
+    asked = completion(suffix="end")
+    assert answer(*asked, original=note) == "done"
+    assert seen.pop() == (None, {"dlm_suffix": "end"})
+    assert asked[1].suffix == "end"
+    theirs = answer(*completion(suffix="end"), original=note, config=autoregressive())
+    assert theirs == "done" and seen.pop() == ("end", None)
+    error = refused(*completion(suffix="end", echo=True))
+    assert error.parameter == "echo"
 
 
 def test_what_vllm_repeats_is_cut_short():

@@ -59,6 +59,10 @@ class BlockCase:
     rule: str = "threshold"
     steps_per_block: int | None = None
     ignore_eos: bool = False
+    canvas: tuple[int | None, ...] | None = None
+    """What the request writes itself, of `max_tokens` positions; None in holes."""
+    mask_id: int | None = None
+    """The model's, with a canvas."""
 
     def params(self, **more: Any) -> SamplingParams:
         strategy, config, _ = RULES[self.rule]
@@ -68,6 +72,9 @@ class BlockCase:
         }
         if follows_schedule(strategy, config):
             dlm["steps_per_block"] = self.steps_per_block
+        if self.canvas is not None:
+            ids = [self.mask_id if token is None else token for token in self.canvas]
+            dlm["canvas"] = ids
         return params(self.max_tokens, dlm=dlm, ignore_eos=self.ignore_eos, **more)
 
 
@@ -95,6 +102,7 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
             schedule=model_defaults.schedule,
             max_model_len=scheduler.max_model_len,
             eos_stop=not case.ignore_eos,
+            canvas=case.canvas,
             observe=None if watch is None else partial(watch, rule),
         )
 

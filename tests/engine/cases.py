@@ -124,6 +124,9 @@ FREQUENCIES /= FREQUENCIES.sum()
 WHOLE_BLOCK = ("learn2pd", "hierarchy", "joint", "saber", "prophet")
 """Strategies that read decided positions too."""
 
+MASK_ID = 120
+"""Of the random checkpoints."""
+
 TIE = 1e-5
 """Scores closer than this may be ordered either way by two float32 programs."""
 
@@ -144,6 +147,8 @@ class Case:
     """The rule's parameter of `NUMBERS`, where not the usual value."""
     cache_config: dict[str, Any] = field(default_factory=dict)
     growing: Growing | None = None
+    canvas: tuple[int | None, ...] | None = None
+    """What the request writes itself, of `max_tokens` positions; None in holes."""
 
     @property
     def sure(self) -> float:
@@ -183,6 +188,9 @@ class Case:
             "eotp_threshold": self.sure if variant in EOTP else None,
             "reference_exact": reference_exact,
         }
+        if self.canvas is not None:
+            ids = [MASK_ID if token is None else token for token in self.canvas]
+            dlm["canvas"] = ids
         if self.growing is not None:
             growth = asdict(self.growing)
             dlm["growth"] = growth.pop("rule")
@@ -282,7 +290,8 @@ def expect(
         result = generate(
             model,
             [*case.prompt, *tokens],
-            gen_length=blocks * case.block,
+            gen_length=len(case.canvas) if case.canvas else blocks * case.block,
+            canvas=case.canvas,
             block_length=case.block,
             steps=per_block * blocks,
             rule=rule,

@@ -11,7 +11,7 @@ row anew: no keys are kept, so nothing can be stale. Conventions are those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from reference.network import TinyModel, block_causal, causal_context
@@ -45,6 +45,7 @@ def generate_blocks(
     eos_stop: bool = True,
     together: int = 1,
     eos_cuts: bool = False,
+    canvas: Sequence[int | None] | None = None,
     observe: Callable[[View, list[int]], None] | None = None,
 ) -> ReferenceResult:
     """Decode one request block by block; what is written never changes.
@@ -82,6 +83,10 @@ def generate_blocks(
             the first mask; no block sees the ones behind it. The last ones end with
             the block in which the text does.
         eos_cuts: nothing exists behind an EOS once it is written.
+        canvas: `max_tokens` tokens that stand from the start, None where the model is
+            to write; no position from there on exists. They never change, a block sees
+            its own and those to its left, and no end of the text is written left of
+            the last of them. A block without masks takes no forward.
         observe: called with the view and the chosen offsets, before the commit.
 
     Raises:
@@ -113,6 +118,11 @@ def generate_blocks(
     if together > 1:
         whole = -(-(text_end - first_border) // block_length) * block_length
         limit = min(limit, first_border + whole)
+    given = list(canvas or [])
+    if canvas is not None:
+        limit = text_end
+    fixed = {prompt_end + i for i, token in enumerate(given) if token is not None}
+    ends_from = max(fixed, default=-1) + 1
     row = list(prompt_ids)
     masked = [False] * prompt_end  # not `== mask_id`: a prompt may hold that id
     set_at = [-1] * prompt_end
@@ -133,14 +143,23 @@ def generate_blocks(
         if row_end == first:  # a seed's row ends before it
             left, lowest = 1, 0
         sources = [max(p - left, lowest) for p in range(first, stop)]
-        return row_statistics(logits[sources], banned)
+        stats = row_statistics(logits[sources], banned)
+        early = [p - first for p in range(first, stop) if p < ends_from]
+        for p in early:
+            left = logits[sources[p]].float().clone()
+            left[[*eos_ids, mask_id]] = -torch.inf
+            stats.argmax[p] = left.argmax()
+            stats.confidence[p] = stats.probabilities[p, stats.argmax[p]]
+        for p in fixed & set(range(first, stop)):
+            stats.argmax[p - first] = row[p]
+        return stats
 
     def final_end() -> int | None:
         """One past the last token of the text, once all up to it is final."""
         for p in range(prompt_end, min(len(row), text_end)):
             if masked[p] or p in open_to_change:
                 return None
-            if eos_stop and row[p] in eos_ids:
+            if eos_stop and row[p] in eos_ids and p >= ends_from - 1:
                 return p + 1
         return text_end if len(row) >= text_end else None
 
@@ -150,6 +169,8 @@ def generate_blocks(
         new = end - len(row)
         row += [mask_id] * new
         masked += [True] * new
+        for p in fixed & set(range(end - new, end)):
+            row[p], masked[p] = given[p - prompt_end], False
         set_at += [-1] * new
 
         step = 0
@@ -199,6 +220,8 @@ def generate_blocks(
 
             written = 0
             for offset in [*chosen, *decision.edit]:
+                if first + offset in fixed:
+                    continue
                 part = chosen if offset in chosen else decision.edit
                 instead = isinstance(part, dict)
                 token = part[offset] if instead else int(view.argmax[offset])
@@ -212,6 +235,8 @@ def generate_blocks(
                     set_at[first + offset] = forwards
                     written += 1
             for offset in decision.remask:
+                if first + offset in fixed:
+                    continue
                 row[first + offset] = mask_id
                 masked[first + offset] = True
             ends = [i for i in chosen if eos_cuts and row[first + i] in eos_ids]

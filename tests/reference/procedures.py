@@ -11,7 +11,7 @@ are float32 probabilities of untempered logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,6 +123,7 @@ def generate(
     eotp: str | None = None,
     eot_threshold: float = 0.9,
     growing: Growing | None = None,
+    canvas: Sequence[int | None] | None = None,
     observe: Callable[[View, list[int]], None] | None = None,
 ) -> ReferenceResult:
     """Decode one request greedily; blocks left to right from the prompt's end.
@@ -160,6 +161,11 @@ def generate(
             "written": the first branch of "first" alone.
         growing: begin with a short canvas that grows, up to gen_length; its tokens are
             all if it does not grow as far.
+        canvas: `gen_length` tokens that stand from the start, None where the model is
+            to write. They never change; no end of the text is written or predicted
+            left of the last of them, and nothing is cut there. A block without masks
+            takes no forward. With "window", a block's rows begin with the block, also
+            where that begins with such tokens.
         observe: called with the view and the chosen offsets, before the commit.
 
     Raises:
@@ -171,11 +177,11 @@ def generate(
         raise ValueError(f"cache {cache!r} is not one of {ALL_CACHES}")
     if eotp not in (None, *EOTP_MODES):
         raise ValueError(f"eotp {eotp!r} is not None or one of {EOTP_MODES}")
-    if gen_length % block_length:
+    if gen_length % block_length and canvas is None:
         raise ValueError("gen_length must be a multiple of block_length")
     mask_id = model.mask_id if mask_id is None else mask_id
     eos_id = model.eos_id if eos_id is None else eos_id
-    num_blocks = gen_length // block_length
+    num_blocks = -(-gen_length // block_length)
     steps_per_block = (gen_length if steps is None else steps) // num_blocks
     if steps_per_block < 1:
         raise ValueError("steps must be at least the number of blocks")
@@ -185,6 +191,11 @@ def generate(
     if growing is not None:
         width = growing.grown(0, growing.initial, block_length, gen_length)
     row = list(prompt_ids) + [mask_id] * width
+    given = list(canvas or [])
+    for offset, token in enumerate(given):
+        row[prompt_end + offset] = mask_id if token is None else token
+    fixed = {prompt_end + i for i, token in enumerate(given) if token is not None}
+    ends_from = max(fixed, default=-1) + 1
     set_at = [-1] * len(row)
     forwards = 0
 
@@ -194,6 +205,8 @@ def generate(
     for block in range(num_blocks):
         start = prompt_end + block * block_length
         num_masked = row[start : start + block_length].count(mask_id)
+        if num_masked == 0:
+            continue
         schedule = static_schedule(num_masked, steps_per_block)
         last_step = rule.own_steps(num_masked) if rule.own_steps else steps_per_block
         store: KVStore | None = None
@@ -226,7 +239,9 @@ def generate(
                 whole_block=whole_block or rule.rewrites,
                 shift=shift,
             )
-            if refresh:
+            if refresh and canvas is not None and step == 0:
+                phase = start
+            elif refresh:
                 phase = row.index(mask_id, start) if mask_id in row[start:end] else end
             computed = max(computed, end_row)
             logits = model.forward(
@@ -235,7 +250,11 @@ def generate(
                 leading(store, seen),
             )
             sources = [max(p - shift, 0) - first_row for p in range(low, high)]
+            early = [p - low for p in range(low, high) if p < ends_from]
             stats = row_statistics(logits[sources], mask_id if forbid_mask else None)
+            stats = _without_end(stats, logits[sources], early, eos_id, mask_id)
+            for p in fixed & set(range(low, high)):
+                stats.argmax[p - low] = row[p]
 
             if growing is not None and step == 0 and len(row) < prompt_end + gen_length:
                 ahead = [
@@ -289,6 +308,8 @@ def generate(
 
             committed = []
             for offset in [*chosen, *decision.edit]:
+                if first + offset in fixed:
+                    continue
                 part = chosen if offset in chosen else decision.edit
                 instead = isinstance(part, dict)
                 token = part[offset] if instead else int(view.argmax[offset])
@@ -300,7 +321,8 @@ def generate(
                     row[first + offset] = mask_id
                     committed.append(first + offset)
             for offset in decision.remask:
-                row[first + offset] = mask_id
+                if first + offset not in fixed:
+                    row[first + offset] = mask_id
             forwards += 1
             step += 1
             stuck = view.masked.any() and not committed
@@ -310,7 +332,7 @@ def generate(
                 raise RuntimeError("no end: masks come and go")
 
             if eotp is not None:
-                revealed = [p for p in committed if row[p] == eos_id]
+                revealed = [p for p in committed if row[p] == eos_id and p >= ends_from]
                 predicted = {
                     p: stats.confidence[p - low]
                     for p in range(max(start, low), high)
@@ -345,6 +367,7 @@ def generate(
                     if far:
                         blocks = (min(far) - start) // block_length + 1
                         cut = min(cut, start + blocks * block_length)
+                cut = max(cut, ends_from)
                 is_cut |= cut < len(row)
                 del row[cut:], set_at[cut:]
                 if store is not None:
@@ -355,7 +378,7 @@ def generate(
                     continue
                 set_at[start:end] = [forwards - 1] * (end - start)
             if eos_stop:
-                stop = _eos_end(row, prompt_end, mask_id, eos_id)
+                stop = _eos_end(row, prompt_end, mask_id, eos_id, ends_from - 1)
                 if stop is not None:
                     return result(stop)
     return result(len(row))
@@ -370,11 +393,33 @@ def _placed(values: torch.Tensor, known: list[bool], shift: int) -> torch.Tensor
     return placed
 
 
-def _eos_end(row: list[int], prompt_end: int, mask_id: int, eos_id: int) -> int | None:
-    """One past the first generated EOS, if no mask is left of it."""
+def _without_end(
+    stats: Statistics,
+    logits: torch.Tensor,
+    rows: list[int],
+    eos_id: int,
+    mask_id: int,
+) -> Statistics:
+    """The statistics, but in some rows the choice is the best besides the EOS.
+
+    Its confidence is that under the whole distribution.
+    """
+    if rows:
+        left = logits[rows].float().clone()
+        left[:, [eos_id, mask_id]] = -torch.inf
+        best = left.argmax(dim=-1)
+        stats.argmax[rows] = best
+        stats.confidence[rows] = stats.probabilities[rows, best]
+    return stats
+
+
+def _eos_end(
+    row: list[int], prompt_end: int, mask_id: int, eos_id: int, least: int = 0
+) -> int | None:
+    """One past the first generated EOS from `least` on, if no mask is left of it."""
     for p in range(prompt_end, len(row)):
         if row[p] == mask_id:
             return None
-        if row[p] == eos_id:
+        if row[p] == eos_id and p >= least:
             return p + 1
     return None

@@ -148,7 +148,6 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "too many logprobs": ({"logprobs": 21}, ["21", "20"]),
     "logit bias outside": ({"logit_bias": {"500": 1}}, ["500", "Vocabulary size"]),
     "prompt outside": ({"prompt": [5, 500]}, ["prompt: 500", "ids go from 0 to 127"]),
-    "suffix": ({"suffix": "end"}, ["suffix", "not supported"]),
 }
 
 CHAT_CASES: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ HARMLESS = {
 class _Sent:
     route: Route = OFFLINE
     fields: Mapping[str, str] = field(default_factory=dict)
+    has_length: bool | None = None
+    """Whether the client has set `max_tokens`; None where that cannot be told."""
 
 
 _sent: ContextVar[_Sent] = ContextVar("vllm_dlm_sent", default=_Sent())  # noqa: B039
@@ -114,7 +119,12 @@ def sent_by(route: Route, request: Any) -> Iterator[bool]:
         name: next((each for each in sources if _is_set(request, each)), sources[0])
         for name, sources in route.names.items()
     }
-    token = _sent.set(_Sent(route, fields))
+    has_length = None
+    if route is not GENERATE:
+        sources = route.names.get("max_tokens", ("max_tokens",))
+        given = getattr(request, "model_fields_set", ())
+        has_length = any(each in given and _is_set(request, each) for each in sources)
+    token = _sent.set(_Sent(route, fields, has_length))
     try:
         yield True
     finally:
@@ -125,6 +135,22 @@ def field_of(parameter: str) -> str:
     """What the client calls a sampling parameter (or `prompt`)."""
     sent = _sent.get()
     return sent.fields.get(parameter) or sent.route.prefix + parameter
+
+
+DEFAULT_LENGTH = 16
+"""vLLM's `SamplingParams.max_tokens` of who does not set it."""
+
+
+def gave_length(params: SamplingParams) -> bool:
+    """Whether a client has set `max_tokens`.
+
+    Offline, and on a route that takes sampling parameters as they are, vLLM's default
+    is taken for not set.
+    """
+    has_length = _sent.get().has_length
+    if has_length is None:
+        return params.max_tokens not in (None, DEFAULT_LENGTH)
+    return has_length
 
 
 def in_the_clients_words(text: str) -> str:

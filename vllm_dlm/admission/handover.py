@@ -59,6 +59,13 @@ def note(params: SamplingParams, config: RequestConfig) -> None:
     """Note what a request's options say, if its parameters can take notes."""
     if isinstance(params.extra_args, NotedOptions):
         params.extra_args.config = config
+        if config.canvas is not None:
+            # The copy is this request's alone: its lengths are its canvas's.
+            params.max_tokens = config.canvas.max_tokens
+            if config.canvas.handed is None:
+                # No stop string, nor what else waits for this, cuts it before.
+                least = max(params.min_tokens, config.canvas.pins_end)
+                params.min_tokens = least
 
 
 def send_off(params: SamplingParams) -> None:

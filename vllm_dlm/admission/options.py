@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_dlm.admission.canvases import CanvasReader, check_canvas_limit
 from vllm_dlm.admission.handover import note, noted
 from vllm_dlm.admission.stray_options import refuse_unread
+from vllm_dlm.config.carried import to_plain
 from vllm_dlm.config.model import ModelDefaults, edit_tokens_of
 from vllm_dlm.config.options import LONGEST_REQUEST_BLOCK, DlmConfig, served_config
 from vllm_dlm.config.request import RequestConfig, resolve
@@ -44,9 +46,17 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
     config = noted(params)
     if config is None:
         refuse_unread_options(params.extra_args or {})
-        config = resolve(server, params.extra_args, defaults)
+        reader = CanvasReader(params, model_config)
+        config = resolve(server, params.extra_args, defaults, reader)
+        if config.canvas is not None and to_plain(config) is None:
+            raise ValueError(
+                f"parameters of the strategy {config.strategy!r} are no plain data, "
+                "and a canvas cannot travel with them: choose another strategy"
+            )
         note(params, config)
     canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
+    if config.canvas is not None:
+        check_canvas_limit(config.canvas, defaults.reuses_blocks, canvas)
     # A request without max_tokens takes what the context leaves: a whole canvas.
     config = config.sized(params.max_tokens or canvas, canvas)
     _check_block_length(config, server.block_length or defaults.block_length, canvas)
@@ -64,9 +74,10 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
             f"the strategy {config.strategy!r} writes the model's own text, and cannot "
             "take a token back for bad_words: leave one of them out"
         )
-    check_strategy(
-        config, server, model_config, params.max_tokens or model_config.max_model_len
-    )
+    longest = params.max_tokens or model_config.max_model_len
+    if config.canvas is not None:
+        longest = config.canvas.width
+    check_strategy(config, server, model_config, longest)
     return config
 
 

@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 from vllm_dlm.config.cache import POLICIES
+from vllm_dlm.config.canvas import CANVAS_OPTIONS
 from vllm_dlm.config.foreign_names import (
     FOREIGN,
     OTHERS_PREFIXES,
@@ -34,6 +35,7 @@ EVERYDAY = frozenset(
         *("ahead", "bound", "cache", "commit", "decay", "drafts", "edit", "exponent"),
         *("fewest", "filter", "frequencies", "highest", "history", "lowest", "mode"),
         *("most", "preset", "radius", "schedule", "strict", "weight", "window"),
+        *("canvas", "holes", "pinned", "suffix"),
     }
 )
 """Names of ours that are everyday words: at the top level of a body they may mean
@@ -58,7 +60,7 @@ _SHORTEST_GUESS = 6
 def own_names() -> frozenset[str]:
     """The names of all options and of all parameters of strategies and cache policies,
     without a prefix."""
-    names = set(DlmConfig.model_fields)
+    names = {*DlmConfig.model_fields, *CANVAS_OPTIONS}
     for name in STRATEGIES:
         names.update(parameter_names(STRATEGIES[name].Params))
     for policy in POLICIES.values():

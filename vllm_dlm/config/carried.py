@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 from vllm_dlm.config.cache import POLICIES
+from vllm_dlm.config.canvas import Canvas
 from vllm_dlm.config.growth import GROWTHS
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
@@ -87,7 +88,9 @@ def to_plain(config: RequestConfig) -> dict[str, Any] | None:
     policy = config.cache_policy.model_dump()
     plain = {field.name: getattr(config, field.name) for field in fields(config)}
     growth = config.growth_policy.model_dump()
+    canvas = None if config.canvas is None else config.canvas.to_plain()
     own = {"cache_policy": policy, "growth_policy": growth, "tccf": tccf}
+    own["canvas"] = canvas
     return {**plain, "params": given, **own}
 
 
@@ -112,6 +115,7 @@ def from_plain(plain: Mapping[str, Any]) -> RequestConfig:
             **plain["growth_policy"]
         ),
         "tccf": tccf,
+        "canvas": plain["canvas"] and Canvas.from_plain(plain["canvas"]),
     }
     return RequestConfig(**{**plain, **built})
 

@@ -14,6 +14,13 @@ from vllm_dlm.config.block_causal import (
     check_verifying,
 )
 from vllm_dlm.config.cache import POLICIES, Cache, CachePolicy, Reach
+from vllm_dlm.config.canvas import (
+    SOURCES,
+    Canvas,
+    CanvasBuilder,
+    check_combination,
+    refuse_without_canvas,
+)
 from vllm_dlm.config.growth import GROWTHS, GrowthName, GrowthPolicy
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import (
@@ -74,6 +81,8 @@ class RequestConfig:
     tccf: ThinkCoarse | None
     reference_exact: bool
     step_map: bool
+    canvas: Canvas | None = None
+    """What the request has brought; None for masks alone."""
 
     def sized(self, max_tokens: int, max_canvas: int) -> RequestConfig:
         """This configuration with block lengths in positions.
@@ -82,6 +91,8 @@ class RequestConfig:
             max_tokens: of the request.
             max_canvas: most positions of a canvas.
         """
+        if self.canvas is not None:
+            max_tokens = self.canvas.width
         length = self.block_length or min(max_tokens, max_canvas)
         sub = self.sub_block_length or length
         if not self.verifies:
@@ -146,7 +157,10 @@ def server_config(vllm_config: VllmConfig) -> DlmConfig:
 
 
 def resolve(
-    server: DlmConfig, extra_args: Mapping[str, Any] | None, defaults: ModelDefaults
+    server: DlmConfig,
+    extra_args: Mapping[str, Any] | None,
+    defaults: ModelDefaults,
+    build_canvas: CanvasBuilder | None = None,
 ) -> RequestConfig:
     """Merge a request's options over the server's over the model's.
 
@@ -156,6 +170,8 @@ def resolve(
             and keys that begin with `dlm_`: options and, as in `dlm_threshold`, the
             chosen strategy's parameters.
         defaults: the model's declarations.
+        build_canvas: makes a canvas of a request's options, which takes a tokenizer:
+            in the process that admits the request.
 
     Raises:
         ValueError: unknown names, wrong types, values out of range, options that
@@ -182,7 +198,8 @@ def resolve(
     step_map = _first_set("step_map", asked, server).step_map
     # What looks at every step of a block would find that of another one.
     logs = server.record_traces or server.trajectory_dir
-    if step_map or reference_exact or tccf or eotp != "off" or logs:
+    brings_canvas = any(getattr(asked.canvas, name) is not None for name in SOURCES)
+    if step_map or reference_exact or tccf or eotp != "off" or logs or brings_canvas:
         looks_ahead = 0
     config = RequestConfig(
         strategy=strategy,
@@ -255,6 +272,20 @@ def resolve(
             "tccf is for block-causal models: with full attention, shorter blocks are "
             "not finer; leave it out"
         )
+    refuse_without_canvas(asked.canvas, asked.names)
+    if brings_canvas:
+        combined = {
+            "growth": growth != "none",
+            "tccf": tccf is not None,
+            "reference_exact": reference_exact,
+        }
+        check_combination(asked.canvas, asked.names, strategy, rule.verifies, combined)
+        if build_canvas is None:
+            raise ValueError(
+                "a canvas is read where a request is admitted: send the request to the "
+                "HTTP server, or to LLM"
+            )
+        config = replace(config, canvas=build_canvas(asked.canvas, asked.names))
     return config
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_dlm.config.canvas import CANVAS_OPTIONS, CanvasOptions
 from vllm_dlm.config.foreign_names import PREFIX, advice, clause, plain
 from vllm_dlm.config.options import (
     REQUEST_OPTIONS,
@@ -19,6 +20,7 @@ from vllm_dlm.config.options import (
     is_server_only,
     parse_options,
 )
+from vllm_dlm.config.validation import validated
 from vllm_dlm.messages import LONGEST_QUOTE, OptionError, name_of, quote, unknown
 from vllm_dlm.option_bounds import check_size
 from vllm_dlm.option_types import read_json
@@ -34,6 +36,8 @@ options."""
 class RequestOptions:
     """What one request has set; what it left open is for the server to say."""
 
+    canvas: CanvasOptions
+    """Those that bring a canvas, which no server has."""
     options: DlmConfig
     """Its options; `model_fields_set` holds the names of those that it has set."""
     flat_params: Mapping[str, Any]
@@ -108,7 +112,8 @@ def read_request(extra_args: Mapping[str, Any] | None) -> RequestOptions:
     for key, value in own.items():
         check_size(name_of(key), value)
     options = _nested(own.pop("dlm", None))
-    names = {name: f"dlm.{name}" for name in DlmConfig.model_fields}
+    known = (*DlmConfig.model_fields, *CANVAS_OPTIONS)
+    names = {name: f"dlm.{name}" for name in known}
     params: dict[str, Any] = {}
     for key, value in own.items():
         if value is None:
@@ -116,14 +121,17 @@ def read_request(extra_args: Mapping[str, Any] | None) -> RequestOptions:
         name = key.removeprefix(PREFIX)
         if name in options:
             raise _set_twice(key, "dlm")
-        if name in DlmConfig.model_fields:
+        if name in known:
             options[name], names[name] = value, key
         else:
             params[name] = value
     _refuse_the_servers(options, names)
     where = "the request's dlm options"
-    parsed = parse_options(options, where=where, valid=REQUEST_OPTIONS, names=names)
-    return RequestOptions(parsed, params, names)
+    of_canvas = {name: options.pop(name) for name in CANVAS_OPTIONS if name in options}
+    valid = (*REQUEST_OPTIONS, *CANVAS_OPTIONS)
+    parsed = parse_options(options, where=where, valid=valid, names=names)
+    canvas = validated(CanvasOptions, of_canvas, where=where, names=names)
+    return RequestOptions(canvas, parsed, params, names)
 
 
 def _nested(value: Any) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _refuse_the_servers(options: Mapping[str, Any], names: Mapping[str, str]) ->
             flag = f"--dlm-{name.replace('_', '-')}"
             raise OptionError(
                 f"{names[name]} is an option of the server ({flag}); a request may "
-                f"set: {', '.join(REQUEST_OPTIONS)}",
+                f"set: {', '.join((*REQUEST_OPTIONS, *CANVAS_OPTIONS))}",
                 names[name],
             )
 
@@ -165,7 +173,7 @@ def _unknown_key(key: str, strategy: str) -> OptionError:
     """The error about a flat key that is neither an option nor a parameter of the
     strategy."""
     own = parameter_names(STRATEGIES[strategy].Params)
-    valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *own)]
+    valid = [PREFIX + option for option in (*REQUEST_OPTIONS, *CANVAS_OPTIONS, *own)]
     found = advice(plain(key[:LONGEST_QUOTE]))
     hint = f"Here it is: {clause(found)}." if found else ""
     return OptionError(

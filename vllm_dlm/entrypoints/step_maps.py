@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from vllm_dlm.config.request import RequestConfig
 
+COLUMNS = 3
+"""Of an output's rows, if they are a step map: step, log-probability, edited."""
+
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; vLLM's chat log-probabilities end here too."""
 
@@ -54,12 +57,12 @@ def step_map(output: RequestOutput | CompletionOutput) -> StepMap:
             "one of its `outputs`"
         )
     rows = completions[0].routed_experts
-    if rows is None:
+    if rows is None or not has_step_map(completions[0]):
         raise ValueError(
             "this output has no step map: set the request's option step_map, and wait "
             "until the output is finished"
         )
-    steps, logprobs, edited = rows.T
+    steps, logprobs, edited = rows.T[:COLUMNS]
     end = len(completions[0].token_ids)
     return StepMap(
         steps=steps[:end].astype(int).tolist(),
@@ -72,9 +75,17 @@ def step_map(output: RequestOutput | CompletionOutput) -> StepMap:
 def add_to_choices(choices: Iterable[Any], outputs: Iterable[CompletionOutput]) -> None:
     """Give each choice of an HTTP answer its step map, if its request asked."""
     for choice, output in zip(choices, outputs, strict=True):
-        if output.routed_experts is not None:
+        if has_step_map(output):
             choice.step_map = asdict(step_map(output))
+        if output.routed_experts is not None:
             choice.routed_experts = None
+
+
+def has_step_map(output: CompletionOutput) -> bool:
+    """Whether a finished output's request asked for its step map."""
+    rows = output.routed_experts
+    # A column alone says where tokens lie in a canvas whose holes shrink.
+    return rows is not None and rows.shape[1] >= COLUMNS
 
 
 def refuse_streaming(config: RequestConfig, params: SamplingParams) -> None:

@@ -75,6 +75,8 @@ class Learning(Observer):
         request = self.slots.requests[slot]
         if request.params.temperature > 0:
             return False  # what was drawn is not what the model was sure of
+        if request.layout.canvas is not None:
+            return False  # the request's own tokens are not the model's
         config = request.config
         if config.block_length != self.facts.default_config.block_length:
             return False  # clients may ask for many lengths; memory is for one

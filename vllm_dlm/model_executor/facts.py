@@ -19,7 +19,7 @@ from vllm_dlm.config.carried import CANVAS_END, request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
-from vllm_dlm.config.stop_ids import stop_ids
+from vllm_dlm.config.stop_ids import closing_ids, stop_ids
 from vllm_dlm.config.tccf import SECOND_STAGE, one_at_a_time
 from vllm_dlm.model_executor.layout import Limits, RequestLayout, lay_out
 from vllm_dlm.model_executor.model_key import model_key
@@ -160,9 +160,22 @@ class RequestFacts:
     runs_ahead: bool = False
     """Whether its forwards are planned before the outcome of the last one is there
     (`running_ahead.py`)."""
+    closing_ids: frozenset[int] = frozenset()
+    """Tokens that fill no hole of a canvas: they end a text, or pad it."""
     canvas_end: int = 0
     """Of a request that returns after a preemption, if the scheduler says so: one past
     its canvas's last position. Else 0."""
+
+    @property
+    def min_tokens(self) -> int:
+        """Output positions at which the text must not end.
+
+        Not left of what the request has written itself, unless its holes shrink.
+        """
+        canvas = self.layout.canvas
+        if canvas is None:
+            return int(self.params.min_tokens)
+        return 0 if canvas.shrinks else max(self.params.min_tokens, canvas.pins_end)
 
     @classmethod
     def of(cls, new: NewRequestData, engine: EngineFacts) -> RequestFacts:
@@ -202,5 +215,8 @@ class RequestFacts:
             or STRATEGIES[config.strategy].measures == "drawn",
             runs_ahead=engine.is_async
             and runs_ahead(config, params, engine.defaults, engine.server),
+            closing_ids=closing_ids(
+                params, engine.defaults, engine.model_config.hf_config
+            ),
             canvas_end=canvas_end,
         )

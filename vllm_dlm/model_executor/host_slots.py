@@ -92,6 +92,10 @@ class HostSlots:
         """Masks of the active block and of what is decided with it, by place."""
         self.runs_ahead = per_slot(bool)
         """Whether the columns that steps change are known on the device alone."""
+        self.has_canvas = per_slot(bool)
+        """Whether the request has brought a canvas (`pins.py`)."""
+        self.reply_width = per_slot()
+        """Tokens that one step may hand out at most."""
         self._arriving: deque[_Sent] = deque()
         """Steps whose outcome is on its way, in order."""
 
@@ -99,6 +103,7 @@ class HostSlots:
         self,
         slot: int,
         layout: RequestLayout,
+        masked: np.ndarray,
         *,
         predicts_end: bool,
         looks_out: bool,
@@ -108,6 +113,7 @@ class HostSlots:
         """Take over the layout of a new request.
 
         Args:
+            masked: bool: which positions are masked, from the first block's start on.
             predicts_end: whether its option `eotp` is on.
             looks_out: whether it is `canvas`.
             exact: whether its option `reference_exact` is.
@@ -137,8 +143,12 @@ class HostSlots:
         self.grows[slot] = layout.growth.expansion > 0
         self.exact[slot] = exact
         self.window[slot] = width = min(layout.window, self.masked.shape[1])
-        first_mask = layout.first_mask - layout.first_block
-        self.masked[slot, :width] = np.arange(width) >= first_mask
+        self.masked[slot, :width] = True
+        self.masked[slot, : len(masked[:width])] = masked[:width]
+        canvas = layout.canvas
+        self.has_canvas[slot] = canvas is not None
+        written = 0 if canvas is None else canvas.longest_written
+        self.reply_width[slot] = width + written
 
     def looking_out(self, slots: np.ndarray) -> np.ndarray:
         """[n] bool: requests of whose next forward rows right of the block are read.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm_dlm.config.cache import FAR, Reach
+from vllm_dlm.config.canvas import Canvas
 from vllm_dlm.config.growth import Growth
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
@@ -74,7 +75,8 @@ class RequestLayout:
     knows_lead: bool
     """The first block's lead is among the known tokens, and is not decided again."""
     text_end: int
-    """End of the block in which the longest text ends, or of the context."""
+    """End of the block in which the longest text ends, or of the context; of a canvas
+    from the request, its end."""
     steps_per_block: int
     """Denoise steps of a block by the step schedule."""
     reach: Reach
@@ -83,6 +85,8 @@ class RequestLayout:
     """A block's first step writes its first token alone (`sampling/opening.py`)."""
     growth: Growth
     """The growth policy in numbers."""
+    canvas: Canvas | None = None
+    """What the request has brought; None for masks alone."""
 
     @property
     def num_emitted(self) -> int:
@@ -98,8 +102,26 @@ class RequestLayout:
         return int(self.knows_lead or self.verifies)
 
     def block_at(self, position: int) -> int:
-        """Start of the block that holds a position, which is not left of `origin`."""
-        return block_start(position, self.block_length, self.origin)
+        """Start of the block that is active when all left of a position is text.
+
+        It holds the position, which is not left of `origin`; or, where the request has
+        written whole blocks itself, the first mask behind them.
+        """
+        first = next_hole(self.canvas, self.prompt_len, position)
+        return block_start(first, self.block_length, self.origin)
+
+    def is_written(self, position: int) -> bool:
+        """Whether the request has written a position of its output itself."""
+        return next_hole(self.canvas, self.prompt_len, position) != position
+
+    def masks_end(self, position: int, number: int) -> int:
+        """One past the mask of a number, counted from 1 at a position, where nothing
+        behind it is decided; the canvas's end where there are fewer."""
+        if self.canvas is None:
+            return position + number
+        offset = max(position - self.prompt_len, 0)
+        end = self.canvas.nth_hole(offset, number) + 1
+        return min(self.prompt_len + end, self.text_end)
 
     def attended_at(self, position: int) -> int:
         """Start of the block of attention that holds a position."""
@@ -123,7 +145,7 @@ class RequestLayout:
         whole, it is at most `max_canvas` wide, and where it grows, it begins with
         `Growth.initial`.
         """
-        if not self.is_full:
+        if not self.is_full or self.canvas is not None:
             return self.text_end
         width = canvas_width(
             min(self.prompt_len + self.max_tokens - num_tokens, self.growth.initial),
@@ -158,15 +180,26 @@ def lay_out(
         num_known: tokens of the prompt and of the output so far.
         max_tokens: of the request's output.
     """
-    length, attended = config.block_length, config.attended_length
+    length, attended, canvas = (
+        config.block_length,
+        config.attended_length,
+        config.canvas,
+    )
+    if canvas is not None:
+        max_tokens = canvas.width
     origin = model.origin(prompt_len, attended)
     if attended < length:
         # Several blocks are decided together, from the one with the first mask on.
         origin = block_start(prompt_len, attended, origin) % length
-    first_block = block_start(num_known, length, origin)
+    first_hole = next_hole(canvas, prompt_len, num_known)
+    first_block = block_start(first_hole, length, origin)
     begins_with_lead = bool(model.begins_with_lead(first_block, prompt_len))
+    if begins_with_lead and next_hole(canvas, prompt_len, first_block) != first_block:
+        begins_with_lead = False  # the request has written it
     knows_lead = begins_with_lead and num_known > first_block
     end = text_end(prompt_len + max_tokens, attended, origin)
+    if canvas is not None:
+        end = prompt_len + max_tokens
     is_full = not model.reuses_blocks
     steps = config.steps_per_block
     if steps is None:
@@ -186,14 +219,26 @@ def lay_out(
         origin=origin,
         first_block=first_block,
         first_mask=max(first_block + knows_lead, prompt_len),
-        leads_first=begins_with_lead and num_known == first_block,
+        # Of a canvas, whole blocks may be written before the first that is decided.
+        leads_first=begins_with_lead and num_known <= first_block,
         knows_lead=knows_lead,
         text_end=min(end, limits.max_model_len),
         steps_per_block=min(steps, length),
         reach=config.reach(model.shift),
         opens_alone=config.opens_alone and is_full and model.shift == 1,
         growth=config.growth_policy.growth(),
+        canvas=canvas,
     )
+
+
+def next_hole(canvas: Canvas | None, prompt_len: int, position: int) -> int:
+    """The first position from `position` on that its request has not written itself.
+
+    One past the canvas where there is none.
+    """
+    if canvas is None or position >= prompt_len + canvas.width:
+        return position
+    return prompt_len + canvas.next_hole(max(position - prompt_len, 0))
 
 
 def block_start(num_tokens: int, block_length: int, origin: int) -> int:
@@ -324,7 +369,8 @@ def plan_rows(
         block_length: B; the last block of a canvas may be shorter.
         phase: as in `refreshes`.
         masks_end: where the worker says that the rows end (`Advance`), because the
-            masks that they reach to are known to it; None for the canvas's end.
+            masks that they reach to are known to it; None for the canvas's end. Of a
+            block's first step, where the rows end if not everything is masked.
         canvas_end: one past the canvas's last position.
     """
     start = next_start(reach, step, is_first_block, block_start, phase)
@@ -332,7 +378,7 @@ def plan_rows(
     right = reach.refresh_right if is_refresh else reach.right
     if not reach.follows:
         end = block_start + block_length + right
-    elif step == 0:
+    elif step == 0 and masks_end is None:
         end = block_start + right  # All of the block is masked.
     else:
         end = canvas_end if masks_end is None else masks_end

@@ -94,7 +94,8 @@ class Reply(NamedTuple):
         """The reply of requests that decide nothing: a part of a prompt.
 
         Args:
-            width: W: positions of the longest block that is decided.
+            width: W: positions of the longest block that is decided; more where a
+                canvas has long runs that are handed out with a block.
         """
         tokens = torch.zeros(num_reqs + 1, width + 1, dtype=torch.int64, device=device)
         return cls(
@@ -113,14 +114,14 @@ class Reply(NamedTuple):
         """Write the rows [R] of a group.
 
         Args:
-            tokens: [R, B + 1] int64.
+            tokens: [R, B + 1] int64; of requests with a canvas [R, W + 1].
             counts: [R] each, in the order of `counts`.
             masked: [R, B] bool.
         """
         columns = torch.arange(tokens.shape[1], device=rows.device)
         self.tokens[rows[:, None], columns] = tokens
         self.counts[:, rows] = torch.stack(counts).int()
-        self.masked[rows[:, None], columns[:-1]] = masked
+        self.masked[rows[:, None], columns[: masked.shape[1]]] = masked
 
     def for_runner(
         self, logprobs: LogprobsTensors | None, for_vllm: bool

@@ -130,6 +130,7 @@ def runs_ahead(
         and not strategy.needs_with(config.params) & NEED_HOST
         and not is_observed(config, server)
         and config.tccf is None
+        and config.canvas is None
         and config.eotp != "canvas"
         and config.growth == "none"
         and not config.step_map

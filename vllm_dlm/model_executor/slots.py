@@ -29,6 +29,7 @@ import torch
 from vllm_dlm.model_executor.columns import NEVER, REACH, Columns, number_columns
 from vllm_dlm.model_executor.drafts import Drafts
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS, HostSlots
+from vllm_dlm.model_executor.pins import Pins
 from vllm_dlm.model_executor.sampling.eotp import MODES
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ class RequestSlots(Columns):
         self.strategies: dict[int, Strategy] = {}
         """By slot: what decides each of them."""
         self._slot_of: dict[str, int] = {}
+        self._pins: Pins | None = None
+
+    @property
+    def pins(self) -> Pins | None:
+        """What requests have written of their canvases; None where none has brought
+        one, and in a compiled step, whose requests have not."""
+        return None if torch.compiler.is_compiling() else self._pins
 
     @cached_property
     def drafts(self) -> Drafts:
@@ -79,11 +87,21 @@ class RequestSlots(Columns):
         config, layout = request.config, request.layout
         first_mask = layout.first_mask
         tokens = np.full(self.length, self._mask_id, dtype=np.int32)
-        tokens[:first_mask] = known[:first_mask]
+        masked = np.arange(self.length) >= first_mask
+        if layout.canvas is not None:
+            first, end = layout.prompt_len, layout.text_end
+            tokens[first:end] = layout.canvas.tokens
+            masked[first:end] = layout.canvas.is_hole
+            tokens[masked] = self._mask_id
+            masked[: min(first_mask, len(known))] = False
+            self._pins = self._pins or Pins(self.tokens.shape, self.device)
+            self._pins.admit(slot, layout)
+        kept = known[:first_mask]
+        tokens[: len(kept)] = kept
         self.stage(
             slot,
             tokens=tokens,
-            masked=np.arange(self.length) >= first_mask,
+            masked=masked,
             # With full attention, the first forward says how wide the canvas is.
             canvas_end=0 if layout.is_full else layout.text_end,
             block_start=layout.first_block,
@@ -110,6 +128,7 @@ class RequestSlots(Columns):
         self.host.admit(
             slot,
             layout,
+            masked[layout.first_block :],
             predicts_end=config.eotp != "off",
             looks_out=config.eotp == "canvas",
             exact=config.reference_exact,
@@ -167,6 +186,8 @@ class RequestSlots(Columns):
         """Forget a request that has ended or was preempted."""
         del self._slot_of[self.requests.pop(slot).id]
         self.strategies.pop(slot, None)
+        if self._pins is not None and not self._pins.forget(slot):
+            self._pins = None
 
     def slot_of(self, req_id: str) -> int | None:
         """The slot of a request; None if it is not running."""
@@ -178,10 +199,15 @@ class RequestSlots(Columns):
         """[R, B] bool: all masks of the active blocks."""
         return self.masked[blocks.slots[:, None], blocks.places] & blocks.valid
 
-    def is_emitted(self, blocks: Blocks) -> torch.Tensor:
-        """[R, B] bool: what a client has: a prompt's tail, and a block's lead."""
+    def is_fixed(self, blocks: Blocks) -> torch.Tensor:
+        """[R, B] bool: what no strategy may change.
+
+        What a client has: a prompt's tail, and a block's lead. And what the request has
+        written itself.
+        """
         requests = blocks.requests
-        return blocks.positions < (requests.prompt_len + requests.emitted)[:, None]
+        fixed = blocks.positions < (requests.prompt_len + requests.emitted)[:, None]
+        return fixed if self.pins is None else fixed | self.pins.of(blocks)
 
     def ending(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Which blocks end with this step in any case.

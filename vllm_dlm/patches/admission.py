@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission import sampling_params as request
+from vllm_dlm.admission import suffixes
 from vllm_dlm.admission.body_guard import process
+from vllm_dlm.admission.canvases import check_with_prompt
 from vllm_dlm.admission.client_fields import (
     GENERATE,
     Route,
@@ -20,7 +22,7 @@ from vllm_dlm.admission.client_fields import (
     options_field,
     sent_by,
 )
-from vllm_dlm.admission.handover import private_copy, send_off, take_notes
+from vllm_dlm.admission.handover import noted, private_copy, send_off, take_notes
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
 from vllm_dlm.entrypoints import step_maps
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
+    from vllm_dlm.config.request import RequestConfig
+
 
 def handle(route: Route) -> Make:
     """A route's handler: what the client sent is known here, under its own names."""
@@ -58,11 +62,14 @@ def handle(route: Route) -> Make:
                 ours = request.is_ours(self.model_config.hf_config)
                 try:
                     await _refuse_unread(route, body, raw_request, ours)
+                    if ours and getattr(body, "suffix", None) is not None:
+                        given["request"] = suffixes.as_option(body)
+                        return await original(self, **given)
                     return await original(self, *args, **kwargs)
                 except OptionError as error:
                     raise request.refusal(error) from None
                 except VLLMValidationError as error:
-                    raise _as_sent(error, ours) from None
+                    raise _as_sent(suffixes.as_sent(error, body), ours) from None
 
         return answer
 
@@ -101,12 +108,6 @@ async def _refuse_unread(
             f"chat_template_kwargs: {name_of(found[0])} is for the template there; put "
             f'options into "{route.options}"',
             "chat_template_kwargs",
-        )
-    if ours and getattr(body, "suffix", None) is not None:
-        raise OptionError(
-            "suffix: filling in between two texts is not supported for diffusion "
-            "language models yet. Remove it from the request.",
-            "suffix",
         )
 
 
@@ -235,6 +236,9 @@ def process_inputs(
         made = original(self, request_id, prompt, params, *args, **kwargs)
         if ours and made.sampling_params is not None:
             _refuse_unknown_ids(made.prompt_token_ids, self.model_config)
+            _refuse_wide_canvas(
+                noted(made.sampling_params), made.prompt_token_ids, self.model_config
+            )
             send_off(made.sampling_params)
         return made
 
@@ -332,7 +336,25 @@ def _check(
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
     if isinstance(prompt, dict):
-        _refuse_unknown_ids(prompt.get("prompt_token_ids"), model_config)
+        ids = prompt.get("prompt_token_ids")
+        _refuse_unknown_ids(ids, model_config)
+        _refuse_wide_canvas(config, ids, model_config)
+
+
+def _refuse_wide_canvas(
+    config: RequestConfig | None, ids: Sequence[int] | None, model_config: ModelConfig
+) -> None:
+    """Refuse a canvas of the request's own that does not fit behind its prompt.
+
+    Raises:
+        VLLMValidationError: it names the lengths (HTTP 400).
+    """
+    if config is None or config.canvas is None or ids is None:
+        return
+    try:
+        check_with_prompt(config.canvas, len(ids), model_config.max_model_len)
+    except OptionError as error:
+        raise request.refusal(error) from None
 
 
 def _refuse_unknown_ids(ids: Sequence[int] | None, model_config: ModelConfig) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of the HTTP server: step maps in them, and why there is none.
+"""Answers of the HTTP server: step maps and fields in them, and why there is none.
 
 Methods of vLLM's handlers, from the original to ours; `handlers.py` puts them in.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission import broken_logits
 from vllm_dlm.admission.sampling_params import is_ours
-from vllm_dlm.entrypoints import step_maps
+from vllm_dlm.entrypoints import canvas_fields, step_maps
 from vllm_dlm.entrypoints.results import watched
 
 if TYPE_CHECKING:
@@ -40,18 +40,23 @@ def raise_if_error(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def completion_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `step_map` to the choices of completions that asked for it."""
+    """Adds `step_map` to the choices of completions that asked for it, and `fields`
+    where holes have names."""
 
     def respond(
         self: OpenAIServingCompletion,
         results: list[RequestOutput],
+        request: Any,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        response = original(self, results, *args, **kwargs)
+        response = original(self, results, request, *args, **kwargs)
         if is_ours(self.model_config.hf_config):
             outputs = [output for result in results for output in result.outputs]
             step_maps.add_to_choices(response.choices, outputs)
+            canvas_fields.add_to_choices(
+                response.choices, outputs, request.vllm_xargs, self.model_config
+            )
         return response
 
     return respond
@@ -73,7 +78,11 @@ def chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
         # Not an error's answer, which has none.
         choices = getattr(response, "choices", None)
         if choices and is_ours(self.model_config.hf_config):
-            step_maps.add_to_choices(choices, seen[0].outputs)
+            outputs = seen[0].outputs
+            step_maps.add_to_choices(choices, outputs)
+            canvas_fields.add_to_choices(
+                choices, outputs, chat_request.vllm_xargs, self.model_config
+            )
         return response
 
     return respond

@@ -126,6 +126,10 @@ def plan_forward(
     decides = (ends > first_blocks) | (
         host.leads[slots_in_batch] & (ends == first_blocks)
     )
+    if slots.pins is not None:
+        decides &= ~_parts_of_canvases(
+            host, slots_in_batch, ends, facts.defaults.leads_blocks
+        )
     if facts.commits_alone:
         decides &= runs_ahead | (ends > host.block_start[slots_in_batch])
     segments = cut_segments(
@@ -177,6 +181,25 @@ def plan_forward(
         lookout=LookoutRows(sent[2], sent[3]) if len(looked_at.rows) else None,
         guessed_left=_guessed_left(facts, segments, blocks),
     )
+
+
+def _parts_of_canvases(
+    host: HostSlots, slots_np: np.ndarray, ends: np.ndarray, leads_blocks: bool
+) -> np.ndarray:
+    """[R] bool: whose rows are a part of what the request has written itself.
+
+    Such parts come between two blocks that are decided, as a prompt's before the first.
+
+    Args:
+        ends: [R]: one past the last position computed for each.
+        leads_blocks: whether the model has leads.
+    """
+    block_start = host.block_start[slots_np]
+    # Rows that end where the block begins decide its lead, if that is missing.
+    lacks_lead = leads_blocks & host.masked[slots_np, 0] & (ends == block_start)
+    is_later = host.has_canvas[slots_np] & (block_start > host.first_block[slots_np])
+    is_part: np.ndarray = is_later & (ends <= block_start) & ~lacks_lead
+    return is_part
 
 
 class _Planner:

@@ -173,8 +173,14 @@ class Advance:
         waits = blocks.requests.may_rewrite | decision.hold | self._lacks_lead(blocks)
         # A lead is emitted at once: by it a replay knows that it was decided.
         final = torch.where(waits & ~done & ~blocks.leads, begin, final)
+        pins, next_block = self.slots.pins, end
+        if pins is not None:
+            # What the request has written behind the block is text along with it.
+            next_block = pins.next_block(blocks, end, canvas.end)
+            final = torch.where(done, next_block, final)
+            final = self._not_into_a_part(final, first_open, done, blocks)
         frontier = torch.maximum(blocks.requests.frontier, final)
-        block_start = torch.where(done, end, begin)
+        block_start = torch.where(done, next_block, begin)
         step = torch.where(done, 0, measured.view.step + decision.steps())
         # Nothing of a block that begins is written yet.
         masked = canvas.masked | (block_start != begin)[:, None]
@@ -185,9 +191,27 @@ class Advance:
             block_start, in_next = block_start + moved, offsets >= moved[:, None]
             masked = torch.where(done[:, None], masked, _from(canvas.masked, moved))
             step = torch.where(moved > 0, _steps_in(decision, in_next), step)
+        if pins is not None:
+            places = (block_start[:, None] + offsets).clamp(max=self.slots.length - 1)
+            masked = self.slots.masked[blocks.slots[:, None], places]
         is_first = block_start <= blocks.requests.prompt_len
         phase = blocks.requests.phase
         return Progress(final, frontier, block_start, step, is_first, phase, masked)
+
+    def _not_into_a_part(
+        self,
+        final: torch.Tensor,
+        first_open: torch.Tensor,
+        done: torch.Tensor,
+        blocks: Blocks,
+    ) -> torch.Tensor:
+        """[R] int64: `final`, but where a sub-block begins with what the request has
+        written: a step that begins a sub-block computes the whole block, and is known
+        by a text that ends there."""
+        part = blocks.requests.reach.part
+        start = blocks.positions[:, 0] + first_open // part * part
+        begins = ~done & (blocks.requests.frontier < start)
+        return torch.where(begins, torch.minimum(final, start), final)
 
     def _phase(
         self, progress: Progress, canvas: Canvas, blocks: Blocks
@@ -235,13 +259,22 @@ class Advance:
         slots = blocks.slots
         prompt_len, old = blocks.requests.prompt_len, blocks.requests.emitted
         self._set_back_total(prompt_len + old, slots)
-        new = torch.maximum(old, progress.final - prompt_len)
-        # What is emitted lies in this block: of those before it, all was.
-        first = prompt_len + old - blocks.positions[:, 0]
-        places = torch.arange(blocks.width + 1, device=slots.device)
-        source = (first[:, None] + places).clamp(0, blocks.width - 1)
+        final, pins = progress.final, self.slots.pins
+        if pins is not None:
+            final = torch.minimum(final, pins.handed_end(slots))
+        new = torch.maximum(old, final - prompt_len)
+        first = prompt_len + old
+        if pins is None:
+            # What is emitted lies in this block: of those before it, all was.
+            places = torch.arange(blocks.width + 1, device=slots.device)
+            source = (first - blocks.positions[:, 0])[:, None] + places
+            new_tokens = canvas.tokens.gather(1, source.clamp(0, blocks.width - 1))
+        else:
+            places = torch.arange(reply.tokens.shape[1], device=slots.device)
+            source = (first[:, None] + places).clamp(max=self.slots.length - 1)
+            new_tokens = self.slots.tokens[slots[:, None], source].long()
         tokens, counts = put_end(
-            canvas.tokens.gather(1, source),
+            new_tokens,
             new - old,
             canvas.end,
             # Said of a full canvas only if it was cut just now: vLLM also writes this
@@ -317,19 +350,29 @@ class Advance:
 
         Of policies whose rows reach to a mask of a certain number (`Reach.follows`),
         for the scheduler, which does not know the masks. What lies right of the block
-        is masked.
+        is masked, but for what the request has written there itself.
         """
         reach = blocks.requests.reach
         is_refresh = refreshes(reach, progress.step, progress.is_first, progress.phase)
         most = torch.where(is_refresh, reach.refresh_right, reach.right)
         numbers = canvas.open.cumsum(dim=1)
         # Behind the canvas's last mask, only a refresh computes what is written.
-        block_end = blocks.positions[:, 0] + canvas.exists.sum(dim=1)
+        begin = blocks.positions[:, 0]
+        block_end = begin + canvas.exists.sum(dim=1)
+        pins, behind = self.slots.pins, None
         is_last = (block_end >= canvas.end) & ~is_refresh
-        most = torch.where(is_last, torch.minimum(most, numbers[:, -1]), most)
+        if pins is not None:
+            behind = pins.masks_left(blocks, block_end, canvas.end)
+            is_last = (behind < most - numbers[:, -1]) & ~is_refresh
+        left = numbers[:, -1] if behind is None else numbers[:, -1] + behind
+        most = torch.where(is_last, torch.minimum(most, left), most)
         before = (canvas.exists & (numbers < most[:, None])).sum(dim=1)
         missing = (most - numbers[:, -1]).clamp(min=1)
-        return torch.minimum(blocks.positions[:, 0] + before + missing, canvas.end)
+        masks_end = begin + before + missing
+        if pins is not None:
+            further = pins.masks_end(blocks, block_end, missing)
+            masks_end = torch.where(numbers[:, -1] < most, further, masks_end)
+        return torch.minimum(masks_end, canvas.end)
 
 
 def _steps_in(decision: SafeDecision, places: torch.Tensor) -> torch.Tensor | int:

@@ -86,7 +86,7 @@ class Candidates:
         params = request.params
         vocab_size = self.facts.vocab_size
         # A text is never longer; the number may be.
-        min_tokens = min(params.min_tokens, self.facts.max_model_len)
+        min_tokens = min(request.min_tokens, self.facts.max_model_len)
         ends = known_ids(request.stop_ids, vocab_size)
         self.slots.stage(
             slot,

@@ -22,6 +22,7 @@ from vllm_dlm.model_executor.step_maps import COLUMNS, NOT_WRITTEN, note_writes
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
+    from vllm_dlm.model_executor.layout import RequestLayout
     from vllm_dlm.model_executor.planning.branches import GroupRows
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.logits import Logits
@@ -75,6 +76,20 @@ class RevealedLogprobs:
         self._top[slot], self._maps[slot] = top, request.config.step_map
         if request.config.step_map:
             self._step_maps[seat] = torch.tensor(NOT_WRITTEN, dtype=torch.int32)
+        if request.layout.canvas is not None:
+            self._note_written(int(seat), request.layout)
+
+    def _note_written(self, seat: int, layout: RequestLayout) -> None:
+        """What a request has written itself is certain: it has the log-probability 0,
+        and no token competes with it."""
+        canvas, first = layout.canvas, layout.prompt_len
+        assert canvas is not None
+        (at,) = (~canvas.is_hole).nonzero()
+        written = np.array(canvas.tokens, dtype=np.int64)[at]
+        positions, tokens = upload(self.slots.device, first + at, written)
+        self._ids[seat, positions] = tokens[:, None].int()
+        self._values[seat, positions] = 0
+        self._ranks[seat, positions] = 0
 
     def remove(self, slot: int) -> None:
         """Drop what is kept for a request that has left."""
@@ -177,7 +192,7 @@ class RevealedLogprobs:
         # vLLM wants the counts on the host.
         first, last = bounds.cpu().numpy()
         block_end = table.host.block_start[slots] + lengths[order]
-        last = np.where(self._maps[slots], block_end, last)
+        last = np.where(self._maps[slots], np.maximum(block_end, last), last)
         counts = np.where(asks, last - first, 0)
         owner, nth = ragged(counts)
         owner_slots = slots[owner]

@@ -65,7 +65,9 @@ class Restriction:
         ]
         allowed = known_ids(params.allowed_token_ids or (), vocab_size)
         ends = {*params.all_stop_token_ids, *request.stop_ids}
-        ending = known_ids(ends, vocab_size) if params.min_tokens else []
+        if request.layout.canvas is not None:
+            ends |= request.closing_ids
+        ending = known_ids(ends, vocab_size) if request.min_tokens else []
         biases = params.logit_bias or {}
         bias = {token: biases[token] for token in known_ids(biases, vocab_size)}
         if not (bias or allowed or ending or words):

@@ -68,7 +68,7 @@ class Safety:
             # In the course of its branches a request may reach the next sub-block.
             open_ = view.branches.masked.any(dim=1)
         commit = decision.commit & open_
-        may_change = view.decided & rewrites & ~table.is_emitted(blocks)
+        may_change = view.decided & rewrites & ~table.is_fixed(blocks)
         edit = may_change & _or_false(decision.edit, commit)
         remask = may_change & ~edit & _or_false(decision.remask, commit)
         new_tokens = (

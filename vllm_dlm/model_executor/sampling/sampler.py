@@ -161,6 +161,9 @@ class DenoisingSampler:
         # Of all, also of requests that do not ask: who does is rare.
         before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None
         width = max(rows.width for rows in plan.groups)
+        if self.slots.pins is not None:
+            slots = np.concatenate([rows.slots_np for rows in plan.groups])
+            width = max(width, int(self.slots.host.reply_width[slots].max()))
         reply = Reply.empty(input_batch.num_reqs, width, hidden.device)
         guessed = [rows.guessed for rows in plan.groups if rows.guessed is not None]
         for void in guessed:
@@ -200,6 +203,7 @@ class DenoisingSampler:
         return (
             self.logprobs.asked_by(rows)
             or bool(self.slots.host.growing(rows.slots_np).any())
+            or bool(self.slots.host.has_canvas[rows.slots_np].any())
             or self.candidates.have_bad_words(rows.slots_np)
             or self.candidates.have_many_stop_ids(rows.slots_np)
             or any(one.watches(rows.slots_np) for one in self.observers.values())

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
@@ -62,7 +63,8 @@ NO_EXTRAS = Extras()
 
 
 class Asked(NamedTuple):
-    """What some request of a group asks for. A compiled step serves all but growth."""
+    """What some request of a group asks for. A compiled step serves all but growth,
+    and no canvas that a request has brought (`pins.py`)."""
 
     eotp: bool = True
     """The option of this name."""
@@ -131,6 +133,9 @@ class StepFunction:
         """Write a decision to the canvases."""
         if asked.eotp:
             decision = self.safety.cut(measured.view, decision, blocks)
+        pins, cut = self.slots.pins, decision.truncate_at
+        if pins is not None and cut is not None:
+            decision = replace(decision, truncate_at=pins.spared(cut, blocks))
         return decision, self.advance.write_canvas(measured.view, decision, blocks)
 
     def step(self, packed: torch.Tensor, choice: Choice, reply: Reply) -> None:

@@ -88,8 +88,8 @@ class Views:
 
         chosen = choice.at(blocks, other="other" in needs)
         tokens = table.tokens[blocks.slots[:, None], blocks.places].long()
-        # What was emitted stays, whatever the model thinks of it now.
-        stays = (decided & table.is_emitted(blocks)) | ~blocks.has_row
+        # Some stays, whatever the model thinks of it now.
+        stays = (decided & table.is_fixed(blocks)) | ~blocks.has_row
         candidate = torch.where(stays, tokens, chosen.candidate)
         view = View(
             tokens=tokens,

@@ -66,6 +66,8 @@ class CanvasRequest(Request):
     """`max_tokens` of the whole output; vLLM's is that of the stage."""
     stop_ids: frozenset[int]
     """Token ids that end the text."""
+    closing_ids: frozenset[int]
+    """Those that fill no hole of a canvas; set by the scheduler."""
     commits_alone: bool
     """A finished block's KV is written by a forward of its own (option `commit`)."""
     max_branches: int
@@ -190,7 +192,10 @@ class CanvasRequest(Request):
         request.needs_branches, request.is_looked_up = needs_branches, False
         request.runs_ahead, request.blocks_ahead = False, 1
         # Forwards and tokens per forward, on every request's output.
-        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(config.window)
+        written = 0 if config.canvas is None else config.canvas.longest_written
+        request.spec_decode_metrics = RequestSpecDecodeMetrics.new(
+            config.window + written
+        )
         request._lay_out()
         request.open_canvas()
         request.steps = StepCount()
@@ -219,6 +224,13 @@ class CanvasRequest(Request):
     def block_start(self) -> int:
         """Absolute position of the active block's first token."""
         return self.layout.block_at(len(self._all_token_ids))
+
+    @property
+    def lacks_lead(self) -> bool:
+        """Whether the rows left of the active block are to decide its lead."""
+        block = self.block_start
+        begins = self.model.leads_blocks and len(self._all_token_ids) <= block
+        return begins and not self.layout.is_written(block)
 
     @property
     def step(self) -> int:
@@ -298,6 +310,9 @@ class CanvasRequest(Request):
         if self.layout.is_full:
             reach, step = self.layout.reach, self.step
             is_cut = reach.ends_early and self.canvas_end < self.block_canvas_end
+            masks_end = self.masks_ends[step]
+            if step == 0 and self.layout.canvas is not None:
+                masks_end = self.layout.masks_end(block, reach.refresh_right)
             return plan_rows(
                 reach,
                 step=step,
@@ -305,13 +320,13 @@ class CanvasRequest(Request):
                 block_start=block,
                 block_length=length,
                 phase=ALWAYS if is_cut else self._last_refresh(step),
-                masks_end=self.masks_ends[step],
+                masks_end=masks_end,
                 canvas_end=self.canvas_end,
             )
-        is_new = self.step == 0 and len(self._all_token_ids) == block
+        is_new = self.step == 0 and self.lacks_lead
         if self.layout.verifies:
-            is_new = block == self.layout.first_block
-        if self.model.leads_blocks and is_new:
+            is_new = self.model.leads_blocks and block == self.layout.first_block
+        if is_new:
             # The rows left of the block, which are finished now, predict its lead. They
             # do so once, also if they predict the mask id (`reference_exact`).
             return Rows(self.kv_final, block)
@@ -462,7 +477,9 @@ class CanvasRequest(Request):
         if self.branches > 1:
             return (end - start) // self.branch_rows * self.branch_rows
         block = self.block_start
-        if self.layout.is_full or block != self.layout.first_block:
+        is_first = block == self.layout.first_block
+        # Behind a block, a request may have written many blocks itself.
+        if self.layout.is_full or not (is_first or self.layout.canvas):
             return 0
         return max(min(self.layout.attended_at(end), block) - start, 0)
 
@@ -491,7 +508,7 @@ class CanvasRequest(Request):
             end = min(end, block + self.layout.window)
             return end - max(block, start, self.num_prompt_tokens)
         # The rows left of the block decide one token of it: its lead.
-        return int(self.model.leads_blocks and len(self._all_token_ids) == end)
+        return int(end == block and self.lacks_lead)
 
     # -- the outcome of a step -----------------------------------------------
 
@@ -517,10 +534,23 @@ class CanvasRequest(Request):
 
     def num_tokens_to_stop(self, tokens: list[int]) -> int:
         """How many of the tokens that follow the output belong to the text."""
-        for count, token in enumerate(tokens, start=1):
+        barred = self.num_barred(tokens)
+        for count, token in enumerate(tokens[barred:], start=barred + 1):
             if token in self.stop_ids:
                 return count
         return len(tokens)
+
+    def num_barred(self, tokens: list[int]) -> int:
+        """How many of the tokens that follow the output cannot end the text.
+
+        Behind them is something that the request has written itself.
+        """
+        canvas = self.layout.canvas
+        if canvas is None:
+            return 0
+        # A suffix is never handed out: an end in front of it ends the text.
+        end = canvas.pins_end if canvas.handed is None else 0
+        return min(max(end - 1 - self.num_output_tokens, 0), len(tokens))
 
     def note_step(self) -> None:
         """Count a denoise step; its tokens are not appended yet."""

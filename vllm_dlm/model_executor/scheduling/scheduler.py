@@ -36,6 +36,7 @@ from vllm_dlm.admission import broken_logits
 from vllm_dlm.config.carried import request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig, server_config
+from vllm_dlm.config.stop_ids import closing_ids
 from vllm_dlm.config.tccf import Stages
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits, Rows
@@ -49,6 +50,7 @@ from vllm_dlm.model_executor.planning.branches import (
 from vllm_dlm.model_executor.running_ahead import runs_ahead
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest, Forward
 from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
+from vllm_dlm.model_executor.scheduling.shrinking import leave_out
 from vllm_dlm.model_executor.scheduling.stages import drop_its_end, is_thought_out
 from vllm_dlm.model_executor.scheduling.step_outcome import StepOutcome, take_apart
 from vllm_dlm.strategies import STRATEGIES
@@ -119,6 +121,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 config, params, self.dlm_defaults, self.dlm_server
             )
             adopted.blocks_ahead = self.dlm_server.async_blocks
+            adopted.closing_ids = closing_ids(
+                params, self.dlm_defaults, self.vllm_config.model_config.hf_config
+            )
         super().add_request(request)
 
     # -- one step ----------------------------------------------------------
@@ -300,10 +305,18 @@ class DiffusionStepScheduler(DiffusionScheduler):
         requests = self._take_forwards(scheduler_output)
         outcome = take_apart(model_runner_output, requests)
         self._note_outcome(scheduler_output.total_num_scheduled_tokens, outcome)
+        shrinking = {
+            name: request
+            for name, request in requests.items()
+            if request.dlm.canvas is not None and request.dlm.canvas.shrinks
+        }
+        begins = {name: one.num_output_tokens for name, one in shrinking.items()}
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._begin_second_stages()
         for of_client in outputs.values():
             outcome.put_step_maps(of_client.outputs)
+            if shrinking:
+                leave_out(of_client.outputs, shrinking, begins)
         for request in self.running:
             request.go_on()
         return outputs
@@ -345,10 +358,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.resumable = False
             request.stop_reason = broken_logits.REASON
             return [], True
-        new_token_ids, stopped = super()._update_request_with_output(
-            request, new_token_ids, is_stale
-        )
         assert isinstance(request, CanvasRequest)
+        barred = request.num_barred(new_token_ids)
+        request.append_output_token_ids(new_token_ids[:barred])
+        rest, stopped = super()._update_request_with_output(
+            request, new_token_ids[barred:], is_stale
+        )
+        new_token_ids = [*new_token_ids[:barred], *rest]
         if is_thought_out(request, self.max_model_len):
             assert request.stages is not None
             self._at_second_stage.append(request)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Canvases as the engine has them, and the layout of requests that bring one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_dlm.config.canvas import Canvas
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve
+from vllm_dlm.model_executor.layout import Limits, lay_out
+
+MASK = 9
+MODEL = ModelDefaults("threshold", 4, MASK)
+BLOCKS = replace(MODEL, attention="block", block_origin="start")
+
+ids = st.lists(st.sampled_from([1, 2, MASK]), min_size=1, max_size=40)
+
+
+@given(ids)
+def test_holes_are_where_masks_are(tokens: list[int]):
+    canvas = Canvas.of_ids(tokens, MASK)
+    assert canvas.is_hole.tolist() == [token == MASK for token in tokens]
+    written = [i for i, token in enumerate(tokens) if token != MASK]
+    assert canvas.pins_end == (written[-1] + 1 if written else 0)
+    masks = [i for i, token in enumerate(tokens) if token == MASK]
+    for offset in range(len(tokens) + 1):
+        behind = [i for i in masks if i >= offset] + [len(tokens)]
+        assert canvas.next_hole(offset) == behind[0]
+        for number in (1, 2, 50):
+            assert (
+                canvas.nth_hole(offset, number)
+                == behind[min(number - 1, len(behind) - 1)]
+            )
+    text = "".join("m" if token == MASK else "w" for token in tokens)
+    assert canvas.longest_written == max(map(len, text.split("m")))
+    assert all(end <= start for (_, end), (start, _) in [((0, 0), (1, 1))])
+    starts = [start for start, _ in canvas.holes]
+    assert starts == sorted(starts)
+
+
+@given(ids)
+def test_it_travels(tokens: list[int]):
+    canvas = Canvas.of_ids(tokens, MASK, pinned=False, shrinks=True)
+    assert Canvas.from_plain(canvas.to_plain()) == canvas
+
+
+def test_a_literal_mask_is_text():
+    canvas = Canvas((MASK, 1, MASK), ((2, 1),))
+    assert canvas.is_hole.tolist() == [False, False, True]
+    assert canvas.pins_end == 2
+
+
+def laid_out(model: ModelDefaults, tokens: list[int], prompt_len: int, known: int):
+    config = resolve(DlmConfig(), None, model)
+    config = replace(config, canvas=Canvas.of_ids(tokens, MASK)).sized(99, 100)
+    return lay_out(
+        config,
+        model,
+        Limits(100, 100),
+        prompt_len=prompt_len,
+        num_known=known,
+        max_tokens=5,
+    )
+
+
+@pytest.mark.parametrize("model", [MODEL, BLOCKS])
+def test_blocks_that_are_written_are_skipped(model: ModelDefaults):
+    """Prompt of 4; blocks of 4, of which the second and the third are written."""
+    tokens = [MASK, 1, 1, 1, *[1] * 8, 1, MASK, 1]
+    layout = laid_out(model, tokens, 4, 4)
+    assert layout.first_block == 4
+    assert layout.text_end == 19
+    assert layout.canvas_from(4) == 19
+    assert [layout.block_at(p) for p in (4, 5, 8, 16, 17)] == [4, 16, 16, 16, 16]
+    assert [layout.is_written(p) for p in (4, 5, 17, 18)] == [False, True, False, True]
+    # A request that returns with its first block.
+    assert laid_out(model, tokens, 4, 16).first_block == 16
+
+
+def test_a_written_first_block_is_not_decided():
+    layout = laid_out(MODEL, [1] * 6 + [MASK] * 3, 5, 5)
+    assert layout.first_block == 9
+    assert layout.num_emitted == 0
