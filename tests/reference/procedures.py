@@ -367,7 +367,8 @@ def generate(
                     if far:
                         blocks = (min(far) - start) // block_length + 1
                         cut = min(cut, start + blocks * block_length)
-                cut = max(cut, ends_from)
+                if cut < ends_from:
+                    cut = len(row)
                 is_cut |= cut < len(row)
                 del row[cut:], set_at[cut:]
                 if store is not None:

@@ -126,6 +126,12 @@ class Canvas:
         """Length of the longest run of written positions."""
         return int(np.diff(self.hole_at, prepend=-1).max()) - 1
 
+    @property
+    def handed_along(self) -> int:
+        """Written tokens that are handed out along with a block at most: the run before
+        the first block that is decided, and the one behind it."""
+        return 2 * self.longest_written
+
     def next_hole(self, offset: int) -> int:
         """The first mask at or behind an offset from 0 to W; W where there is none."""
         return int(self.hole_at[self.holes_before[offset]])

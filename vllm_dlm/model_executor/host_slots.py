@@ -147,7 +147,7 @@ class HostSlots:
         self.masked[slot, : len(masked[:width])] = masked[:width]
         canvas = layout.canvas
         self.has_canvas[slot] = canvas is not None
-        written = 0 if canvas is None else canvas.longest_written
+        written = 0 if canvas is None else canvas.handed_along
         self.reply_width[slot] = width + written
 
     def looking_out(self, slots: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from vllm_dlm.config.cache import FAR
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 class Pins:
     """Columns by slot; what has no canvas of its own is a hole everywhere.
+
+    9 bytes x slots x positions.
 
     Args:
         shape: [slots + 1, positions], as the request table's.
@@ -55,7 +56,7 @@ class Pins:
             device,
             canvas.is_hole,
             canvas.holes_before,
-            first + canvas.hole_at.astype(np.int64),
+            first + canvas.hole_at,
         )
         self.pinned[slot] = False
         self.pinned[slot, first:end] = (is_hole == 0) & canvas.pinned
@@ -112,13 +113,13 @@ class Pins:
         return (self._before[blocks.slots, canvas_end] - before).long()
 
     def spared(self, cut: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-        """[R] int64: block positions of cuts, none of them left of a pin.
+        """[R] int64: block positions of cuts; what would cut a pin off cuts nothing.
 
         Args:
             cut: [R] int64: the last position that is left; -1 cuts nothing.
         """
         last = self._pins_end[blocks.slots] - 1 - blocks.requests.block_start
-        return torch.where(cut >= 0, torch.maximum(cut, last), cut)
+        return torch.where(cut < last, -1, cut)
 
     def handed_end(self, slots: torch.Tensor) -> torch.Tensor:
         """[n] int64: where what is handed out ends at the latest."""

@@ -77,8 +77,9 @@ METHODS: dict[str, Make] = {
         "vLLM drops fields of a body that it does not know, renames those that it "
         "does, and repeats what was sent at any length. /v1/responses asks the engine "
         "when a streamed reply has begun: what that refuses ends the connection "
-        "without a word. An answer has no place for what a model says of each token, "
-        "and an error does not say what ended a request."
+        "without a word. A suffix becomes part of the prompt or is refused. An answer "
+        "has no place for what a model says of each token, and an error does not say "
+        "what ended a request."
     ),
     upstream="docs/upstream.md#handlers-of-the-http-server-have-no-hook",
     drop_when=(
@@ -91,7 +92,8 @@ METHODS: dict[str, Make] = {
 def base_serving_init(original: Callable[..., None]) -> Callable[..., None]:
     """Gives the handler a subclass that refuses fields which are meant as our options,
     remembers what the client calls a sampling parameter, cuts refusals short, checks
-    requests before a stream begins, and adds step maps to answers."""
+    requests before a stream begins, makes an option of a suffix, and adds step maps and
+    fields to answers."""
 
     def init(self: BaseServing, *args: Any, **kwargs: Any) -> None:
         self.__class__ = subclass(type(self))  # type: ignore[arg-type]

@@ -192,7 +192,7 @@ class CanvasRequest(Request):
         request.needs_branches, request.is_looked_up = needs_branches, False
         request.runs_ahead, request.blocks_ahead = False, 1
         # Forwards and tokens per forward, on every request's output.
-        written = 0 if config.canvas is None else config.canvas.longest_written
+        written = 0 if config.canvas is None else config.canvas.handed_along
         request.spec_decode_metrics = RequestSpecDecodeMetrics.new(
             config.window + written
         )

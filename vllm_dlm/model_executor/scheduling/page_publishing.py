@@ -65,7 +65,9 @@ class FinalBlocksKVCacheManager(KVCacheManager):
         """
         self._publishes = True
         try:
-            self.cache_blocks(request, min(end, request.block_start))
+            # What the request has written before its first block has no hash yet.
+            known = len(request._all_token_ids)
+            self.cache_blocks(request, min(end, request.block_start, known))
         finally:
             self._publishes = False
 
