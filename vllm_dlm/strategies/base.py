@@ -364,6 +364,25 @@ class Strategy:
         """
         return 0
 
+    own_tokens: ClassVar[bool] = False
+    """Whether it may write other tokens than `View.candidate`, edit tokens, or cut the
+    canvas elsewhere than behind a candidate that is an end of text. Then texts that
+    must match a pattern cannot be decoded by it: their candidates belong together."""
+
+    @classmethod
+    def why_unconstrained(cls, params: AnyParams) -> str | None:
+        """Why it cannot decode a text that must match a pattern; None where it can.
+
+        Args:
+            params: of the request.
+        """
+        unaware = cls.needs_with(params) & {"branches", "other", "probabilities"}
+        if unaware:
+            return f"it reads View.{min(unaware)}, which knows nothing of patterns"
+        if cls.own_tokens:
+            return "it writes tokens of its own choice"
+        return None
+
     def is_current(self) -> bool:
         """Whether it may decide requests to come, too; else they get a new object.
 

@@ -126,6 +126,13 @@ class Joint(Strategy):
         assert isinstance(params, JointParams)
         return frozenset({"probabilities"} if params.penalty else ())
 
+    @classmethod
+    def why_unconstrained(cls, params: AnyParams) -> str | None:
+        assert isinstance(params, JointParams)
+        if params.edit:
+            return "with `edit` it changes tokens one by one; set `edit` to false"
+        return super().why_unconstrained(params)
+
     def step_limit(self, params: AnyParams) -> int:
         assert isinstance(params, JointParams)
         if not params.edit:

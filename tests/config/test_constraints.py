@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which strategies and options a pattern can be combined with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_dlm.config.constraints import constrained_strategies, why_unconstrained
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.config.request import resolve
+
+FULL = ModelDefaults("threshold", 32, mask_token_id=9)
+
+
+def why(**asked: Any) -> str | None:
+    return why_unconstrained(resolve(DlmConfig(), {"dlm": asked}, FULL))
+
+
+@pytest.mark.parametrize(
+    "strategy", ["credit", "klass", "freedave", "levenshtein", "lopa", "prophet"]
+)
+def test_what_writes_other_tokens_is_refused_by_name(strategy: str):
+    assert strategy not in constrained_strategies()
+
+
+@pytest.mark.parametrize("strategy", ["threshold", "static", "saber", "dream", "eb"])
+def test_what_writes_candidates_is_not(strategy: str):
+    assert why(strategy=strategy) is None
+
+
+def test_the_reason_names_strategies_that_can():
+    refused = why(strategy="klass")
+    assert refused is not None
+    assert "'klass'" in refused and "threshold" in refused
+    edits = why(strategy="joint", strategy_config={"edit": True})
+    assert edits is not None and "'joint'" in edits
+    assert why(strategy="joint", strategy_config={"edit": False}) is None
+
+
+def test_published_loops_are_refused():
+    refused = why(reference_exact=True)
+    assert refused is not None and "reference_exact" in refused
