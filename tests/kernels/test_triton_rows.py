@@ -6,9 +6,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from vllm_dlm.kernels.class_stats import (
+    TokenClasses,
+    _draws_reference,
+    class_stats_reference,
+)
 from vllm_dlm.kernels.draw import _plain_draw_reference, draw, row_key
 from vllm_dlm.kernels.token_stats import TokenStats, finished, token_stats
 
@@ -44,7 +50,7 @@ CASES = [
     (torch.bfloat16, 1), (torch.float32, 2), (torch.float16, 9),
     (torch.float32, 3001), (torch.bfloat16, 16385), (torch.float32, 33_000),
 ]  # fmt: skip
-NUM_CASES = 2 * len(CASES) + 1
+NUM_CASES = 3 * len(CASES) + 1
 
 
 def rows_for(odd_logits, vocab, dtype, device):
@@ -93,6 +99,35 @@ def test_draws(device, odd_logits, dtype, vocab):
     torch.testing.assert_close(scores, want_scores, rtol=2e-6, atol=2e-6)
     drawn = want_scores.isfinite()
     assert torch.equal(columns[drawn], want_columns[drawn])
+
+
+@pytest.mark.parametrize(("dtype", "vocab"), CASES)
+def test_classes_of_tokens(device, odd_logits, dtype, vocab):
+    """Statistics and draws: a class of most tokens, an empty one, some small ones."""
+    from vllm_dlm.kernels import triton_rows
+
+    logits = rows_for(odd_logits, vocab, dtype, device)
+    class_of = np.arange(vocab) % 7 - 1
+    class_of[vocab // 3 :] = 2
+    classes = TokenClasses.of(class_of, 8, device)
+    lists = classes.columns, classes.tokens, classes.pieces, classes.first_piece
+    parts = triton_rows.class_parts(logits, *lists, 1 / 0.7)
+    want = class_stats_reference(logits, classes, 1 / 0.7)
+    assert torch.equal(parts[..., 0], want[..., 0])
+    # Sums relative to an infinite logit are of no meaning.
+    usable = want[..., 0] < torch.inf
+    torch.testing.assert_close(parts[usable], want[usable], rtol=2e-6, atol=2e-5)
+    rows = torch.arange(6, device=device)
+    settings = (
+        torch.zeros(6, device=device),
+        torch.full((6,), 0.7, device=device),
+        row_key(rows, rows + 7, rows * 0),
+    )
+    scores, places = triton_rows.class_draws(logits, *lists, *settings)
+    want_scores, want_places = _draws_reference(logits, classes, *settings)
+    torch.testing.assert_close(scores, want_scores, rtol=2e-6, atol=2e-5)
+    drawn = want_scores.isfinite()
+    assert torch.equal(places[drawn], want_places[drawn])
 
 
 def test_a_row_does_not_depend_on_the_others(device, odd_logits):
@@ -165,3 +200,28 @@ def test_the_kernels_compile_for_a_gpu(dtype):
         stride=1, PIECE=16384, BLOCK=1024,
     )  # fmt: skip
     assert "mul.lo.s64" in draws
+    lists = {"columns": "*i32", "tokens": "*i32", "pieces": "*i64", "first": "*i64"}
+    of_classes = compiled(
+        triton_rows._class_piece_kernel,
+        lists | {"logits": f"*{dtype}", "parts": "*fp64", "scale": "fp32"},
+        stride=1, PIECE=1024,
+    )  # fmt: skip
+    assert "ex2.approx" in of_classes
+    assert "st.global" in compiled(
+        triton_rows._class_merge_kernel,
+        lists | {"parts": "*fp64", "merged": "*fp64"},
+    )
+    assert "mul.lo.s64" in compiled(
+        triton_rows._class_draw_kernel,
+        lists
+        | dict.fromkeys(("keys", "chosen"), "*i64")
+        | dict.fromkeys(("tops", "temperatures", "scores"), "*fp32")
+        | {"logits": f"*{dtype}"},
+        stride=1, PIECE=1024,
+    )  # fmt: skip
+    assert "st.global" in compiled(
+        triton_rows._class_best_kernel,
+        lists
+        | dict.fromkeys(("places", "place_out"), "*i64")
+        | dict.fromkeys(("scores", "best_out"), "*fp32"),
+    )

@@ -24,6 +24,9 @@ from vllm_dlm.kernels.draw import row_key, token_noise
 from vllm_dlm.kernels.shards import VocabShard, best_of
 from vllm_dlm.kernels.token_stats import merged, row_parts, triton_kernels
 
+PIECE = 1024
+"""Tokens of a class that a GPU's program looks at."""
+
 
 @dataclass(frozen=True)
 class TokenClasses:
@@ -38,6 +41,10 @@ class TokenClasses:
     """[K + 1] int64: where each class begins."""
     first_np: np.ndarray
     """The same on the host."""
+    pieces: torch.Tensor
+    """[P, 2] int64: begin and end of pieces of the L tokens, none of two classes."""
+    first_piece: torch.Tensor
+    """[K + 1] int64: the first piece of each class."""
     class_of: torch.Tensor
     """[V] int64, of the whole vocabulary: each token's class; K for none."""
 
@@ -62,11 +69,18 @@ class TokenClasses:
         order = np.argsort(own, kind="stable").astype(np.int32)
         order = order[(own < 0).sum() :]
         first = np.searchsorted(own[order], np.arange(num_classes + 1))
+        counts = -(-np.diff(first) // PIECE)
+        first_piece = np.concatenate([[0], np.cumsum(counts)])
+        nth = np.arange(first_piece[-1]) - np.repeat(first_piece[:-1], counts)
+        begins = np.repeat(first[:-1], counts) + nth * PIECE
+        ends = np.minimum(begins + PIECE, np.repeat(first[1:], counts))
         return cls(
             torch.from_numpy(order).to(device),
             torch.from_numpy(order + np.int32(first_id)).to(device),
             torch.from_numpy(first.astype(np.int64)).to(device),
             first,
+            torch.from_numpy(np.stack([begins, ends], axis=1)).to(device),
+            torch.from_numpy(first_piece).to(device),
             torch.from_numpy(np.where(class_of < 0, num_classes, class_of))
             .long()
             .to(device),
@@ -138,7 +152,7 @@ def class_draws(
     else:
         if triton_rows is not None:
             scores, places = triton_rows.class_draws(
-                logits, *lists, classes.first_np, *settings
+                logits, *lists[:2], classes.pieces, classes.first_piece, *settings
             )
         elif _has_loops(logits):
             scores, places = numba_rows.class_draws(logits, *lists, *settings)
@@ -180,7 +194,7 @@ def _parts(logits: torch.Tensor, classes: TokenClasses, scale: float) -> torch.T
     triton_rows = triton_kernels(logits)
     if triton_rows is not None:
         parts: torch.Tensor = triton_rows.class_parts(
-            logits, *lists, classes.first_np, scale
+            logits, *lists[:2], classes.pieces, classes.first_piece, scale
         )
         return parts
     if _has_loops(logits):

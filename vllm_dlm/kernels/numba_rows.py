@@ -74,7 +74,7 @@ def row_parts(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
     def work(first: int, last: int) -> None:
         _stats(flat, stride, short, vocab, left_out, first, last, parts)
 
-    _in_threads(work, num_rows, num_rows * vocab)
+    in_threads(work, num_rows, num_rows * vocab)
     return torch.from_numpy(parts)
 
 
@@ -106,7 +106,7 @@ def write_stats(
         _stats(flat, stride, short, vocab, left_out, first, last, parts)
         _finish(parts, first, last, *columns)
 
-    _in_threads(work, num_rows, num_rows * vocab)
+    in_threads(work, num_rows, num_rows * vocab)
 
 
 def draw_rows(
@@ -149,7 +149,7 @@ def draw_rows(
         )  # fmt: skip
 
     # Noise costs several times what statistics do.
-    _in_threads(work, len(rows), 4 * len(rows) * vocab)
+    in_threads(work, len(rows), 4 * len(rows) * vocab)
     return torch.from_numpy(scores), torch.from_numpy(columns)
 
 
@@ -181,7 +181,7 @@ def class_parts(
     def work(begin: int, end: int) -> None:
         _class_stats(flat, stride, short, *lists, np.float32(scale), begin, end, parts)
 
-    _in_threads(work, num_rows, 2 * num_rows * len(columns))
+    in_threads(work, num_rows, 2 * num_rows * len(columns))
     return torch.from_numpy(parts)
 
 
@@ -214,7 +214,7 @@ def class_draws(
     def work(begin: int, end: int) -> None:
         _class_draw(flat, stride, short, *lists, *settings, begin, end, scores, places)
 
-    _in_threads(work, len(logits), 4 * len(logits) * len(columns))
+    in_threads(work, len(logits), 4 * len(logits) * len(columns))
     return torch.from_numpy(scores), torch.from_numpy(places)
 
 
@@ -241,7 +241,7 @@ def largest_rows(
     def work(first: int, last: int) -> None:
         _most(flat, stride, short, vocab, bounds, first, last, columns, ranks)
 
-    _in_threads(work, num_rows, num_rows * vocab)
+    in_threads(work, num_rows, num_rows * vocab)
     return torch.from_numpy(columns), torch.from_numpy(ranks)
 
 
@@ -258,7 +258,7 @@ def _bits(logits: torch.Tensor) -> tuple[Any, int, Literal[True] | None]:
     return bits, stride, None if wide else True
 
 
-def _in_threads(work: Callable[[int, int], None], num_rows: int, size: int) -> None:
+def in_threads(work: Callable[[int, int], None], num_rows: int, size: int) -> None:
     """Call `work` with ranges that together are all rows; `size` in logits."""
     num_threads = max(
         1, min(torch.get_num_threads(), num_rows, size // _WORTH_A_THREAD)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels over rows of logits on a GPU: statistics, and plain draws.
 
+Of whole rows, or of classes of tokens (`class_stats.py`).
+
 A row is cut into pieces of fixed length, a program each, so that few rows fill a GPU as
 well, and a row's result is the same in every batch. A second, small kernel merges the
 pieces. Within a piece every thread keeps its own running maximum and sums over groups
@@ -15,6 +17,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from vllm_dlm.kernels.class_stats import PIECE as CLASS_PIECE
 
 _PIECE = 16384
 """Logits per program."""
@@ -91,6 +95,61 @@ def draw_rows(
     best = scores.amax(dim=0)
     columns = torch.where(scores == best, columns, vocab).amin(dim=0)
     return best, columns
+
+
+def class_parts(
+    logits: torch.Tensor,
+    columns: torch.Tensor,
+    tokens: torch.Tensor,
+    pieces: torch.Tensor,
+    first: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """As `numba_rows.class_parts`.
+
+    Args:
+        logits, columns, tokens, scale: as there.
+        pieces: [P, 2] int64: begin and end of pieces of at most `CLASS_PIECE` of the L
+            tokens, class after class.
+        first: [K + 1] int64: the first piece of each class.
+    """
+    num_rows, num_pieces, num_classes = len(logits), len(pieces), len(first) - 1
+    parts, merged = (
+        torch.empty(num_rows, many, 5, dtype=torch.float64, device=logits.device)
+        for many in (num_pieces, num_classes)
+    )
+    _class_piece_kernel[(num_rows, num_pieces)](
+        logits, logits.stride(0), logits.stride(1), columns, tokens, pieces, scale,
+        parts, PIECE=CLASS_PIECE, num_warps=4,
+    )  # fmt: skip
+    _class_merge_kernel[(num_rows, num_classes)](
+        parts, num_pieces, first, merged, num_warps=1
+    )
+    return merged
+
+
+def class_draws(
+    logits: torch.Tensor,
+    columns: torch.Tensor,
+    tokens: torch.Tensor,
+    pieces: torch.Tensor,
+    first: torch.Tensor,
+    top: torch.Tensor,
+    temperature: torch.Tensor,
+    key: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `numba_rows.class_draws`; pieces and classes as in `class_parts`."""
+    num_rows, num_pieces, num_classes = len(logits), len(pieces), len(first) - 1
+    scores, best = (top.new_empty(num_rows, m) for m in (num_pieces, num_classes))
+    places, chosen = (key.new_empty(num_rows, m) for m in (num_pieces, num_classes))
+    _class_draw_kernel[(num_rows, num_pieces)](
+        logits, logits.stride(0), logits.stride(1), columns, tokens, pieces,
+        top, temperature, key, scores, places, PIECE=CLASS_PIECE, num_warps=4,
+    )  # fmt: skip
+    _class_best_kernel[(num_rows, num_classes)](
+        scores, places, num_pieces, first, best, chosen, num_warps=1
+    )
+    return best, chosen
 
 
 def _pieces(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
@@ -253,6 +312,78 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
         tl.store(merged + row * 5 + 4, second)
 
 
+# --- Classes of tokens -------------------------------------------------------------
+
+
+@triton.jit
+def _class_logits(logits, stride, columns, begin, end, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Places of a piece's tokens, which of them there are, and their logits."""
+    places = begin + tl.arange(0, PIECE)
+    present = places < end
+    column = tl.load(columns + places, mask=present, other=0).to(tl.int64)
+    x = tl.load(logits + column * stride, mask=present, other=-float("inf"))
+    return places, present, _at_least(x.to(tl.float32), -float("inf"))
+
+
+@triton.jit
+def _class_piece_kernel(  # type: ignore[no-untyped-def]
+    logits, row_stride, stride, columns, tokens, pieces, scale, parts,
+    PIECE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    begin, end = tl.load(pieces + 2 * piece), tl.load(pieces + 2 * piece + 1)
+    places, present, x = _class_logits(
+        logits + row * row_stride, stride, columns, begin, end, PIECE
+    )
+    x = x * scale
+    top = tl.max(x, axis=0)
+    delta = _at_least(x - top, _FAR)
+    exponential = tl.exp(delta)
+    winner = tl.min(tl.where((x == top) & present, places, end - 1), axis=0)
+    second = tl.max(tl.where(places == winner, -float("inf"), x), axis=0)
+    out = parts + (row * tl.num_programs(1) + piece) * 5
+    tl.store(out, top.to(tl.float64))
+    tl.store(out + 1, tl.load(tokens + winner).to(tl.float64))
+    tl.store(out + 2, tl.sum(exponential, axis=0).to(tl.float64))
+    tl.store(out + 3, tl.sum(delta * exponential, axis=0).to(tl.float64))
+    tl.store(out + 4, second.to(tl.float64))
+
+
+@triton.jit
+def _class_merge_kernel(parts, num_pieces, first, merged):  # type: ignore[no-untyped-def]
+    """`token_stats.merged` of a class's pieces, one after the other."""
+    row = tl.program_id(0).to(tl.int64)
+    klass = tl.program_id(1)
+    begin, end = tl.load(first + klass), tl.load(first + klass + 1)
+    at = parts + (row * num_pieces + begin) * 5
+    has_any = begin < end
+    top = tl.load(at, mask=has_any, other=-float("inf"))
+    token = tl.load(at + 1, mask=has_any, other=float("inf"))
+    total = tl.load(at + 2, mask=has_any, other=0.0)
+    spread = tl.load(at + 3, mask=has_any, other=0.0)
+    second = tl.load(at + 4, mask=has_any, other=-float("inf"))
+    for piece in range(begin + 1, end):
+        at = parts + (row * num_pieces + piece) * 5
+        best = tl.load(at)
+        token = tl.where(best > top, tl.load(at + 1), token)
+        more, mostly = tl.load(at + 2), tl.maximum(top, best)
+        change = _at_least(top - mostly, _FAR)
+        own_change = _at_least(best - mostly, _FAR)
+        weight, own_weight = tl.exp(change), tl.exp(own_change)
+        spread = weight * (spread + change * total)
+        spread += own_weight * (tl.load(at + 3) + own_change * more)
+        total = weight * total + own_weight * more
+        second = tl.maximum(tl.maximum(second, tl.load(at + 4)), tl.minimum(top, best))
+        top = mostly
+    out = merged + (row * tl.num_programs(1) + klass) * 5
+    tl.store(out, top)
+    tl.store(out + 1, token)
+    tl.store(out + 2, total)
+    tl.store(out + 3, spread)
+    tl.store(out + 4, second)
+
+
 # --- Draws -------------------------------------------------------------------------
 
 
@@ -282,6 +413,63 @@ def _log(x):  # type: ignore[no-untyped-def]
     value = value * rest * square - 2.12194440e-4 * power
     value = value - 0.5 * square
     return rest + value + 0.693359375 * power
+
+
+@triton.jit
+def _noise(key, tokens):  # type: ignore[no-untyped-def]
+    """Gumbel noise of tokens, as `draw.token_noise`."""
+    number = (tokens + 1).to(tl.uint64)
+    bits = _mix(key + number * 0x9E3779B97F4A7C15) >> 11
+    v = (bits.to(tl.float32) + 0.5) * (2.0**-53)
+    v = tl.minimum(v, 1.0 - 2.0**-24)
+    # log1p(-v), with what rounding 1 - v has lost.
+    rest = 1.0 - v
+    exponential = -(_log(rest) + tl.div_rn((1.0 - rest) - v, rest))
+    return -_log(exponential)
+
+
+@triton.jit
+def _class_draw_kernel(  # type: ignore[no-untyped-def]
+    logits, row_stride, stride, columns, tokens, pieces, tops, temperatures, keys,
+    scores, chosen,
+    PIECE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    begin, end = tl.load(pieces + 2 * piece), tl.load(pieces + 2 * piece + 1)
+    places, present, x = _class_logits(
+        logits + row * row_stride, stride, columns, begin, end, PIECE
+    )
+    score = tl.div_rn(x - tl.load(tops + row), tl.load(temperatures + row))
+    key = tl.load(keys + row).to(tl.uint64, bitcast=True)
+    token = tl.load(tokens + places, mask=present, other=0).to(tl.int64)
+    noisy = tl.where(x > -float("inf"), score + _noise(key, token), -float("inf"))
+    best = tl.max(noisy, axis=0)
+    out = row * tl.num_programs(1) + piece
+    tl.store(scores + out, best)
+    place = tl.min(tl.where((noisy == best) & present, places, end - 1), axis=0)
+    tl.store(chosen + out, place)
+
+
+@triton.jit
+def _class_best_kernel(scores, places, num_pieces, first, best_out, place_out):  # type: ignore[no-untyped-def]
+    """The best piece of each class, the first one on ties."""
+    row = tl.program_id(0).to(tl.int64)
+    klass = tl.program_id(1)
+    begin, end = tl.load(first + klass), tl.load(first + klass + 1)
+    best = tl.load(
+        scores + row * num_pieces + begin, mask=begin < end, other=-float("inf")
+    )
+    place = tl.load(places + row * num_pieces + begin, mask=begin < end, other=0)
+    for piece in range(begin + 1, end):
+        score = tl.load(scores + row * num_pieces + piece)
+        place = tl.where(
+            score > best, tl.load(places + row * num_pieces + piece), place
+        )
+        best = tl.maximum(best, score)
+    out = row * tl.num_programs(1) + klass
+    tl.store(best_out + out, best)
+    tl.store(place_out + out, place)
 
 
 @triton.jit
@@ -320,14 +508,8 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
         x = _logits_at(logits, stride, ids, vocab)
         x = tl.where(ids == ban, -float("inf"), x)
         score = tl.div_rn(x - top, temperature)
-        number = (first_token + ids + 1).to(tl.uint64)
-        bits = _mix(key + number * 0x9E3779B97F4A7C15) >> 11
-        v = (bits.to(tl.float32) + 0.5) * (2.0**-53)
-        v = tl.minimum(v, 1.0 - 2.0**-24)
-        # log1p(-v), with what rounding 1 - v has lost.
-        rest = 1.0 - v
-        exponential = -(_log(rest) + tl.div_rn((1.0 - rest) - v, rest))
-        noisy = tl.where(score >= cut, score - _log(exponential), -float("inf"))
+        gumbel = _noise(key, first_token + ids)
+        noisy = tl.where(score >= cut, score + gumbel, -float("inf"))
         where = tl.where(noisy > best, ids, where)
         best = tl.maximum(best, noisy)
     found = tl.max(best, axis=0)
