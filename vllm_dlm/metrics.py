@@ -23,6 +23,7 @@ COUNTERS = {
     "dlm:rows": "Rows (positions) that went through the network.",
     "dlm:lm_head_rows": "Rows that went through lm_head.",
     "dlm:broken_requests": "Requests that ended in an error: no usable logits.",
+    "dlm:unmatched_requests": "Requests that ended in an error: no match of a pattern.",
 }
 """Name on `/metrics`, without its `_total`, and help; in the order of `work_done`."""
 

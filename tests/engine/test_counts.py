@@ -198,7 +198,7 @@ def test_work_of_a_step_whose_requests_are_aborted(
 
     monkeypatch.setattr(scheduler, "update_from_output", abort_and_update)
     engine.step()
-    assert work == [[7 + 16, 15, 0]]
+    assert work == [[7 + 16, 15, 0, 0]]
     monkeypatch.undo()
     engine.llm.llm_engine.abort_request([request_id])
     engine.flush()

@@ -29,6 +29,10 @@ CANVAS_END = "dlm_canvas_end"
 """Another such key: where the canvas of a preempted request ends, from the scheduler to
 the worker. Not part of the configuration."""
 
+PATTERN = "dlm_pattern"
+"""Another such key: a regular expression that the text must match, from the front end
+to scheduler and worker (`model_executor/patterns.py`)."""
+
 _SCALARS = (type(None), bool, int, float, str)
 
 

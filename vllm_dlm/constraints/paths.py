@@ -17,14 +17,12 @@ Sums are float64 numbers with a binary exponent of their own for each state, so 
 model that is sure of another text than the pattern allows neither overflows them nor
 makes them 0. Only states that can be reached are looked at. All is computed in a fixed
 order, request by request: nothing depends on the batch. The compiled functions hold no
-GIL (`solve_all` gives each request a thread).
+GIL: many requests share the cores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,7 +75,7 @@ class Drawing(NamedTuple):
     scores: np.ndarray
     """[n, K] float64: largest of its tokens' logit / temperature + Gumbel noise."""
     tokens: np.ndarray
-    """[n, K] int64: the token of that score."""
+    """[n, K] float64: the token of that score."""
     logits: np.ndarray
     """[n, K] float64: that token's logit, as `Problem.parts` measures them."""
 
@@ -88,7 +86,7 @@ class Problem:
 
     graph: Graph
     start: int
-    """State left of the first position."""
+    """State left of the first position; -1 where no text has it."""
     end: np.ndarray
     """[S] bool: states behind the last position from which a text can be completed."""
     fixed: np.ndarray
@@ -122,37 +120,72 @@ class Solution(NamedTuple):
 def solve(problem: Problem) -> Solution:
     """The path of one request's positions, and its posterior."""
     count, num_classes = problem.parts.shape[:2]
-    graph, end = problem.graph, np.ascontiguousarray(problem.end)
-    fixed = np.ascontiguousarray(problem.fixed, dtype=np.int64)
-    parts = np.ascontiguousarray(problem.parts, dtype=np.float64)
-    drawing = problem.drawing
+    graph, start, drawing = problem.graph, problem.start, problem.drawing
     solution = Solution(
-        True,
+        False,
         np.full(count, -1, dtype=np.int64),
         *np.zeros((3, count)),
         np.zeros(count + 1, dtype=np.int64),
         np.zeros((count, num_classes)),
     )
+    if start < 0:
+        return solution
+    end = np.ascontiguousarray(problem.end)
+    fixed = np.ascontiguousarray(problem.fixed, dtype=np.int64)
+    parts = np.ascontiguousarray(problem.parts, dtype=np.float64)
+    scores, tokens, weights = np.empty((3, count, num_classes))
+    _prepare(parts, scores, tokens, weights)
+    reached = _reach(graph, start, fixed, weights > -np.inf)
+    behind = np.full((count + 1, len(graph.transitions)), -np.inf)
     if drawing is None:
-        found = _solve_best(*graph, problem.start, end, fixed, parts, *solution[1:])
+        logits = scores
+        _backward_best(*graph, fixed, scores, end, *reached, behind)
     else:
-        found = _solve_drawn(
-            *graph, problem.start, end, fixed, parts, *drawing, *solution[1:]
-        )
-    return solution._replace(found=bool(found))
+        scores, tokens, logits = drawing[1:]
+        _, sums = _sums(graph, fixed, drawing.weights, end, reached)
+        _logs(*sums, behind)
+    classes = np.zeros(count, dtype=np.int64)
+    if not _walk(
+        *graph, start, fixed, scores, tokens, behind, solution.tokens, classes,
+        solution.states,
+    ):  # fmt: skip
+        return solution
+    split, sums = _sums(graph, fixed, weights, end, reached)
+    _posterior(*graph, start, fixed, *split, *reached, *sums, solution.classes)
+    _measure(
+        fixed, parts, solution.classes, classes, logits, solution.confidence,
+        solution.entropy, solution.margin,
+    )  # fmt: skip
+    return solution._replace(found=True)
 
 
-def solve_all(
-    problems: Sequence[Problem], pool: ThreadPoolExecutor | None = None
-) -> list[Solution]:
-    """The solutions of several requests, in order.
+def _reach(
+    graph: Graph, start: int, fixed: np.ndarray, usable: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """States that can be reached: their list [n + 1, S], and how many [n + 1]."""
+    order = np.empty((len(fixed) + 1, len(graph.transitions)), dtype=np.int32)
+    counts = np.zeros(len(fixed) + 1, dtype=np.int64)
+    _reached(*graph, start, fixed, usable, order, counts)
+    return order, counts
 
-    Args:
-        pool: shares them out over its threads; None for one after the other.
-    """
-    if pool is None or len(problems) < 2:
-        return [solve(problem) for problem in problems]
-    return list(pool.map(solve, problems))
+
+def _sums(
+    graph: Graph,
+    fixed: np.ndarray,
+    weights: np.ndarray,
+    end: np.ndarray,
+    reached: tuple[np.ndarray, np.ndarray],
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Weights [n, K] and their sums [n + 1, S], as mantissas and exponents."""
+
+    def numbers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty(shape), np.empty(shape, dtype=np.int32)
+
+    split = numbers(weights.shape)
+    sums = numbers((len(fixed) + 1, len(graph.transitions)))
+    _split(np.ascontiguousarray(weights), *split)
+    _backward_sum(*graph, fixed, *split, end, *reached, *sums)
+    return split, sums
 
 
 def unread(num_positions: int, num_classes: int) -> np.ndarray:
@@ -173,20 +206,44 @@ def walk(automaton: Automaton, state: int, tokens: np.ndarray) -> int:
     return state
 
 
-def feasible(problem: Problem) -> np.ndarray:
-    """[n, K] bool: classes that some path takes, whatever their weights."""
-    count, (_, num_classes) = len(problem.fixed), problem.graph.transitions.shape
-    found = np.zeros((count, num_classes), dtype=np.bool_)
-    usable = problem.parts[..., BEST] > -np.inf
-    _feasible(
-        *problem.graph,
-        problem.start,
-        np.ascontiguousarray(problem.end),
-        np.ascontiguousarray(problem.fixed, dtype=np.int64),
-        np.ascontiguousarray(usable),
-        found,
-    )
+def feasible(
+    graph: Graph, start: int, end: np.ndarray, fixed: np.ndarray, usable: np.ndarray
+) -> np.ndarray:
+    """[n, K] bool: classes that some path takes, whatever their weights.
+
+    Args:
+        start, end, fixed: as in `Problem`.
+        usable: [n, K] bool: classes that may be taken.
+    """
+    found = np.zeros(usable.shape, dtype=np.bool_)
+    if start >= 0:
+        end, usable = np.ascontiguousarray(end), np.ascontiguousarray(usable)
+        fixed = np.ascontiguousarray(fixed, dtype=np.int64)
+        reached = _reach(graph, start, fixed, usable)
+        _feasible(*graph, end, fixed, usable, *reached, found)
     return found
+
+
+def possible(
+    automaton: Automaton,
+    graph: Graph,
+    fixed: np.ndarray,
+    shortest: int,
+    end: np.ndarray,
+) -> np.ndarray:
+    """[S] bool: states left of n positions from which these can be gone through.
+
+    Args:
+        fixed: [n] int64: classes of what is written; `OPEN` elsewhere.
+        shortest: positions that no end token may stand at, from the first on.
+        end: [S] bool: states behind the last one that are wanted.
+    """
+    rows = np.empty((len(fixed) + 1, len(end)), dtype=np.bool_)
+    rows[-1] = end
+    fixed = np.ascontiguousarray(fixed, dtype=np.int64)
+    _complete(*graph, fixed, shortest, automaton.end_class, rows)
+    first: np.ndarray = rows[0]
+    return first
 
 
 class Completions:
@@ -219,7 +276,7 @@ class Completions:
             min(shortest, length), int(places[-1]) + 1 if len(places) else 0
         )
         """From here on nothing but the length counts."""
-        self._rows = np.zeros((self._plain_from + 1, len(graph.transitions)), np.bool_)
+        self._rows = np.empty((self._plain_from + 1, len(graph.transitions)), np.bool_)
         self._rows[-1] = self._plain(self._plain_from)
         _complete(
             *graph,
@@ -402,7 +459,7 @@ def _walk(  # type: ignore[no-untyped-def]
             if chosen < 0:
                 return False
             out_classes[i] = klass[chosen]
-            out_tokens[i] = tokens[i, klass[chosen]]
+            out_tokens[i] = np.int64(tokens[i, klass[chosen]])
             state = target[chosen]
         out_states[i + 1] = state
     return True
@@ -453,7 +510,8 @@ def _measure(  # type: ignore[no-untyped-def]
         if fixed[i] >= 0:
             continue
         chosen = classes[i]
-        share = math.exp(logits[i] - parts[i, chosen, 0]) / parts[i, chosen, 2]
+        share = math.exp(logits[i, chosen] - parts[i, chosen, 0])
+        share /= parts[i, chosen, 2]
         confidence[i] = min(posterior[i, chosen] * share, 1.0)
         spread, most, second = 0.0, 0.0, 0.0
         for k in range(posterior.shape[1]):
@@ -474,132 +532,32 @@ def _measure(  # type: ignore[no-untyped-def]
 
 
 @_EXACT
-def _weights_of(parts):  # type: ignore[no-untyped-def]
-    """[n, K]: logs of the classes' weights."""
-    weights = np.empty(parts.shape[:2])
+def _prepare(parts, scores, tokens, weights):  # type: ignore[no-untyped-def]
+    """The largest logit of each class, its token, and the log of the class's weight."""
     for i in range(parts.shape[0]):
         for k in range(parts.shape[1]):
-            usable = -np.inf < parts[i, k, 0] < np.inf
-            weights[i, k] = -np.inf
-            if usable:
+            scores[i, k] = weights[i, k] = -np.inf
+            tokens[i, k] = parts[i, k, 1]
+            if -np.inf < parts[i, k, 0] < np.inf:
+                scores[i, k] = parts[i, k, 0]
                 weights[i, k] = parts[i, k, 0] + math.log(parts[i, k, 2])
-    return weights
 
 
 @_EXACT
-def _sum(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, fixed, weights, end, order, counts
-):
-    """`_backward_sum`'s outcome, and the weights as it takes them."""
-    shape = len(fixed) + 1, len(transitions)
-    mantissas, exponents = np.empty(shape), np.empty(shape, np.int32)
-    w_mantissas = np.empty(weights.shape)
-    w_exponents = np.empty(weights.shape, np.int32)
-    _split(weights, w_mantissas, w_exponents)
-    _backward_sum(
-        first, klass, target, transitions, fixed, w_mantissas, w_exponents, end,
-        order, counts, mantissas, exponents,
-    )  # fmt: skip
-    return w_mantissas, w_exponents, mantissas, exponents
-
-
-@_EXACT
-def _solve_best(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, start, end, fixed, parts,
-    tokens, confidence, entropy, margin, states, posterior,
-):  # fmt: skip
-    count, num_states = len(fixed), len(transitions)
-    weights = _weights_of(parts)
-    order = np.empty((count + 1, num_states), np.int32)
-    counts = np.zeros(count + 1, np.int64)
-    _reached(
-        first, klass, target, transitions, start, fixed, weights > -np.inf,
-        order, counts,
-    )  # fmt: skip
-    scores = np.empty(weights.shape)
-    own = np.empty(weights.shape, np.int64)
-    for i in range(count):
-        for k in range(weights.shape[1]):
-            usable = weights[i, k] > -np.inf
-            scores[i, k] = parts[i, k, 0] if usable else -np.inf
-            own[i, k] = np.int64(parts[i, k, 1]) if usable else -1
-    behind = np.empty((count + 1, num_states))
-    _backward_best(
-        first, klass, target, transitions, fixed, scores, end, order, counts, behind
-    )
-    classes = np.zeros(count, np.int64)
-    if not _walk(
-        first, klass, target, transitions, start, fixed, scores, own, behind,
-        tokens, classes, states,
-    ):  # fmt: skip
-        return False
-    logits = np.empty(count)
-    for i in range(count):
-        logits[i] = scores[i, classes[i]]
-    w_mantissas, w_exponents, mantissas, exponents = _sum(
-        first, klass, target, transitions, fixed, weights, end, order, counts
-    )
-    _posterior(
-        first, klass, target, transitions, start, fixed, w_mantissas, w_exponents,
-        order, counts, mantissas, exponents, posterior,
-    )  # fmt: skip
-    _measure(fixed, parts, posterior, classes, logits, confidence, entropy, margin)
-    return True
-
-
-@_EXACT
-def _solve_drawn(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, start, end, fixed, parts,
-    drawn_weights, scores, own, own_logits,
-    tokens, confidence, entropy, margin, states, posterior,
-):  # fmt: skip
-    count, num_states = len(fixed), len(transitions)
-    weights = _weights_of(parts)
-    order = np.empty((count + 1, num_states), np.int32)
-    counts = np.zeros(count + 1, np.int64)
-    _reached(
-        first, klass, target, transitions, start, fixed, weights > -np.inf,
-        order, counts,
-    )  # fmt: skip
-    _, _, mantissas, exponents = _sum(
-        first, klass, target, transitions, fixed, drawn_weights, end, order, counts
-    )
-    behind = np.full((count + 1, num_states), -np.inf)
-    for i in range(count + 1):
-        for place in range(counts[i]):
-            state = order[i, place]
+def _logs(mantissas, exponents, logs):  # type: ignore[no-untyped-def]
+    for i in range(logs.shape[0]):
+        for state in range(logs.shape[1]):
             if mantissas[i, state] > 0.0:
-                behind[i, state] = math.log(mantissas[i, state])
-                behind[i, state] += exponents[i, state] * _LOG_2
-    classes = np.zeros(count, np.int64)
-    if not _walk(
-        first, klass, target, transitions, start, fixed, scores, own, behind,
-        tokens, classes, states,
-    ):  # fmt: skip
-        return False
-    logits = np.empty(count)
-    for i in range(count):
-        logits[i] = own_logits[i, classes[i]]
-    w_mantissas, w_exponents, mantissas, exponents = _sum(
-        first, klass, target, transitions, fixed, weights, end, order, counts
-    )
-    _posterior(
-        first, klass, target, transitions, start, fixed, w_mantissas, w_exponents,
-        order, counts, mantissas, exponents, posterior,
-    )  # fmt: skip
-    _measure(fixed, parts, posterior, classes, logits, confidence, entropy, margin)
-    return True
+                logs[i, state] = math.log(mantissas[i, state])
+                logs[i, state] += exponents[i, state] * _LOG_2
 
 
 @_EXACT
 def _feasible(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, start, end, fixed, usable, found
+    first, klass, target, transitions, end, fixed, usable, order, counts, found
 ):
     """Mark the classes that some path takes."""
     count, num_states = len(fixed), len(transitions)
-    order = np.empty((count + 1, num_states), np.int32)
-    counts = np.zeros(count + 1, np.int64)
-    _reached(first, klass, target, transitions, start, fixed, usable, order, counts)
     alive, before = end.copy(), np.empty(num_states, np.bool_)
     for i in range(count - 1, -1, -1):
         before[:] = False

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config.compilation import CompilationMode
 
-from vllm_dlm.config.carried import CANVAS_END, request_config
+from vllm_dlm.config.carried import CANVAS_END, PATTERN, request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
@@ -162,6 +162,8 @@ class RequestFacts:
     (`running_ahead.py`)."""
     closing_ids: frozenset[int] = frozenset()
     """Tokens that fill no hole of a canvas: they end a text, or pad it."""
+    pattern: str | None = None
+    """Regular expression that the text must match; None for any text."""
     canvas_end: int = 0
     """Of a request that returns after a preemption, if the scheduler says so: one past
     its canvas's last position. Else 0."""
@@ -185,6 +187,7 @@ class RequestFacts:
         asked = dict(params.extra_args or {})
         in_second_stage = asked.pop(SECOND_STAGE, False)
         canvas_end = asked.pop(CANVAS_END, 0)
+        pattern = asked.pop(PATTERN, None)
         config = request_config(asked, engine.server, engine.defaults)
         config = config.sized(params.max_tokens, engine.max_canvas)
         if in_second_stage:
@@ -219,4 +222,5 @@ class RequestFacts:
                 params, engine.defaults, engine.model_config.hf_config
             ),
             canvas_end=canvas_end,
+            pattern=pattern,
         )

@@ -25,6 +25,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_dlm.config.cache import FAR
+from vllm_dlm.config.carried import PATTERN
 from vllm_dlm.config.stop_ids import stop_ids
 from vllm_dlm.model_executor.columns import STOP_IDS
 from vllm_dlm.strategies import STRATEGIES
@@ -137,6 +138,8 @@ def runs_ahead(
         and not config.reference_exact
         and params.num_logprobs is None
         and not restricts_tokens(params)
+        # Paths through a pattern's automaton are found on the host (`constrained.py`).
+        and PATTERN not in (params.extra_args or {})
         and len(stop_ids(params)) <= STOP_IDS
     )
 

@@ -121,7 +121,11 @@ class DlmModelState(ModelState):
         `DenoisingSampler.apply_staged_writes`, which brings them to the device.
         """
         request = RequestFacts.of(new_req_data, self.facts)
-        self.slots.admit(req_index, request, new_req_data.prefill_token_ids)
+        known = new_req_data.prefill_token_ids
+        self.slots.admit(req_index, request, known)
+        if request.pattern is not None:
+            assert self._sampler is not None
+            self._sampler.constrained.add(req_index, known)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a finished or preempted request."""

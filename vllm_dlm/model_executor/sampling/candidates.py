@@ -101,7 +101,9 @@ class Candidates:
         )
         self._keep_further(slot, ends[STOP_IDS:])
 
-        draws = params.temperature > 0
+        # Of a text that must match a pattern, all of this is `constrained.py`'s.
+        is_free = request.pattern is None
+        draws = params.temperature > 0 and is_free
         self._draws[slot] = draws
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
         self._measures_drawn[slot] = draws and request.measures_drawn
@@ -111,7 +113,9 @@ class Candidates:
         exact = request.config.reference_exact
         # Fast-dLLM v2 never draws a block's lead.
         self._leads_greedily[slot] = shifts_leads and exact
-        restriction = Restriction.of(request, vocab_size, self.facts.device)
+        restriction = None
+        if is_free:
+            restriction = Restriction.of(request, vocab_size, self.facts.device)
         self._restricted_until[slot] = 0
         if restriction is not None:
             self._restrictions[slot] = restriction

@@ -17,6 +17,7 @@ from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.logits import Head, Logits
 
 if TYPE_CHECKING:
+    from vllm_dlm.model_executor.constrained import Constrained
     from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
@@ -82,11 +83,14 @@ class Rows:
         lookout = [] if plan.lookout is None else [table.exact[plan.lookout.slots] != 0]
         return torch.cat([*of_canvases, *of_branches, *lookout])
 
-    def measure(self, logits: Logits, drawn: list[Drawn]) -> None:
+    def measure(
+        self, logits: Logits, drawn: list[Drawn], constrained: Constrained
+    ) -> None:
         """Measure all rows of a step: `choice` holds the outcome.
 
         Args:
             drawn: blocks of whose rows some are drawn or restricted.
+            constrained: requests that measure their rows themselves, too.
         """
         for rows, values in logits.tiles():
             write_stats(
@@ -96,6 +100,7 @@ class Rows:
                 ban_id=logits.mask_id,
                 shard=logits.shard,
             )
+            constrained.measure(rows, values, logits, self.choice.part(rows))
             for blocks, masked, step in drawn:
                 last_row = blocks.first_row + blocks.num_rows
                 part = slice(

@@ -23,6 +23,7 @@ from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.kernels.token_stats import token_stats
+from vllm_dlm.model_executor.constrained import Constrained
 from vllm_dlm.model_executor.reply import Reply
 from vllm_dlm.model_executor.sampling.advance import Advance
 from vllm_dlm.model_executor.sampling.candidates import Candidates
@@ -83,6 +84,7 @@ class DenoisingSampler:
         self._take_plan = take_plan
         self.groups = StrategyGroups(slots, facts)
         self.candidates = Candidates(slots, facts)
+        self.constrained = Constrained(slots, facts)
         self.rows = Rows(slots, facts, head, self.candidates)
         self.views = Views(slots, facts, self.candidates)
         self.safety = Safety(slots, facts, self.candidates)
@@ -110,6 +112,7 @@ class DenoisingSampler:
         for observer in self.observers.values():
             observer.remove(slot)
         self.candidates.remove(slot)
+        self.constrained.remove(slot)
         self.logprobs.remove(slot)
         self.groups.remove(slot)
 
@@ -148,6 +151,7 @@ class DenoisingSampler:
             return _nothing_sampled(input_batch.num_reqs, hidden.device)
         groups = [self.groups.of(rows) for rows in plan.groups]
         logits = self.rows.logits(hidden, plan)
+        self.constrained.prepare(plan)
         self.rows.measure(
             logits,
             [
@@ -156,7 +160,9 @@ class DenoisingSampler:
                 if self.candidates.are_special(rows.slots_np)
                 for drawn in self.views.drawn(rows)
             ],
+            self.constrained,
         )
+        self.constrained.choose(self.rows.choice)
         self.lookout.look(plan.lookout, self.rows.choice.part(slice(len(logits))))
         # Of all, also of requests that do not ask: who does is rare.
         before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None
@@ -171,6 +177,7 @@ class DenoisingSampler:
             reply.counts[1, void.batch_rows] = void.in_vain
         for group, rows in zip(groups, plan.groups, strict=True):
             self._step(group, rows, logits, reply)
+        self.constrained.after_step()
         again = logits.computed - sum(rows.num_rows for rows in plan.groups)
         again += sum(rows.num_rows for rows in guessed)
         if again:

@@ -33,13 +33,15 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dlm.admission import broken_logits
-from vllm_dlm.config.carried import request_config
+from vllm_dlm.config.carried import PATTERN, request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig, server_config
 from vllm_dlm.config.stop_ids import closing_ids
 from vllm_dlm.config.tccf import Stages
+from vllm_dlm.metrics import COUNTERS
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits, Rows
+from vllm_dlm.model_executor.patterns import pattern_of
 from vllm_dlm.model_executor.planning.branches import (
     Wish,
     copies_of_pages,
@@ -64,6 +66,15 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+UNMATCHED = (
+    "the text does not match the pattern that it was to match, which is an error of "
+    "this server"
+)
+"""The `stop_reason` of such an output."""
+
+TO_THE_END = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+"""Ends that a text with a pattern comes to by itself."""
+
 
 class DiffusionStepScheduler(DiffusionScheduler):
     """Schedules denoise steps; see the module docstring."""
@@ -84,7 +95,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self._at_second_stage: list[CanvasRequest] = []
         """Requests whose first stage (`tccf`) ended with the step in flight."""
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
-        self._work = [0, 0, 0]
+        self._work = [0] * len(COUNTERS)
         """Work done since the last statistics, in the order of `metrics.COUNTERS`."""
         self._broken: frozenset[str] = frozenset()
         """Requests of the step in flight whose logits are broken."""
@@ -376,12 +387,36 @@ class DiffusionStepScheduler(DiffusionScheduler):
         if not stopped and request.was_cut():
             request.status = RequestStatus.FINISHED_STOPPED
             stopped = True
+        if stopped and not self._matches(request):
+            request.status = RequestStatus.FINISHED_ERROR
+            request.stop_reason = UNMATCHED
+            self._work[-1] += 1
+            logger.error("Request %s: %s", request.request_id, UNMATCHED)
+            return [], True
         return new_token_ids, stopped
+
+    def _matches(self, request: CanvasRequest) -> bool:
+        """Whether a text that has come to its end matches its pattern, if it has one.
+
+        It does by the way it is written; this is the proof.
+        """
+        params = request.sampling_params
+        pattern = (params.extra_args or {}).get(PATTERN)
+        if pattern is None or request.status not in TO_THE_END:
+            return True
+        compiled = pattern_of(
+            self.vllm_config.model_config,
+            pattern,
+            params,
+            sorted(request.stop_ids),
+            self.dlm_defaults.mask_token_id,
+        )
+        return compiled.matches(list(request.output_token_ids))
 
     def _note_outcome(self, num_rows: int, outcome: StepOutcome) -> None:
         """Note which requests are broken; count them, and rows, for `/metrics`."""
         self._broken = outcome.broken
-        step = (num_rows, outcome.head_rows, len(outcome.broken))
+        step = (num_rows, outcome.head_rows, len(outcome.broken), 0)
         self._work = [sum(counts) for counts in zip(self._work, step, strict=True)]
         line = self._reports.add(len(outcome.broken))
         if line is not None:
@@ -433,7 +468,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             if spec_decoding_stats is None:
                 spec_decoding_stats = SpecDecodingStats.new(0)
             spec_decoding_stats.num_draft_tokens_per_pos = self._work
-            self._work = [0, 0, 0]
+            self._work = [0] * len(COUNTERS)
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patterns that texts must match, compiled for a model's tokens and kept.
+
+Worker and scheduler compile a pattern when they first need it. Admission has compiled
+it before, so that what cannot be compiled does not come here; if it does all the same,
+nothing matches it, and its requests end with an error.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from vllm.logger import init_logger
+
+from vllm_dlm.constraints.automaton import Automaton, ConstraintError, compile_pattern
+from vllm_dlm.constraints.paths import Graph, walk
+from vllm_dlm.constraints.vocabulary import Vocabulary
+from vllm_dlm.kernels.class_stats import TokenClasses
+from vllm_dlm.model_executor.sampling.restrictions import known_ids
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_dlm.kernels.shards import VocabShard
+
+logger = init_logger(__name__)
+
+MOST_KEPT = 64
+"""Patterns that are kept for requests to come."""
+
+_kept: OrderedDict[tuple[object, ...], Pattern] = OrderedDict()
+_vocabularies: dict[tuple[object, ...], Vocabulary] = {}
+
+
+class Pattern:
+    """An automaton, and what is made of it once."""
+
+    def __init__(self, automaton: Automaton) -> None:
+        self.automaton = automaton
+        self.graph = Graph.of(automaton)
+        self._classes: dict[object, TokenClasses] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return int(self.automaton.transitions.shape[1])
+
+    def classes(
+        self, device: torch.device, shard: VocabShard | None = None
+    ) -> TokenClasses:
+        """The tokens of each class, or those of a rank's part of the vocabulary."""
+        part = None if shard is None else (shard.first, shard.size)
+        key = device, part
+        if key not in self._classes:
+            self._classes[key] = TokenClasses.of(
+                self.automaton.class_of, self.num_classes, device, shard
+            )
+        return self._classes[key]
+
+    def matches(self, tokens: Sequence[int]) -> bool:
+        """Whether an output is a text that matches, and nothing but end tokens."""
+        state = walk(self.automaton, self.automaton.start, np.asarray(tokens))
+        return state >= 0 and bool(self.automaton.accepting[state])
+
+
+def pattern_of(
+    model_config: ModelConfig,
+    text: str,
+    params: SamplingParams,
+    stop_ids: Sequence[int],
+    mask_id: int,
+) -> Pattern:
+    """A request's pattern.
+
+    Args:
+        text: the regular expression.
+        params: of the request: tokens that it rules out are ruled out.
+        stop_ids: tokens that end the request.
+        mask_id: the token that stands for a mask.
+    """
+    size = model_config.get_vocab_size()
+    name = model_config.tokenizer, model_config.tokenizer_revision, size
+    ends = tuple(known_ids(stop_ids, size))
+    barred = barred_ids(params, size, mask_id)
+    key = name, text, ends, barred
+    if key not in _kept:
+        try:
+            automaton = compile_pattern(
+                text, _vocabulary(name, model_config), ends, barred
+            )
+        except ConstraintError as error:
+            logger.error("A pattern that was admitted cannot be compiled: %s", error)
+            automaton = nothing(size)
+        _kept[key] = Pattern(automaton)
+        while len(_kept) > MOST_KEPT:
+            _kept.popitem(last=False)
+    _kept.move_to_end(key)
+    return _kept[key]
+
+
+def barred_ids(
+    params: SamplingParams, vocab_size: int, mask_id: int
+) -> tuple[int, ...]:
+    """Tokens that may stand nowhere in a request's text."""
+    words = params.bad_words_token_ids or []
+    barred = {word[0] for word in words if len(word) == 1} | {mask_id}
+    if params.allowed_token_ids:
+        barred |= {*range(vocab_size)} - {*params.allowed_token_ids}
+    return tuple(known_ids(barred, vocab_size))
+
+
+def nothing(vocab_size: int) -> Automaton:
+    """An automaton that takes no text."""
+    return Automaton(
+        class_of=np.full(vocab_size, -1, dtype=np.int32),
+        transitions=np.full((1, 1), -1, dtype=np.int32),
+        accepting=np.zeros(1, dtype=np.bool_),
+        min_length=np.full(1, 1 << 30, dtype=np.int32),
+        max_length=np.zeros(1, dtype=np.int32),
+        end_state=0,
+        end_class=0,
+    )
+
+
+def _vocabulary(name: tuple[object, ...], model_config: ModelConfig) -> Vocabulary:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    if name not in _vocabularies:
+        tokenizer = cached_tokenizer_from_config(model_config)
+        size = model_config.get_vocab_size()
+        _vocabularies[name] = Vocabulary.of_tokenizer(tokenizer, size)
+    return _vocabularies[name]
