@@ -7,6 +7,7 @@ import pytest
 
 from vllm_dlm.model_executor.sampling.observers import OBSERVERS
 from vllm_dlm.registry import Registry
+from vllm_dlm.search.registry import SEARCHES
 from vllm_dlm.strategies import STRATEGIES
 
 
@@ -58,7 +59,11 @@ def test_packages_add_names_and_replace_none(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("registry", "group"),
-    [(STRATEGIES, "vllm_dlm.strategies"), (OBSERVERS, "vllm_dlm.observers")],
+    [
+        (STRATEGIES, "vllm_dlm.strategies"),
+        (OBSERVERS, "vllm_dlm.observers"),
+        (SEARCHES, "vllm_dlm.searches"),
+    ],
 )
 def test_groups_that_are_promised(registry, group):
     assert registry.group == group

@@ -62,6 +62,10 @@ TOOLS = {
         "vllm_dlm.training.counts.trigrams",
         "count the tri-grams of texts, for speculative decoding by ADED",
     ),
+    "search": (
+        "vllm_dlm.search.command",
+        "search for better answers: best of n, votes, trees, particles, look-ahead",
+    ),
     "serve-pair": (
         "vllm_dlm.switching.serve_pair",
         "serve two models that write one text together",

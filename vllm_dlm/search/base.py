@@ -194,13 +194,18 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: int | None = Field(default=None, gt=0, description="Generated tokens.")
+    tokens: int | None = Field(default=None, gt=0, description="Most generated tokens.")
     requests: int | None = Field(
-        default=None, gt=0, description="Requests to the engine, one for each sample."
+        default=None,
+        gt=0,
+        description="Most requests to an engine, one for each sample.",
     )
-    scores: int | None = Field(default=None, gt=0, description="Texts scored.")
+    scores: int | None = Field(default=None, gt=0, description="Most texts scored.")
     seconds: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Since the search began."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most seconds, of all searches together.",
     )
 
 

@@ -39,6 +39,8 @@ from vllm_dlm.search.jobs import Engine, Job, Plan, Reply, draw_seed
 CACHED_REPLIES = 65536
 """Replies that are kept, for texts that are asked for again."""
 
+OnResult = Callable[[int, Result], None]
+
 Ask = tuple[int, Job]
 """The number of an engine, and what it is asked."""
 
@@ -70,7 +72,7 @@ class Pump:
         scorers: the same of scorers.
         budget: of each search.
         seed: of draws.
-        on_result: is told how many searches have ended, and what all have taken.
+        on_result: is called with a prompt's number and its result, when it is there.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Pump:
         scorers: Sequence[Scorer],
         budget: Budget,
         seed: int,
-        on_result: Callable[[Stats], None] = lambda stats: None,
+        on_result: OnResult,
     ) -> None:
         self._engines = engines
         self._scorers = scorers
@@ -212,7 +214,7 @@ class Pump:
     def _end(self, run: _Run, found: list[Candidate]) -> None:
         run.found = found
         run.stats.seconds = time.monotonic() - self._begun
-        self._on_result(run.stats)
+        self._on_result(run.task.index, Result(found, run.stats))
 
     def _end_late(self, runs: Iterable[_Run]) -> None:
         """End the searches whose time is over."""
@@ -354,6 +356,7 @@ class Pump:
     def _score(self) -> None:
         """Call the scorers with everything that waits."""
         runs, self._to_score = self._to_score, []
+        runs.sort(key=lambda run: run.task.index)
         waiting: dict[int, list[tuple[_Run, list[Candidate]]]] = {}
         for run in runs:
             request = run.request

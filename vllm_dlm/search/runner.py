@@ -3,39 +3,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from vllm_dlm.config.validation import validated
 from vllm_dlm.messages import quote
-from vllm_dlm.search.base import Budget, Driver, Result, Scorer, Stats, Task, Text
+from vllm_dlm.search.base import Budget, Driver, Result, Scorer, Task, Text
 from vllm_dlm.search.endpoint import Endpoint, HttpEngine
 from vllm_dlm.search.jobs import Engine
 from vllm_dlm.search.prompts import read_prompt
-from vllm_dlm.search.pump import Pump
+from vllm_dlm.search.pump import OnResult, Pump
 from vllm_dlm.search.registry import SEARCHES
 
 
 def run(
     llm: Any,
-    driver: str | type[Driver],
+    driver: str | type[Driver] | Driver,
     prompts: Any,
     *,
     scorer: Scorer | None = None,
     budget: Budget | Mapping[str, Any] | None = None,
     sampling: Any = None,
     use_tqdm: bool = True,
+    on_result: OnResult | None = None,
     **options: Any,
 ) -> list[Result]:
     """Search for the best answer to each prompt.
 
     Args:
         llm: a `vllm_dlm.LLM` or `vllm.LLM`, or an `Endpoint`.
-        driver: name of a search (`vllm-dlm search --help` lists them), or a subclass
-            of `Driver`.
+        driver: name of a search (`vllm-dlm search --help` lists them), a subclass of
+            `Driver`, or an object of one.
         prompts: texts, lists of token ids, lists of messages, or dicts that hold one
             of these as `prompt`, `prompt_token_ids` or `messages`; what else such a
             dict holds is `Candidate.record`.
@@ -44,6 +44,8 @@ def run(
         sampling: what every request has besides: `SamplingParams` or its fields; for
             an endpoint, fields of a request's body.
         use_tqdm: show a progress bar.
+        on_result: is called with a prompt's number and its result, as soon as it is
+            there.
         **options: of the driver: `vllm-dlm search NAME --help`.
 
     Returns:
@@ -53,16 +55,16 @@ def run(
         ValueError: something is not valid, or does not go together; the message says
             what would be. Exceptions of the scorer come through as they are.
     """
-    kind, named = _driver_class(driver)
-    chosen = _driver(kind, named, options)
-    limits = _budget(budget)
-    scorers = _scorers(chosen, scorer, named)
+    chosen = make_driver(driver, options)
+    named = chosen.name
+    limits = make_budget(budget)
+    scorers = check_scorers(chosen, scorer)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     engines: list[Engine] = []
     try:
         for each in (llm, *chosen.engines()):
             engines.append(open_engine(each, sampling))
-        _check(chosen, named, engines, scorer is not None)
+        _check(chosen, engines, scorer is not None)
         tasks = [
             _task(engines[0], index, prompt, scorer is not None)
             for index, prompt in enumerate(texts)
@@ -74,7 +76,8 @@ def run(
             dynamic_ncols=True,
             disable=not use_tqdm,
         ) as progress:
-            pump = Pump(engines, scorers, limits, chosen.seed, _reporter(progress))
+            tell = _reporter(progress, on_result)
+            pump = Pump(engines, scorers, limits, chosen.seed, tell)
             return pump.run(tasks, [chosen.search(task) for task in tasks])
     finally:
         for engine in engines:
@@ -107,18 +110,27 @@ def open_engine(llm: Any, sampling: Any) -> Engine:
     )
 
 
-def _driver_class(driver: str | type[Driver]) -> tuple[type[Driver], str]:
-    if isinstance(driver, type) and issubclass(driver, Driver):
-        return driver, driver.name
-    kind = SEARCHES[SEARCHES.check(driver)]
-    return kind, str(driver)
+def make_driver(
+    driver: str | type[Driver] | Driver, options: Mapping[str, Any]
+) -> Driver:
+    """A driver with its options, checked.
 
-
-def _driver(kind: type[Driver], named: str, options: Mapping[str, Any]) -> Driver:
+    Raises:
+        ValueError: there is no such driver, or an option is not valid.
+    """
+    if isinstance(driver, Driver):
+        if options:
+            raise ValueError(
+                f"the search {driver.name!r} is made already: give {', '.join(options)}"
+                " to its class"
+            )
+        return driver
+    is_class = isinstance(driver, type) and issubclass(driver, Driver)
+    kind = driver if is_class else SEARCHES[SEARCHES.check(driver)]
     return validated(
         kind,
         options,
-        where=f"the search {named!r}",
+        where=f"the search {kind.name!r}",
         numbers=number_fields(kind),
         hint=lambda name: "",
     )
@@ -133,7 +145,12 @@ def number_fields(kind: type[Driver]) -> list[str]:
     ]
 
 
-def _budget(budget: Budget | Mapping[str, Any] | None) -> Budget:
+def make_budget(budget: Budget | Mapping[str, Any] | None) -> Budget:
+    """A budget, checked.
+
+    Raises:
+        ValueError: a part of it is not valid.
+    """
     if isinstance(budget, Budget):
         return budget
     if not isinstance(budget, Mapping | None):
@@ -150,12 +167,13 @@ def _budget(budget: Budget | Mapping[str, Any] | None) -> Budget:
     )
 
 
-def _scorers(driver: Driver, scorer: Scorer | None, named: str) -> list[Scorer]:
+def check_scorers(driver: Driver, scorer: Scorer | None) -> list[Scorer]:
     """All scorers of a search, the first of them the user's.
 
     Raises:
         ValueError: there is one too many, or none.
     """
+    named = driver.name
     if scorer is not None and not callable(scorer):
         raise ValueError(
             f"scorer: {quote(scorer)} cannot be called; expected a function from a "
@@ -177,15 +195,14 @@ def _scorers(driver: Driver, scorer: Scorer | None, named: str) -> list[Scorer]:
     return [*own, *driver.scorers()]
 
 
-def _check(
-    driver: Driver, named: str, engines: Sequence[Engine], has_scorer: bool
-) -> None:
+def _check(driver: Driver, engines: Sequence[Engine], has_scorer: bool) -> None:
     """Refuse what the engine, or the engines together, cannot do.
 
     Raises:
         ValueError: what, and what would work.
     """
     first, *others = engines
+    named = driver.name
     if driver.branches and first.kind != "autoregressive":
         raise ValueError(
             f"the search {named!r} looks at next tokens, and a diffusion model has "
@@ -239,12 +256,16 @@ def _task(engine: Engine, index: int, prompt: Any, has_scorer: bool) -> Task:
     )
 
 
-def _reporter(progress: tqdm[Any]) -> Callable[[Stats], None]:
-    return partial(_report, progress, [0])
+def _reporter(progress: tqdm[Any], on_result: OnResult | None) -> OnResult:
+    """Shows how far a search is, and how much was written for it."""
+    generated = 0
 
+    def tell(index: int, result: Result) -> None:
+        nonlocal generated
+        generated += result.stats.generated
+        progress.set_postfix_str(f"{generated} tokens", refresh=False)
+        progress.update()
+        if on_result is not None:
+            on_result(index, result)
 
-def _report(progress: tqdm[Any], total: list[int], stats: Stats) -> None:
-    """A search has ended: the bar shows how much was written for all of them."""
-    total[0] += stats.generated
-    progress.set_postfix_str(f"{total[0]} tokens", refresh=False)
-    progress.update()
+    return tell
