@@ -22,6 +22,7 @@ from vllm_dlm.files.whole_files import (
 )
 from vllm_dlm.learn2pd.collect import load_traces, save_traces
 from vllm_dlm.learn2pd.recorder import Traces
+from vllm_dlm.search.command import read_prompts
 from vllm_dlm.spec_decode.aded.trigram_table import (
     TrigramCounts,
     load_table,
@@ -167,13 +168,16 @@ KINDS = {
     "log": Kind(
         write_log, lambda p: list(trajectories.read(p)), ".jsonl", private=True
     ),
+    "prompts": Kind(
+        write_prompts, lambda path: read_prompts(str(path), None, False), ".jsonl"
+    ),
     "texts": Kind(
         write_prompts, lambda path: list(read_texts([path], "text")), ".jsonl"
     ),
 }
 TENSORS = [name for name, kind in KINDS.items() if kind.suffix == ".safetensors"]
 OF_JSON = ("results", "answers")
-LINES = ("log", "texts")
+LINES = ("log", "texts", "prompts")
 
 
 def file_of(kind: str, folder: Path) -> Path:

@@ -8,12 +8,14 @@ a text that is gone on from may be cut into other tokens than it was written in.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from threading import Thread
+from typing import Any, Literal, TypeVar
 
 import httpx
 
@@ -30,6 +32,9 @@ ANSWER_CHARACTERS = 600
 OURS = "dlm:rows_total{"
 """Stands on `/metrics` where a diffusion model of ours is served."""
 ID = "token_id:"
+
+
+T = TypeVar("T")
 
 
 class EndpointError(ValueError):
@@ -102,15 +107,29 @@ class HttpEngine:
         refuse_the_drivers(self._body)
         self._endpoint = endpoint
         key = endpoint.api_key or os.environ.get("OPENAI_API_KEY")
-        self._client = httpx.Client(
+        self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=endpoint.timeout,
+            # Whoever waits for a connection may wait for as long as others take.
+            timeout=httpx.Timeout(endpoint.timeout, pool=None),
             limits=httpx.Limits(max_connections=endpoint.concurrency),
         )
-        self._pool = ThreadPoolExecutor(endpoint.concurrency, "search")
+        # A loop of its own: the caller may run in one. What is cancelled in it is cut
+        # off from the server, which then stops as well.
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self._jobs: dict[Future[Reply], Job] = {}
         self._decoded: dict[tuple[Token, ...], str] = {}
         self._seen_ends: set[Token] = set()
+        try:
+            self._look_around()
+        except BaseException:
+            self.close()
+            raise
+
+    def _look_around(self) -> None:
+        """Find out what is served."""
+        endpoint = self._endpoint
         models = self._get("/v1/models").get("data") or []
         self.model = endpoint.model or (models[0]["id"] if models else None)
         if self.model is None:
@@ -183,7 +202,7 @@ class HttpEngine:
 
     def submit(self, job: Job) -> None:
         """See `Engine`."""
-        self._jobs[self._pool.submit(self._ask, job)] = job
+        self._jobs[self._begin(self._ask(job))] = job
 
     def poll(self) -> Iterable[tuple[Job, Reply]]:
         """See `Engine`."""
@@ -191,7 +210,7 @@ class HttpEngine:
         return [(self._jobs.pop(future), future.result()) for future in done]
 
     def cancel(self, jobs: Iterable[Job]) -> None:
-        """See `Engine`; what the endpoint works on already, it finishes."""
+        """See `Engine`."""
         unwanted = set(jobs)
         for future in [each for each, job in self._jobs.items() if job in unwanted]:
             future.cancel()
@@ -199,11 +218,18 @@ class HttpEngine:
 
     def close(self) -> None:
         """See `Engine`."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._client.close()
+        if self._loop.is_closed():
+            return
+        self._begin(self._client.aclose()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def _ask(self, job: Job) -> Reply:
-        answer = self._post("/v1/completions", self._request(job))
+    def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _ask(self, job: Job) -> Reply:
+        answer = await self._call("POST", "/v1/completions", self._request(job))
         choice = answer["choices"][0]
         logprobs = choice.get("logprobs") or {}
         chances = logprobs.get("token_logprobs")
@@ -308,22 +334,25 @@ class HttpEngine:
 
     def _serves_diffusion(self) -> bool:
         """Whether a server of vLLM has a diffusion model of ours."""
+        address = f"{self._endpoint.root}/metrics"
         try:
-            answer = self._client.get(f"{self._endpoint.root}/metrics")
+            answer = self._begin(self._client.get(address)).result()
         except httpx.HTTPError:
             return False
         return answer.status_code == 200 and OURS in answer.text
 
     def _get(self, path: str) -> Any:
-        return self._call("GET", path, None)
+        return self._begin(self._call("GET", path, None)).result()
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._call("POST", path, body)
+        return self._begin(self._call("POST", path, body)).result()
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> Any:
         url = f"{self._endpoint.root}{path}"
         try:
-            answer = self._client.request(method, url, json=body)
+            answer = await self._client.request(method, url, json=body)
         except httpx.HTTPError as error:
             raise EndpointError(f"{url}: {error or type(error).__name__}") from error
         if answer.status_code != 200:
