@@ -184,6 +184,12 @@ def test_a_horizon_scores_unfinished_texts():
     assert result.best.text == "bcd" and result.best.finished
 
 
+def test_no_token_is_allowed():
+    model = TableModel(table({"": {"a": 1.0}}))
+    result = one(model, "mcts", scorer=constant(0), policy=ValueGuided(allowed=()))
+    assert result.best.text == "a"
+
+
 def test_value_guided_search_keeps_to_allowed_tokens():
     rows = {"": {"a": 0.5, "b": 0.3, "c": 0.2}, "c": {"b": 0.9, "c": 0.1}}
     model = TableModel(table(rows))
@@ -281,6 +287,20 @@ def test_particles_follow_the_scores():
     assert result.best.text == "bb"
     # All that is left are copies of those that began well.
     assert {each.text[0] for each in result.candidates} == {"b"}
+
+
+@pytest.mark.parametrize("bad", ["a", "ab"])
+def test_particles_whose_score_is_the_lowest(bad: str):
+    rows = {before: {"a": 0.5, "b": 0.5} for before in ("", "a", "b", "ab")}
+    result = one(
+        TableModel(table(rows)),
+        "particles",
+        scorer=lambda found: [-math.inf if c.text == bad else 0.0 for c in found],
+        n=8,
+        step_tokens=1,
+        max_tokens=3,
+    )
+    assert result.best.score == 0.0
 
 
 def test_without_a_scorer_the_likeliest_particle():

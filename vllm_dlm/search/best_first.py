@@ -81,7 +81,7 @@ class BestFirst(Stepwise):
                 if each.finished:
                     finished.append(task.candidate(each, score))
         else:
-            if not finished:
+            if not finished and frontier:
                 text, *_ = frontier.pop()
         if text.finished:
             # The first that would be gone on from: no other can cost less.

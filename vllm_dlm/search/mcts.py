@@ -203,7 +203,7 @@ class Mcts(Driver):
         found = tree.found
         whole = [candidate for candidate in found.values() if candidate.finished]
         if not whole:
-            best = ranked(list(found.values()))[0].state
+            best = ranked([*found.values(), task.candidate(task.start)])[0].state
             ((piece,),) = yield Complete([best], self.max_tokens)
             text = task.add(best, piece)
             (score,) = yield Score([text])

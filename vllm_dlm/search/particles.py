@@ -48,6 +48,8 @@ class Particles(Stepwise):
         texts = [task.start] * self.n
         scores = [0.0] * self.n
         log_weights = [0.0] * self.n
+        # Scores as they were when the weights were last equal.
+        bases = list(scores)
         while live := [i for i, text in enumerate(texts) if not text.finished]:
             growing = [texts[i] for i in live]
             pieces = yield Extend(
@@ -64,13 +66,14 @@ class Particles(Stepwise):
             if task.has_scorer:
                 new = yield Score([texts[i] for i in live])
                 for i, score in zip(live, new, strict=True):
-                    log_weights[i] += self.beta * rise(score, scores[i])
+                    log_weights[i] = self.beta * rise(score, bases[i])
                     scores[i] = score
             weights = normalised(log_weights)
             if effective(weights) < self.n / 2:
                 chosen = resample(weights, draws.random())
                 texts = [texts[i] for i in chosen]
                 scores = [scores[i] for i in chosen]
+                bases = list(scores)
                 log_weights = [0.0] * self.n
         found: dict[Text, float] = {}
         for text, score in zip(texts, scores, strict=True):
@@ -89,7 +92,7 @@ def copies(texts: Sequence[Text]) -> list[int]:
 
 
 def rise(score: float, before: float) -> float:
-    """By how much a score rose; from and to -inf as far as there is."""
+    """By how much a score rose; not at all from -inf to -inf."""
     return 0.0 if score == before else score - before
 
 
