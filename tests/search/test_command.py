@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-dlm search`: its help, its files, its errors. A model is loaded in one test."""
+"""`vllm-dlm search`: its help, its files, its errors."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]):
     assert all(name in text for name in search.SEARCHES)
 
 
+@pytest.mark.slow  # an engine; tests/server/test_search.py has it with an address
 def test_lines_for_lines(folder: Path, capsys: pytest.CaptureFixture[str]):
     """The whole way: a file of prompts, a scorer, JSON lines."""
     out = folder / "new" / "found.jsonl"
@@ -95,8 +97,6 @@ def test_lines_for_lines(folder: Path, capsys: pytest.CaptureFixture[str]):
 def test_errors_before_a_model_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ):
-    import re
-
     (folder / "bad.jsonl").write_text('{"answer": 3}\n')
     (folder / "empty.txt").write_text("\n")
     argv = [each.format(f=folder) if "{f}" in each else each for each in argv]

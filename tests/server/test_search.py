@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from server.launch import SIZES, VLLM, Server, running_server
 
 from vllm_dlm import search
+from vllm_dlm.cli.command import main
 from vllm_dlm.search.endpoint import EndpointError
 
 QUESTIONS = ["Copy [Ada, Ben]", "Shuffle [Ada, Ben, Carl]", "Sort [Noah, Finn, Jack]"]
@@ -70,6 +73,32 @@ def test_texts_in_place_of_ids(server: Server):
         for url in (endpoint, server.url)
     )
     assert by_text == by_ids == [server.text(q, max_tokens=32) for q in QUESTIONS]
+
+
+def test_from_the_command_line(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Lines in, lines out: each as soon as it is there."""
+    (tmp_path / "questions.jsonl").write_text(
+        "".join(json.dumps({"question": q, "length": 8}) + "\n" for q in QUESTIONS)
+    )
+    (tmp_path / "scorers.py").write_text(
+        "def near(found):\n"
+        "    return [-abs(len(c.text) - c.record['length']) for c in found]\n"
+    )
+    argv = ["search", "best_of_n", f"{server.url}/v1", "--n", "2", "--max-tokens", "32"]
+    argv += ["--prompts", str(tmp_path / "questions.jsonl"), "--num", "2", "--all"]
+    argv += ["--scorer", f"{tmp_path / 'scorers.py'}:near", "--budget-requests", "2"]
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = sorted((json.loads(line) for line in lines), key=lambda one: one["index"])
+    assert [each["prompt"] for each in found] == QUESTIONS[:2]
+    for each in found:
+        assert each["score"] == -abs(len(each["text"]) - 8)
+        assert each["text"] == each["candidates"][0]["text"]
+        assert len(each["candidates"]) == each["stats"]["requests"] == 2
+    assert main([*argv, "--engine", '{"max_num_seqs": 8}']) == 2
+    assert "--engine is for a model in this process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
