@@ -7,6 +7,9 @@ denoise step to a file of its own in that folder, right after the step:
     {"request": ID, "prompt": [...], "mask": 126336}          when it is (re-)admitted
     {"request": ID, "block": [16, 32], "step": 0, "writes": [[17, 421], [20, 9]]}
 
+A request that brings a canvas (docs/canvas.md) has "pins" in its first line: the
+positions that it has written itself, each with its token.
+
 `block` is the active block, `[first, end)` in output tokens; its end is where the
 canvas ends if that is cut. `step` counts the block's steps. `writes` are the
 positions (in output tokens) that the step wrote, overwrote or masked again, each with
@@ -46,6 +49,9 @@ class _Admission(BaseModel):
     request: str
     prompt: Annotated[list[_Token], FailFast()]
     mask: _Token
+    pins: Annotated[
+        list[Annotated[list[_Token], Field(min_length=2, max_length=2)]], FailFast()
+    ] = []
 
 
 class StepLine(BaseModel):
@@ -113,6 +119,8 @@ class Trajectory:
     prompt: list[int]
     mask: int
     """The mask id."""
+    pins: dict[int, int] = field(default_factory=dict)
+    """Positions of the output that the request has written itself, and their tokens."""
     blocks: dict[int, list[StepLine]] = field(default_factory=dict, repr=False)
     """First position of each block -> its lines, one per step."""
 
@@ -123,7 +131,8 @@ class Trajectory:
         for _, lines in sorted(self.blocks.items()):
             for line in lines:
                 end = line.block[1]
-                canvas = canvas[:end] + [self.mask] * (end - len(canvas))
+                new = range(len(canvas), end)
+                canvas = canvas[:end] + [self.pins.get(i, self.mask) for i in new]
                 for position, token in line.writes:
                     canvas[position] = token
                 changed = [position for position, _ in line.writes]
@@ -162,7 +171,8 @@ def _read_file(file: Path) -> dict[str, Trajectory]:
             line = parse_json(text)
             if isinstance(line, dict) and "prompt" in line:
                 begin = checked(_Admission, line)
-                known = Trajectory(begin.request, begin.prompt, begin.mask)
+                pins = {position: token for position, token in begin.pins}
+                known = Trajectory(begin.request, begin.prompt, begin.mask, pins)
                 found.setdefault(begin.request, known)
                 continue
             step = checked(StepLine, line)

@@ -131,3 +131,16 @@ def test_steps_that_share_a_forward_have_lines_of_their_own(
 
 def test_none_without_the_option(engine: Engine):
     assert "trajectory_log" not in engine.runner.sampler.observers
+
+
+def test_what_a_request_writes_itself_is_there(logging_engine: Engine, folder: Path):
+    """Also in blocks that are skipped, because they have no mask."""
+    given = (7, None, *[8] * 20, None, None, 9)
+    case = Case(make_prompt(9), max_tokens=len(given), block=8, canvas=given)
+    (output,) = logging_engine.outputs([case.prompt], case.params())
+    (trajectory,) = logged(folder / "A", [output])
+    pins = {i: token for i, token in enumerate(given) if token is not None}
+    assert trajectory.pins == pins
+    *_, last = trajectory.steps()
+    assert last.canvas == list(output.outputs[0].token_ids)
+    assert not pins.keys() & {i for one in trajectory.steps() for i in one.changed}

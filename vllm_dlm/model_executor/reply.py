@@ -80,24 +80,28 @@ class Reply(NamedTuple):
     """
 
     tokens: torch.Tensor
-    """[requests + 1, W + 1] int64."""
+    """[requests + 1, W + 1] int64; W is B, or more."""
     counts: torch.Tensor
     """[6, requests + 1] int32: tokens of each row that are meant; rows of the forward
     that were computed in vain, as vLLM counts; `health`; and, for the next plan, where
     the active block begins, where the canvas ends, and the steps of the block so far.
     """
     masked: torch.Tensor
-    """[requests + 1, W] bool, for the next plan: masks of the active block."""
+    """[requests + 1, B] bool, for the next plan: masks of the active block."""
 
     @classmethod
-    def empty(cls, num_reqs: int, width: int, device: torch.device) -> Reply:
+    def empty(
+        cls, num_reqs: int, width: int, device: torch.device, most: int = 0
+    ) -> Reply:
         """The reply of requests that decide nothing: a part of a prompt.
 
         Args:
-            width: W: positions of the longest block that is decided; more where a
-                canvas has long runs that are handed out with a block.
+            width: B: positions of the longest block that is decided.
+            most: tokens that a request is handed at most, where it is more: what it has
+                written itself comes along with a block.
         """
-        tokens = torch.zeros(num_reqs + 1, width + 1, dtype=torch.int64, device=device)
+        columns = max(width, most) + 1
+        tokens = torch.zeros(num_reqs + 1, columns, dtype=torch.int64, device=device)
         return cls(
             tokens,
             tokens.new_zeros(6, num_reqs + 1, dtype=torch.int32),

@@ -167,10 +167,8 @@ class DenoisingSampler:
         # Of all, also of requests that do not ask: who does is rare.
         before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None
         width = max(rows.width for rows in plan.groups)
-        if self.slots.pins is not None:
-            slots = np.concatenate([rows.slots_np for rows in plan.groups])
-            width = max(width, int(self.slots.host.reply_width[slots].max()))
-        reply = Reply.empty(input_batch.num_reqs, width, hidden.device)
+        most = self._most_handed(plan)
+        reply = Reply.empty(input_batch.num_reqs, width, hidden.device, most)
         guessed = [rows.guessed for rows in plan.groups if rows.guessed is not None]
         for void in guessed:
             # Who is decided writes that anew.
@@ -194,6 +192,13 @@ class DenoisingSampler:
                 slots[known], batch_rows[known], reply.counts[3:], reply.masked
             )
         return reply.for_runner(logprobs, envs.VLLM_COMPUTE_NANS_IN_LOGITS)
+
+    def _most_handed(self, plan: SegmentPlan) -> int:
+        """Tokens that this step hands out at most, if more than a block."""
+        if self.slots.pins is None:
+            return 0
+        widths = self.slots.host.reply_width
+        return max(int(widths[rows.slots_np].max()) for rows in plan.groups)
 
     def _step(
         self, group: Group, rows: GroupRows, logits: Logits, reply: Reply

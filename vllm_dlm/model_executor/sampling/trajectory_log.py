@@ -60,6 +60,9 @@ class TrajectoryLog(Observer):
         request = self.slots.requests[slot]
         prompt = self.slots.tokens[slot, : request.layout.prompt_len].tolist()
         line = {"request": request.id, "prompt": prompt, "mask": self.mask_id}
+        if (canvas := request.layout.canvas) is not None:
+            (written,) = (~canvas.is_hole).nonzero()
+            line["pins"] = [[at, canvas.tokens[at]] for at in written.tolist()]
         self._append([line])
         return False
 

@@ -479,7 +479,9 @@ class CanvasRequest(Request):
         block = self.block_start
         is_first = block == self.layout.first_block
         # Behind a block, a request may have written many blocks itself.
-        if self.layout.is_full or not (is_first or self.layout.canvas):
+        most = 2 * self.layout.block_length
+        is_long = self.layout.canvas is not None and self.rows_end - start > most
+        if self.layout.is_full or not (is_first or is_long):
             return 0
         return max(min(self.layout.attended_at(end), block) - start, 0)
 
