@@ -15,6 +15,7 @@ from engine.page_ledger import watching
 from engine.test_commit import CASES, finished_blocks
 from engine.test_counts import counting
 from engine.test_no_waits import Waits
+from engine.test_own_canvas import make_canvas
 from engine.withheld import withholding
 from vllm import LLM, SamplingParams
 
@@ -371,3 +372,19 @@ def test_a_cpu_schedules_synchronously_unless_asked(engine: Engine, ahead: Engin
         for one in (engine, ahead)
     ]
     assert found == [False, True]
+
+
+def test_requests_with_a_canvas_among_others(engine: Engine, ahead: Engine):
+    """They sit out while a forward of theirs is on its way; others run ahead."""
+    requests = mixed_requests(6, shift=3)
+    for number, kind in enumerate(("runs", "gap", "scattered")):
+        case = Case(
+            make_prompt(8 + number, number),
+            block=8,
+            max_tokens=44,
+            canvas=make_canvas(44, kind, number),
+        )
+        requests.insert(2 * number, (case.prompt, case.params()))
+    wanted = engine.run(*zip(*requests, strict=True))
+    with withholding(ahead):
+        same(ahead.run(*zip(*requests, strict=True)), wanted)

@@ -13,6 +13,7 @@ from engine.block_engines import BlockEngines
 from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
 from engine.harness import Engine, params
 from engine.test_mixed import one_per_strategy
+from engine.test_own_canvas import make_canvas
 from reference.llada import TinyLLaDA
 from torch._dynamo.utils import counters
 
@@ -145,3 +146,14 @@ def test_block_models_compiled(
         ]
         got = compiled.run(prompts, sampling)
         assert got == plain.run(prompts, sampling)
+
+
+def test_requests_with_a_canvas_among_others(compiled: Engine, oracle: TinyLLaDA):
+    """Their steps are run as they stand; the group's others are served either way."""
+    cases = [case(i, TWO[i % 2]) for i in range(6)]
+    cases[1::2] = [
+        replace(one, max_tokens=50, canvas=make_canvas(50, kind, 1))
+        for one, kind in zip(cases[1::2], ("runs", "tail", "scattered"), strict=True)
+    ]
+    wanted = [expect(one, oracle) for one in cases]
+    assert_equal(cases, run_cases(compiled, cases), wanted)

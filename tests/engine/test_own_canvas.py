@@ -97,7 +97,7 @@ def assert_pinned(cases: Sequence[Case], got: Sequence[Finished]) -> None:
 @pytest.mark.parametrize(
     ("cache", "every"),
     [
-        ("dual", 2),
+        ("dual", 3),
         ("window", 3),
         *(pytest.param(cache, 1, marks=pytest.mark.slow) for cache in ALL_CACHES),
     ],
@@ -117,7 +117,7 @@ def test_alone_as_in_a_batch_and_after_preemptions(engine: Engine):
     cases = [
         replace(case, cache=ALL_CACHES[number % len(ALL_CACHES)])
         for number, case in enumerate(make_cases("none"))
-        if number % 4 == 0
+        if number % 6 == 0
     ]
     together = run_cases(engine, cases)
     alone = [run_cases(engine, [case])[0] for case in cases[::2]]
@@ -146,11 +146,12 @@ def test_a_canvas_without_masks_but_one_takes_one_forward(engine: Engine):
 @pytest.mark.parametrize(
     "options",
     [
-        {"strategy": "freedave", "strategy_config": {"drafts": 4}},
         {"strategy": "lopa"},
-        {"strategy": "dream"},
-        {"strategy": "klass"},
         {"strategy": "joint", "pinned": False},
+        *(
+            pytest.param({"strategy": name}, marks=pytest.mark.slow)
+            for name in ("freedave", "dream", "diffucoder", "klass")
+        ),
     ],
     ids=lambda options: options["strategy"],
 )
