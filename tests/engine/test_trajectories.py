@@ -142,5 +142,6 @@ def test_what_a_request_writes_itself_is_there(logging_engine: Engine, folder: P
     pins = {i: token for i, token in enumerate(given) if token is not None}
     assert trajectory.pins == pins
     *_, last = trajectory.steps()
-    assert last.canvas == list(output.outputs[0].token_ids)
+    # Up to the last block with a mask: the last token is behind that.
+    assert last.canvas == list(output.outputs[0].token_ids)[:-1]
     assert not pins.keys() & {i for one in trajectory.steps() for i in one.changed}

@@ -81,6 +81,12 @@ class Pins:
         """[R, B] bool: what is pinned in active blocks."""
         return self.pinned[blocks.slots[:, None], blocks.places]
 
+    def is_written(self, blocks: Blocks) -> torch.Tensor:
+        """[R] bool: whether a request has written the first position of its block."""
+        slots, start = blocks.slots, blocks.requests.block_start
+        before = self._before[slots, start].long()
+        return self._hole_at[slots, before] != start
+
     def next_block(
         self, blocks: Blocks, block_end: torch.Tensor, canvas_end: torch.Tensor
     ) -> torch.Tensor:

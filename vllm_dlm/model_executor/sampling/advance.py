@@ -235,7 +235,8 @@ class Advance:
         is_whole = blocks.requests.reach.part == FAR
         begins = self.facts.defaults.begins_with_lead(block_start, prompt_len)
         lacks: torch.Tensor = begins & ~has_lead & is_whole
-        return lacks
+        pins = self.slots.pins
+        return lacks if pins is None else lacks & ~pins.is_written(blocks)
 
     def _emit(
         self,
