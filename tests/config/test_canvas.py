@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dlm.config.canvas import Canvas
+from vllm_dlm.config.canvas import Canvas, CanvasOptions
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
+from vllm_dlm.messages import OptionError
 from vllm_dlm.model_executor.layout import Limits, lay_out
 
 MASK = 9
@@ -39,7 +41,6 @@ def test_holes_are_where_masks_are(tokens: list[int]):
             )
     text = "".join("m" if token == MASK else "w" for token in tokens)
     assert canvas.longest_written == max(map(len, text.split("m")))
-    assert all(end <= start for (_, end), (start, _) in [((0, 0), (1, 1))])
     starts = [start for start, _ in canvas.holes]
     assert starts == sorted(starts)
 
@@ -87,3 +88,40 @@ def test_a_written_first_block_is_not_decided():
     layout = laid_out(MODEL, [1] * 6 + [MASK] * 3, 5, 5)
     assert layout.first_block == 9
     assert layout.num_emitted == 0
+
+
+def build(options: CanvasOptions, names: Mapping[str, str]) -> Canvas:
+    assert options.canvas is not None
+    return Canvas.of_ids(options.canvas, MASK)
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "told"),
+    [
+        (
+            BLOCKS,
+            {"tccf": {"trigger": [1], "check": [2]}},
+            "cannot be combined with tccf: leave dlm.tccf out",
+        ),
+        (MODEL, {"growth": "rho_eos"}, "cannot be combined with growth"),
+        (MODEL, {"strategy": "levenshtein"}, "deletes and inserts tokens"),
+    ],
+)
+def test_what_it_cannot_be_combined_with(model: ModelDefaults, asked, told: str):
+    request = {"dlm": {"canvas": [1, MASK], **asked}}
+    with pytest.raises(OptionError, match=told):
+        resolve(DlmConfig(), request, model, build)
+
+
+def test_looking_ahead_is_left_out():
+    asked = {"strategy": "freedave", "strategy_config": {"eager": True}}
+    plain = resolve(DlmConfig(), {"dlm": asked}, BLOCKS)
+    assert plain.looks_ahead > 0
+    own = resolve(DlmConfig(), {"dlm": asked | {"canvas": [1, MASK]}}, BLOCKS, build)
+    assert own.looks_ahead == 0
+    assert own.canvas == Canvas((1, MASK), ((1, 1),))
+
+
+def test_an_engine_without_our_front_end_says_so():
+    with pytest.raises(ValueError, match="where a request is admitted"):
+        resolve(DlmConfig(), {"dlm_canvas": [1, MASK]}, MODEL)
