@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dlm.constraints.automaton import Automaton
+from vllm_dlm.constraints.automaton import Automaton, compile_pattern
 from vllm_dlm.constraints.paths import (
     OPEN,
     Completions,
@@ -19,10 +19,12 @@ from vllm_dlm.constraints.paths import (
     Problem,
     Solution,
     feasible,
+    possible,
     solve,
     unread,
     walk,
 )
+from vllm_dlm.constraints.vocabulary import Vocabulary
 
 
 def automaton(class_of: list[int], transitions: list[list[int]], accepting: list[bool]):
@@ -45,6 +47,7 @@ def automaton(class_of: list[int], transitions: list[list[int]], accepting: list
 
 
 A, B, C, AB, END = range(5)
+TOKENS = [b"a", b"b", b"c", b"ab", b""]
 PAIRS = automaton(
     # (ab|c)+ of the tokens a, b, c, ab and an end: c and ab do the same.
     [0, 1, 2, 2, 3],
@@ -378,3 +381,22 @@ def test_the_first_place_without_a_completion_is_named():
     pins[[1, 2]] = 1
     assert Completions(PAIRS, graph, 4, pins=pins).first_dead(0) is not None
     assert Completions(PAIRS, graph, 4).first_dead(0) is None
+
+
+def test_nothing_is_compiled_while_a_request_waits():
+    """Arrays that are read-only, as those of automata are, have a type of their own."""
+    from vllm_dlm.constraints import paths
+
+    paths.rehearse()
+    machine = compile_pattern("(ab|c)+", Vocabulary.of_tokens(TOKENS), [END])
+    logits, graph = np.log(ROWS), Graph.of(machine)
+    parts = parts_of(logits, machine)
+    fixed = np.full(3, OPEN)
+    for end in (machine.accepting, machine.min_length <= 1):
+        solve(Problem(graph, machine.start, end, fixed, parts))
+        feasible(graph, machine.start, end, fixed, parts[..., 0] > -1)
+        possible(machine, graph, fixed, 1, end)
+    Completions(machine, graph, 5, 2)
+    compiled = [f for f in vars(paths).values() if hasattr(f, "signatures")]
+    assert len(compiled) > 5
+    assert {len(function.signatures) for function in compiled} == {1}

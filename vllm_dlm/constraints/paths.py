@@ -56,7 +56,8 @@ class Graph(NamedTuple):
     @classmethod
     def of(cls, automaton: Automaton) -> Graph:
         """The pairs of an automaton."""
-        transitions = np.ascontiguousarray(automaton.transitions, dtype=np.int32)
+        # Copies: numba compiles anew for arrays that are read-only.
+        transitions = np.array(automaton.transitions, dtype=np.int32)
         state, klass = (transitions >= 0).nonzero()
         first = np.searchsorted(state, np.arange(len(transitions) + 1))
         return cls(
@@ -130,7 +131,7 @@ def solve(problem: Problem) -> Solution:
     )
     if start < 0:
         return solution
-    end = np.ascontiguousarray(problem.end)
+    end = np.array(problem.end)
     fixed = np.ascontiguousarray(problem.fixed, dtype=np.int64)
     parts = np.ascontiguousarray(problem.parts, dtype=np.float64)
     scores, tokens, weights = np.empty((3, count, num_classes))
@@ -217,7 +218,7 @@ def feasible(
     """
     found = np.zeros(usable.shape, dtype=np.bool_)
     if start >= 0:
-        end, usable = np.ascontiguousarray(end), np.ascontiguousarray(usable)
+        end, usable = np.array(end), np.ascontiguousarray(usable)
         fixed = np.ascontiguousarray(fixed, dtype=np.int64)
         reached = _reach(graph, start, fixed, usable)
         _feasible(*graph, end, fixed, usable, *reached, found)
@@ -244,6 +245,23 @@ def possible(
     _complete(*graph, fixed, shortest, automaton.end_class, rows)
     first: np.ndarray = rows[0]
     return first
+
+
+def rehearse(end_class: int = 0) -> None:
+    """Call all that is compiled, once: the first request is not to wait for that.
+
+    Args:
+        end_class: 0; it is there to have the type of a class.
+    """
+    one = np.zeros(1, dtype=np.int32)
+    graph = Graph(np.arange(2), one, one, one[:, None])
+    end, fixed, parts = np.ones(1, dtype=np.bool_), np.full(1, OPEN), unread(1, 1)
+    drawing = Drawing(*np.zeros((4, 1, 1)))
+    for how in (None, drawing):
+        solve(Problem(graph, 0, end, fixed, parts, how))
+    feasible(graph, 0, end, fixed, np.ones((1, 1), dtype=np.bool_))
+    rows = np.ones((2, 1), dtype=np.bool_)
+    _complete(*graph, fixed, 0, end_class, rows)
 
 
 class Completions:

@@ -37,6 +37,7 @@ from vllm_dlm.constraints.paths import (
     Solution,
     feasible,
     possible,
+    rehearse,
     solve,
     unread,
     walk,
@@ -203,6 +204,21 @@ class Constrained:
         if self._texts.pop(slot, None) is not None:
             # What is on its way for this slot is of this request.
             self._settle()
+
+    def rehearse(self, logits: torch.Tensor) -> None:
+        """Do once what a step does, while vLLM measures what that takes.
+
+        Args:
+            logits: [n, V], of any rows.
+        """
+        rehearse()
+        count, vocab_size = logits.shape
+        classes = TokenClasses.of(np.zeros(vocab_size, np.int64), 1, logits.device)
+        rows = torch.arange(count, device=logits.device)
+        class_stats(logits, classes)
+        class_draws(
+            logits, classes, rows.float() * 0, rows.float() * 0 + 1, rows, rows, rows
+        )
 
     # -- one step ----------------------------------------------------------
 

@@ -258,6 +258,7 @@ class DenoisingSampler:
         rows = min(self.facts.tile_rows, self.facts.max_num_tokens)
         logits = self.head.logits(hidden.new_zeros(rows, hidden.shape[1]))
         token_stats(logits, need_entropy=True, need_margin=True)
+        self.constrained.rehearse(logits[:1])
 
 
 def _nothing_sampled(num_reqs: int, device: torch.device) -> SamplerOutput:
