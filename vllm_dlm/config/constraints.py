@@ -33,6 +33,11 @@ def why_unconstrained(config: RequestConfig) -> str | None:
             "cannot be combined with reference_exact: published loops write tokens "
             "that no pattern knows of"
         )
+    if config.canvas is not None and config.canvas.shrinks:
+        return (
+            "cannot be combined with holes 'shrink': what a pattern holds is the text "
+            "with all of its holes; leave holes out"
+        )
     why = STRATEGIES[config.strategy].why_unconstrained(config.params)
     if why is not None:
         return (

@@ -33,8 +33,9 @@ from vllm_dlm.kernels.numba_jit import jit
 if TYPE_CHECKING:
     from vllm_dlm.constraints.automaton import Automaton
 
-OPEN = -1
-"""In place of a position's class: any class, by its weight."""
+OPEN, NO_CLASS = -1, -2
+"""In place of a position's class: any class, by its weight; none, so that no text has
+what is written there."""
 
 BEST, TOKEN, TOTAL, SPREAD, SECOND = range(5)
 """Numbers of a row's class, as `kernels/class_stats.py` has them: the largest logit,
@@ -196,6 +197,13 @@ def unread(num_positions: int, num_classes: int) -> np.ndarray:
     return parts
 
 
+def classes_of(automaton: Automaton, tokens: np.ndarray) -> np.ndarray:
+    """[n] int64: classes of tokens [n]; `NO_CLASS` where no state takes one."""
+    known = (tokens >= 0) & (tokens < len(automaton.class_of))
+    classes = automaton.class_of[np.where(known, tokens, 0)].astype(np.int64)
+    return np.where(known & (classes >= 0), classes, NO_CLASS)
+
+
 def walk(automaton: Automaton, state: int, tokens: np.ndarray) -> int:
     """The state behind tokens [n]; -1 where they leave the automaton."""
     for token in tokens.tolist():
@@ -274,8 +282,8 @@ class Completions:
         graph: its pairs.
         length: most tokens of the text.
         shortest: positions that no end token may stand at, from the first on.
-        pins: [length] int64: classes of tokens that stand in the text from the start,
-            `OPEN` elsewhere; None for none.
+        pins: [length] int64: classes of tokens that stand in the text from the start
+            (`classes_of`), `OPEN` elsewhere; None for none.
     """
 
     def __init__(
@@ -289,7 +297,7 @@ class Completions:
         self._min_length = automaton.min_length
         self._length = length
         pinned = np.full(length, OPEN, dtype=np.int64) if pins is None else pins
-        (places,) = (pinned >= 0).nonzero()
+        (places,) = (pinned != OPEN).nonzero()
         self._plain_from = max(
             min(shortest, length), int(places[-1]) + 1 if len(places) else 0
         )
@@ -605,8 +613,10 @@ def _complete(first, klass, target, transitions, pins, shortest, end_class, rows
                 alive = alive and not (early and pin == end_class)
             else:
                 for pair in range(first[state], first[state + 1]):
-                    if rows[i + 1, target[pair]] and not (
-                        early and klass[pair] == end_class
+                    if (
+                        pin != NO_CLASS
+                        and rows[i + 1, target[pair]]
+                        and not (early and klass[pair] == end_class)
                     ):
                         alive = True
                         break

@@ -35,6 +35,7 @@ from vllm_dlm.constraints.paths import (
     Drawing,
     Problem,
     Solution,
+    classes_of,
     feasible,
     possible,
     rehearse,
@@ -75,7 +76,8 @@ class _Text:
     pattern: Pattern
     completions: Completions
     tokens: np.ndarray
-    """[max_tokens] int64: the output; of no meaning where it is masked."""
+    """[max_tokens] int64: the output; of no meaning where it is masked. What follows a
+    gap that the request has opened (`suffix`) is not of it."""
     state: int
     """Of the automaton, left of `state_at`."""
     state_at: int
@@ -127,7 +129,7 @@ class _Step:
     def early(self) -> np.ndarray:
         """[n] bool: positions at which the text must not end."""
         positions = self.begin + np.arange(len(self.fixed))
-        is_early: np.ndarray = positions < self.text.request.params.min_tokens
+        is_early: np.ndarray = positions < self.text.request.min_tokens
         return is_early
 
     def feasible(self) -> np.ndarray:
@@ -170,7 +172,15 @@ class Constrained:
             request.stop_ids,
             self._facts.mask_id,
         )
-        tokens = np.full(params.max_tokens, self._facts.mask_id, dtype=np.int64)
+        canvas, automaton = request.layout.canvas, pattern.automaton
+        length = params.max_tokens if canvas is None else canvas.max_tokens
+        tokens = np.full(length, self._facts.mask_id, dtype=np.int64)
+        pins = None
+        if canvas is not None:
+            tokens[:] = canvas.tokens[:length]
+            pins = np.where(
+                canvas.is_hole[:length], OPEN, classes_of(automaton, tokens)
+            )
         output = np.asarray(known[prompt_len:], dtype=np.int64)[: len(tokens)]
         tokens[: len(output)] = output
         bias = None
@@ -188,13 +198,10 @@ class Constrained:
             request=request,
             pattern=pattern,
             completions=Completions(
-                pattern.automaton,
-                pattern.graph,
-                params.max_tokens,
-                min(params.min_tokens, params.max_tokens),
+                automaton, pattern.graph, length, request.min_tokens, pins
             ),
             tokens=tokens,
-            state=pattern.automaton.start,
+            state=automaton.start,
             state_at=0,
             bias=bias,
         )
@@ -359,8 +366,8 @@ class Constrained:
             text.state_at = begin
         own = slice(begin + prompt_len - block_start, end + prompt_len - block_start)
         masked = host.masked[text.slot, own]
-        tokens = np.clip(text.tokens[begin:end], 0, len(text.automaton.class_of) - 1)
-        fixed = np.where(masked, OPEN, text.automaton.class_of[tokens])
+        classes = classes_of(text.automaton, text.tokens[begin:end])
+        fixed = np.where(masked, OPEN, classes)
         if text.state < 0 or (fixed[~masked] < 0).any():
             # Something outside of the pattern was written; no path follows from it.
             text.state = -1
@@ -379,7 +386,7 @@ class Constrained:
             text.automaton,
             text.pattern.graph,
             fixed[count:],
-            text.request.params.min_tokens - begin - count,
+            text.request.min_tokens - begin - count,
             behind,
         )
         return _Step(text, block_start, begin, fixed[:count], row_at[:count], behind)
