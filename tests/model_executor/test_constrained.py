@@ -18,6 +18,7 @@ import torch
 
 from vllm_dlm.config.canvas import Canvas
 from vllm_dlm.constraints.automaton import ConstraintError, compile_pattern
+from vllm_dlm.constraints.paths import Completions, Graph
 from vllm_dlm.constraints.vocabulary import Vocabulary
 from vllm_dlm.model_executor import patterns
 from vllm_dlm.model_executor.constrained import Constrained
@@ -214,8 +215,10 @@ def decode(seed: int) -> bool:
         return False
     block = choose.choice([1, 3, 4, 8, 16, 64])
     heat = dict(choose.choice(HEAT))
-    if automaton.max_length[0] >= length:
-        heat["min_tokens"] = choose.choice([0, 0, 3])
+    heat["min_tokens"] = choose.choice([0, 0, 3])
+    graph = Graph.of(automaton)
+    if not Completions(automaton, graph, length, heat["min_tokens"]).at(0)[0]:
+        heat["min_tokens"] = 0
     least = heat.get("min_tokens", 0)
     tokens = Decoder(choose, text, length, block, **heat).run()
     assert_matches(text, tokens, least)
