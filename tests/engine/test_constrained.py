@@ -16,7 +16,9 @@ import pytest
 from engine.block_engines import BLOCK, BlockEngines
 from engine.cases import make_prompt
 from engine.harness import Engine, Finished, finished, params
+from engine.test_no_waits import Waits
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from vllm_dlm.config.carried import PATTERN
 
@@ -224,9 +226,9 @@ def test_further_canvases_go_on_with_the_pattern(small_engine: Engine):
 
 
 def test_samples_are_different_and_match(engine: Engine):
-    request = Wanted(
-        [3, 4], params(24, dlm={}, n=4, temperature=1.0, seed=5), r"(t\d{1,2})+t9"
-    )
+    sampling = params(24, dlm={}, n=4, temperature=1.0, seed=5)
+    sampling.output_kind = RequestOutputKind.FINAL_ONLY
+    request = Wanted([3, 4], sampling, r"(t\d{1,2})+t9")
     name = add(engine, request)
     done = engine.drive(lambda step: None)
     texts = [text_of(list(one.token_ids)) for one in done[name].outputs]
@@ -295,6 +297,18 @@ def test_asynchronous_engines_wait_for_the_host(engines: Callable[..., Engine]):
     usual = run(engines(), requests)
     ahead = run(engines(async_scheduling=True), requests)
     assert [one.tokens for one in ahead] == [one.tokens for one in usual]
+
+
+def test_steps_wait_for_nothing_but_the_paths(engine: Engine):
+    """What paths need comes in one transfer, which this does not count."""
+    for request in mixed(16, 4):
+        add(engine, request)
+    engine.step()
+    with Waits() as waits:
+        for _ in range(4):
+            engine.step()
+    engine.drive(lambda step: None)
+    assert not waits.seen
 
 
 @pytest.mark.slow
