@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -316,29 +317,38 @@ def test_positions_that_are_not_read_count_all_classes_alike():
 
 
 @pytest.mark.slow
-def test_draws_have_the_joint_distribution():
-    """20,000 paths of the first worked example, by chi-square."""
+@pytest.mark.parametrize("at_once", [3, 1])
+def test_draws_have_the_joint_distribution(at_once: int):
+    """20,000 texts of the first worked example, by chi-square.
+
+    Written at once, or token by token in random order, from rows that stay the same.
+    """
     draws, generator = 20_000, np.random.default_rng(3)
     logits = np.log(ROWS)
     problem = problem_of(logits, PAIRS, [OPEN] * 3, PAIRS.min_length <= 0)
     weights = problem.parts[..., 0] + np.log(problem.parts[..., 2])
-    counts: dict[tuple[int, ...], int] = {}
-    for _ in range(draws):
-        noisy = logits + generator.gumbel(size=logits.shape)
-        best = parts_of(noisy, PAIRS)
+
+    def drawn(fixed: np.ndarray) -> np.ndarray:
+        best = parts_of(logits + generator.gumbel(size=logits.shape), PAIRS)
         tokens = best[..., 1]
         own = np.take_along_axis(logits, tokens.astype(np.int64), axis=1)
         drawing = Drawing(weights, best[..., 0], tokens, own)
-        solution = solve(
-            Problem(
-                problem.graph, 0, problem.end, problem.fixed, problem.parts, drawing
-            )
-        )
-        key = tuple(solution.tokens.tolist())
-        counts[key] = counts.get(key, 0) + 1
-    everything = texts(PAIRS, [OPEN] * 3, problem.end, 0)
+        return solve(replace(problem, fixed=fixed, drawing=drawing)).tokens
+
+    counts: dict[tuple[int, ...], int] = {}
+    for _ in range(draws):
+        text, fixed = np.zeros(3, dtype=np.int64), np.full(3, OPEN)
+        for place in generator.permutation(3):
+            if (fixed != OPEN).all():
+                break
+            found = drawn(fixed)
+            written = (fixed == OPEN) if at_once == 3 else np.arange(3) == place
+            text[written] = found[written]
+            fixed[written] = PAIRS.class_of[text[written]]
+        counts[tuple(text.tolist())] = counts.get(tuple(text.tolist()), 0) + 1
     chances = {
-        text: np.prod([ROWS[i, t] for i, t in enumerate(text)]) for text in everything
+        text: np.prod([ROWS[i, t] for i, t in enumerate(text)])
+        for text in texts(PAIRS, [OPEN] * 3, problem.end, 0)
     }
     total = sum(chances.values())
     assert total == pytest.approx(0.14)
