@@ -97,6 +97,7 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "multi_block"},
     {"strategy": "ete"},
     {"strategy": "joint", "strategy_config": {"edit": False}},
+    {"strategy": "diffucoder"},
 ]
 
 

@@ -181,7 +181,7 @@ def _sums(
     """Weights [n, K] and their sums [n + 1, S], as mantissas and exponents."""
 
     def numbers(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        return np.empty(shape), np.empty(shape, dtype=np.int32)
+        return np.empty(shape), np.empty(shape, dtype=np.int64)
 
     split = numbers(weights.shape)
     sums = numbers((len(fixed) + 1, len(graph.transitions)))
@@ -338,7 +338,7 @@ class Completions:
 
 _EXACT = jit(error_model="numpy")
 
-_NOTHING = -(1 << 30)
+_NOTHING = -(1 << 60)
 """Exponent of 0."""
 _POWERS = 2.0 ** -np.arange(128.0)
 _LOG_2 = math.log(2.0)
@@ -400,14 +400,21 @@ def _backward_best(  # type: ignore[no-untyped-def]
 
 @_EXACT
 def _split(weights, mantissas, exponents):  # type: ignore[no-untyped-def]
-    """Logs of weights as numbers in [1, 2) and their exponents."""
+    """Logs of weights as numbers in [1, 2) and their exponents, 0 for a row's best.
+
+    A row's weights may have any common factor: each path goes through each row once.
+    """
     for i in range(weights.shape[0]):
+        top = -np.inf
+        for k in range(weights.shape[1]):
+            if weights[i, k] > top:
+                top = weights[i, k]
         for k in range(weights.shape[1]):
             if weights[i, k] > -np.inf:
-                power = weights[i, k] / _LOG_2
+                power = (weights[i, k] - top) / _LOG_2
                 whole = math.floor(power)
                 mantissas[i, k] = 2.0 ** (power - whole)
-                exponents[i, k] = np.int32(whole)
+                exponents[i, k] = np.int64(whole)
             else:
                 mantissas[i, k], exponents[i, k] = 0.0, _NOTHING
 
@@ -605,6 +612,12 @@ def _complete(first, klass, target, transitions, pins, shortest, end_class, rows
     """Fill `rows` [n + 1, S] from its last one: states that can go on to that one."""
     for i in range(len(pins) - 1, -1, -1):
         pin, early = pins[i], i < shortest
+        if i + 1 < len(pins) and pin == pins[i + 1] == OPEN:
+            same = early == (i + 1 < shortest)
+            if same and np.array_equal(rows[i + 1], rows[i + 2]):
+                # So it goes on, as long as nothing else is asked for.
+                rows[i] = rows[i + 1]
+                continue
         for state in range(rows.shape[1]):
             alive = False
             if pin >= 0:
