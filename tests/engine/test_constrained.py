@@ -98,6 +98,8 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "ete"},
     {"strategy": "joint", "strategy_config": {"edit": False}},
     {"strategy": "diffucoder"},
+    {"strategy": "klass", "strategy_config": {"threshold": 0.5}},
+    {"strategy": "prophet"},
 ]
 
 

@@ -170,6 +170,8 @@ class Decoder:
         self.constrained.choose(choice)
         assert choice.logsumexp.isfinite().all(), "no path"
         assert ((choice.confidence >= 0) & (choice.confidence <= 1)).all()
+        if choose.random() < 0.1:
+            self.check_posterior(logits, choice, rows)
         count = choose.randrange(1, len(open_) + 1)
         for row in choose.sample(range(len(open_)), count):
             place = start + int(open_[row])
@@ -180,6 +182,17 @@ class Decoder:
                 if choose.random() < 0.3:
                     self.table.tokens[0, place], self.written[place] = MASK, False
         self.constrained.after_step()
+
+    def check_posterior(self, logits: Logits, choice: Choice, rows: Any) -> None:
+        """Probabilities of all tokens are those that the path's tokens have."""
+        made = self.constrained.probabilities(logits, choice.logsumexp, rows)
+        if self.layout.text_end > self.end:
+            return  # Rows behind the text are the model's own.
+        everything = torch.arange(VOCAB).expand(1, self.block, VOCAB)
+        posterior = made.of(everything)[0][torch.from_numpy(rows.row_at_np[0] >= 0)]
+        chosen = posterior.gather(1, choice.candidate[:, None])[:, 0]
+        torch.testing.assert_close(posterior.sum(1), torch.ones(len(posterior)))
+        torch.testing.assert_close(chosen, choice.confidence, rtol=1e-4, atol=1e-6)
 
 
 def assert_matches(text: str, tokens: list[int], least: int = 0) -> None:

@@ -20,7 +20,7 @@ is read are not weighed, only possible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ from vllm_dlm.model_executor.host_slots import ToHost
 from vllm_dlm.model_executor.patterns import pattern_of
 from vllm_dlm.model_executor.planning.block_rows import CANVAS_END, upload
 from vllm_dlm.model_executor.sampling.restrictions import known_ids
+from vllm_dlm.strategies.probabilities import Probabilities, RowLogits
 
 if TYPE_CHECKING:
     from vllm_dlm.constraints.automaton import Automaton
@@ -118,12 +119,20 @@ class _Step:
     """Rows of logits that were measured for it, tile by tile."""
     measured: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """What was measured of them; see `_measure`."""
+    solved: tuple[np.ndarray, np.ndarray] | None = None
+    """`Problem.parts` and `Solution.classes`; None where no path was found."""
 
     @property
     def read(self) -> np.ndarray:
         """[n] bool: open positions whose logits are read."""
         is_read: np.ndarray = (self.fixed == OPEN) & (self.row_at >= 0)
         return is_read
+
+    @property
+    def rows_read(self) -> np.ndarray:
+        """Rows of logits that get a candidate of the path."""
+        rows: np.ndarray = self.row_at[self.read]
+        return rows
 
     @property
     def early(self) -> np.ndarray:
@@ -283,12 +292,13 @@ class Constrained:
         pairs = sum(len(one.graph.klass) * len(one.fixed) for one in problems)
         in_threads(work, len(problems), 16 * pairs)
         rows, tokens, numbers, lost = [], [], [], []
-        for step, found in zip(steps, solutions, strict=True):
+        for step, problem, found in zip(steps, problems, solutions, strict=True):
             assert found is not None
             read = step.read
             if not found.found:
                 lost.append(step.row_at[read])
                 continue
+            step.solved = problem.parts, found.classes
             rows.append(step.row_at[read])
             tokens.append(found.tokens[read])
             numbers.append(
@@ -312,6 +322,27 @@ class Constrained:
             # The model leaves no token of any path: the request ends with an error.
             (at,) = upload(device, np.concatenate(lost))
             choice.logsumexp.index_fill_(0, at, -torch.inf)
+
+    def probabilities(
+        self, logits: Logits, logsumexp: torch.Tensor, rows: BlockRows
+    ) -> Probabilities:
+        """Probabilities of any token at the positions of a group.
+
+        Of requests with a pattern, those of the posterior.
+
+        Args:
+            logits: of the step's rows.
+            logsumexp: [N] float64, of these.
+        """
+        slots = {*rows.slots_np.tolist()}
+        steps = [s for s in self._steps if s.text.slot in slots and s.solved]
+        read: RowLogits = logits
+        if steps:
+            read = _Posterior(logits, steps)
+            (own,) = upload(logits.device, np.concatenate([s.rows_read for s in steps]))
+            # Logs of a posterior are what they are.
+            logsumexp = logsumexp.index_fill(0, own, 0.0)
+        return Probabilities(read, logsumexp, rows.row_at_np)
 
     def after_step(self) -> None:
         """Have what the step wrote sent to the host, behind its outcome."""
@@ -501,6 +532,53 @@ class Constrained:
         )
         cut = (scores - top) / params.temperature + CUT
         return torch.where(kept > -torch.inf, kept, cut)
+
+
+class _Posterior:
+    """Logits of a step's rows; of requests with a pattern, logs of the posterior.
+
+    Args:
+        logits: the model's.
+        steps: of these requests.
+    """
+
+    def __init__(self, logits: Logits, steps: list[_Step]) -> None:
+        self._logits = logits
+        self._steps = steps
+
+    def over(self, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """As `Logits.over`."""
+        device = rows.device
+        for part, logits in self._logits.over(rows):
+            wanted = rows[part]
+            logits = logits.double()
+            for step in self._steps:
+                own, bits = upload(device, step.rows_read, _shares(step).view(np.int64))
+                at = torch.searchsorted(own, wanted).clamp(max=len(own) - 1)
+                is_own = (own[at] == wanted)[:, None]
+                class_of = step.text.pattern.classes(device).class_of
+                shares = bits.view(torch.float64)[at][:, class_of]
+                raw = logits
+                if step.text.bias is not None:
+                    ids, bias = step.text.bias
+                    raw = raw.index_add(
+                        1, ids, bias.double().expand(len(raw), -1).contiguous()
+                    )
+                logits = torch.where(is_own, raw + shares, logits)
+            yield part, logits
+
+
+def _shares(step: _Step) -> np.ndarray:
+    """[read rows, K + 1] float64: what logits lack to be logs of the posterior.
+
+    By the token's class; -inf for what no path takes.
+    """
+    assert step.solved is not None
+    parts, posterior = (numbers[step.read] for numbers in step.solved)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.log(posterior) - parts[..., BEST] - np.log(parts[..., TOTAL])
+    shares[posterior <= 0] = -np.inf
+    return np.pad(shares, ((0, 0), (0, 1)), constant_values=-np.inf)
 
 
 def _problems(steps: list[_Step]) -> list[Problem]:

@@ -376,7 +376,7 @@ class Strategy:
         Args:
             params: of the request.
         """
-        unaware = cls.needs_with(params) & {"branches", "other", "probabilities"}
+        unaware = cls.needs_with(params) & {"branches", "other"}
         if unaware:
             return f"it reads View.{min(unaware)}, which knows nothing of patterns"
         if cls.own_tokens:

@@ -115,6 +115,7 @@ class Credit(Strategy):
     summary = "a threshold on probabilities that grow for tokens predicted repeatedly"
     Params = CreditParams
     needs = frozenset({"probabilities"})
+    own_tokens = True
 
     params: CreditParams
 

@@ -35,7 +35,6 @@ from vllm_dlm.model_executor.sampling.rows import Rows
 from vllm_dlm.model_executor.sampling.safety import Safety
 from vllm_dlm.model_executor.sampling.step_function import Asked, StepFunctions
 from vllm_dlm.model_executor.sampling.views import Extras, Views
-from vllm_dlm.strategies.probabilities import Probabilities
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -233,7 +232,7 @@ class DenoisingSampler:
             growth=bool(host.growing(slots).any()),
         )
         extras = Extras(
-            Probabilities(logits, choice.logsumexp, rows.row_at_np)
+            self.constrained.probabilities(logits, choice.logsumexp, rows)
             if "probabilities" in needs
             else None,
             self.views.branches(rows, choice) if "branches" in needs else None,
