@@ -270,6 +270,22 @@ KEPT: list[tuple[Any, list[Any], list[Any]]] = [
         [[3]],
         [[2]],
     ),
+    # The same reference twice is no cycle.
+    (
+        {
+            "$defs": {
+                "a": {"required": ["k"]},
+                "b": {"allOf": [{"$ref": "#/$defs/a"}]},
+            },
+            "allOf": [
+                {"$ref": "#/$defs/a"},
+                {"$ref": "#/$defs/b"},
+                {"properties": {"k": {"$ref": "#/$defs/a"}}},
+            ],
+        },
+        [{"k": {"k": 1}}],
+        [{"k": 1}, {}],
+    ),
     ({"definitions": {"n": {"type": "null"}}, "$ref": "#/definitions/n"}, [None], [1]),
     ({"type": "integer", "x-order": 3, "description": "d", "title": "t"}, [1], []),
 ]
@@ -326,6 +342,22 @@ REFUSED: list[tuple[Any, str]] = [
         r"#/\$defs/a -> #/\$defs/b -> #/\$defs/a",
     ),
     ({"$ref": "#"}, r"\(# -> #\)"),
+    (
+        {
+            "$defs": {
+                f"a{i}": {
+                    "properties": {
+                        "l": {"$ref": f"#/$defs/a{i + 1}"},
+                        "r": {"$ref": f"#/$defs/a{i + 1}"},
+                    }
+                }
+                for i in range(20)
+            }
+            | {"a20": {}},
+            "$ref": "#/$defs/a0",
+        },
+        "more than 2000 schemas",
+    ),
     (
         {"properties": {"ab": {}}, "patternProperties": {"^a": {}}},
         "'ab' matches patternProperties",
@@ -439,3 +471,11 @@ def test_many_random_schemas(schema: Any) -> None:
 def test_a_schema_of_everything_stays_small() -> None:
     machine = byte_machine(parse(schema_pattern({})), DEFAULT, Clock(DEFAULT))
     assert len(machine.moves) < 1500
+
+
+def test_closed_objects_have_no_other_keys() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "object"}}}
+    open_, closed = (schema_pattern(schema, closed=closed) for closed in (False, True))
+    text = '{"a": {"b": 1}}'
+    assert re.fullmatch(open_, text) and not re.fullmatch(closed, text)
+    assert re.fullmatch(closed, '{"a": {}}')

@@ -13,6 +13,10 @@ Schema = Mapping[str, Any] | bool
 
 MOST_COUNTED = 8
 """Entries of which each number of ways to choose is spelled out."""
+MOST_SCHEMAS = 2_000
+"""Schemas inside of one, counted again wherever a reference names them."""
+ANYTHING = 100
+"""For how many a schema counts of which any value is valid."""
 DEEPEST = 64
 """Levels of schemas inside schemas."""
 
@@ -33,7 +37,7 @@ OF_TYPE = {
 }
 """Type of values -> the keywords that are about it."""
 OF_TYPE["integer"] = OF_TYPE["number"]
-_GENERAL = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$refs")
+_GENERAL = ("type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref")
 KNOWN = {*_GENERAL, *(name for names in OF_TYPE.values() for name in names)}
 """All keywords that are kept."""
 

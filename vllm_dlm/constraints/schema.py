@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_dlm.constraints.json_text import (
+    ANY_DEPTH,
     BOOLEAN,
     NULL,
     STRING,
@@ -18,9 +19,11 @@ from vllm_dlm.constraints.json_text import (
     constant,
 )
 from vllm_dlm.constraints.keywords import (
+    ANYTHING,
     DEEPEST,
     KNOWN,
     MOST_COUNTED,
+    MOST_SCHEMAS,
     Schema,
     fail,
     has_type,
@@ -36,6 +39,7 @@ from vllm_dlm.constraints.schema_merge import (
     checked,
     look_up,
     merge,
+    refuse_cycle,
 )
 from vllm_dlm.constraints.schema_parts import (
     counts,
@@ -55,7 +59,9 @@ from vllm_dlm.constraints.syntax import (
 )
 
 
-def schema_pattern(schema: Any, whitespace: str | None = None) -> str:
+def schema_pattern(
+    schema: Any, whitespace: str | None = None, *, closed: bool = False
+) -> str:
     """The pattern of a JSON schema.
 
     Args:
@@ -63,18 +69,21 @@ def schema_pattern(schema: Any, whitespace: str | None = None) -> str:
         whitespace: a regular expression for what stands inside of brackets and behind
             commas and colons; of what it matches, only JSON's blanks are written. None
             for one optional blank.
+        closed: objects have no properties but those that are named, unless the schema
+            says more of them.
 
     Raises:
         ConstraintError: the schema is none, or asks for what is not supported; the
             message names the keyword and where it stands.
     """
     layout = Layout() if whitespace is None else Layout.with_blanks(whitespace)
-    return write(schema_node(schema, layout))
+    return write(schema_node(schema, layout, closed=closed))
 
 
-def schema_node(schema: Any, layout: Layout) -> Node:
+def schema_node(schema: Any, layout: Layout, *, closed: bool = False) -> Node:
     """The tree of a JSON schema; see `schema_pattern`."""
-    node = _Translator(checked(schema, "#"), layout).node(schema, "#", ())
+    translator = _Translator(checked(schema, "#"), layout, closed)
+    node = translator.node(schema, "#")
     if node == NOTHING:
         raise ConstraintError("json schema: no value is valid")
     return node
@@ -83,76 +92,71 @@ def schema_node(schema: Any, layout: Layout) -> Node:
 class _Translator:
     """The tree of a schema; a method for each kind of value."""
 
-    def __init__(self, root: Schema, layout: Layout) -> None:
-        self._root, self._layout = root, layout
+    def __init__(self, root: Schema, layout: Layout, closed: bool) -> None:
+        self._root, self._layout, self._closed = root, layout, closed
+        self._count = 0
 
-    def node(self, schema: Any, path: str, within: tuple[str, ...]) -> Node:
+    def node(self, schema: Any, path: str) -> Node:
         """The tree of a schema; `NOTHING` where no value is valid.
 
         Args:
             path: where the schema stands, for messages.
-            within: the references that have led here.
         """
         if path.count("/") > DEEPEST:
             raise fail(path, f"more than {DEEPEST} levels")
-        one, within = self._one(checked(schema, path), path, within)
+        one = self._one(checked(schema, path), path)
         if isinstance(one, bool):
-            return self._layout.anything() if one else NOTHING
+            return self._anything(path) if one else NOTHING
         for name in one:
             if name not in KNOWN:
                 raise fail(path, f"{name} is not supported; leave it out")
         for name in ("anyOf", "oneOf"):
             if name in one:
-                return self._branches(name, one, path, within)
+                return self._branches(name, one, path)
         if "const" in one or "enum" in one:
             return self._constants(one, path)
         types = written_types(one, path)
         if types is None:
-            return self._layout.anything()
-        found = [self._typed(kind, one, path, within) for kind in dict.fromkeys(types)]
+            return self._anything(path)
+        found = [self._typed(kind, one, path) for kind in dict.fromkeys(types)]
         return _either(found)
 
-    def _one(
-        self, schema: Schema, path: str, within: tuple[str, ...]
-    ) -> tuple[Schema, tuple[str, ...]]:
-        """A schema with its references and `allOf` merged into it.
+    def _add(self, count: int, path: str) -> None:
+        """Count schemas: references may make very many of a few."""
+        self._count += count
+        if self._count > MOST_SCHEMAS:
+            raise fail(
+                path,
+                f"more than {MOST_SCHEMAS} schemas inside one another (one that says "
+                f"nothing counts {ANYTHING}); name the types of all values",
+            )
 
-        Returns:
-            The schema, without annotations, and the references that have led to it.
-        """
-        while isinstance(schema, Mapping):
-            schema = assertions(schema)
-            names = [*schema.pop("$refs", ())]
-            if "$ref" in schema:
-                names.append(schema.pop("$ref"))
-            parts = [
-                (f"{path}/$ref", look_up(self._root, name, path)) for name in names
-            ]
-            for name in names:
-                if name in within:
-                    cycle = " -> ".join([*within[within.index(name) :], name])
-                    raise fail(
-                        path,
-                        f"the schema contains itself ({cycle}), and values of any "
-                        "depth are not supported; write the levels out",
-                    )
-            within = (*within, *names)
-            every = schema.pop("allOf", [])
-            if not isinstance(every, list):
-                raise fail(path, "allOf is a list of schemas")
-            parts += [
-                (f"{path}/allOf/{i}", checked(each, f"{path}/allOf/{i}"))
-                for i, each in enumerate(every)
-            ]
-            if not parts:
-                return schema, within
-            for place, part in parts:
-                schema = merge(schema, part, place)
-        return schema, within
+    def _anything(self, path: str, depth: int = ANY_DEPTH) -> Node:
+        self._add(ANYTHING, path)
+        return self._layout.anything(depth)
 
-    def _branches(
-        self, name: str, schema: Mapping[str, Any], path: str, within: tuple[str, ...]
-    ) -> Node:
+    def _one(self, schema: Schema, path: str) -> Schema:
+        """A schema with its references and `allOf` merged into it, without
+        annotations."""
+        if isinstance(schema, bool):
+            return schema
+        self._add(1, path)
+        one: Schema = assertions(schema)
+        assert isinstance(one, dict)
+        parts = []
+        if "$ref" in one:
+            name = one.pop("$ref")
+            refuse_cycle(self._root, name, path)
+            parts.append((look_up(self._root, name, path), f"{path}/$ref"))
+        every = one.pop("allOf", [])
+        if not isinstance(every, list):
+            raise fail(path, "allOf is a list of schemas")
+        parts += [(each, f"{path}/allOf/{i}") for i, each in enumerate(every)]
+        for part, place in parts:
+            one = merge(one, self._one(checked(part, place), place), place)
+        return one
+
+    def _branches(self, name: str, schema: Mapping[str, Any], path: str) -> Node:
         """`anyOf` and `oneOf`: each branch, with the keywords beside it."""
         branches = schema[name]
         if not isinstance(branches, list) or not branches:
@@ -161,8 +165,7 @@ class _Translator:
         found, merged = [], []
         for i, branch in enumerate(branches):
             place = f"{path}/{name}/{i}"
-            own, led = self._one(checked(branch, place), place, within)
-            merged.append((own, led, place))
+            merged.append((self._one(checked(branch, place), place), place))
         if name == "oneOf":
             for i in range(len(merged)):
                 for j in range(i):
@@ -172,8 +175,8 @@ class _Translator:
                             f"oneOf: a value may be valid under both entry {j} and "
                             f"entry {i}, of which only one may hold; use anyOf",
                         )
-        for own, led, place in merged:
-            found.append(self.node(merge(beside, own, place), place, led))
+        for own, place in merged:
+            found.append(self.node(merge(beside, own, place), place))
         return _either(found)
 
     def _constants(self, schema: Mapping[str, Any], path: str) -> Node:
@@ -193,9 +196,7 @@ class _Translator:
         types = types_of(schema, path)
         return _either([constant(each) for each in values if has_type(each, types)])
 
-    def _typed(
-        self, kind: str, schema: Mapping[str, Any], path: str, within: tuple[str, ...]
-    ) -> Node:
+    def _typed(self, kind: str, schema: Mapping[str, Any], path: str) -> Node:
         if kind == "boolean":
             return BOOLEAN
         if kind == "null":
@@ -205,12 +206,10 @@ class _Translator:
         if kind in ("integer", "number"):
             return number_node(schema, path, whole=kind == "integer")
         if kind == "array":
-            return self._array(schema, path, within)
-        return self._object(schema, path, within)
+            return self._array(schema, path)
+        return self._object(schema, path)
 
-    def _array(
-        self, schema: Mapping[str, Any], path: str, within: tuple[str, ...]
-    ) -> Node:
+    def _array(self, schema: Mapping[str, Any], path: str) -> Node:
         least, most = counts(schema, "minItems", "maxItems", path)
         prefix, items = schema.get("prefixItems"), schema.get("items", True)
         if isinstance(items, list):
@@ -222,11 +221,11 @@ class _Translator:
         if not isinstance(prefix or [], list):
             raise fail(path, "prefixItems is a list of schemas")
         if schema.get("uniqueItems") and (most is None or most > 1):
-            return self._unique(schema, items, prefix, (least, most), path, within)
+            return self._unique(schema, items, prefix, (least, most), path)
         layout = self._layout
         place = f"{path}/items"
         first = [
-            self.node(each, f"{path}/prefixItems/{i}", within)
+            self.node(each, f"{path}/prefixItems/{i}")
             for i, each in enumerate(prefix or ())
         ]
         # An entry that cannot be is where the array ends.
@@ -234,7 +233,7 @@ class _Translator:
             most = min(first.index(NOTHING), len(first) if most is None else most)
         entry = NOTHING
         if most is None or most > len(first):
-            entry = self.node(items, place, within)
+            entry = self.node(items, place)
         if entry == NOTHING:
             most = min(len(first), len(first) if most is None else most)
         if most is not None and least > most:
@@ -260,10 +259,9 @@ class _Translator:
         prefix: Any,
         bounds: tuple[int, int | None],
         path: str,
-        within: tuple[str, ...],
     ) -> Node:
         """`uniqueItems`, of entries out of a list of values: in the list's order."""
-        one, _ = self._one(checked(items, path), path, within)
+        one = self._one(checked(items, path), path)
         values = one.get("enum") if isinstance(one, Mapping) else None
         if isinstance(one, Mapping) and one.get("type") == "boolean":
             values = [False, True]
@@ -307,20 +305,18 @@ class _Translator:
             )
         return self._layout.in_order(entries, least, most)
 
-    def _object(
-        self, schema: Mapping[str, Any], path: str, within: tuple[str, ...]
-    ) -> Node:
+    def _object(self, schema: Mapping[str, Any], path: str) -> Node:
         least, most = counts(schema, "minProperties", "maxProperties", path)
         properties = mapping(schema, "properties", path)
         by_pattern = mapping(schema, "patternProperties", path)
-        others = schema.get("additionalProperties", True)
+        others = schema.get("additionalProperties", not self._closed)
         required = schema.get("required", [])
         if not isinstance(required, list) or not all(
             isinstance(key, str) for key in required
         ):
             raise fail(path, "required is a list of names")
         if not properties and not required:
-            return self._map(schema, (least, most), path, within)
+            return self._map(schema, (least, most), path)
         if "propertyNames" in schema:
             raise fail(path, "propertyNames beside properties is not supported")
         for key in properties | dict.fromkeys(required, None):
@@ -335,7 +331,7 @@ class _Translator:
         keys = [*properties, *(key for key in required if key not in properties)]
         for key in dict.fromkeys(keys):
             place = f"{path}/properties/{key}"
-            value = self.node(properties.get(key, others), place, within)
+            value = self.node(properties.get(key, others), place)
             if value == NOTHING:
                 if key in required:
                     return NOTHING
@@ -351,7 +347,6 @@ class _Translator:
         schema: Mapping[str, Any],
         bounds: tuple[int, int | None],
         path: str,
-        within: tuple[str, ...],
     ) -> Node:
         """An object that may have any keys."""
         least, most = bounds
@@ -363,7 +358,7 @@ class _Translator:
             )
         by_pattern = mapping(schema, "patternProperties", path)
         names = schema.get("propertyNames", True)
-        others = schema.get("additionalProperties", True)
+        others = schema.get("additionalProperties", not self._closed)
         if len(by_pattern) > 1 or (by_pattern and names is not True):
             raise fail(
                 path,
@@ -376,24 +371,23 @@ class _Translator:
             key = string_node({"pattern": pattern}, f"{path}/patternProperties")
             others, place = value, f"{path}/patternProperties/{pattern}"
         if names is not True:
-            key = self._key(names, f"{path}/propertyNames", within)
+            key = self._key(names, f"{path}/propertyNames")
         if others is True and "additionalProperties" not in schema and not by_pattern:
-            value_node = self._layout.anything(2)
+            value_node = self._anything(path, 2)
         else:
-            value_node = self.node(others, place, within)
+            value_node = self.node(others, place)
         if NOTHING in (key, value_node):
             return NOTHING if least else self._layout.object(EMPTY)
         member = self._layout.member(key, value_node)
         return self._layout.object(self._layout.listed(member, least, most))
 
-    def _key(self, schema: Any, path: str, within: tuple[str, ...]) -> Node:
-        one, _ = self._one(checked(schema, path), path, within)
+    def _key(self, schema: Any, path: str) -> Node:
+        one = self._one(checked(schema, path), path)
         if isinstance(one, bool):
             return STRING if one else NOTHING
         only_strings = merge(one, {"type": "string"}, path)
-        return self.node(only_strings, path, within)
+        return self.node(only_strings, path)
 
 
 def _either(nodes: list[Node]) -> Node:
-    found = [node for node in dict.fromkeys(nodes) if node != NOTHING]
-    return choice(found)
+    return choice(node for node in nodes if node != NOTHING)

@@ -8,7 +8,7 @@ schema is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_dlm.constraints.keywords import (
@@ -83,6 +83,41 @@ _MOST = {
 }
 
 
+def refuse_cycle(root: Schema, name: Any, path: str) -> None:
+    """Refuse a reference to a schema that contains itself.
+
+    Raises:
+        ConstraintError: it names the references that lead back.
+    """
+    ways: list[tuple[Any, ...]] = [(name,)]
+    seen = set()
+    for way in ways:
+        for inner in _references(look_up(root, way[-1], path)):
+            if inner == name:
+                cycle = " -> ".join(map(str, (*way, name)))
+                raise fail(
+                    path,
+                    f"the schema contains itself ({cycle}), and values of any depth "
+                    "are not supported; write the levels out",
+                )
+            if inner not in seen:
+                seen.add(inner)
+                ways.append((*way, inner))
+
+
+def _references(value: Any) -> Iterator[str]:
+    """The references in a schema, but for those of its definitions."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _references(each)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name == "$ref" and isinstance(inner, str):
+                yield inner
+            elif name not in ("$defs", "definitions", "const", "enum", "default"):
+                yield from _references(inner)
+
+
 def merge(one: Schema, other: Schema, path: str) -> Schema:
     """A schema that holds exactly where both do.
 
@@ -122,10 +157,6 @@ def merge(one: Schema, other: Schema, path: str) -> Schema:
             return False
         elif name == "uniqueItems":
             merged[name] = True
-        elif name in ("allOf", "$refs"):
-            merged[name] = [*merged[name], *value]
-        elif name == "$ref":
-            merged.setdefault("$refs", []).append(value)
         else:
             raise fail(
                 path, f"two schemas with {name} hold together; write them as one"
