@@ -27,7 +27,7 @@ SCHEMA = {"type": "object", "properties": {}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
 TOOL = {"name": "look", "input_schema": SCHEMA}
-GRAMMAR = {"structured_outputs": StructuredOutputsParams(regex="a")}
+GRAMMAR = {"structured_outputs": StructuredOutputsParams(grammar="a")}
 
 
 def completion(**body):

@@ -116,7 +116,7 @@ def _params(strategy):
         ("alg_temp", "'dlm_alg_temp'"),
         ("cfg_scale", "classifier-free guidance is not supported"),
         ("mask_id", "the model's own"),
-        ("guided_json", "grammar"),
+        ("guided_json", "structured_outputs"),
         ("Dlm", "'dlm'"),
         ("mode", "'dlm_mode'"),
     ],

@@ -41,6 +41,11 @@ def test_a_long_trigger_stays_small() -> None:
         (A, ["<a>12</a>"], ["<a>x</a>", "12"]),
         (B, ["<b>x<b></b>", "<b></b>"], ["<b></b></b>"]),
         ({**A, "end": ["</a>", "</>"]}, ["<a>1</>", "<a>1</a>"], ["<a>1"]),
+        (
+            {"type": "json_schema", "json_schema": True},
+            ['{"a": [1, "b"]}', "{}"],
+            ['"a"', "[]"],
+        ),
         ({"type": "const_string", "value": "a.b"}, ["a.b"], ["axb"]),
         ({"type": "regex", "pattern": "a+"}, ["aa"], ["b"]),
         ({"type": "any_text", "excludes": ["x"]}, ["", "abc"], ["axb"]),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.config.carried import carry
+from vllm_dlm.config.carried import PATTERN, carry
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -29,6 +29,8 @@ class NotedOptions(dict[str, Any]):
 
     config: RequestConfig | None = None
     """How the request will be decoded; None before its options are read."""
+    pattern: str | None = None
+    """What its text must match; None for any text."""
 
 
 def take_notes(params: SamplingParams) -> None:
@@ -68,6 +70,14 @@ def note(params: SamplingParams, config: RequestConfig) -> None:
                 params.min_tokens = least
 
 
+def note_pattern(params: SamplingParams, pattern: str) -> bool:
+    """Note what a request's text must match; returns whether its parameters can."""
+    if not isinstance(params.extra_args, NotedOptions):
+        return False
+    params.extra_args.pattern = pattern
+    return True
+
+
 def send_off(params: SamplingParams) -> None:
     """Give an engine's request what was noted, as plain data in place of its options.
 
@@ -77,4 +87,6 @@ def send_off(params: SamplingParams) -> None:
     asked = params.extra_args
     if isinstance(asked, NotedOptions):
         sent = asked if asked.config is None else carry(asked, asked.config)
+        if asked.pattern is not None:
+            sent = {**sent, PATTERN: asked.pattern}
         params.extra_args = dict(sent) or None

@@ -15,12 +15,13 @@ from vllm_dlm.admission.bounds import check_bounds
 from vllm_dlm.admission.client_fields import field_of, options_field
 from vllm_dlm.admission.numbers import check_numbers
 from vllm_dlm.admission.options import read_options
+from vllm_dlm.admission.structured import constrain
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.messages import OptionError, bounded, name_of, quote
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
@@ -38,6 +39,8 @@ HONOURED = frozenset(
         "min_tokens",
         "ignore_eos",
         "logprobs",
+        # See `structured.py`.
+        "structured_outputs",
         # The scheduler, over finished tokens: lengths and stops.
         "max_tokens",
         "stop_token_ids",
@@ -69,7 +72,6 @@ REFUSED: dict[str, str] = {
     "presence_penalty": _ORDER,
     "frequency_penalty": _ORDER,
     "repetition_penalty": _ORDER,
-    "structured_outputs": "a grammar needs text that grows from left to right",
     "prompt_logprobs": f"{_PROMPT} (`echo` with `logprobs`, and `echo` of a chat, "
     "ask for them too)",
     "prompt_logprob_token_ids": _PROMPT,
@@ -119,12 +121,17 @@ def validate_sampling_params(
     except ValueError as error:
         raise refusal(error) from error
     try:
-        return read_options(params, model_config)
+        config = read_options(params, model_config)
     except ValueError as error:
         # Also of a strategy, or of a cache policy, which do not know who asks.
         path = getattr(error, "field", None)
         carrier = options_field() + (f".{name_of(path)}" if path else "")
         raise refusal(OptionError(str(error), carrier)) from error
+    try:
+        constrain(params, model_config, config)
+    except OptionError as error:
+        raise refusal(error) from None
+    return config
 
 
 def refusal(error: ValueError) -> VLLMValidationError:
@@ -175,6 +182,27 @@ def refuse_beam_search(model_config: ModelConfig | None) -> None:
             "beam search is not supported for diffusion language models: it extends "
             "texts token by token; use `n` with a temperature instead",
             parameter=field_of("use_beam_search"),
+        )
+
+
+def refuse_reasoning(params: SamplingParams, vllm_config: VllmConfig) -> None:
+    """Refuse a constraint where the answer begins with a thought.
+
+    Raises:
+        VLLMValidationError: the server has a reasoning parser (HTTP 400).
+    """
+    if params.structured_outputs is None:
+        return
+    parser = vllm_config.structured_outputs_config.reasoning_parser
+    if parser:
+        name = field_of("structured_outputs")
+        raise refusal(
+            OptionError(
+                f"{name}: the whole answer has to match, and this server's "
+                f"--reasoning-parser {parser} would look for a thought in it; start "
+                "the server without, or ask without a constraint",
+                "structured_outputs",
+            )
         )
 
 

@@ -16,7 +16,7 @@ _CACHE = "dlm_cache"
 _THRESHOLD = "dlm_threshold"
 _LENGTH = "max_tokens"
 _GUIDANCE = "classifier-free guidance is not supported"
-_GRAMMAR = "a grammar needs text that grows from left to right"
+_GRAMMAR = "use the fields structured_outputs or response_format"
 _MASK = "the mask token is the model's own"
 
 FOREIGN: dict[str, str] = {

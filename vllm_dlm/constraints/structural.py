@@ -140,7 +140,10 @@ def _schema(value: Mapping[str, Any], layout: Layout) -> Node:
             "diffusion language models; use a tool parser that writes calls as JSON "
             "(hermes, llama3_json, ...)"
         )
-    return schema_node(value["json_schema"], layout)
+    schema = value["json_schema"]
+    # Of tools that are not strict, vLLM says that anything goes: arguments of a call
+    # are an object all the same.
+    return schema_node({"type": "object"} if schema is True else schema, layout)
 
 
 def _tag(value: Mapping[str, Any], layout: Layout, depth: int) -> Node:

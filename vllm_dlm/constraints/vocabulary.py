@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dlm.constraints import loops
+from vllm_dlm.constraints.limits import ConstraintError
 
 BLANK = "\u2581"
 """SentencePiece's letter for a blank."""
@@ -81,7 +82,7 @@ class Vocabulary:
             size: ids that the model has logits for; others are left out.
 
         Raises:
-            ValueError: the tokenizer does not say how its tokens are written.
+            ConstraintError: the tokenizer does not say how its tokens are written.
         """
         special = set(tokenizer.all_special_ids)
         special |= {
@@ -120,7 +121,7 @@ def _spelling_of(tokenizer: Any) -> Any:
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(
+        raise ConstraintError(
             "structured output needs a fast tokenizer (tokenizer.json), and "
             f"{type(tokenizer).__name__} is none"
         )

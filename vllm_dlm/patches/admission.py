@@ -333,6 +333,7 @@ def _check(
         for wing in wings():
             wing.check_request(sampling_params, vllm_config.speculative_config)
         return
+    request.refuse_reasoning(sampling_params, vllm_config)
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
     if isinstance(prompt, dict):

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny LLaDA with random weights whose tokens are the 256 bytes: it spells JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from reference.llada import write_random_checkpoint
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from vllm_dlm.constraints.vocabulary import byte_letters
+
+MASK, EOS = 257, 258
+SPECIAL = {"<|mdm_mask|>": MASK, "<|endoftext|>": EOS, "<|startoftext|>": 259}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+    "{% endfor %}assistant: "
+)
+
+
+def write_byte_model(folder: Path, **changes: int) -> Path:
+    """Write the checkpoint and its tokenizer; token i below 256 is byte i."""
+    write_random_checkpoint(
+        folder,
+        seed=3,
+        vocab_size=260,
+        mask_token_id=MASK,
+        eos_token_id=EOS,
+        max_sequence_length=2048,
+        **changes,
+    )
+    vocab = dict(byte_letters())
+    tokenizer = Tokenizer(BPE(vocab={**vocab, "unused": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in SPECIAL]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    described["chat_template"] = CHAT_TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder
