@@ -3,7 +3,8 @@
 
 A diffusion model (llada-tiny, two steps for a block of 8, so that it errs) and an
 autoregressive one (llama-tiny-draft) answer held-out questions. Beside each search
-stands best of n with about as many generated tokens: what the search itself gains.
+stands best of n with about as many generated tokens, by the checker or, where the
+search has no scorer, by its own log-probability: what the search itself gains.
 
 Scorers know the answer here. `checked` says whether a text is right; `graded` also says
 how much of an unfinished text is, in place of a process reward model: a perfect one.
@@ -39,6 +40,9 @@ TASKS = {
 }
 MAX_TOKENS = {DIFFUSION: 32, AUTOREGRESSIVE: 40}
 BLOCKS = {"strategy": "static", "block_length": 8, "steps_per_block": 2}
+SIXTEEN = {"strategy": "static", "block_length": 8, "steps": 16}
+"""As many steps as HEX takes for each of its answers."""
+GREEDY = {"n": 1, "temperature": 0}
 SEED = 7
 
 Scorer = Callable[[Sequence[Any]], list[float]]
@@ -72,12 +76,12 @@ class Way:
     driver: str
     options: dict[str, Any] = field(default_factory=dict)
     scorer: Scorer | None = None
-    own_options: bool = False
-    """Whether the driver sets the requests' `dlm` options itself."""
+    dlm: dict[str, Any] = field(default_factory=lambda: BLOCKS)
+    """Options of a diffusion model's requests, besides those that the driver sets."""
 
 
 BOTH = [
-    Way("greedy", "best_of_n", {"n": 1, "temperature": 0}),
+    Way("greedy", "best_of_n", GREEDY),
     Way("best of 8", "best_of_n", {"n": 8}, checked),
     Way("best of 16", "best_of_n", {"n": 16}, checked),
     Way("best of 8 by its own log-probability", "best_of_n", {"n": 8}),
@@ -86,7 +90,8 @@ BOTH = [
 WAYS = {
     DIFFUSION: [
         *BOTH,
-        Way("vote, HEX", "vote", {"hex": True}, own_options=True),
+        Way("vote, HEX: 16 steps", "vote", {"hex": True}, dlm={}),
+        Way("greedy in 16 steps", "best_of_n", GREEDY, dlm=SIXTEEN),
         Way("best_first", "best_first", {"k": 4}, graded),
         Way("particles", "particles", {"n": 8}, graded),
         Way("particles by their own probability", "particles", {"n": 8}),
@@ -150,15 +155,17 @@ class Measured:
             options["kv_cache_memory_bytes"] = 64 << 20
         self.llm = LLM(model, **options)
         self.problems = sample_problems(num_problems, SEED, "heldout", TASKS[model])
-        self._best_of: dict[int, Row] = {}
+        self._best_of: dict[tuple[int, bool], Row] = {}
+        # Some functions are compiled when they are first called.
+        self.ask(Way("", "best_of_n", {"n": 2}))
 
     def ask(self, way: Way) -> Row:
         """Measure one way."""
         from vllm_dlm import search
 
         sampling = None
-        if self.model == DIFFUSION and not way.own_options:
-            sampling = {"extra_args": {"dlm": BLOCKS}}
+        if self.model == DIFFUSION:
+            sampling = {"extra_args": {"dlm": way.dlm}}
         started = time.monotonic()
         results = search.run(
             self.llm,
@@ -186,22 +193,24 @@ class Measured:
             seconds,
         )
 
-    def best_of(self, n: int) -> Row:
-        """Best of n with the checker, measured once."""
-        if n not in self._best_of:
+    def best_of(self, n: int, is_scored: bool) -> Row:
+        """Best of n by the checker, or by its own log-probability; measured once."""
+        if (n, is_scored) not in self._best_of:
             options = {"n": n, "temperature": 1.0 if n > 1 else 0.0}
-            self._best_of[n] = self.ask(Way("", "best_of_n", options, checked))
-        return self._best_of[n]
+            way = Way("", "best_of_n", options, checked if is_scored else None)
+            self._best_of[n, is_scored] = self.ask(way)
+        return self._best_of[n, is_scored]
 
     def row(self, way: Way) -> Row:
         """A way, with best of n beside it."""
         row = self.ask(way)
         if way.driver == "best_of_n":
             return row
-        each = self.best_of(8).generated / 8
+        is_scored = way.scorer is not None
+        each = self.best_of(8, is_scored).generated / 8
         n = max(1, round(row.generated / each))
-        values = {**asdict(row), "equal_n": n}
-        return Row(**{**values, "equal_accuracy": self.best_of(n).accuracy})
+        beside = self.best_of(n, is_scored).accuracy
+        return Row(**{**asdict(row), "equal_n": n, "equal_accuracy": beside})
 
 
 def table_of(rows: Sequence[Row]) -> str:
