@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_dlm import search
     from vllm_dlm.entrypoints.canvas_fields import fields
     from vllm_dlm.entrypoints.llm import LLM
     from vllm_dlm.entrypoints.step_maps import StepMap, step_map
@@ -19,7 +20,15 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0+unknown"
 
-__all__ = ["LLM", "EntropyRouter", "StepMap", "__version__", "fields", "step_map"]
+__all__ = [
+    "LLM",
+    "EntropyRouter",
+    "StepMap",
+    "__version__",
+    "fields",
+    "search",
+    "step_map",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +44,10 @@ def __getattr__(name: str) -> Any:
         from vllm_dlm.entrypoints.canvas_fields import fields
 
         return fields
+    if name == "search":
+        from importlib import import_module
+
+        return import_module("vllm_dlm.search")
     if name in ("StepMap", "step_map"):
         from vllm_dlm.entrypoints import step_maps
 
