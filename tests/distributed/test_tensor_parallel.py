@@ -19,6 +19,7 @@ from engine import block_cases
 from engine.block_cases import BlockCase
 from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
 from engine.harness import Engine, params
+from engine.test_frames import watched
 from reference.llada import TinyLLaDA
 
 pytestmark = pytest.mark.slow
@@ -112,6 +113,15 @@ def test_all_workers_use_the_first_ones_filter(
     one, two = engines(llada, "mp", 1), engines(llada, backend, 2)
     two.llm.collective_rpc(lose_filters)
     assert run_cases(two, cases) == run_cases(one, cases)
+
+
+def test_frames(engines: Engines, llada: Path, backend: str):
+    """One worker tells of what both have decided."""
+    cases = FULL[:14]
+    with watched() as replay:
+        results = run_cases(engines(llada, backend, 2), cases)
+    for number, result in enumerate(results):
+        replay.check(result.output, number)
 
 
 def test_a_lost_worker_ends_requests_with_an_error(

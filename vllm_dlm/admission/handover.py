@@ -13,7 +13,7 @@ from __future__ import annotations
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.config.carried import PATTERN, carry
+from vllm_dlm.config.carried import PATTERN, WATCHED, carry
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -31,6 +31,8 @@ class NotedOptions(dict[str, Any]):
     """How the request will be decoded; None before its options are read."""
     pattern: str | None = None
     """What its text must match; None for any text."""
+    watched: int | None = None
+    """Who watches its canvas (`config/carried.py`, `WATCHED`); None for nobody."""
 
 
 def take_notes(params: SamplingParams) -> None:
@@ -89,4 +91,6 @@ def send_off(params: SamplingParams) -> None:
         sent = asked if asked.config is None else carry(asked, asked.config)
         if asked.pattern is not None:
             sent = {**sent, PATTERN: asked.pattern}
+        if asked.watched is not None:
+            sent = {**sent, WATCHED: asked.watched}
         params.extra_args = dict(sent) or None

@@ -33,6 +33,10 @@ PATTERN = "dlm_pattern"
 """Another such key: a regular expression that the text must match, from the front end
 to scheduler and worker (`model_executor/patterns.py`)."""
 
+WATCHED = "dlm_watched"
+"""And another, of a request whose canvas somebody watches: the front end's number of
+whoever does (`entrypoints/frames.py`), which comes back with each frame."""
+
 _SCALARS = (type(None), bool, int, float, str)
 
 
@@ -71,7 +75,9 @@ def request_config(
     """
     plain = (extra_args or {}).get(CARRIED)
     if plain is None:
-        return resolve(server, extra_args, defaults)
+        asked = {**(extra_args or {})}
+        asked.pop(WATCHED, None)
+        return resolve(server, asked, defaults)
     return from_plain(plain)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 EndOfText = Literal["off", "block", "token", "canvas"]
+Frames = Literal["off", "writes", "text"]
 
 COMPILE = ("auto", "all", "none")
 """What the option `compile` may say instead of names of strategies."""
@@ -172,6 +173,14 @@ class DlmConfig(BaseModel):
         description="Give each finished output its step map: per token the denoise "
         "step that wrote it, its log-probability in that step, and whether it was "
         "edited. Not for streamed requests.",
+    )
+    frames: Frames = Field(
+        default="off",
+        description="Show the canvas while it fills: between the chunks of a stream of "
+        "/v1/completions or /v1/chat/completions come frames, a chunk with an empty "
+        "delta per denoise step. `writes`: what changed on the canvas; `text`: the "
+        "active block as text too. A server's setting is for all streams of these "
+        "routes. docs/watching.md",
     )
     max_canvas: Count | None = Field(
         default=None,

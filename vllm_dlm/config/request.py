@@ -26,6 +26,7 @@ from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import (
     DlmConfig,
     EndOfText,
+    Frames,
     is_server_only,
     parse_params,
 )
@@ -81,6 +82,7 @@ class RequestConfig:
     tccf: ThinkCoarse | None
     reference_exact: bool
     step_map: bool
+    frames: Frames
     canvas: Canvas | None = None
     """What the request has brought; None for masks alone."""
 
@@ -226,6 +228,7 @@ def resolve(
         tccf=tccf,
         reference_exact=reference_exact,
         step_map=step_map,
+        frames=_first_set("frames", asked, server).frames,
     )
     if growth != "none":
         _check_growth(config, asked, defaults)

@@ -10,13 +10,18 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import vllm
 
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.entrypoints.flags import FLAG_PREFIX, fold_options
+from vllm_dlm.entrypoints.frames import CanvasFrame, FrameCalls, watching
 from vllm_dlm.messages import unknown
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
 
 
 def _with_options(init: Callable[..., None]) -> Callable[..., None]:
@@ -98,3 +103,37 @@ class LLM(vllm.LLM):
             additional_config=fold_options(additional_config or {}, options),
             **kwargs,
         )
+
+    def generate(
+        self,
+        *args: Any,
+        on_frame: Callable[[CanvasFrame], object] | None = None,
+        **kwargs: Any,
+    ) -> list[RequestOutput]:
+        """As `vllm.LLM.generate`.
+
+        Args:
+            *args: as there.
+            on_frame: called after each denoise step of each sample with what changed on
+                its canvas. The next step waits until the call returns.
+            **kwargs: as there.
+        """
+        with _watched(on_frame):
+            return super().generate(*args, **kwargs)
+
+    def chat(
+        self,
+        *args: Any,
+        on_frame: Callable[[CanvasFrame], object] | None = None,
+        **kwargs: Any,
+    ) -> list[RequestOutput]:
+        """As `vllm.LLM.chat`; `on_frame` is as in `generate`."""
+        with _watched(on_frame):
+            return super().chat(*args, **kwargs)
+
+
+def _watched(
+    on_frame: Callable[[CanvasFrame], object] | None,
+) -> AbstractContextManager[None]:
+    """Have requests watched that are admitted meanwhile, if anybody wants it."""
+    return nullcontext() if on_frame is None else watching(FrameCalls(on_frame))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config.compilation import CompilationMode
 
-from vllm_dlm.config.carried import CANVAS_END, PATTERN, request_config
+from vllm_dlm.config.carried import CANVAS_END, PATTERN, WATCHED, request_config
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
@@ -167,6 +167,8 @@ class RequestFacts:
     canvas_end: int = 0
     """Of a request that returns after a preemption, if the scheduler says so: one past
     its canvas's last position. Else 0."""
+    is_watched: bool = False
+    """Whether each of its steps sends a frame (`frames.py`)."""
 
     @property
     def min_tokens(self) -> int:
@@ -188,6 +190,7 @@ class RequestFacts:
         in_second_stage = asked.pop(SECOND_STAGE, False)
         canvas_end = asked.pop(CANVAS_END, 0)
         pattern = asked.pop(PATTERN, None)
+        is_watched = asked.pop(WATCHED, None) is not None
         config = request_config(asked, engine.server, engine.defaults)
         config = config.sized(params.max_tokens, engine.max_canvas)
         if in_second_stage:
@@ -223,4 +226,5 @@ class RequestFacts:
             ),
             canvas_end=canvas_end,
             pattern=pattern,
+            is_watched=is_watched,
         )

@@ -81,6 +81,8 @@ class HostSlots:
         """Whether drafts are verified by every second forward (`Strategy.verifies`)."""
         self.opens_alone = per_slot(bool)
         """Whether a block's first step writes its first token alone (`opening.py`)."""
+        self.is_watched = per_slot(bool)
+        """Whether each step sends a frame (`frames.py`)."""
         self.block_start = per_slot()
         """Position of the active block's first token."""
         self.step = per_slot()
@@ -109,6 +111,7 @@ class HostSlots:
         looks_out: bool,
         exact: bool,
         runs_ahead: bool,
+        is_watched: bool,
     ) -> None:
         """Take over the layout of a new request.
 
@@ -119,10 +122,12 @@ class HostSlots:
             exact: whether its option `reference_exact` is.
             runs_ahead: whether its forwards are planned before the last outcome is
                 there.
+            is_watched: whether each of its steps sends a frame.
         """
         # What is on its way for this slot is of the request before.
         self._arriving = deque(sent.without(slot) for sent in self._arriving)
         self.runs_ahead[slot] = runs_ahead
+        self.is_watched[slot] = is_watched
         self.prompt_len[slot] = layout.prompt_len
         self.block_length[slot] = layout.block_length
         self.attended_length[slot] = layout.attended_length

@@ -7,22 +7,28 @@ vLLM's reply has fixed fields, made for autoregressive models. From worker to sc
   that another, where the rows of the request's next forward end;
 - rows through lm_head, and which requests' logits are broken: `num_nans_in_logits`, of
   which vLLM reads nothing by default;
-- step maps: columns of the log-probabilities (`step_maps.py`).
+- step maps: columns of the log-probabilities (`step_maps.py`);
+- frames, of canvases that somebody watches: in place of the tokens that sampling has
+  left (`sampling_masks`), which are not returned for our models (`frames.py`).
 
 From the scheduler on (`scheduler.py`): step maps as `routed_experts` of each output,
+frames as an entry of `kv_transfer_params`, with outputs that have no token too,
 rows of a forward as `scheduled_spec_decode_tokens`, the work of a step as
 `num_draft_tokens_per_pos` of the statistics for `/metrics`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 if TYPE_CHECKING:
     from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
+    from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
+
+    from vllm_dlm.model_executor.frames import FrameTensors
 
 
 def put_end(
@@ -89,6 +95,11 @@ class Reply(NamedTuple):
     masked: torch.Tensor
     """[requests + 1, B] bool, for the next plan: masks of the active block."""
 
+    @property
+    def canvas_ends(self) -> torch.Tensor:
+        """[requests + 1] int32: where each canvas ends after the step."""
+        return self.counts[4]
+
     @classmethod
     def empty(
         cls, num_reqs: int, width: int, device: torch.device, most: int = 0
@@ -128,13 +139,17 @@ class Reply(NamedTuple):
         self.masked[rows[:, None], columns[: masked.shape[1]]] = masked
 
     def for_runner(
-        self, logprobs: LogprobsTensors | None, for_vllm: bool
+        self,
+        logprobs: LogprobsTensors | None,
+        for_vllm: bool,
+        frames: FrameTensors | None = None,
     ) -> SamplerOutput:
         """In vLLM's form.
 
         Args:
             for_vllm: vLLM looks for NaNs (`VLLM_COMPUTE_NANS_IN_LOGITS`): the numbers
                 are its own, above 0 where there are some.
+            frames: of the requests that are watched, if any is.
         """
         num_sampled, num_rejected, num_nans = self.counts[:3, :-1]
         if for_vllm:
@@ -145,6 +160,8 @@ class Reply(NamedTuple):
             num_nans=num_nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
+            # It is read by the methods that frames have too.
+            sampling_mask_tensors=cast("SamplingMaskTensors | None", frames),
         )
 
 

@@ -133,6 +133,7 @@ class RequestSlots(Columns):
             looks_out=config.eotp == "canvas",
             exact=config.reference_exact,
             runs_ahead=request.runs_ahead,
+            is_watched=request.is_watched,
         )
         if request.canvas_end:
             self.host.canvas_end[slot] = request.canvas_end

@@ -22,10 +22,17 @@ from vllm_dlm.admission.client_fields import (
     options_field,
     sent_by,
 )
-from vllm_dlm.admission.handover import noted, private_copy, send_off, take_notes
+from vllm_dlm.admission.handover import (
+    NotedOptions,
+    noted,
+    private_copy,
+    send_off,
+    take_notes,
+)
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
-from vllm_dlm.entrypoints import step_maps
+from vllm_dlm.entrypoints import frames, step_maps
+from vllm_dlm.entrypoints.frame_streams import StreamWatcher
 from vllm_dlm.entrypoints.wings import wings
 from vllm_dlm.messages import LONGEST_MESSAGE, OptionError, bounded, name_of
 from vllm_dlm.patches.ledger import Make, Where, patch
@@ -47,8 +54,12 @@ if TYPE_CHECKING:
     from vllm_dlm.config.request import RequestConfig
 
 
-def handle(route: Route) -> Make:
-    """A route's handler: what the client sent is known here, under its own names."""
+def handle(route: Route, *, has_frames: bool = False) -> Make:
+    """A route's handler: what the client sent is known here, under its own names.
+
+    Args:
+        has_frames: the route's streams have frames.
+    """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         async def answer(self: BaseServing, *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +75,11 @@ def handle(route: Route) -> Make:
                     await _refuse_unread(route, body, raw_request, ours)
                     if ours and getattr(body, "suffix", None) is not None:
                         given["request"] = suffixes.as_option(body)
-                        return await original(self, **given)
-                    return await original(self, *args, **kwargs)
+                        args, kwargs = (), given
+                    if not (ours and has_frames):
+                        return await original(self, *args, **kwargs)
+                    with frames.watching(StreamWatcher()):
+                        return await original(self, *args, **kwargs)
                 except OptionError as error:
                     raise request.refusal(error) from None
                 except VLLMValidationError as error:
@@ -239,6 +253,7 @@ def process_inputs(
             _refuse_wide_canvas(
                 noted(made.sampling_params), made.prompt_token_ids, self.model_config
             )
+            _have_watched(made.sampling_params)
             send_off(made.sampling_params)
         return made
 
@@ -336,6 +351,7 @@ def _check(
     request.refuse_reasoning(sampling_params, vllm_config)
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
+    _have_watched(sampling_params)
     if isinstance(prompt, dict):
         ids = prompt.get("prompt_token_ids")
         _refuse_unknown_ids(ids, model_config)
@@ -356,6 +372,20 @@ def _refuse_wide_canvas(
         check_with_prompt(config.canvas, len(ids), model_config.max_model_len)
     except OptionError as error:
         raise request.refusal(error) from None
+
+
+def _have_watched(sampling_params: SamplingParams) -> None:
+    """Have a request watched whose options, or whose watcher, ask for it.
+
+    Raises:
+        VLLMValidationError: there is nobody to be shown its frames (HTTP 400).
+    """
+    asked = sampling_params.extra_args
+    if isinstance(asked, NotedOptions) and asked.config and asked.watched is None:
+        try:
+            asked.watched = frames.watch(asked.config, sampling_params)
+        except OptionError as error:
+            raise request.refusal(error) from None
 
 
 def _refuse_unknown_ids(ids: Sequence[int] | None, model_config: ModelConfig) -> None:

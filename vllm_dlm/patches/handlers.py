@@ -29,7 +29,9 @@ from vllm_dlm.patches.admission import checked_before_the_stream, handle
 from vllm_dlm.patches.ledger import Make, Where, patch
 from vllm_dlm.patches.replies import (
     chat_response,
+    chat_stream,
     completion_response,
+    completion_stream,
     raise_if_error,
 )
 from vllm_dlm.vllm_objects import missing
@@ -61,12 +63,20 @@ HANDLERS: dict[str, Route] = {
 }
 """Method of the HTTP server -> the route whose requests it handles."""
 
+WITH_FRAMES = (f"{_COMPLETION}.create_completion", f"{_CHAT}.create_chat_completion")
+"""Those whose streams have frames."""
+
 METHODS: dict[str, Make] = {
-    **{symbol: handle(route) for symbol, route in HANDLERS.items()},
+    **{
+        symbol: handle(route, has_frames=symbol in WITH_FRAMES)
+        for symbol, route in HANDLERS.items()
+    },
     f"{_RESPONSES}._generate_with_builtin_tools": checked_before_the_stream,
     f"{_GENERATE}._raise_if_error": raise_if_error,
     f"{_COMPLETION}.request_output_to_completion_response": completion_response,
     f"{_CHAT}.chat_completion_full_generator": chat_response,
+    f"{_COMPLETION}.completion_stream_generator": completion_stream,
+    f"{_CHAT}.chat_completion_stream_generator": chat_stream,
 }
 """Method of a handler -> from the original to ours."""
 
@@ -92,8 +102,8 @@ METHODS: dict[str, Make] = {
 def base_serving_init(original: Callable[..., None]) -> Callable[..., None]:
     """Gives the handler a subclass that refuses fields which are meant as our options,
     remembers what the client calls a sampling parameter, cuts refusals short, checks
-    requests before a stream begins, makes an option of a suffix, and adds step maps and
-    fields to answers."""
+    requests before a stream begins, makes an option of a suffix, and adds step maps,
+    fields and frames to answers."""
 
     def init(self: BaseServing, *args: Any, **kwargs: Any) -> None:
         self.__class__ = subclass(type(self))  # type: ignore[arg-type]

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of the HTTP server: step maps and fields in them, and why there is none.
+"""Answers of the HTTP server: what vLLM has no place for, and errors that say why.
 
 Methods of vLLM's handlers, from the original to ours; `handlers.py` puts them in.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission import broken_logits
 from vllm_dlm.admission.sampling_params import is_ours
-from vllm_dlm.entrypoints import canvas_fields, step_maps
+from vllm_dlm.entrypoints import canvas_fields, frames, step_maps
+from vllm_dlm.entrypoints.frame_streams import FrameForm, StreamWatcher, interleaved
 from vllm_dlm.entrypoints.results import watched
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.outputs import RequestOutput
+    from vllm.tokenizers import TokenizerLike
 
 
 def raise_if_error(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,3 +89,90 @@ def chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
         return response
 
     return respond
+
+
+def completion_stream(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Puts frames between the chunks of a stream whose request asked for them."""
+
+    def stream(
+        self: OpenAIServingCompletion,
+        request: Any,
+        engine_inputs: Any,
+        results: AsyncIterator[tuple[int, RequestOutput]],
+        request_id: str,
+        created_time: int,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncGenerator[str, None]:
+        def answer(results: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
+            generator: AsyncGenerator[str, None] = original(
+                *(self, request, engine_inputs, results, request_id, created_time),
+                *(model_name, *args),
+                **kwargs,
+            )
+            return generator
+
+        about = {
+            "id": request_id,
+            "object": "text_completion",
+            "created": created_time,
+            "model": model_name,
+        }
+        nothing = {"text": "", "logprobs": None}
+        return _with_frames(answer, results, about, nothing, kwargs.get("tokenizer"))
+
+    return stream
+
+
+def chat_stream(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for chats."""
+
+    def stream(
+        self: OpenAIServingChat,
+        request: Any,
+        results: AsyncIterator[RequestOutput],
+        request_id: str,
+        model_name: str,
+        conversation: Any,
+        tokenizer: TokenizerLike | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> AsyncGenerator[str, None]:
+        def answer(results: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
+            generator: AsyncGenerator[str, None] = original(
+                *(self, request, results, request_id, model_name, conversation),
+                *(tokenizer, *args),
+                **kwargs,
+            )
+            return generator
+
+        about = {
+            "id": request_id,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model_name,
+        }
+        return _with_frames(answer, results, about, {"delta": {}}, tokenizer)
+
+    return stream
+
+
+def _with_frames(
+    answer: Callable[[AsyncIterator[Any]], AsyncGenerator[str, None]],
+    results: AsyncIterator[Any],
+    about: dict[str, Any],
+    nothing: dict[str, Any],
+    tokenizer: TokenizerLike | None,
+) -> AsyncGenerator[str, None]:
+    """A streamed answer, with frames if somebody watches; else the answer itself.
+
+    Args:
+        answer: makes vLLM's stream of the engine's results.
+        about: see `FrameForm`, `nothing` too.
+    """
+    watcher = frames.watcher()
+    if not isinstance(watcher, StreamWatcher) or not watcher:
+        return answer(results)
+    form = FrameForm(about, nothing, tokenizer, with_text=watcher.with_text)
+    return interleaved(answer(watched(results, watcher.count)), watcher, form)

@@ -20,6 +20,7 @@ THEMES = (
     "vllm_dlm.patches.flags",
     "vllm_dlm.patches.admission",
     "vllm_dlm.patches.handlers",
+    "vllm_dlm.patches.frames",
     "vllm_dlm.patches.ray_failures",
     "vllm_dlm.spec_decode.patches",
 )

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dlm.kernels.token_stats import token_stats
 from vllm_dlm.model_executor.constrained import Constrained
+from vllm_dlm.model_executor.frames import FrameTensors
 from vllm_dlm.model_executor.reply import Reply
 from vllm_dlm.model_executor.sampling.advance import Advance
 from vllm_dlm.model_executor.sampling.candidates import Candidates
@@ -172,8 +173,15 @@ class DenoisingSampler:
         for void in guessed:
             # Who is decided writes that anew.
             reply.counts[1, void.batch_rows] = void.in_vain
+        frames = None
+        if any(self.slots.host.is_watched[rows.slots_np].any() for rows in plan.groups):
+            frames = FrameTensors.empty(input_batch.num_reqs, width, hidden.device)
         for group, rows in zip(groups, plan.groups, strict=True):
+            # As the step finds them: it moves on.
+            blocks = rows.blocks if frames is not None else None
             self._step(group, rows, logits, reply)
+            if frames is not None and blocks is not None:
+                frames.note(blocks, self.slots, self.rows.choice, reply.canvas_ends)
         self.constrained.after_step()
         again = logits.computed - sum(rows.num_rows for rows in plan.groups)
         again += sum(rows.num_rows for rows in guessed)
@@ -190,7 +198,7 @@ class DenoisingSampler:
             self.slots.host.send(
                 slots[known], batch_rows[known], reply.counts[3:], reply.masked
             )
-        return reply.for_runner(logprobs, envs.VLLM_COMPUTE_NANS_IN_LOGITS)
+        return reply.for_runner(logprobs, envs.VLLM_COMPUTE_NANS_IN_LOGITS, frames)
 
     def _most_handed(self, plan: SegmentPlan) -> int:
         """Tokens that this step hands out at most, if more than a block."""

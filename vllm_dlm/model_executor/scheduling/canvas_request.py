@@ -16,7 +16,7 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_dlm.config.cache import FAR
-from vllm_dlm.config.carried import CANVAS_END
+from vllm_dlm.config.carried import CANVAS_END, WATCHED
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.config.stop_ids import stop_ids
@@ -84,6 +84,9 @@ class CanvasRequest(Request):
     """A forward is scheduled before the outcome of the last one is there: see
     `running_ahead.py`. What is known of the request is then what it was before
     that one."""
+
+    watched: int | None
+    """Who watches its canvas (`WATCHED`), if anybody does."""
 
     blocks_ahead: int
     """Blocks that a forward computes which is scheduled so, of a `block` model without
@@ -181,6 +184,7 @@ class CanvasRequest(Request):
         request.dlm = config
         request.model = model
         request.limits = limits
+        request.watched = (params.extra_args or {}).get(WATCHED)
         request.stages, request.most_tokens = stages, request.max_tokens
         if stages is not None:
             # It ends where its first stage does at the latest (`stages.py`).

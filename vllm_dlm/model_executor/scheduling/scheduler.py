@@ -328,6 +328,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             outcome.put_step_maps(of_client.outputs)
             if shrinking:
                 leave_out(of_client.outputs, shrinking, begins)
+        outcome.put_frames(outputs, requests)
         for request in self.running:
             request.go_on()
         return outputs
