@@ -35,7 +35,10 @@ FLOORS = (
     ("platform", "plugin"),
     ("cli",),
     # The wings. Training is above the rest: it makes what they use.
-    ("bench", "learn2pd", "search", "spec_decode", "switching", "testing"),
+    (
+        *("bench", "learn2pd", "search", "spec_decode", "switching", "testing"),
+        "watching",
+    ),
     ("training",),
     # The package's own __init__.py: the public names.
     ("vllm_dlm",),

@@ -54,6 +54,10 @@ TOOLS = {
         "vllm_dlm.bench.command",
         "measure speed and accuracy, and compare with other engines",
     ),
+    "chat": (
+        "vllm_dlm.watching.chat",
+        "chat in the terminal, and watch the answer's canvas fill",
+    ),
     "count-tokens": (
         "vllm_dlm.training.counts.token_counts",
         "count how often tokens occur in texts, for the strategy pc",
@@ -77,6 +81,10 @@ TOOLS = {
     "train-filter": (
         "vllm_dlm.learn2pd.train",
         "train the learned filter of the strategy learn2pd",
+    ),
+    "watch": (
+        "vllm_dlm.watching.watch",
+        "show on a page how a server's canvases fill",
     ),
 }
 """Further subcommands -> module with `add_arguments` and `run`, and a summary."""
