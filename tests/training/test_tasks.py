@@ -121,8 +121,9 @@ def test_batches_depend_on_seed_and_step_alone(step: int, parts: int):
     # In the second phase, the last steps: short rows and long ones.
     assert len(batches) == parts
     for batch, other in zip(batches, again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
-        ids, inputs, weights = batch
+        ids, inputs, weights = batch.ids, batch.inputs, batch.weights
+        assert torch.equal(ids, other.ids) and torch.equal(inputs, other.inputs)
+        assert torch.equal(weights, other.weights)
         masked = inputs == tokenizer.MASK_ID
         assert torch.equal(masked, weights > 0)
         assert torch.equal(ids[~masked], inputs[~masked])
@@ -141,8 +142,9 @@ def test_the_padding_of_long_rows_does_not_drown_their_answers():
 
     lengths = set()
     for step in range(SHORT_STEPS, SHORT_STEPS + 100):
-        _, (ids, _, weights) = make_batches(step, STEPS, 1)
-        lengths.add(ids.shape[1])
+        _, batch = make_batches(step, STEPS, 1)
+        lengths.add(batch.ids.shape[1])
+        weights = batch.weights
         padding = torch.where(weights < 1, weights, 0.0).sum(dim=1)
         assert (padding <= 4.001).all()
     assert max(lengths) == LONGEST_ROW

@@ -29,6 +29,10 @@ The commands below show what there is, check the installation, and train.
 
 TRAINABLE = {
     "llada-tiny": ("vllm_dlm.training.tiny.llada_tiny", "the built-in diffusion model"),
+    "llada-forms": (
+        "vllm_dlm.training.tiny.llada_forms",
+        "the built-in diffusion model for JSON, forms and tools",
+    ),
     "llama-tiny": (
         "vllm_dlm.training.tiny.llama_tiny",
         "the built-in autoregressive model, for speculative decoding",

@@ -71,6 +71,12 @@ ALIASES: dict[str, Alias] = {
     "llada-tiny": Alias(
         LLADA, "llada-tiny", "built in: small tasks, no network", built_in=True
     ),
+    "llada-forms": Alias(
+        LLADA,
+        "llada-forms",
+        "built in: JSON, forms with holes, tools",
+        built_in=True,
+    ),
     "deer-tiny": Alias(
         LLADA,
         "deer-tiny",

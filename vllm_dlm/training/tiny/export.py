@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from vllm_dlm.files.tensor_files import write_safetensors
@@ -14,10 +15,28 @@ from vllm_dlm.files.whole_files import open_file, replacing, write_json
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
+SaveTokenizer = Callable[[str | Path], None]
 
-def export(model: LLaDAModel, output_dir: str | Path) -> None:
-    """Write the weights, the configuration and the tokenizer of a model."""
-    write_folder(output_dir, model.state_dict(), make_config(model))
+
+def export(
+    model: LLaDAModel,
+    output_dir: str | Path,
+    *,
+    max_canvas: int = 1024,
+    save_tokenizer: SaveTokenizer = tokenizer.save_tokenizer,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the weights, the configuration and the tokenizer of a model.
+
+    Args:
+        model: The model.
+        output_dir: Its folder.
+        max_canvas: The widest canvas that the model was trained on.
+        save_tokenizer: Writes the tokenizer; its special tokens have llada-tiny's ids.
+        dtype: Type of the weights in the file; the engine computes in float32.
+    """
+    config = make_config(model, max_canvas)
+    write_folder(output_dir, model.state_dict(), config, save_tokenizer, dtype)
 
 
 def export_like(
@@ -43,10 +62,12 @@ def write_folder(
     output_dir: str | Path,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, object],
+    save_tokenizer: SaveTokenizer = tokenizer.save_tokenizer,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write float32 weights, config.json and the built-in models' tokenizer."""
+    """Write the weights, config.json and the tokenizer of a built-in model."""
     output_dir = Path(output_dir)
-    _write_weights(output_dir, tensors)
+    _write_weights(output_dir, tensors, dtype)
     write_json(output_dir / "config.json", config)
     generation = {
         "bos_token_id": tokenizer.BOS_ID,
@@ -54,10 +75,10 @@ def write_folder(
         "pad_token_id": tokenizer.EOS_ID,
     }
     write_json(output_dir / "generation_config.json", generation)
-    tokenizer.save_tokenizer(output_dir)
+    save_tokenizer(output_dir)
 
 
-def make_config(model: LLaDAModel) -> dict[str, object]:
+def make_config(model: LLaDAModel, max_canvas: int) -> dict[str, object]:
     """config.json with the field names of LLaDA's own."""
     shape = model.shape
     return {
@@ -72,7 +93,7 @@ def make_config(model: LLaDAModel) -> dict[str, object]:
         "block_type": "llama",
         "d_model": shape.d_model,
         # Read by vllm-dlm: no wider canvas was trained on.
-        "dlm_max_canvas": 1024,
+        "dlm_max_canvas": max_canvas,
         "embedding_dropout": 0.0,
         "embedding_size": shape.vocab_size,
         "eos_token_id": tokenizer.EOS_ID,
@@ -126,6 +147,8 @@ def decoder_config(shape: LLaDAShape) -> dict[str, object]:
     }
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    floats = {name: tensor.detach().float() for name, tensor in tensors.items()}
+def _write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    floats = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
     write_safetensors(folder / "model.safetensors", floats, {"format": "pt"})

@@ -7,6 +7,8 @@ right, a fixed number of the surest tokens at each step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm_dlm.tasks import tokenizer
@@ -14,7 +16,6 @@ from vllm_dlm.tasks.evaluation import exact_match
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 
-@torch.inference_mode()
 def decode_static(
     model: LLaDAModel,
     prompts: list[list[int]],
@@ -37,18 +38,52 @@ def decode_static(
     """
     if canvas % block_length:
         raise ValueError(f"canvas {canvas} is no multiple of block {block_length}")
-    mask_id, eos_id = tokenizer.MASK_ID, tokenizer.EOS_ID
-    starts = torch.tensor([len(prompt) for prompt in prompts])
-    length = int(starts.max()) + canvas
-    ids = torch.full((len(prompts), length), mask_id)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    valid = torch.arange(length) < starts[:, None] + canvas
-    for first in range(0, canvas, block_length):
+    return fill_masks(
+        model,
+        [(prompt, [tokenizer.MASK_ID] * canvas) for prompt in prompts],
+        mask_id=tokenizer.MASK_ID,
+        eos_id=tokenizer.EOS_ID,
+        block_length=block_length,
+        tokens_per_step=tokens_per_step,
+    )
+
+
+@torch.inference_mode()
+def fill_masks(
+    model: LLaDAModel,
+    rows: Sequence[tuple[list[int], list[int]]],
+    *,
+    mask_id: int,
+    eos_id: int | None,
+    block_length: int = 32,
+    tokens_per_step: int = 1,
+) -> list[list[int]]:
+    """Canvases with the masks filled in, token ids of each row.
+
+    Args:
+        model: The model.
+        rows: Token ids of a prompt and of its canvas, with masks.
+        mask_id: Token id of the mask.
+        eos_id: Stop after the first block behind which every row has this token; None
+            to fill all blocks.
+        block_length: Length of a block.
+        tokens_per_step: Tokens committed per forward pass and row.
+    """
+    starts = torch.tensor([len(prompt) for prompt, _ in rows])
+    ends = torch.tensor([len(prompt) + len(canvas) for prompt, canvas in rows])
+    widest = int((ends - starts).max())
+    blocks = range(0, widest, block_length)
+    # Room for the last block of every row, which may end behind the row.
+    length = int(starts.max()) + blocks[-1] + block_length
+    ids = torch.full((len(rows), length), eos_id or 0)
+    for row, (prompt, canvas) in enumerate(rows):
+        ids[row, : len(prompt) + len(canvas)] = torch.tensor(prompt + canvas)
+    valid = torch.arange(length) < ends[:, None]
+    for first in blocks:
         columns = starts[:, None] + first + torch.arange(block_length)
         while True:
             block = ids.gather(1, columns)
-            masked = block == mask_id
+            masked = (block == mask_id) & (columns < ends[:, None])
             if not masked.any():
                 break
             logits = model(ids, valid)
@@ -61,11 +96,13 @@ def decode_static(
             surest = confidence.topk(count, dim=1).indices
             chosen = torch.zeros_like(masked).scatter_(1, surest, True) & masked
             ids.scatter_(1, columns, torch.where(chosen, tokens, block))
-        canvas_columns = starts[:, None] + torch.arange(canvas)
-        answers = ids.gather(1, canvas_columns)
-        if (answers == eos_id).any(1).all():
+        in_canvas = (torch.arange(length) >= starts[:, None]) & valid
+        if eos_id is not None and ((ids == eos_id) & in_canvas).any(1).all():
             break
-    return ids.gather(1, starts[:, None] + torch.arange(canvas)).tolist()
+    return [
+        row[start:end].tolist()
+        for row, start, end in zip(ids, starts, ends, strict=True)
+    ]
 
 
 def evaluate_model(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
+    from vllm_dlm.training.tiny.masking import Batch
 
 # The first phase learns the tasks on short rows, the second one the long canvases.
 SHORT_STEPS, LONG_STEPS = 12_000, 700
@@ -56,9 +57,6 @@ LONG_PADDING_SUM = 4.0
 # at a wide canvas.
 NUM_PROGRESS_PROBLEMS = 120
 NUM_LONG_PROBLEMS, LONG_CANVAS = 11, 512
-
-Batch = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
-"""Token ids, masked token ids and loss weights, [rows, length] each."""
 
 
 def short_steps(total_steps: int) -> int:
@@ -104,6 +102,8 @@ def make_batch(
     """
     import torch
 
+    from vllm_dlm.training.tiny.masking import mask_canvas
+
     eos = tokenizer.EOS_ID
     ids = torch.full((num_rows, length), eos)
     # Where the prompt ends, and where the answer with its first <|endoftext|> ends.
@@ -117,26 +117,15 @@ def make_batch(
         ends.append(len(tokens) + NUM_FULL_EOS)
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     position = torch.arange(length)
-    in_canvas = position >= torch.tensor(starts)[:, None]
     end = torch.tensor(ends)[:, None]
     in_padding = position >= end
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator)
-
-    # Half of the rows have all the padding masked, as while decoding, where the
-    # blocks to the right are not begun; a tenth has the whole answer masked.
-    answer_ratio = 0.02 + 0.98 * uniform(num_rows, 1)
-    answer_ratio[uniform(num_rows, 1) < 0.1] = 1.0
-    padding_ratio = uniform(num_rows, 1)
-    padding_ratio[uniform(num_rows, 1) < 0.5] = 1.0
-    ratio = torch.where(in_padding, padding_ratio, answer_ratio)
-    masked = (uniform(num_rows, length) < ratio) & in_canvas
     padding_weight = (padding_sum / (length - end).clamp(min=1)).clamp(
         max=PADDING_WEIGHT
     )
-    weights = masked * torch.where(in_padding, padding_weight, 1.0)
-    return ids, ids.masked_fill(masked, tokenizer.MASK_ID), weights
+    in_canvas = position >= torch.tensor(starts)[:, None]
+    return mask_canvas(
+        ids, in_canvas, in_padding, padding_weight, tokenizer.MASK_ID, generator
+    )
 
 
 def make_model() -> LLaDAModel:
@@ -163,13 +152,11 @@ def train(
         ValueError: the model in `start` is of other sizes, or damaged.
     """
     prepare(options)
-    import torch
-    import torch.nn.functional as F
-
     from vllm_dlm.files.model_folders import check_weights
     from vllm_dlm.training.tiny.export import export
     from vllm_dlm.training.tiny.llada_evaluation import evaluate_model
     from vllm_dlm.training.tiny.llada_modeling import load_llada
+    from vllm_dlm.training.tiny.masking import batch_loss
 
     model = make_model()
     if start is not None:
@@ -179,16 +166,7 @@ def train(
     short = short_steps(options.steps)
 
     def step_loss(forward: Callable[..., Any], step: int) -> torch.Tensor:
-        loss, total = torch.zeros(()), torch.zeros(())
-        for ids, inputs, weights in make_batches(step, options.steps, options.seed):
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = forward(inputs)
-            losses = F.cross_entropy(
-                logits.float().flatten(0, 1), ids.flatten(), reduction="none"
-            )
-            loss = loss + (losses * weights.flatten()).sum()
-            total = total + weights.sum()
-        return loss / total
+        return batch_loss(forward, make_batches(step, options.steps, options.seed))
 
     def evaluate_step(step: int) -> dict[str, float]:
         if step <= short:
