@@ -320,16 +320,20 @@ def _forced_call(rng: random.Random, held_out: bool) -> Problem:
             for call in use.calls
         ]
         text = json.dumps(calls, ensure_ascii=False)
+        schema = tools.calls_schema(use.tools)
         given = rng.choice(('[{"', '[{"name": "'))
     else:
+        # The arguments of the tool that was named, on their own.
         use = tools.draw_tool_use(rng, held_out, 1)
-        text = json.dumps(dict(use.calls[0].arguments), ensure_ascii=False)
+        [call] = use.calls
+        text = json.dumps(dict(call.arguments), ensure_ascii=False)
+        [schema] = (tool.schema for tool in use.tools if tool.name == call.name)
         given = rng.choice(('{"', text[: text.index(":")] + ": "))
         if text.startswith(f'{given}"'):
             given += '"'
     pieces = (Piece(given, False), Piece(text.removeprefix(given), True))
     turns = _tool_turns(rng, use.request)
-    return Problem("forced call", turns, pieces, tools=use.tools)
+    return Problem("forced call", turns, pieces, tools=use.tools, schema=schema)
 
 
 def _tool_result(rng: random.Random, held_out: bool) -> Problem:

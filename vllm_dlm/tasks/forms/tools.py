@@ -107,16 +107,20 @@ class Tool:
     name: str
     arguments: Mapping[str, str]
 
-    def as_openai(self) -> dict[str, Any]:
-        """The tool as the OpenAI API has it in `tools`."""
-        schema = {
+    @property
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the arguments."""
+        return {
             "type": "object",
             "properties": {key: {"type": kind} for key, kind in self.arguments.items()},
             "required": list(self.arguments),
         }
+
+    def as_openai(self) -> dict[str, Any]:
+        """The tool as the OpenAI API has it in `tools`."""
         return {
             "type": "function",
-            "function": {"name": self.name, "parameters": schema},
+            "function": {"name": self.name, "parameters": self.schema},
         }
 
 
@@ -145,6 +149,23 @@ def describe(tools: Sequence[Tool]) -> str:
         + ")"
         for tool in tools
     )
+
+
+def calls_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+    """What vLLM holds the answer to with `tool_choice` "required"."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "enum": [tool.name]},
+                "parameters": tool.schema,
+            },
+            "required": ["name", "parameters"],
+        }
+        for tool in tools
+    ]
+    items = {"type": "object", "anyOf": calls}
+    return {"type": "array", "minItems": 1, "items": items}
 
 
 def write_calls(calls: Sequence[Call]) -> str:

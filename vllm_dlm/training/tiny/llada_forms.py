@@ -90,10 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, export, evaluate and write the model card."""
+    from vllm_dlm.training.tiny.forms_card import write_card
+
     check_model_arguments(args)
     done = args.skip_training or train(args.output_dir, LoopOptions.from_args(args))
     if not done:
         print(f"Stopped before the last step; run again to go on: {args.output_dir}")
+        return
+    print(write_card(args.output_dir, args.num_problems, MAX_CANVAS))
 
 
 def main() -> None:
