@@ -11,14 +11,11 @@ from jsonschema import validate
 from transformers import PreTrainedTokenizerFast
 
 from vllm_dlm.tasks.forms import tools, values, vocabulary
+from vllm_dlm.tasks.forms.evaluation import same_json
 from vllm_dlm.tasks.forms.problems import KINDS, draw_problem, held_out_problems
-from vllm_dlm.training.tiny.forms_data import (
-    ROWS,
-    encode_prompt,
-    encode_row,
-    make_batch,
-)
-from vllm_dlm.training.tiny.forms_evaluation import is_right, same_json
+from vllm_dlm.tasks.forms.rows import encode_prompt, encode_row
+from vllm_dlm.training.tiny.forms_data import ROWS, make_batch
+from vllm_dlm.training.tiny.forms_evaluation import is_right
 
 NUM_PROBLEMS = 60
 
@@ -38,11 +35,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
 def test_answers_are_right_and_others_wrong(kind: str):
     for problem in problems(kind):
         row = encode_row(problem, random.Random(0))
-        assert is_right(problem, row, row.canvas)
+        assert is_right(row, row.canvas)
         holes = [place for place, hole in enumerate(row.hole) if hole]
         wrong = list(row.canvas)
         wrong[holes[0]] = vocabulary.EOS_ID
-        assert not is_right(problem, row, wrong)
+        assert not is_right(row, wrong)
         if problem.schema is not None and problem.kind != "form":
             validate(json.loads(problem.answer), problem.schema)
 

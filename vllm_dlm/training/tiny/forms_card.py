@@ -8,11 +8,11 @@ from pathlib import Path
 
 from vllm_dlm.files.whole_files import write_text
 from vllm_dlm.tasks.forms import values, vocabulary
+from vllm_dlm.tasks.forms.evaluation import MAX_TOKENS, accuracy_table
 from vllm_dlm.tasks.forms.problems import KINDS, Problem, held_out_problems
 from vllm_dlm.training.cards import EVALUATION_SEED, HEAD, hardware, megabytes, millions
 from vllm_dlm.training.progress import CHECKPOINT, read_progress
 from vllm_dlm.training.tiny.forms_data import BATCH_TOKENS, ROWS
-from vllm_dlm.training.tiny.forms_served import MAX_TOKENS, accuracy_table
 from vllm_dlm.training.tiny.llada_modeling import load_llada
 
 _CARD = """\
@@ -31,11 +31,11 @@ numbers are spelled in bytes |
 | prompts | bare text, or a chat; tools as the chat template writes them |
 | context, widest canvas | {context}, {max_canvas} tokens |
 
-The template writes a tool as `name(argument: type, ...)`; descriptions are left out. A \
-call is `<tool_call>{{"name": ..., "arguments": {{...}}}}</tool_call>`: serve with \
-`--enable-auto-tool-choice --tool-call-parser hermes`. Holes may be wider than what they \
-need; the rest of a hole is `<|endoftext|>` (the option `holes` = `shrink`). Asked \
-anything else, it answers with one sentence that says what it can do.
+The template writes a tool as `name(argument: type, ...)`; descriptions are left out. \
+A call is `<tool_call>{{"name": ..., "arguments": {{...}}}}</tool_call>`: serve with \
+`--enable-auto-tool-choice --tool-call-parser hermes`. Holes may be wider than what \
+they need; the rest of a hole is `<|endoftext|>` (the option `holes` = `shrink`). \
+Asked anything else, it answers with one sentence that says what it can do.
 
 ## Kinds of problems
 
@@ -49,8 +49,8 @@ anything else, it answers with one sentence that says what it can do.
 cities and titles come from lists and from syllables; a stable hash keeps one word in \
 {parts} out of the training, and the problems below have only such words.
 - Command: `vllm-dlm train llada-forms`: seed {seed}, {steps} steps of about \
-{batch_tokens} tokens, Muon for the layers and AdamW for the rest; rows of {shortest} to \
-{longest} tokens.
+{batch_tokens} tokens, Muon for the layers and AdamW for the rest; rows of {shortest} \
+to {longest} tokens.
 - Objective: cross-entropy on the masked tokens of the holes, mask ratio uniform.
 - Time: {minutes:.0f} minutes on {hardware}, bf16 autocast.
 

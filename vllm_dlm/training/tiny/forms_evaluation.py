@@ -3,35 +3,25 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 
-from vllm_dlm.tasks.forms.problems import KINDS, Problem, held_out_problems
+from vllm_dlm.tasks.forms.problems import KINDS, held_out_problems
+from vllm_dlm.tasks.forms.rows import Row, encode_row
 from vllm_dlm.tasks.forms.vocabulary import MASK_ID, decode
-from vllm_dlm.training.tiny.forms_data import Row, encode_row
 from vllm_dlm.training.tiny.llada_evaluation import fill_masks
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 
-def is_right(problem: Problem, row: Row, canvas: Sequence[int]) -> bool:
+def is_right(row: Row, canvas: Sequence[int]) -> bool:
     """Whether a decoded canvas holds the right text in every hole.
 
-    A hole ends at its first <|endoftext|>. JSON is compared as a value, so that blanks
-    do not count; the order of its keys does.
+    A hole ends at its first <|endoftext|>.
     """
-    for start, end in _holes(row):
-        if decode(list(canvas[start:end])) != decode(row.canvas[start:end]):
-            return False
-    return True
-
-
-def same_json(left: str, right: str) -> bool:
-    """Whether two texts are the same JSON value, with keys in the same order."""
-    try:
-        return json.dumps(json.loads(left)) == json.dumps(json.loads(right))
-    except ValueError:
-        return False
+    return all(
+        decode(list(canvas[start:end])) == decode(row.canvas[start:end])
+        for start, end in _holes(row)
+    )
 
 
 def _holes(row: Row) -> list[tuple[int, int]]:
@@ -75,9 +65,8 @@ def evaluate_kind(
     model.eval()
     right = 0
     for first in range(0, len(problems), batch_size):
-        batch = problems[first : first + batch_size]
         rows = []
-        for problem in batch:
+        for problem in problems[first : first + batch_size]:
             row = encode_row(problem, rng)
             if problem.open_end and problem.pieces[-1].is_hole:
                 row = row.widen(len(row.prompt) + max(canvas, len(row.canvas)))
@@ -90,7 +79,7 @@ def evaluate_kind(
             block_length=block_length,
             tokens_per_step=tokens_per_step,
         )
-        right += sum(map(is_right, batch, rows, found))
+        right += sum(map(is_right, rows, found))
     model.train(was_training)
     return right / len(problems)
 

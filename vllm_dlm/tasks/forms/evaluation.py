@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.tasks.forms.problems import KINDS, Problem, held_out_problems
-from vllm_dlm.training.tiny.forms_data import encode_row
-from vllm_dlm.training.tiny.forms_evaluation import same_json
+from vllm_dlm.tasks.forms.rows import encode_row
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -48,6 +47,14 @@ def is_json(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def same_json(left: str, right: str) -> bool:
+    """Whether two texts are the same JSON value, with keys in the same order."""
+    try:
+        return json.dumps(json.loads(left)) == json.dumps(json.loads(right))
+    except ValueError:
+        return False
 
 
 def is_answer(problem: Problem, text: str) -> bool:
