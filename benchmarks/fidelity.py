@@ -37,8 +37,6 @@ class Item:
     """Label -> options of the requests; the first is what others are compared with."""
     most_problems: int = 200
     """Fewer where requests take hundreds of forwards."""
-    max_canvas: int = 256
-    """Of the engine; llada-tiny's own is the most that it was trained on."""
 
 
 def preset(strategy: str, name: str, **options: Any) -> dict[str, Any]:
@@ -65,7 +63,6 @@ ITEMS = [
             },
         },
         most_problems=16,
-        max_canvas=1024,
     ),
     Item(
         "Presets of rules that write by confidence",
@@ -177,23 +174,18 @@ def main() -> int:
     items = [item for item in ITEMS if args.items is None or item.title in args.items]
     rows: list[Row] = []
     progress = tqdm(total=sum(len(item.rows) for item in items), unit="row")
-    for max_canvas in sorted({item.max_canvas for item in items}):
-        some = [item for item in items if item.max_canvas == max_canvas]
-        with tempfile.TemporaryDirectory() as folder:
-            llm = start_engine(
-                folder,
-                dlm_max_canvas=max_canvas,
-                max_num_seqs=REQUESTS_AT_A_TIME,
-                max_num_batched_tokens=65536,
-            )
-            counter = RowCounter(llm)
-            for item in some:
-                for row in _measure(llm, counter, item, args.num_problems):
-                    progress.set_postfix_str(row.label)
-                    progress.update()
-                    rows.append(row)
-                    save([_facts(row) for row in rows], args.json)
-            llm.llm_engine.engine_core.shutdown()
+    with tempfile.TemporaryDirectory() as folder:
+        llm = start_engine(
+            folder, max_num_seqs=REQUESTS_AT_A_TIME, max_num_batched_tokens=65536
+        )
+        counter = RowCounter(llm)
+        for item in items:
+            for row in _measure(llm, counter, item, args.num_problems):
+                progress.set_postfix_str(row.label)
+                progress.update()
+                rows.append(row)
+                save([_facts(row) for row in rows], args.json)
+        llm.llm_engine.engine_core.shutdown()
     progress.close()
     write_between(args.document, MEASURED, _tables(rows, items))
     print(f"{len(rows)} rows -> {args.document}, {args.json}")
