@@ -16,6 +16,8 @@ from reference.rewriting_rules import joint
 from reference.rules import Rule, View, factor, static, threshold
 from vllm import SamplingParams
 
+from vllm_dlm.config.model import as_ids
+
 RULES: dict[str, tuple[str, dict[str, Any], Callable[[], Rule]]] = {
     "static": ("static", {}, static),
     "sequential": (
@@ -83,6 +85,7 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
     scheduler = engine.scheduler
     model_defaults = scheduler.dlm_defaults
     block = scheduler.dlm_server.block_length or model_defaults.block_length
+    hf_config = scheduler.vllm_config.model_config.hf_config
     _, _, make_rule = RULES[case.rule]
 
     def decode(watch: Callable[[Rule, View, list[int]], None] | None = None):
@@ -103,6 +106,7 @@ def expect(case: BlockCase, model: TinyModel, engine: Engine) -> Expected:
             max_model_len=scheduler.max_model_len,
             eos_stop=not case.ignore_eos,
             canvas=case.canvas,
+            pad_ids=as_ids(getattr(hf_config, "pad_token_id", None)),
             observe=None if watch is None else partial(watch, rule),
         )
 

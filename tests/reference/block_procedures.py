@@ -46,6 +46,7 @@ def generate_blocks(
     together: int = 1,
     eos_cuts: bool = False,
     canvas: Sequence[int | None] | None = None,
+    pad_ids: Collection[int] = (),
     observe: Callable[[View, list[int]], None] | None = None,
 ) -> ReferenceResult:
     """Decode one request block by block; what is written never changes.
@@ -87,6 +88,7 @@ def generate_blocks(
             to write; no position from there on exists. They never change, a block sees
             its own and those to its left, and no end of the text is written left of
             the last of them. A block without masks takes no forward.
+        pad_ids: are not written there either.
         observe: called with the view and the chosen offsets, before the commit.
 
     Raises:
@@ -147,7 +149,7 @@ def generate_blocks(
         early = [p - first for p in range(first, stop) if p < ends_from]
         for p in early:
             left = logits[sources[p]].float().clone()
-            left[[*eos_ids, mask_id]] = -torch.inf
+            left[[*eos_ids, *pad_ids, mask_id]] = -torch.inf
             stats.argmax[p] = left.argmax()
             stats.confidence[p] = stats.probabilities[p, stats.argmax[p]]
         for p in fixed & set(range(first, stop)):
