@@ -13,7 +13,8 @@ import pytest
 from byte_model import EOS, MASK, write_byte_model
 from pydantic import BaseModel
 from transformers import AutoTokenizer
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.config.structured_outputs import StructuredOutputsConfig
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from vllm_dlm.admission import structured
 from vllm_dlm.constraints.cache import Cache, Compiled, Job, Source
@@ -158,6 +159,21 @@ def test_what_cannot_be_compiled_is_told_to_the_handler() -> None:
     body = Body(response_format={"type": "json_object"})
     with pytest.raises(ConstraintError, match="look-around"):
         asyncio.run(structured.with_constraints(body, answer))
+
+
+def test_the_servers_config_counts() -> None:
+    asked = StructuredOutputsParams(json={"type": "object"})
+    params = SamplingParams(structured_outputs=asked)
+    server = StructuredOutputsConfig(
+        backend="xgrammar",
+        disable_any_whitespace=True,
+    )
+    structured.add_the_servers(params, server)
+    assert params.structured_outputs is not None
+    assert params.structured_outputs.disable_any_whitespace
+    assert not params.structured_outputs.disable_additional_properties
+    # The caller's object may serve many requests.
+    assert not asked.disable_any_whitespace
 
 
 def test_without_a_server_nobody_is_waited_for() -> None:

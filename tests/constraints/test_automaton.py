@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from constraints.random_cases import patterns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,21 +69,6 @@ def test_single_bytes(pattern: str, states: int, lengths: tuple[int, int]) -> No
     automaton = compile_pattern(pattern, BYTES, [256])
     assert len(automaton.transitions) == states
     assert (automaton.min_length[0], automaton.max_length[0]) == lengths
-
-
-pieces = st.sampled_from(["a", "b", "[ab]", "[^a]", ".", "c", "ab", "a|bc", ""])
-patterns = st.recursive(
-    pieces,
-    lambda inner: st.one_of(
-        st.tuples(inner, inner).map("".join),
-        st.tuples(inner, inner).map(lambda two: f"(?:{two[0]}|{two[1]})"),
-        st.tuples(
-            inner,
-            st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,2}", "{2,}", "{,2}"]),
-        ).map(lambda two: f"({two[0]}){two[1]}"),
-    ),
-    max_leaves=8,
-)
 
 
 def compile_or_none(pattern: str, vocabulary: Vocabulary) -> Automaton | None:

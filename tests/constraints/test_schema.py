@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 import pytest
+from constraints.random_cases import schemas
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from vllm_dlm.constraints.automaton import ConstraintError, compile_pattern
@@ -388,64 +388,6 @@ def test_whitespace_is_the_callers(whitespace: str) -> None:
     assert all("name" in value for value in check(PERSON, whitespace=whitespace))
     spelled = draws(schema_pattern({"items": {"const": 1}, "minItems": 3}, ""), 3)
     assert all(" " not in text for text in spelled)
-
-
-simple = st.sampled_from(
-    [
-        {"type": "integer"},
-        {"type": "string", "maxLength": 3},
-        {"type": "boolean"},
-        {"type": "null"},
-        {"enum": ["x", 1, None]},
-        {"const": [1]},
-        {"type": "number", "minimum": -1.5, "maximum": 20},
-        {"type": "integer", "exclusiveMinimum": 9, "maximum": 1234},
-        {"type": "string", "format": "date"},
-        {"type": "string", "pattern": "a[^b]?"},
-        True,
-    ]
-)
-
-
-def _objects(inner: Any) -> Any:
-    return st.builds(
-        lambda values, required, closed: {
-            "type": "object",
-            "properties": values,
-            "required": [key for key in values if key in required],
-            **({"additionalProperties": False} if closed else {}),
-        },
-        st.dictionaries(st.sampled_from(["a", "b", "c", 'd"é']), inner, max_size=4),
-        st.sets(st.sampled_from(["a", "b", "c"])),
-        st.booleans(),
-    )
-
-
-def _arrays(inner: Any) -> Any:
-    return st.builds(
-        lambda items, least, more: {
-            "type": "array",
-            "items": items,
-            "minItems": least,
-            "maxItems": least + more,
-        },
-        inner,
-        st.integers(0, 2),
-        st.integers(0, 2),
-    )
-
-
-schemas = st.recursive(
-    simple,
-    lambda inner: st.one_of(
-        _objects(inner),
-        _arrays(inner),
-        st.lists(inner, min_size=1, max_size=3).map(lambda all_: {"anyOf": all_}),
-        st.lists(inner, min_size=1, max_size=2).map(lambda all_: {"allOf": all_}),
-        st.lists(inner, min_size=1, max_size=2).map(lambda all_: {"oneOf": all_}),
-    ),
-    max_leaves=5,
-)
 
 
 @given(schemas)

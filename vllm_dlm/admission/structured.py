@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from vllm_dlm.messages import OptionError, quote
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+    from vllm.config.structured_outputs import StructuredOutputsConfig
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 FIELD = "structured_outputs"
@@ -114,6 +116,23 @@ def _start(job: Job) -> Future[None]:
 
 def _run(job: Job) -> None:
     _cache.put(job, job.run())
+
+
+def add_the_servers(
+    params: SamplingParams, server: StructuredOutputsConfig | None
+) -> None:
+    """What `--structured-outputs-config` says of JSON, for a request's constraint.
+
+    Args:
+        params: of one request; the object with its constraint is replaced.
+    """
+    asked = params.structured_outputs
+    if asked is None or server is None:
+        return
+    for name in ("disable_any_whitespace", "disable_additional_properties"):
+        if getattr(server, name) and not getattr(asked, name):
+            asked = replace(asked, **{name: True})
+    params.structured_outputs = asked
 
 
 def constrain(

@@ -25,7 +25,7 @@ class Limits:
     """States of the automaton over tokens."""
     classes: int = 4_096
     """Token classes."""
-    moves: int = 1 << 20
+    moves: int = 1 << 18
     """Pairs of a state and a class that the state takes: the cost of a position."""
     seconds: float = 10.0
     """Time to compile."""

@@ -247,6 +247,7 @@ def process_inputs(
         ours = request.is_ours(self.model_config.hf_config)
         if ours and isinstance(params, SamplingParams):
             params = private_copy(params)
+            add_the_servers(params, self.structured_outputs_config)
         made = original(self, request_id, prompt, params, *args, **kwargs)
         if ours and made.sampling_params is not None:
             _refuse_unknown_ids(made.prompt_token_ids, self.model_config)
@@ -349,6 +350,8 @@ def _check(
             wing.check_request(sampling_params, vllm_config.speculative_config)
         return
     request.refuse_reasoning(sampling_params, vllm_config)
+    if sampling_params.structured_outputs is not None:
+        add_the_servers(sampling_params, vllm_config.structured_outputs_config)
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
     _have_watched(sampling_params)

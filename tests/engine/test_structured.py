@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output offline: sampling parameters of vLLM's own, on a real engine."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from engine.harness import Engine, params
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+EOS = 121
+
+
+def words(tokens: list[int]) -> str:
+    kept = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+    return "".join(f"t{token}" for token in kept)
+
+
+def test_constraints_of_sampling_params(engine: Engine):
+    """They hold, for each of several choices; the caller's object stays as it was."""
+    regex = r"t1(t[2-4]|t5\d){3,9}"
+    asked = StructuredOutputsParams(regex=regex)
+    several = params(24, structured_outputs=asked, n=3, temperature=1.0, seed=5)
+    either = params(
+        24, structured_outputs=StructuredOutputsParams(choice=["t7t8", "t9"])
+    )
+    first, second = engine.outputs([[1, 2, 3], [4, 5]], [several, either])
+    texts = [words(list(choice.token_ids)) for choice in first.outputs]
+    assert all(re.fullmatch(regex, text) for text in texts)
+    assert len(set(texts)) > 1
+    assert words(list(second.outputs[0].token_ids)) in ("t7t8", "t9")
+    assert several.structured_outputs is asked and asked.regex == regex
+    assert several.extra_args is None
+
+
+def test_allowed_tokens_and_lengths(engine: Engine):
+    asked = StructuredOutputsParams(regex=r"(t\d)+")
+    some = params(
+        12, structured_outputs=asked, allowed_token_ids=[1, 2, EOS], min_tokens=5
+    )
+    (result,) = engine.outputs([[1, 2, 3]], [some])
+    tokens = list(result.outputs[0].token_ids)
+    written = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+    assert len(written) >= 5 and set(written) <= {1, 2}
+    barred = params(12, structured_outputs=asked, allowed_token_ids=[50, EOS])
+    with pytest.raises(VLLMValidationError, match="cannot write any text"):
+        engine.outputs([[1]], [barred])
+    short = params(3, structured_outputs=StructuredOutputsParams(regex=r"(t\d){4}"))
+    with pytest.raises(VLLMValidationError, match="to at least 4"):
+        engine.outputs([[1]], [short])

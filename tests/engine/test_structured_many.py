@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thousands of random patterns and schemas on a tiny random model: all texts match."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from byte_model import EOS, write_byte_model
+from constraints.random_cases import patterns, schemas
+from engine.harness import Engine, params
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+TOGETHER = 20
+EXAMPLES = 250
+"""In all 10,000: that many of each kind, this number at a time."""
+LENGTH = 96
+STRATEGIES: list[dict[str, Any]] = [
+    {"strategy": "threshold", "strategy_config": {"threshold": 0.5}},
+    {"strategy": "static", "steps": 12},
+    {"strategy": "saber"},
+    {"strategy": "eb"},
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(14_400)]
+
+
+@pytest.fixture(scope="module")
+def spelling(
+    engines: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
+) -> Engine:
+    folder = write_byte_model(tmp_path_factory.mktemp("model") / "LLaDA-bytes")
+    return engines(model=str(folder))
+
+
+def texts_of(engine: Engine, asked: list[dict[str, Any]]) -> list[tuple[Any, str]]:
+    """The texts of those that are not refused, each with what it has to match."""
+    wanted = []
+    for i, each in enumerate(asked):
+        (what,) = each.values()
+        options = params(
+            LENGTH,
+            dlm={"block_length": (8, 32)[i % 2], **STRATEGIES[i % len(STRATEGIES)]},
+            structured_outputs=StructuredOutputsParams(**each),
+            **({"temperature": 1.0, "seed": i} if i % 3 else {}),
+        )
+        try:
+            name = engine.add([1 + i, 2, 3], options)
+        except VLLMValidationError as error:
+            known = "json schema|too large|shortest match|no text|repeat|regex"
+            assert re.search(known, str(error)), error
+            continue
+        wanted.append((name, what))
+    done = engine.drive(lambda step: None)
+    found = []
+    for name, what in wanted:
+        tokens = list(done[name].outputs[0].token_ids)
+        kept = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+        found.append((what, bytes(kept).decode()))
+    return found
+
+
+many = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@given(st.lists(patterns, min_size=TOGETHER, max_size=TOGETHER))
+@many
+def test_random_patterns(spelling: Engine, chosen: list[str]):
+    for pattern, text in texts_of(spelling, [{"regex": each} for each in chosen]):
+        assert re.fullmatch(pattern, text, re.ASCII), (pattern, text)
+
+
+@given(st.lists(schemas, min_size=TOGETHER, max_size=TOGETHER))
+@many
+def test_random_schemas(spelling: Engine, chosen: list[Any]):
+    asked = [{"json": json.dumps(each)} for each in chosen]
+    for schema, text in texts_of(spelling, asked):
+        Draft202012Validator(json.loads(schema)).validate(json.loads(text))
