@@ -93,7 +93,25 @@ def check_decision(
             f"{where}: Decision.truncate_at must be a position of the block, 0 to "
             f"{width - 1}, or -1; it has {sorted(set(cut.tolist()))}"
         )
+    if strategy.why_unconstrained(strategy.params) is None:
+        _check_candidates(view, decision, where)
     _check_state(strategy, view, decision, where)
+
+
+def _check_candidates(view: View, decision: Decision, where: str) -> None:
+    """A decision of which nothing spoils a text that must match a pattern."""
+    lesson = "; set `own_tokens = True`, so that texts with a pattern are refused"
+    if decision.new_tokens is not None:
+        others = decision.commit & view.masked & (decision.new_tokens != view.candidate)
+        assert not others.any(), f"{where}: writes other tokens than candidates{lesson}"
+    if decision.edit is not None:
+        assert not (decision.edit & view.decided).any(), f"{where}: edits{lesson}"
+    if decision.truncate_at is not None:
+        cut = decision.truncate_at.clamp(min=0)[:, None]
+        at_end = view.is_eos.gather(1, cut)[:, 0] | (decision.truncate_at < 0)
+        assert at_end.all(), (
+            f"{where}: cuts the canvas where no candidate ends the text{lesson}"
+        )
 
 
 def _check(
