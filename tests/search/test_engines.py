@@ -168,6 +168,8 @@ def test_the_engine_is_left_as_it_was(llama: Any, problems: list[Problem]):
         ({"prompt": [5] * 2000}, "prompt 0: "),
         ({"sampling": {"n": 3}}, "sampling: n is for the search to set"),
         ({"sampling": {"top": 3}}, "unknown option 'top'"),
+        ({"sampling": {"top_p": 3.0}}, "sampling: top_p must be in"),
+        ({"sampling": {"top_p": "x"}}, "sampling: "),
         ({"sampling": 7}, "expected SamplingParams"),
         ({"prompt": 3.5}, "prompt 0: 3.5 is no prompt"),
     ):

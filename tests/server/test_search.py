@@ -51,17 +51,22 @@ def test_best_of_n(server: Server):
 
 
 def test_votes_in_blocks_of_other_lengths(server: Server):
-    variants = [{"block_length": 8}, {"block_length": 16}, {"strategy": "static"}]
+    """Each variant is asked as it says."""
+    variants = [{"block_length": 4, "strategy": "static"}, {"strategy": "entropy"}]
     (result,) = ask(
         server.url,
         "vote",
-        QUESTIONS[:1],
+        QUESTIONS[1:2],
         variants=variants,
         n=1,
         temperature=0,
         max_tokens=32,
     )
-    assert result.best.text == "[Ada, Ben]" and result.best.score == 3
+    assert sum(each.origin["votes"] for each in result.candidates) == 2
+    for each in result.candidates:
+        xargs = {"dlm": json.dumps(variants[each.origin["variant"]])}
+        text = server.text(QUESTIONS[1], max_tokens=32, vllm_xargs=xargs)
+        assert each.text == text
 
 
 def test_texts_in_place_of_ids(server: Server):

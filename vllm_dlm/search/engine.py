@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 import vllm
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 from vllm_dlm.config.model import ModelDefaults, as_ids
@@ -113,7 +114,10 @@ class OfflineEngine:
         """See `Engine`."""
         name = f"search-{next(_numbers)}"
         prompt = {"prompt_token_ids": [*job.text.prompt, *job.text.written]}
-        self._engine.add_request(name, prompt, self._params(job))
+        try:
+            self._engine.add_request(name, prompt, self._params(job))
+        except VLLMValidationError as error:
+            raise ValueError(str(error)) from error
         self._jobs[name] = job
         self._pieces[name] = _Piece(job, len(prompt["prompt_token_ids"]))
 
@@ -248,4 +252,7 @@ def read_sampling(sampling: Any) -> SamplingParams:
     for name in sampling:
         if name not in fields:
             raise ValueError(f"sampling: {unknown(name, fields)}")
-    return SamplingParams(**sampling)
+    try:
+        return SamplingParams(**sampling)
+    except (VLLMValidationError, TypeError) as error:
+        raise ValueError(f"sampling: {error}") from error

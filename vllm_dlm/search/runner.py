@@ -11,7 +11,7 @@ from tqdm import tqdm
 from vllm_dlm.config.validation import validated
 from vllm_dlm.messages import quote
 from vllm_dlm.search.base import Budget, Driver, Result, Scorer, Task, Text
-from vllm_dlm.search.endpoint import Endpoint, HttpEngine
+from vllm_dlm.search.endpoint import Endpoint, EndpointError, HttpEngine
 from vllm_dlm.search.jobs import Engine
 from vllm_dlm.search.prompts import read_prompt
 from vllm_dlm.search.pump import OnResult, Pump
@@ -238,6 +238,8 @@ def _task(engine: Engine, index: int, prompt: Any, has_scorer: bool) -> Task:
     try:
         shown, record = read_prompt(prompt)
         tokens = engine.encode(shown)
+    except EndpointError:
+        raise
     except ValueError as error:
         raise ValueError(f"prompt {index}: {error}") from None
     if not tokens:
