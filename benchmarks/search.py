@@ -40,8 +40,11 @@ TASKS = {
 }
 MAX_TOKENS = {DIFFUSION: 32, AUTOREGRESSIVE: 40}
 BLOCKS = {"strategy": "static", "block_length": 8, "steps_per_block": 2}
-SIXTEEN = {"strategy": "static", "block_length": 8, "steps": 16}
-"""As many steps as HEX takes for each of its answers."""
+HEX = {
+    length: {"strategy": "static", "block_length": length, "steps": 16}
+    for length in (1, 2, 4, 8, 16)
+}
+"""What HEX votes over, with 32 tokens."""
 GREEDY = {"n": 1, "temperature": 0}
 SEED = 7
 
@@ -90,8 +93,11 @@ BOTH = [
 WAYS = {
     DIFFUSION: [
         *BOTH,
-        Way("vote, HEX: 16 steps", "vote", {"hex": True}, dlm={}),
-        Way("greedy in 16 steps", "best_of_n", GREEDY, dlm=SIXTEEN),
+        Way("vote, HEX", "vote", {"hex": True}, dlm={}),
+        *(
+            Way(f"HEX's blocks of {length} alone", "best_of_n", GREEDY, dlm=options)
+            for length, options in HEX.items()
+        ),
         Way("best_first", "best_first", {"k": 4}, graded),
         Way("particles", "particles", {"n": 8}, graded),
         Way("particles by their own probability", "particles", {"n": 8}),

@@ -289,9 +289,8 @@ class _Tree:
         if text not in self.found:
             (score,) = yield Score([text])
             self.found[text] = self.task.candidate(text, score)
-        score = self.found[text].score
-        node.value = score
-        return score
+        node.value = self.found[text].score or 0.0
+        return node.value
 
     def _follow(self, text: Text) -> Steps:
         horizon, most = self.driver.horizon, self.driver.max_tokens
