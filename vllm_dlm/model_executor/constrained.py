@@ -76,8 +76,8 @@ class _Text:
     request: RequestFacts
     pattern: Pattern
     completions: Completions
-    tokens: np.ndarray
-    """[max_tokens] int64: the output; of no meaning where it is masked. What follows a
+    output: np.ndarray
+    """[max_tokens] int64: its tokens; of no meaning where it is masked. What follows a
     gap that the request has opened (`suffix`) is not of it."""
     state: int
     """Of the automaton, left of `state_at`."""
@@ -190,8 +190,8 @@ class Constrained:
             pins = np.where(
                 canvas.is_hole[:length], OPEN, classes_of(automaton, tokens)
             )
-        output = np.asarray(known[prompt_len:], dtype=np.int64)[: len(tokens)]
-        tokens[: len(output)] = output
+        emitted = np.asarray(known[prompt_len:], dtype=np.int64)[:length]
+        tokens[: len(emitted)] = emitted
         bias = None
         if params.logit_bias:
             ids = known_ids(params.logit_bias, self._facts.vocab_size)
@@ -209,7 +209,7 @@ class Constrained:
             completions=Completions(
                 automaton, pattern.graph, length, request.min_tokens, pins
             ),
-            tokens=tokens,
+            output=tokens,
             state=automaton.start,
             state_at=0,
             bias=bias,
@@ -372,8 +372,8 @@ class Constrained:
                 first = start - text.request.layout.prompt_len
                 own = block[max(-first, 0) :]
                 first = max(first, 0)
-                own = own[: max(len(text.tokens) - first, 0)]
-                text.tokens[first : first + len(own)] = own
+                own = own[: max(len(text.output) - first, 0)]
+                text.output[first : first + len(own)] = own
         self._arriving.clear()
 
     def _step(self, text: _Text, rows: BlockRows, row: int) -> _Step | None:
@@ -383,7 +383,7 @@ class Constrained:
             row: of the group's requests.
         """
         host, layout = self._slots.host, text.request.layout
-        prompt_len, limit = layout.prompt_len, len(text.tokens)
+        prompt_len, limit = layout.prompt_len, len(text.output)
         block_start = int(host.block_start[text.slot])
         width = int(rows.valid_np[row].sum())
         begin = max(block_start - prompt_len, 0)
@@ -392,12 +392,12 @@ class Constrained:
             return None
         # All left of the block is written.
         if begin > text.state_at:
-            left = text.tokens[text.state_at : begin]
+            left = text.output[text.state_at : begin]
             text.state = walk(text.automaton, text.state, left)
             text.state_at = begin
         own = slice(begin + prompt_len - block_start, end + prompt_len - block_start)
         masked = host.masked[text.slot, own]
-        classes = classes_of(text.automaton, text.tokens[begin:end])
+        classes = classes_of(text.automaton, text.output[begin:end])
         fixed = np.where(masked, OPEN, classes)
         if text.state < 0 or (fixed[~masked] < 0).any():
             # Something outside of the pattern was written; no path follows from it.
