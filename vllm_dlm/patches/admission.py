@@ -31,6 +31,7 @@ from vllm_dlm.admission.handover import (
 )
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
+from vllm_dlm.admission.structured import add_the_servers
 from vllm_dlm.entrypoints import frames, step_maps
 from vllm_dlm.entrypoints.frame_streams import StreamWatcher
 from vllm_dlm.entrypoints.wings import wings
