@@ -44,7 +44,7 @@ EOS, MASK = VOCAB - 2, VOCAB - 1
 @pytest.fixture(autouse=True)
 def vocabulary(monkeypatch: pytest.MonkeyPatch) -> Vocabulary:
     made = Vocabulary.of_tokens(TEXTS)
-    monkeypatch.setattr(patterns, "_vocabulary", lambda name, config: made)
+    monkeypatch.setattr(patterns, "vocabulary_of", lambda config: made)
     return made
 
 

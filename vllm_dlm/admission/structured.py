@@ -30,6 +30,7 @@ from vllm_dlm.constraints.automaton import UNBOUNDED, Automaton
 from vllm_dlm.constraints.cache import Cache, Compiled, Job, Source
 from vllm_dlm.constraints.fitting import HOLE, first_misfit
 from vllm_dlm.constraints.limits import ConstraintError
+from vllm_dlm.constraints.paths import Completions, Graph
 from vllm_dlm.constraints.vocabulary import Vocabulary
 from vllm_dlm.messages import OptionError, quote
 
@@ -362,3 +363,11 @@ def _check_lengths(
             f"the longest match has {longest} tokens and {field_of('min_tokens')} is "
             f"{params.min_tokens}; set it to at most {longest}"
         )
+    least = min(params.min_tokens, most)
+    if least and config.canvas is None:
+        fits = Completions(automaton, Graph.of(automaton), most, least).at(0)
+        if not fits[automaton.start]:
+            raise ConstraintError(
+                f"no match has {least} to {most} tokens; change "
+                f"{field_of('min_tokens')} or {name}"
+            )

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from vllm.logger import init_logger
 
+from vllm_dlm.admission.structured import barred_ids, vocabulary_of
 from vllm_dlm.constraints.automaton import Automaton, ConstraintError, compile_pattern
 from vllm_dlm.constraints.paths import Graph, walk
-from vllm_dlm.constraints.vocabulary import Vocabulary
 from vllm_dlm.kernels.class_stats import TokenClasses
 from vllm_dlm.model_executor.sampling.restrictions import known_ids
 
@@ -34,7 +34,6 @@ MOST_KEPT = 64
 """Patterns that are kept for requests to come."""
 
 _kept: OrderedDict[tuple[object, ...], Pattern] = OrderedDict()
-_vocabularies: dict[tuple[object, ...], Vocabulary] = {}
 
 
 class Pattern:
@@ -90,9 +89,7 @@ def pattern_of(
     key = name, text, ends, barred
     if key not in _kept:
         try:
-            automaton = compile_pattern(
-                text, _vocabulary(name, model_config), ends, barred
-            )
+            automaton = compile_pattern(text, vocabulary_of(model_config), ends, barred)
         except ConstraintError as error:
             logger.error("A pattern that was admitted cannot be compiled: %s", error)
             automaton = nothing(size)
@@ -101,17 +98,6 @@ def pattern_of(
             _kept.popitem(last=False)
     _kept.move_to_end(key)
     return _kept[key]
-
-
-def barred_ids(
-    params: SamplingParams, vocab_size: int, mask_id: int
-) -> tuple[int, ...]:
-    """Tokens that may stand nowhere in a request's text."""
-    words = params.bad_words_token_ids or []
-    barred = {word[0] for word in words if len(word) == 1} | {mask_id}
-    if params.allowed_token_ids:
-        barred |= {*range(vocab_size)} - {*params.allowed_token_ids}
-    return tuple(known_ids(barred, vocab_size))
 
 
 def nothing(vocab_size: int) -> Automaton:
@@ -125,13 +111,3 @@ def nothing(vocab_size: int) -> Automaton:
         end_state=0,
         end_class=0,
     )
-
-
-def _vocabulary(name: tuple[object, ...], model_config: ModelConfig) -> Vocabulary:
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    if name not in _vocabularies:
-        tokenizer = cached_tokenizer_from_config(model_config)
-        size = model_config.get_vocab_size()
-        _vocabularies[name] = Vocabulary.of_tokenizer(tokenizer, size)
-    return _vocabularies[name]
