@@ -3,9 +3,14 @@
 
     python -m benchmarks.structured --vocabulary qwen.tiktoken
 
+    python -m benchmarks.structured --model FOLDER
+
 The vocabulary is a file of byte tokens as tiktoken has them; the wheel of the package
 dashscope holds one of 151,643 tokens. No model is needed: logits are random. All parts
 run on one core of the CPU, as those of one request do.
+
+With a model, of which the tokenizer can spell JSON, requests are decoded with a schema
+and without: forwards and seconds.
 """
 
 from __future__ import annotations
@@ -67,12 +72,24 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one token a step": {"strategy": "static"},
+    "threshold 0.9": {"strategy": "threshold", "strategy_config": {"threshold": 0.9}},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vocabulary", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--vocabulary", type=Path)
+    what.add_argument("--model")
+    parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--block-length", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
+    if args.model:
+        decode(args.model, args.requests)
+        return
     torch.set_num_threads(1)
     tokens = [
         base64.b64decode(line.split()[0])
@@ -139,6 +156,41 @@ def measured(automaton: Automaton, logits: torch.Tensor, repeats: int) -> list[f
     by_class = fastest(lambda: class_stats(logits, classes), repeats)
     path = fastest(greedy, repeats)
     return [by_class, path, by_class + path, fastest(drawn, repeats)]
+
+
+def decode(model: str, count: int) -> None:
+    """Print what requests take with each schema, and without one."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from vllm_dlm import LLM
+
+    llm = LLM(model, max_model_len=1024, max_num_seqs=count, dlm_online_learning=False)
+    prompts = [f"Person {number} as JSON: " for number in range(count)]
+    print("| strategy | schema | forwards | tokens | tokens a forward | tokens/s |")
+    print("|---|---|---|---|---|---|")
+    for strategy, options in SETTINGS.items():
+        for name, schema in ({"none": None} | SCHEMAS).items():
+            asked = None if schema is None else StructuredOutputsParams(json=schema)
+            sampling = SamplingParams(
+                temperature=0,
+                max_tokens=256,
+                structured_outputs=asked,
+                extra_args={"dlm": options | {"block_length": 32, "eotp": "block"}},
+            )
+            llm.generate(prompts, sampling, use_tqdm=False)
+            started = time.perf_counter()
+            results = llm.generate(prompts, sampling, use_tqdm=False)
+            seconds = time.perf_counter() - started
+            outputs = [result.outputs[0] for result in results]
+            forwards = sum(sum(o.spec_decode_metrics.histogram) for o in outputs)
+            tokens = sum(len(output.token_ids) for output in outputs)
+            print(
+                f"| {strategy} | {name} | {forwards / count:.1f} "
+                f"| {tokens / count:.1f} | {tokens / forwards:.2f} "
+                f"| {tokens / seconds:.0f} |",
+                flush=True,
+            )
 
 
 def fastest(function: Callable[[], Any], repeats: int) -> float:
