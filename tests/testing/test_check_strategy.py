@@ -273,6 +273,16 @@ class CutsTooFar(Rule):
         return replace(decision, truncate_at=view.valid.sum(dim=1))
 
 
+class OwnTokens(Rule):
+    def select(self, view: View, row_params: Any) -> Decision:
+        return Decision(view.masked, new_tokens=view.candidate ^ 1)
+
+
+class CutsAnywhere(Rule):
+    def select(self, view: View, row_params: Any) -> Decision:
+        return Decision(view.masked, truncate_at=view.step * 0)
+
+
 class Misspelt(Rule):
     needs = frozenset({"margins"})
 
@@ -293,6 +303,8 @@ class Misspelt(Rule):
         (Remembers, "has seen, which `state` does not declare"),
         (WrongState, r"'seen'\] is bool \[12, 8\], but is declared as int64 \[12\]"),
         (Remasks, "set `may_rewrite = True`"),
+        (OwnTokens, "other tokens than candidates; set `own_tokens = True`"),
+        (CutsAnywhere, "no candidate ends the text; set `own_tokens = True`"),
         (Blind, "set `logit_rows = 'block'`"),
         (CutsTooFar, "truncate_at must be a position of the block, 0 to 7, or -1"),
         (Misspelt, "`needs` names margins; there are branches, entropy"),
