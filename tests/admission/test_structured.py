@@ -7,6 +7,7 @@ import asyncio
 import json
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,11 +165,9 @@ def test_what_cannot_be_compiled_is_told_to_the_handler() -> None:
 def test_the_servers_config_counts() -> None:
     asked = StructuredOutputsParams(json={"type": "object"})
     params = SamplingParams(structured_outputs=asked)
-    server = StructuredOutputsConfig(
-        backend="xgrammar",
-        disable_any_whitespace=True,
-    )
-    structured.add_the_servers(params, server)
+    said = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
+    config: Any = SimpleNamespace(structured_outputs_config=said)
+    structured.add_the_servers(params, config)
     assert params.structured_outputs is not None
     assert params.structured_outputs.disable_any_whitespace
     assert not params.structured_outputs.disable_additional_properties

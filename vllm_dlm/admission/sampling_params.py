@@ -12,12 +12,16 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission.bounds import check_bounds
-from vllm_dlm.admission.client_fields import field_of, options_field
+from vllm_dlm.admission.client_fields import (
+    field_of,
+    in_the_clients_words,
+    options_field,
+)
 from vllm_dlm.admission.numbers import check_numbers
 from vllm_dlm.admission.options import read_options
 from vllm_dlm.admission.structured import constrain
 from vllm_dlm.config.request import RequestConfig
-from vllm_dlm.messages import OptionError, bounded, name_of, quote
+from vllm_dlm.messages import LONGEST_MESSAGE, OptionError, bounded, name_of, quote
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -149,6 +153,24 @@ def refusal(error: ValueError) -> VLLMValidationError:
     elif parameter is not None:
         parameter = bounded(parameter)
     return VLLMValidationError(bounded(str(error)), parameter=parameter)
+
+
+def as_sent(error: VLLMValidationError, ours: bool) -> VLLMValidationError:
+    """A refusal of vLLM's in the client's words, and of a length that can be sent.
+
+    vLLM repeats what was sent, twice, whatever its length.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    text = str(error.args[0]) if error.args else ""
+    parameter, message = error.parameter, bounded(text)
+    if ours:
+        message = in_the_clients_words(message)
+        parameter = parameter and in_the_clients_words(parameter)
+    is_short = len(str(error)) <= LONGEST_MESSAGE
+    if is_short and (message, parameter) == (text, error.parameter):
+        return error
+    return VLLMValidationError(message, parameter=parameter)
 
 
 def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:

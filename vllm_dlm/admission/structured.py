@@ -35,8 +35,7 @@ from vllm_dlm.constraints.vocabulary import Vocabulary
 from vllm_dlm.messages import OptionError, quote
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-    from vllm.config.structured_outputs import StructuredOutputsConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 FIELD = "structured_outputs"
@@ -119,17 +118,16 @@ def _run(job: Job) -> None:
     _cache.put(job, job.run())
 
 
-def add_the_servers(
-    params: SamplingParams, server: StructuredOutputsConfig | None
-) -> None:
+def add_the_servers(params: SamplingParams, vllm_config: VllmConfig) -> None:
     """What `--structured-outputs-config` says of JSON, for a request's constraint.
 
     Args:
         params: of one request; the object with its constraint is replaced.
     """
     asked = params.structured_outputs
-    if asked is None or server is None:
+    if asked is None:
         return
+    server = vllm_config.structured_outputs_config
     for name in ("disable_any_whitespace", "disable_additional_properties"):
         if getattr(server, name) and not getattr(asked, name):
             asked = replace(asked, **{name: True})

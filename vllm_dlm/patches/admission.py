@@ -9,6 +9,7 @@ handlers (`handlers.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission import sampling_params as request
@@ -18,7 +19,6 @@ from vllm_dlm.admission.canvases import check_with_prompt
 from vllm_dlm.admission.client_fields import (
     GENERATE,
     Route,
-    in_the_clients_words,
     options_field,
     sent_by,
 )
@@ -31,11 +31,11 @@ from vllm_dlm.admission.handover import (
 )
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
-from vllm_dlm.admission.structured import add_the_servers
+from vllm_dlm.admission.structured import add_the_servers, with_constraints
 from vllm_dlm.entrypoints import frames, step_maps
 from vllm_dlm.entrypoints.frame_streams import StreamWatcher
 from vllm_dlm.entrypoints.wings import wings
-from vllm_dlm.messages import LONGEST_MESSAGE, OptionError, bounded, name_of
+from vllm_dlm.messages import OptionError, name_of
 from vllm_dlm.patches.ledger import Make, Where, patch
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.serve.engine.serving import BaseServing
-    from vllm.exceptions import VLLMValidationError
     from vllm.inputs import EngineInput
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -62,6 +61,9 @@ def handle(route: Route, *, has_frames: bool = False) -> Make:
         has_frames: the route's streams have frames.
     """
 
+    def watched() -> AbstractContextManager[object]:
+        return frames.watching(StreamWatcher()) if has_frames else nullcontext()
+
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         async def answer(self: BaseServing, *args: Any, **kwargs: Any) -> Any:
             from vllm.exceptions import VLLMValidationError
@@ -76,15 +78,19 @@ def handle(route: Route, *, has_frames: bool = False) -> Make:
                     await _refuse_unread(route, body, raw_request, ours)
                     if ours and getattr(body, "suffix", None) is not None:
                         given["request"] = suffixes.as_option(body)
-                        args, kwargs = (), given
-                    if not (ours and has_frames):
+                    if not ours:
                         return await original(self, *args, **kwargs)
-                    with frames.watching(StreamWatcher()):
-                        return await original(self, *args, **kwargs)
+
+                    async def once(own: Any) -> Any:
+                        sent = {**given, "request": own}
+                        with watched():
+                            return await original(self, **sent)
+
+                    return await with_constraints(given["request"], once)
                 except OptionError as error:
                     raise request.refusal(error) from None
                 except VLLMValidationError as error:
-                    raise _as_sent(suffixes.as_sent(error, body), ours) from None
+                    raise request.as_sent(suffixes.as_sent(error, body), ours) from None
 
         return answer
 
@@ -128,24 +134,6 @@ async def _refuse_unread(
 
 def _without(sent: Mapping[str, Any], known: Any) -> dict[str, Any]:
     return {name: value for name, value in sent.items() if name not in known}
-
-
-def _as_sent(error: VLLMValidationError, ours: bool) -> VLLMValidationError:
-    """A refusal of vLLM's in the client's words, and of a length that can be sent.
-
-    vLLM repeats what was sent, twice, whatever its length.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    text = str(error.args[0]) if error.args else ""
-    parameter, message = error.parameter, bounded(text)
-    if ours:
-        message = in_the_clients_words(message)
-        parameter = parameter and in_the_clients_words(parameter)
-    is_short = len(str(error)) <= LONGEST_MESSAGE
-    if is_short and (message, parameter) == (text, error.parameter):
-        return error
-    return VLLMValidationError(message, parameter=parameter)
 
 
 @patch(
@@ -248,7 +236,7 @@ def process_inputs(
         ours = request.is_ours(self.model_config.hf_config)
         if ours and isinstance(params, SamplingParams):
             params = private_copy(params)
-            add_the_servers(params, self.structured_outputs_config)
+            add_the_servers(params, self.vllm_config)
         made = original(self, request_id, prompt, params, *args, **kwargs)
         if ours and made.sampling_params is not None:
             _refuse_unknown_ids(made.prompt_token_ids, self.model_config)
@@ -304,6 +292,7 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if request.is_ours(self.vllm_config.model_config.hf_config):
             sampling_params = private_copy(sampling_params)
+            add_the_servers(sampling_params, self.vllm_config)
         _check(prompt, sampling_params, self.vllm_config)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
@@ -324,6 +313,7 @@ def checked_before_the_stream(original: Callable[..., Any]) -> Callable[..., Any
         if request.is_ours(vllm_config.model_config.hf_config):
             # Made for this request alone.
             take_notes(sampling_params)
+            add_the_servers(sampling_params, vllm_config)
         _check(engine_input, sampling_params, vllm_config)
         return original(
             self,
@@ -351,8 +341,6 @@ def _check(
             wing.check_request(sampling_params, vllm_config.speculative_config)
         return
     request.refuse_reasoning(sampling_params, vllm_config)
-    if sampling_params.structured_outputs is not None:
-        add_the_servers(sampling_params, vllm_config.structured_outputs_config)
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_streaming(config, sampling_params)
     _have_watched(sampling_params)
