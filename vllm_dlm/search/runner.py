@@ -125,8 +125,10 @@ def make_driver(
                 " to its class"
             )
         return driver
-    is_class = isinstance(driver, type) and issubclass(driver, Driver)
-    kind = driver if is_class else SEARCHES[SEARCHES.check(driver)]
+    if isinstance(driver, type) and issubclass(driver, Driver):
+        kind: type[Driver] = driver
+    else:
+        kind = SEARCHES[SEARCHES.check(driver)]
     return validated(
         kind,
         options,
