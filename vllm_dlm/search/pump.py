@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_dlm.messages import quote
 from vllm_dlm.search.base import (
     NOTHING,
     Branch,
@@ -34,6 +33,7 @@ from vllm_dlm.search.base import (
     Task,
     Text,
 )
+from vllm_dlm.search.checks import checked_candidates, checked_scores
 from vllm_dlm.search.jobs import Engine, Job, Plan, Reply, draw_seed
 
 CACHED_REPLIES = 65536
@@ -124,7 +124,7 @@ class Pump:
             try:
                 request = run.search.send(answer)
             except StopIteration as end:
-                self._end(run, _checked(end.value, run.task))
+                self._end(run, checked_candidates(end.value, run.task))
                 return
             run.request = request
             if self._begin(run, request):
@@ -365,7 +365,7 @@ class Pump:
             waiting.setdefault(request.scorer, []).append((run, batch))
         for number, batches in waiting.items():
             everything = [one for _, batch in batches for one in batch]
-            scores = _checked_scores(self._scorers[number](everything), everything)
+            scores = checked_scores(self._scorers[number](everything), everything)
             start = 0
             for run, batch in batches:
                 own = scores[start : start + len(batch)]
@@ -394,47 +394,3 @@ def _standing(text: Text, score: float | None) -> tuple[bool, bool, float, float
 
 def _frozen(options: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, json.dumps(value)) for name, value in options.items()))
-
-
-def _checked(found: Any, task: Task) -> list[Candidate]:
-    """What a search returned.
-
-    Raises:
-        TypeError: it is no list of candidates.
-    """
-    is_list = isinstance(found, list) and found
-    if not is_list or not all(isinstance(one, Candidate) for one in found):
-        raise TypeError(
-            f"the search of prompt {task.index} returned {quote(found)}: a driver "
-            "returns its candidates, the best first, and at least one"
-        )
-    return found
-
-
-def _checked_scores(scores: Any, candidates: Sequence[Candidate]) -> list[float]:
-    """What a scorer returned, as floats.
-
-    Raises:
-        ValueError: not one number for each candidate.
-    """
-    expected = f"a scorer returns a sequence of {len(candidates)} numbers here, "
-    expected += "one for each candidate"
-    try:
-        scores = list(scores)
-    except TypeError:
-        raise ValueError(f"{expected}; it returned {quote(scores)}") from None
-    if len(scores) != len(candidates):
-        raise ValueError(f"{expected}; it returned {len(scores)}")
-    numbers = []
-    for score, candidate in zip(scores, candidates, strict=True):
-        where = f"the score of prompt {candidate.index}"
-        try:
-            if isinstance(score, str):
-                raise TypeError
-            number = float(score)
-        except (TypeError, ValueError):
-            raise ValueError(f"{where} is {quote(score)}, and no number") from None
-        if math.isnan(number):
-            raise ValueError(f"{where} is nan; -inf is the lowest that a score can be")
-        numbers.append(number)
-    return numbers
