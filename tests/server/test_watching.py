@@ -99,6 +99,17 @@ def test_keys(page: Page, server: Server):
     assert "confidence" in detail
 
 
+def test_holes(page: Page):
+    page.set("#template", "[Carl, {{8}}]")
+    run(page)
+    canvas = page.text(f"{A} .canvas")
+    assert canvas.startswith("[Carl, ")
+    assert canvas.endswith("]")
+    assert page.text(f"{A} .answer").startswith("[Carl, ")
+    assert forwards(page, A) >= 1
+    page.set("#template", "")
+
+
 def test_everything_has_a_name(page: Page):
     """Whatever can be reached by keys, for who does not see it."""
     page.set("#compare", "on")
