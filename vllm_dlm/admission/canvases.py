@@ -102,9 +102,11 @@ class CanvasReader:
                 f"{field_of('max_tokens')}",
                 set_as,
             )
-        ids = suffix
-        if isinstance(suffix, str):
-            ids = tokenizer_of(self._model_config, set_as)(suffix)
+        ids: Sequence[int] = (
+            tokenizer_of(self._model_config, set_as)(suffix)
+            if isinstance(suffix, str)
+            else suffix
+        )
         if len(ids) == 0:
             raise OptionError(
                 f"{set_as} is empty: leave it out, or give it a token", set_as

@@ -126,7 +126,9 @@ def solve(problem: Problem) -> Solution:
     solution = Solution(
         False,
         np.full(count, -1, dtype=np.int64),
-        *np.zeros((3, count)),
+        np.zeros(count),
+        np.zeros(count),
+        np.zeros(count),
         np.zeros(count + 1, dtype=np.int64),
         np.zeros((count, num_classes)),
     )
@@ -326,7 +328,7 @@ class Completions:
         """
         if self.at(0)[start]:
             return None
-        (alive,) = self._rows.any(axis=1).nonzero()
+        alive = np.flatnonzero(self._rows.any(axis=1))
         return max(int(alive[0]) - 1, 0) if len(alive) and alive[0] else 0
 
     def _plain(self, position: int) -> np.ndarray:

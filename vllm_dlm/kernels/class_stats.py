@@ -170,11 +170,10 @@ def class_draws(
     best = best_of(score, token)
     is_best = token == best
     logit = torch.where(is_best, logit, -torch.inf).amax(dim=0)
-    shape = scores.shape
     return (
-        score.amax(dim=0).reshape(shape),
-        best.long().reshape(shape),
-        logit.reshape(shape),
+        score.amax(dim=0).view_as(scores),
+        best.long().view_as(scores),
+        logit.view_as(scores),
     )
 
 

@@ -468,17 +468,17 @@ class Constrained:
             + np.array([offset.get(r, 0) for r in range(own.start, own.stop)]),
         )
         host = self._slots.host
-        noise = {
-            "seed": torch.full_like(positions, request.seed),
-            "position": positions,
-            "step": torch.full_like(positions, int(host.step[text.slot])),
-        }
+        noise = (
+            torch.full_like(positions, request.seed),
+            positions,
+            torch.full_like(positions, int(host.step[text.slot])),
+        )
         if text.truncates:
             scores = self._truncated(step, own, values, classes)
             ones = torch.ones(count, device=logits.device)
             weights = class_stats(scores, classes)
             drawn, tokens, logit = class_draws(
-                scores, classes, torch.zeros_like(ones), ones, **noise
+                scores, classes, torch.zeros_like(ones), ones, *noise
             )
             raw = values.gather(1, tokens).double()
         else:
@@ -486,9 +486,8 @@ class Constrained:
             top = torch.where(top.isfinite(), top, 0.0)
             weights = class_stats(values, classes, 1 / temperature, shard)
             drawn, tokens, raw = class_draws(
-                values, classes, top, torch.full_like(top, temperature), **noise,
-                shard=shard,
-            )  # fmt: skip
+                values, classes, top, torch.full_like(top, temperature), *noise, shard
+            )
             logit = raw / temperature
         if request.measures_drawn:
             found["parts"], raw = weights, logit
