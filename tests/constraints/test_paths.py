@@ -385,14 +385,6 @@ def test_completions_are_those_of_all_texts(case, shortest, data):
             assert completions.at(position)[state]
 
 
-def test_the_first_place_without_a_completion_is_named():
-    graph = Graph.of(PAIRS)
-    pins = np.full(4, OPEN)
-    pins[[1, 2]] = 1
-    assert Completions(PAIRS, graph, 4, pins=pins).first_dead(0) is not None
-    assert Completions(PAIRS, graph, 4).first_dead(0) is None
-
-
 def test_nothing_is_compiled_while_a_request_waits():
     """Arrays that are read-only, as those of automata are, have a type of their own."""
     from vllm_dlm.constraints import paths

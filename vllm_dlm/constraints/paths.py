@@ -257,12 +257,8 @@ def possible(
     return first
 
 
-def rehearse(end_class: int = 0) -> None:
-    """Call all that is compiled, once: the first request is not to wait for that.
-
-    Args:
-        end_class: 0; it is there to have the type of a class.
-    """
+def rehearse() -> None:
+    """Call all that is compiled, once: the first request is not to wait for that."""
     one = np.zeros(1, dtype=np.int32)
     graph = Graph(np.arange(2), one, one, one[:, None])
     end, fixed, parts = np.ones(1, dtype=np.bool_), np.full(1, OPEN), unread(1, 1)
@@ -271,7 +267,7 @@ def rehearse(end_class: int = 0) -> None:
         solve(Problem(graph, 0, end, fixed, parts, how))
     feasible(graph, 0, end, fixed, np.ones((1, 1), dtype=np.bool_))
     rows = np.ones((2, 1), dtype=np.bool_)
-    _complete(*graph, fixed, 0, end_class, rows)
+    _complete(*graph, fixed, 0, 0, rows)
 
 
 class Completions:
@@ -320,16 +316,6 @@ class Completions:
             row: np.ndarray = self._rows[position]
             return row
         return self._plain(position)
-
-    def first_dead(self, start: int) -> int | None:
-        """The first position where no completion is left; None if there is one.
-
-        Right of it, all that is asked for can be had from some state.
-        """
-        if self.at(0)[start]:
-            return None
-        alive = np.flatnonzero(self._rows.any(axis=1))
-        return max(int(alive[0]) - 1, 0) if len(alive) and alive[0] else 0
 
     def _plain(self, position: int) -> np.ndarray:
         rows: np.ndarray = self._min_length <= max(self._length - position, 0)
