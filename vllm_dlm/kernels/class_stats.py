@@ -144,8 +144,8 @@ def class_draws(
     settings = top.float(), temperature.float(), key
     triton_rows = triton_kernels(logits)
     lists = classes.columns, classes.tokens, classes.first
+    shape = len(logits), len(classes)
     if not len(classes.columns):
-        shape = len(logits), len(classes)
         scores = torch.full(shape, -torch.inf, device=logits.device)
         tokens = torch.zeros(shape, dtype=torch.int64, device=logits.device)
         own = scores.double()
