@@ -15,12 +15,15 @@ from byte_model import EOS, MASK, write_byte_model
 from pydantic import BaseModel
 from transformers import AutoTokenizer
 from vllm.config.structured_outputs import StructuredOutputsConfig
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from vllm_dlm.admission import structured
+from vllm_dlm.admission.client_fields import CHAT
 from vllm_dlm.constraints.cache import Cache, Compiled, Job, Source
 from vllm_dlm.constraints.limits import ConstraintError
 from vllm_dlm.constraints.vocabulary import Vocabulary
+from vllm_dlm.patches.admission import handle
 
 BYTES = Vocabulary.of_tokens({byte: bytes([byte]) for byte in range(256)}, 257)
 
@@ -149,6 +152,29 @@ def test_a_handler_waits_for_a_thread_and_others_go_on(
     assert asyncio.run(together()) == ["abc?", "abc?", "other"]
     assert len(runs) == 1
     assert bodies == [[1]] * 4
+
+
+def test_the_wrapped_handler_tries_again_with_the_body_as_it_was_sent() -> None:
+    bodies = []
+
+    async def original(self: Any, request: Any, raw_request: Any = None) -> str:
+        bodies.append(request)
+        assert request.tools is None
+        # Parsers of tools write into the body.
+        request.tools = []
+        return structured._compiled(job("handled")).pattern
+
+    handler = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(dlm_class="A"))
+    )
+    body = ChatCompletionRequest(
+        messages=[{"role": "user", "content": "a"}],
+        response_format={"type": "json_object"},
+    )
+    for given in ((body,), (body, None)):
+        assert asyncio.run(handle(CHAT)(original)(handler, *given)) == "handled"
+    first, second, third = bodies
+    assert len({id(each) for each in (body, first, second, third)}) == 4
 
 
 def test_what_cannot_be_compiled_is_told_to_the_handler() -> None:
