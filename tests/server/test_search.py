@@ -136,7 +136,7 @@ def test_endpoints_that_are_refused(server: Server):
     ):
         with pytest.raises(ValueError, match=message):
             search.Endpoint(**{"url": server.url, **options})
-    with pytest.raises(ValueError, match="'two tokens' is . tokens of llada-tiny"):
+    with pytest.raises(ValueError, match="'two tokens' is 10 tokens of llada-tiny"):
         ask(search.Endpoint(server.url, end_tokens=["two tokens"]), "best_of_n")
 
 
