@@ -79,7 +79,7 @@ def test_two_strategies_side_by_side(page: Page, server: Server):
         assert canvas.startswith(wanted)
         assert "\N{MEDIUM SHADE}" not in canvas[: len(wanted)]
         assert float(page.text(f"{pane} .seconds")) > 0
-    assert forwards(page, A) > forwards(page, B) > 1
+    assert forwards(page, A) > forwards(page, B) >= 1
     assert page.text("#status").startswith("Finished. A: ")
 
 
@@ -171,7 +171,7 @@ def test_text_can_be_read(page: Page, scheme: str):
 def test_a_refusal_is_shown(page: Page):
     page.set("#max_tokens", "100000")
     run(page)
-    assert "context length" in page.text(f"{A} .error")
+    assert "max_model_len" in page.text(f"{A} .error")
     # The browser's console names what was refused, too.
     assert all("400" in error for error in page.errors)
     page.errors.clear()
@@ -179,9 +179,14 @@ def test_a_refusal_is_shown(page: Page):
 
 def test_replays(page: Page, server: Server, tmp_path: Path):
     """A saved stream gives the same picture again; a step map does."""
+    page.set(f"{A} .strategy", "static")
     run(page)
     canvas, steps = page.text(f"{A} .canvas"), forwards(page, A)
-    body = body_of(server, "/v1/chat/completions", vllm_xargs={"dlm_frames": "writes"})
+    body = body_of(
+        server,
+        "/v1/chat/completions",
+        vllm_xargs={"dlm_frames": "writes", "dlm_strategy": "static"},
+    )
     saved = tmp_path / "canvas.sse"
     saved.write_text(
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).text
@@ -201,7 +206,7 @@ def test_replays(page: Page, server: Server, tmp_path: Path):
         QUESTION,
         max_tokens=40,
         logprobs=True,
-        vllm_xargs={"dlm_step_map": True},
+        vllm_xargs={"dlm_step_map": True, "dlm_strategy": "static"},
     )
     mapped = tmp_path / "answer.json"
     mapped.write_text(answer.model_dump_json())
