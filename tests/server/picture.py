@@ -15,7 +15,7 @@ from server.browser import browser
 
 from vllm_dlm.watching.page_server import PageServer, model_server
 
-QUESTION = "Sort [Mia, Ada, Carl, Ben]"
+QUESTION = "Shuffle [Hugo, Rosa, Nina, Bela, Ivan]"
 A, B = "#panes > section:nth-child(1)", "#panes > section:nth-child(2)"
 END = "document.querySelector('#status').textContent.startsWith('Finished')"
 
