@@ -58,7 +58,7 @@ endef
 help:
 	@cat <<-'TEXT'
 	make env        make .venv: the CUDA vLLM where a GPU answers, the CPU one elsewhere
-	make demo       serve llada-tiny, ask it over HTTP, compare the strategies
+	make demo       serve the built-in models, ask them over HTTP, compare strategies
 	make test       the fast tests       (PYTEST_ARGS="-k threshold" passes arguments on)
 	make test-slow  the tests marked slow
 	make gpu-check  on a GPU, in 8 minutes: tests, graphs, launches, bandwidth, tokens/s

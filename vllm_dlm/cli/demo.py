@@ -1,32 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make demo`: serve llada-tiny, ask it over HTTP, compare its strategies offline."""
+"""`make demo`: serve llada-tiny, ask it over HTTP, compare its strategies offline.
+
+Then the same with llada-forms: schemas, text with holes, tools (`demo_forms.py`).
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
-from rich.console import Console
 from rich.table import Table
 
+from vllm_dlm.cli import demo_forms
+from vllm_dlm.cli.demo_server import Served, console, serve
 from vllm_dlm.tasks.problems import Problem, sample_problems
 
 MODEL = "llada-tiny"
 MAX_TOKENS = 256
-START_SECONDS = 300
-console = Console()
 
 
 def main() -> int:
@@ -40,75 +32,27 @@ def main() -> int:
     )
     args = parser.parse_args()
     console.rule("1. vllm serve --model llada-tiny --dlm-strategy learn2pd")
-    with _server() as url:
-        _ask(url)
+    with serve(MODEL, "--dlm-strategy", "learn2pd") as served:
+        _ask(served)
     console.rule(f"2. {args.num_problems} held-out problems offline, per strategy")
     _compare(sample_problems(args.num_problems, 0, split="heldout"))
+    console.rule("3. vllm serve --model llada-forms: schema, holes, tools")
+    demo_forms.show()
+    console.rule("4. held-out sentences to JSON, with their schemas and without")
+    demo_forms.compare(args.num_problems // 4)
     return 0
 
 
-# -- the server -----------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _server() -> Iterator[str]:
-    """A running `vllm serve`; yields its URL and stops it in the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", "--model", MODEL, "--dlm-strategy", "learn2pd"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait(url, process, log)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            console.print("server stopped")
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: IO[str]) -> None:
-    started = time.monotonic()
-    with console.status("") as status:
-        while True:
-            seconds = time.monotonic() - started
-            status.update(f"starting the server, {seconds:.0f} s")
-            with contextlib.suppress(URLError, OSError), urlopen(f"{url}/health"):
-                break
-            if process.poll() is not None or seconds > START_SECONDS:
-                log.seek(0)
-                console.print(log.read()[-4000:], markup=False)
-                raise SystemExit("the server did not start; its log ends above")
-            time.sleep(0.5)
-    console.print(f"server up after {time.monotonic() - started:.0f} s at {url}")
-
-
-def _post(url: str, body: dict[str, Any]) -> Any:
-    data = json.dumps({"model": MODEL, **body}).encode()
-    headers = {"Content-Type": "application/json"}
-    return urlopen(Request(url, data, headers), timeout=120)
-
-
-def _ask(url: str) -> None:
+def _ask(served: Served) -> None:
     problems = sample_problems(5, seed=1, split="heldout")
     for problem in problems[:2]:
         body = {"prompt": problem.question, "max_tokens": MAX_TOKENS}
-        with _post(f"{url}/v1/completions", body) as reply:
+        with served.post("/v1/completions", body) as reply:
             _print("completion", problem, json.load(reply)["choices"][0]["text"])
     for problem in problems[2:4]:
         messages = [{"role": "user", "content": problem.question}]
         body = {"messages": messages, "max_tokens": MAX_TOKENS}
-        with _post(f"{url}/v1/chat/completions", body) as reply:
+        with served.post("/v1/chat/completions", body) as reply:
             text = json.load(reply)["choices"][0]["message"]["content"]
         _print("chat", problem, text)
     # Streamed, and by another strategy than the server's: one request's own choice.
@@ -116,7 +60,7 @@ def _ask(url: str) -> None:
     messages = [{"role": "user", "content": problem.question}]
     xargs = {"dlm_strategy": "threshold", "dlm_threshold": 0.95}
     body = {"messages": messages, "max_tokens": MAX_TOKENS, "stream": True}
-    with _post(f"{url}/v1/chat/completions", {**body, "vllm_xargs": xargs}) as reply:
+    with served.post("/v1/chat/completions", {**body, "vllm_xargs": xargs}) as reply:
         pieces = [piece for line in reply if (piece := _piece(line.decode()))]
     _print("streamed, threshold 0.95", problem, "|".join(pieces))
 

@@ -31,7 +31,7 @@ NAME = "llada-forms"
 STEPS = 6000
 MAX_CANVAS = 256
 # While training: held-out problems of each kind, and tokens written in a step.
-NUM_PROGRESS_PROBLEMS, PROGRESS_TOKENS = 16, 2
+NUM_PROGRESS_PROBLEMS, PROGRESS_TOKENS = 4, 4
 
 
 def make_model() -> LLaDAModel:
