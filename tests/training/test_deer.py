@@ -184,7 +184,9 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
         deer.train(tmp_path, options(1), attention_block=4, **sizes)
 
 
-@pytest.mark.parametrize("name", ["deer", "llama-tiny-draft", "llada-tiny"])
+@pytest.mark.parametrize(
+    "name", ["deer", "llama-tiny-draft", "llada-tiny", "llada-forms"]
+)
 def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
     from vllm_dlm.cli.command import main
 

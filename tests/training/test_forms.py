@@ -152,3 +152,17 @@ def test_batches_depend_on_seed_and_step_alone():
         lengths.add(batch.ids.shape[1])
     assert lengths <= set(ROWS) and len(lengths) > 1
     assert not torch.equal(make_batch(0, 1).ids, make_batch(0, 2).ids)
+
+
+def test_the_shipped_model_answers_held_out_problems():
+    from vllm_dlm.config.aliases import resolve
+    from vllm_dlm.training.tiny.forms_evaluation import evaluate_kind
+    from vllm_dlm.training.tiny.llada_modeling import load_llada
+
+    model = load_llada(resolve("llada-forms"))
+    shares = {
+        kind: evaluate_kind(model, kind, 8, canvas=72, seed=77, tokens_per_step=2)
+        for kind in ("who are you", "form")
+    }
+    assert shares["who are you"] >= 0.5
+    assert shares["form"] >= 0.25
