@@ -103,8 +103,8 @@ def test_a_client_that_leaves(server: Server):
         ({"suffix": "a", "max_tokens": 1020}, ["suffix has", "1020"], "suffix"),
         ({"suffix": "a", "vllm_xargs": {"dlm_suffix": "b"}}, ["one place"], "suffix"),
         (
-            {"max_tokens": 16, "vllm_xargs": {"dlm_canvas_text": "{{3}}"}},
-            ["3 positions", "max_tokens is 16"],
+            {"max_tokens": 17, "vllm_xargs": {"dlm_canvas_text": "{{3}}"}},
+            ["3 positions", "max_tokens is 17"],
             "vllm_xargs.dlm_canvas_text",
         ),
         (

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm.logger import init_logger
-
 from vllm_dlm.admission.canvas_text import Hole, parse
 from vllm_dlm.admission.client_fields import field_of, gave_length
 from vllm_dlm.config.canvas import Canvas, CanvasOptions, source_of
@@ -22,8 +20,6 @@ from vllm_dlm.messages import OptionError, quote
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.sampling_params import SamplingParams
-
-logger = init_logger(__name__)
 
 NOT_SEEN = (
     "A request's canvas has text to the right of a hole that lies in an earlier block. "
@@ -172,7 +168,9 @@ class CanvasReader:
         if self._model.reuses_blocks and len(canvas.holes) and canvas.pins_end:
             length = self._model.block_length
             if canvas.pins_end - canvas.holes[0][0] > length:
-                logger.warning_once(NOT_SEEN)
+                from vllm.logger import init_logger
+
+                init_logger(__name__).warning_once(NOT_SEEN)
 
 
 def taken_apart(

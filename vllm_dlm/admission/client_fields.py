@@ -124,6 +124,9 @@ def sent_by(route: Route, request: Any) -> Iterator[bool]:
         sources = route.names.get("max_tokens", ("max_tokens",))
         given = getattr(request, "model_fields_set", ())
         has_length = any(each in given and _is_set(request, each) for each in sources)
+        if route is COMPLETION and request.max_tokens == DEFAULT_LENGTH:
+            # vLLM writes its default into the body of who does not set it.
+            has_length = None
     token = _sent.set(_Sent(route, fields, has_length))
     try:
         yield True
@@ -144,8 +147,8 @@ DEFAULT_LENGTH = 16
 def gave_length(params: SamplingParams) -> bool:
     """Whether a client has set `max_tokens`.
 
-    Offline, and on a route that takes sampling parameters as they are, vLLM's default
-    is taken for not set.
+    Offline, on a route that takes sampling parameters as they are, and in completions,
+    vLLM's default is taken for not set: nothing tells it from a client's own.
     """
     has_length = _sent.get().has_length
     if has_length is None:

@@ -19,7 +19,6 @@ from vllm_dlm.admission.client_fields import (
 )
 from vllm_dlm.admission.numbers import check_numbers
 from vllm_dlm.admission.options import read_options
-from vllm_dlm.admission.structured import constrain
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.messages import LONGEST_MESSAGE, OptionError, bounded, name_of, quote
 
@@ -132,6 +131,9 @@ def validate_sampling_params(
         carrier = options_field() + (f".{name_of(path)}" if path else "")
         raise refusal(OptionError(str(error), carrier)) from error
     try:
+        # Automata need numba, which nobody waits for who only lists the ledger.
+        from vllm_dlm.admission.structured import constrain
+
         constrain(params, model_config, config)
     except OptionError as error:
         raise refusal(error) from None
