@@ -22,20 +22,17 @@ GIL: many requests share the cores.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vllm_dlm.kernels.numba_jit import jit
+from vllm_dlm.constraints import path_loops as loops
+from vllm_dlm.constraints.path_loops import NO_CLASS as NO_CLASS
+from vllm_dlm.constraints.path_loops import OPEN as OPEN
 
 if TYPE_CHECKING:
     from vllm_dlm.constraints.automaton import Automaton
-
-OPEN, NO_CLASS = -1, -2
-"""In place of a position's class: any class, by its weight; none, so that no text has
-what is written there."""
 
 BEST, TOKEN, TOTAL, SPREAD, SECOND = range(5)
 """Numbers of a row's class, as `kernels/class_stats.py` has them: the largest logit,
@@ -138,25 +135,25 @@ def solve(problem: Problem) -> Solution:
     fixed = np.ascontiguousarray(problem.fixed, dtype=np.int64)
     parts = np.ascontiguousarray(problem.parts, dtype=np.float64)
     scores, tokens, weights = np.empty((3, count, num_classes))
-    _prepare(parts, scores, tokens, weights)
+    loops.prepare(parts, scores, tokens, weights)
     reached = _reach(graph, start, fixed, weights > -np.inf)
     behind = np.full((count + 1, len(graph.transitions)), -np.inf)
     if drawing is None:
         logits = scores
-        _backward_best(*graph, fixed, scores, end, *reached, behind)
+        loops.backward_best(*graph, fixed, scores, end, *reached, behind)
     else:
         scores, tokens, logits = drawing[1:]
         _, sums = _sums(graph, fixed, drawing.weights, end, reached)
-        _logs(*sums, behind)
+        loops.logs(*sums, behind)
     classes = np.zeros(count, dtype=np.int64)
-    if not _walk(
+    if not loops.walk(
         *graph, start, fixed, scores, tokens, behind, solution.tokens, classes,
         solution.states,
     ):  # fmt: skip
         return solution
     split, sums = _sums(graph, fixed, weights, end, reached)
-    _posterior(*graph, start, fixed, *split, *reached, *sums, solution.classes)
-    _measure(
+    loops.posterior(*graph, start, fixed, *split, *reached, *sums, solution.classes)
+    loops.measure(
         fixed, parts, solution.classes, classes, logits, solution.confidence,
         solution.entropy, solution.margin,
     )  # fmt: skip
@@ -169,7 +166,7 @@ def _reach(
     """States that can be reached: their list [n + 1, S], and how many [n + 1]."""
     order = np.empty((len(fixed) + 1, len(graph.transitions)), dtype=np.int32)
     counts = np.zeros(len(fixed) + 1, dtype=np.int64)
-    _reached(*graph, start, fixed, usable, order, counts)
+    loops.reached(*graph, start, fixed, usable, order, counts)
     return order, counts
 
 
@@ -187,8 +184,8 @@ def _sums(
 
     split = numbers(weights.shape)
     sums = numbers((len(fixed) + 1, len(graph.transitions)))
-    _split(np.ascontiguousarray(weights), *split)
-    _backward_sum(*graph, fixed, *split, end, *reached, *sums)
+    loops.split(np.ascontiguousarray(weights), *split)
+    loops.backward_sum(*graph, fixed, *split, end, *reached, *sums)
     return split, sums
 
 
@@ -231,7 +228,7 @@ def feasible(
         end, usable = np.array(end), np.ascontiguousarray(usable)
         fixed = np.ascontiguousarray(fixed, dtype=np.int64)
         reached = _reach(graph, start, fixed, usable)
-        _feasible(*graph, end, fixed, usable, *reached, found)
+        loops.feasible(*graph, end, fixed, usable, *reached, found)
     return found
 
 
@@ -252,7 +249,7 @@ def possible(
     rows = np.empty((len(fixed) + 1, len(end)), dtype=np.bool_)
     rows[-1] = end
     fixed = np.ascontiguousarray(fixed, dtype=np.int64)
-    _complete(*graph, fixed, shortest, automaton.end_class, rows)
+    loops.complete(*graph, fixed, shortest, automaton.end_class, rows)
     first: np.ndarray = rows[0]
     return first
 
@@ -267,7 +264,7 @@ def rehearse() -> None:
         solve(Problem(graph, 0, end, fixed, parts, how))
     feasible(graph, 0, end, fixed, np.ones((1, 1), dtype=np.bool_))
     rows = np.ones((2, 1), dtype=np.bool_)
-    _complete(*graph, fixed, 0, 0, rows)
+    loops.complete(*graph, fixed, 0, 0, rows)
 
 
 class Completions:
@@ -302,7 +299,7 @@ class Completions:
         """From here on nothing but the length counts."""
         self._rows = np.empty((self._plain_from + 1, len(graph.transitions)), np.bool_)
         self._rows[-1] = self._plain(self._plain_from)
-        _complete(
+        loops.complete(
             *graph,
             pinned[: self._plain_from].astype(np.int64),
             shortest,
@@ -320,305 +317,3 @@ class Completions:
     def _plain(self, position: int) -> np.ndarray:
         rows: np.ndarray = self._min_length <= max(self._length - position, 0)
         return rows
-
-
-# --- Compiled ----------------------------------------------------------------------
-
-_EXACT = jit(error_model="numpy")
-
-_NOTHING = -(1 << 60)
-"""Exponent of 0."""
-_POWERS = 2.0 ** -np.arange(128.0)
-_LOG_2 = math.log(2.0)
-_NEGLIGIBLE = 1e-40
-"""Posterior of a state below which what follows from it is left out."""
-
-
-@_EXACT
-def _reached(first, klass, target, transitions, start, fixed, usable, order, counts):  # type: ignore[no-untyped-def]
-    """States that can be reached at each position, in `order` [n + 1, S]."""
-    num_states = len(transitions)
-    seen = np.full(num_states, -1, np.int64)
-    order[0, 0], counts[0] = start, 1
-    for i in range(len(fixed)):
-        count = 0
-        for place in range(counts[i]):
-            state = order[i, place]
-            if fixed[i] >= 0:
-                follows = transitions[state, fixed[i]]
-                if follows >= 0 and seen[follows] != i:
-                    seen[follows] = i
-                    order[i + 1, count] = follows
-                    count += 1
-                continue
-            for pair in range(first[state], first[state + 1]):
-                follows = target[pair]
-                if seen[follows] != i and usable[i, klass[pair]]:
-                    seen[follows] = i
-                    order[i + 1, count] = follows
-                    count += 1
-        counts[i + 1] = count
-
-
-@_EXACT
-def _backward_best(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, fixed, weights, end, order, counts, behind
-):
-    """Logs of the largest weights: `behind` [n + 1, S], -inf for nothing."""
-    count = len(fixed)
-    behind[:] = -np.inf
-    for place in range(counts[count]):
-        state = order[count, place]
-        if end[state]:
-            behind[count, state] = 0.0
-    for i in range(count - 1, -1, -1):
-        for place in range(counts[i]):
-            state = order[i, place]
-            best = -np.inf
-            if fixed[i] >= 0:
-                follows = transitions[state, fixed[i]]
-                if follows >= 0:
-                    best = behind[i + 1, follows]
-            else:
-                for pair in range(first[state], first[state + 1]):
-                    value = weights[i, klass[pair]] + behind[i + 1, target[pair]]
-                    best = max(best, value)
-            behind[i, state] = best
-
-
-@_EXACT
-def _split(weights, mantissas, exponents):  # type: ignore[no-untyped-def]
-    """Logs of weights as numbers in [1, 2) and their exponents, 0 for a row's best.
-
-    A row's weights may have any common factor: each path goes through each row once.
-    """
-    for i in range(weights.shape[0]):
-        top = -np.inf
-        for k in range(weights.shape[1]):
-            if weights[i, k] > top:
-                top = weights[i, k]
-        for k in range(weights.shape[1]):
-            if weights[i, k] > -np.inf:
-                power = (weights[i, k] - top) / _LOG_2
-                whole = math.floor(power)
-                mantissas[i, k] = 2.0 ** (power - whole)
-                exponents[i, k] = np.int64(whole)
-            else:
-                mantissas[i, k], exponents[i, k] = 0.0, _NOTHING
-
-
-@_EXACT
-def _backward_sum(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, fixed, w_mantissas, w_exponents, end,
-    order, counts, mantissas, exponents,
-):  # fmt: skip
-    """Sums of weights: `mantissas` [n + 1, S] in [0.5, 1), or 0, and `exponents`."""
-    count = len(fixed)
-    mantissas[:] = 0.0
-    exponents[:] = _NOTHING
-    for place in range(counts[count]):
-        state = order[count, place]
-        if end[state]:
-            mantissas[count, state], exponents[count, state] = 0.5, 1
-    for i in range(count - 1, -1, -1):
-        for place in range(counts[i]):
-            state = order[i, place]
-            if fixed[i] >= 0:
-                follows = transitions[state, fixed[i]]
-                if follows >= 0:
-                    mantissas[i, state] = mantissas[i + 1, follows]
-                    exponents[i, state] = exponents[i + 1, follows]
-                continue
-            total, top = 0.0, _NOTHING
-            for pair in range(first[state], first[state + 1]):
-                k, follows = klass[pair], target[pair]
-                value = w_mantissas[i, k] * mantissas[i + 1, follows]
-                if value > 0.0:
-                    power = w_exponents[i, k] + exponents[i + 1, follows]
-                    if power <= top:
-                        if top - power < 128:
-                            total += value * _POWERS[top - power]
-                    else:
-                        total = (
-                            total * _POWERS[power - top] if (power - top < 128) else 0.0
-                        )
-                        total += value
-                        top = power
-            if total > 0.0:
-                mantissa, power = math.frexp(total)
-                mantissas[i, state], exponents[i, state] = mantissa, top + power
-
-
-@_EXACT
-def _walk(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, start, fixed, scores, tokens, behind,
-    out_tokens, out_classes, out_states,
-):  # fmt: skip
-    """The path of the best scores; False where none is left.
-
-    Of equal scores, the lowest token's.
-    """
-    state = start
-    out_states[0] = state
-    if behind[0, state] == -np.inf:
-        return False
-    for i in range(len(fixed)):
-        if fixed[i] >= 0:
-            state = transitions[state, fixed[i]]
-            out_classes[i] = fixed[i]
-        else:
-            best, chosen = -np.inf, -1
-            for pair in range(first[state], first[state + 1]):
-                k = klass[pair]
-                value = scores[i, k] + behind[i + 1, target[pair]]
-                if value > best or (
-                    value == best
-                    and chosen >= 0
-                    and tokens[i, k] < tokens[i, klass[chosen]]
-                ):
-                    best, chosen = value, pair
-            if chosen < 0:
-                return False
-            out_classes[i] = klass[chosen]
-            out_tokens[i] = np.int64(tokens[i, klass[chosen]])
-            state = target[chosen]
-        out_states[i + 1] = state
-    return True
-
-
-@_EXACT
-def _posterior(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, start, fixed, w_mantissas, w_exponents,
-    order, counts, mantissas, exponents, posterior,
-):  # fmt: skip
-    """Probability of each class at each position, given that the text matches."""
-    num_states = len(transitions)
-    here, ahead = np.zeros(num_states), np.zeros(num_states)
-    here[start] = 1.0
-    for i in range(len(fixed)):
-        ahead[:] = 0.0
-        for place in range(counts[i]):
-            state = order[i, place]
-            share = here[state]
-            if share < _NEGLIGIBLE:
-                continue
-            if fixed[i] >= 0:
-                posterior[i, fixed[i]] += share
-                ahead[transitions[state, fixed[i]]] += share
-                continue
-            share /= mantissas[i, state]
-            power = exponents[i, state]
-            for pair in range(first[state], first[state + 1]):
-                k, follows = klass[pair], target[pair]
-                less = power - w_exponents[i, k] - exponents[i + 1, follows]
-                if less < 128:
-                    value = w_mantissas[i, k] * mantissas[i + 1, follows]
-                    value *= share * _POWERS[less]
-                    posterior[i, k] += value
-                    ahead[follows] += value
-        here, ahead = ahead, here
-
-
-@_EXACT
-def _measure(  # type: ignore[no-untyped-def]
-    fixed, parts, posterior, classes, logits, confidence, entropy, margin
-):
-    """Statistics of the posterior over tokens, from that over classes.
-
-    In class k, a token has its share exp(logit - best) / total of the class.
-    """
-    for i in range(len(fixed)):
-        if fixed[i] >= 0:
-            continue
-        chosen = classes[i]
-        share = math.exp(logits[i, chosen] - parts[i, chosen, 0])
-        share /= parts[i, chosen, 2]
-        confidence[i] = min(posterior[i, chosen] * share, 1.0)
-        spread, most, second = 0.0, 0.0, 0.0
-        for k in range(posterior.shape[1]):
-            q = posterior[i, k]
-            if q <= 0.0:
-                continue
-            total = parts[i, k, 2]
-            spread += q * (math.log(total) - parts[i, k, 3] / total - math.log(q))
-            one = q / total
-            two = one * math.exp(parts[i, k, 4] - parts[i, k, 0])
-            if one > most:
-                second = max(most, two)
-                most = one
-            elif one > second:
-                second = one
-        entropy[i] = max(spread, 0.0)
-        margin[i] = min(most - second, 1.0)
-
-
-@_EXACT
-def _prepare(parts, scores, tokens, weights):  # type: ignore[no-untyped-def]
-    """The largest logit of each class, its token, and the log of the class's weight."""
-    for i in range(parts.shape[0]):
-        for k in range(parts.shape[1]):
-            scores[i, k] = weights[i, k] = -np.inf
-            tokens[i, k] = parts[i, k, 1]
-            if -np.inf < parts[i, k, 0] < np.inf:
-                scores[i, k] = parts[i, k, 0]
-                weights[i, k] = parts[i, k, 0] + math.log(parts[i, k, 2])
-
-
-@_EXACT
-def _logs(mantissas, exponents, logs):  # type: ignore[no-untyped-def]
-    for i in range(logs.shape[0]):
-        for state in range(logs.shape[1]):
-            if mantissas[i, state] > 0.0:
-                logs[i, state] = math.log(mantissas[i, state])
-                logs[i, state] += exponents[i, state] * _LOG_2
-
-
-@_EXACT
-def _feasible(  # type: ignore[no-untyped-def]
-    first, klass, target, transitions, end, fixed, usable, order, counts, found
-):
-    """Mark the classes that some path takes."""
-    count, num_states = len(fixed), len(transitions)
-    alive, before = end.copy(), np.empty(num_states, np.bool_)
-    for i in range(count - 1, -1, -1):
-        before[:] = False
-        for place in range(counts[i]):
-            state = order[i, place]
-            if fixed[i] >= 0:
-                follows = transitions[state, fixed[i]]
-                if follows >= 0 and alive[follows]:
-                    before[state] = found[i, fixed[i]] = True
-                continue
-            for pair in range(first[state], first[state + 1]):
-                if usable[i, klass[pair]] and alive[target[pair]]:
-                    before[state] = found[i, klass[pair]] = True
-        alive, before = before, alive
-
-
-@_EXACT
-def _complete(first, klass, target, transitions, pins, shortest, end_class, rows):  # type: ignore[no-untyped-def]
-    """Fill `rows` [n + 1, S] from its last one: states that can go on to that one."""
-    for i in range(len(pins) - 1, -1, -1):
-        pin, early = pins[i], i < shortest
-        if i + 1 < len(pins) and pin == pins[i + 1] == OPEN:
-            same = early == (i + 1 < shortest)
-            if same and np.array_equal(rows[i + 1], rows[i + 2]):
-                # So it goes on, as long as nothing else is asked for.
-                rows[i] = rows[i + 1]
-                continue
-        for state in range(rows.shape[1]):
-            alive = False
-            if pin >= 0:
-                follows = transitions[state, pin]
-                alive = follows >= 0 and rows[i + 1, follows]
-                alive = alive and not (early and pin == end_class)
-            else:
-                for pair in range(first[state], first[state + 1]):
-                    if (
-                        pin != NO_CLASS
-                        and rows[i + 1, target[pair]]
-                        and not (early and klass[pair] == end_class)
-                    ):
-                        alive = True
-                        break
-            rows[i, state] = alive

@@ -20,33 +20,26 @@ is read are not weighed, only possible.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from vllm_dlm.constraints.paths import (
-    BEST,
     OPEN,
-    TOTAL,
     Completions,
-    Drawing,
-    Problem,
     Solution,
     classes_of,
-    feasible,
     possible,
     rehearse,
     solve,
-    unread,
     walk,
 )
 from vllm_dlm.kernels.class_stats import TokenClasses, class_draws, class_stats
-from vllm_dlm.kernels.draw import tempered
 from vllm_dlm.kernels.numba_rows import in_threads
-from vllm_dlm.kernels.shards import logit_of
+from vllm_dlm.model_executor.constrained_rows import Posterior, measure
+from vllm_dlm.model_executor.constrained_text import Step, Text, problems_of
 from vllm_dlm.model_executor.host_slots import ToHost
 from vllm_dlm.model_executor.patterns import pattern_of
 from vllm_dlm.model_executor.planning.block_rows import CANVAS_END, upload
@@ -54,100 +47,12 @@ from vllm_dlm.model_executor.sampling.restrictions import known_ids
 from vllm_dlm.strategies.probabilities import Probabilities, RowLogits
 
 if TYPE_CHECKING:
-    from vllm_dlm.constraints.automaton import Automaton
-    from vllm_dlm.model_executor.facts import EngineFacts, RequestFacts
-    from vllm_dlm.model_executor.patterns import Pattern
+    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.block_rows import BlockRows
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.choice import Choice
     from vllm_dlm.model_executor.sampling.logits import Logits
     from vllm_dlm.model_executor.slots import RequestSlots
-
-CUT = -1e4
-"""Added to the score of a token that top-k, top-p or min-p cut: it is drawn only where
-no path does without."""
-
-
-@dataclass
-class _Text:
-    """The text of one request."""
-
-    slot: int
-    request: RequestFacts
-    pattern: Pattern
-    completions: Completions
-    output: np.ndarray
-    """[max_tokens] int64: its tokens; of no meaning where it is masked. What follows a
-    gap that the request has opened (`suffix`) is not of it."""
-    state: int
-    """Of the automaton, left of `state_at`."""
-    state_at: int
-    """Output position."""
-    bias: tuple[torch.Tensor, torch.Tensor] | None
-    """Tokens of `logit_bias`, and what is added to their logits."""
-
-    @property
-    def automaton(self) -> Automaton:
-        return self.pattern.automaton
-
-    @property
-    def draws(self) -> bool:
-        return self.request.params.temperature > 0
-
-    @property
-    def truncates(self) -> bool:
-        params = self.request.params
-        return self.draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-
-
-@dataclass
-class _Step:
-    """What a request's active block is in this step."""
-
-    text: _Text
-    block_start: int
-    """Absolute position."""
-    begin: int
-    """Output position of the first of the n that are weighed."""
-    fixed: np.ndarray
-    """[n] int64: classes of what is written; `OPEN` elsewhere."""
-    row_at: np.ndarray
-    """[n] int64: the row of logits of each, negative for none."""
-    end: np.ndarray
-    """[S] bool: states behind the last one from which the text can be completed."""
-    rows: list[slice] = field(default_factory=list)
-    """Rows of logits that were measured for it, tile by tile."""
-    measured: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    """What was measured of them; see `_measure`."""
-    solved: tuple[np.ndarray, np.ndarray] | None = None
-    """`Problem.parts` and `Solution.classes`; None where no path was found."""
-
-    @property
-    def read(self) -> np.ndarray:
-        """[n] bool: open positions whose logits are read."""
-        is_read: np.ndarray = (self.fixed == OPEN) & (self.row_at >= 0)
-        return is_read
-
-    @property
-    def rows_read(self) -> np.ndarray:
-        """Rows of logits that get a candidate of the path."""
-        rows: np.ndarray = self.row_at[self.read]
-        return rows
-
-    @property
-    def early(self) -> np.ndarray:
-        """[n] bool: positions at which the text must not end."""
-        positions = self.begin + np.arange(len(self.fixed))
-        is_early: np.ndarray = positions < self.text.request.min_tokens
-        return is_early
-
-    def feasible(self) -> np.ndarray:
-        """[n, K + 1] bool: classes that some path takes; last, no class."""
-        text = self.text
-        usable = np.ones((len(self.fixed), text.pattern.num_classes), dtype=bool)
-        usable[self.early, text.automaton.end_class] = False
-        found = feasible(text.pattern.graph, text.state, self.end, self.fixed, usable)
-        return np.pad(found, ((0, 0), (0, 1)))
 
 
 class Constrained:
@@ -156,8 +61,8 @@ class Constrained:
     def __init__(self, slots: RequestSlots, facts: EngineFacts) -> None:
         self._slots = slots
         self._facts = facts
-        self._texts: dict[int, _Text] = {}
-        self._steps: list[_Step] = []
+        self._texts: dict[int, Text] = {}
+        self._steps: list[Step] = []
         self._arriving: list[tuple[np.ndarray, np.ndarray, ToHost]] = []
         """Of steps that are over: slots [n], first output positions [n], and what their
         blocks hold, [n, W]."""
@@ -202,7 +107,7 @@ class Constrained:
                     device=self._facts.device,
                 ),
             )
-        self._texts[slot] = _Text(
+        self._texts[slot] = Text(
             slot=slot,
             request=request,
             pattern=pattern,
@@ -270,7 +175,9 @@ class Constrained:
                 part = slice(own.start - rows.start, own.stop - rows.start)
                 step.rows.append(own)
                 step.measured.append(
-                    self._measure(step, own, values[part], logits, choice.part(part))
+                    measure(
+                        self._slots, step, own, values[part], logits, choice.part(part)
+                    )
                 )
 
     def choose(self, choice: Choice) -> None:
@@ -282,7 +189,7 @@ class Constrained:
         steps = [step for step in self._steps if step.measured]
         if not steps:
             return
-        problems = _problems(steps)
+        problems = problems_of(steps)
         solutions: list[Solution | None] = [None] * len(problems)
 
         def work(first: int, last: int) -> None:
@@ -338,7 +245,7 @@ class Constrained:
         steps = [s for s in self._steps if s.text.slot in slots and s.solved]
         read: RowLogits = logits
         if steps:
-            read = _Posterior(logits, steps)
+            read = Posterior(logits, steps)
             (own,) = upload(logits.device, np.concatenate([s.rows_read for s in steps]))
             # Logs of a posterior are what they are.
             logsumexp = logsumexp.index_fill(0, own, 0.0)
@@ -376,7 +283,7 @@ class Constrained:
                 text.output[first : first + len(own)] = own
         self._arriving.clear()
 
-    def _step(self, text: _Text, rows: BlockRows, row: int) -> _Step | None:
+    def _step(self, text: Text, rows: BlockRows, row: int) -> Step | None:
         """A request's active block; None where nothing of the text lies in it.
 
         Args:
@@ -420,217 +327,4 @@ class Constrained:
             text.request.min_tokens - begin - count,
             behind,
         )
-        return _Step(text, block_start, begin, fixed[:count], row_at[:count], behind)
-
-    def _measure(
-        self,
-        step: _Step,
-        own: slice,
-        values: torch.Tensor,
-        logits: Logits,
-        choice: Choice,
-    ) -> dict[str, torch.Tensor]:
-        """What paths need of some rows of a request: [n, ...] each, float64.
-
-        Args:
-            own: which rows of `logits` they are.
-            values: [n, V]: this rank's part.
-            choice: of these rows, each with its argmax.
-        """
-        text, shard = step.text, logits.shard
-        params, request = text.request.params, text.request
-        whole = text.truncates
-        if whole:
-            at = torch.arange(own.start, own.stop, device=logits.device)
-            values = logits.whole(values.clone(), at)
-            shard = None
-        classes = text.pattern.classes(logits.device, shard)
-        if text.bias is not None:
-            ids, bias = text.bias
-            values = values.to(torch.float32, copy=True)
-            first, size = (
-                (0, values.shape[1]) if shard is None else (shard.first, shard.size)
-            )
-            is_here = ((ids >= first) & (ids < first + size)).float()
-            columns = (ids - first).clamp(0, max(values.shape[1] - 1, 0))
-            if values.shape[1]:
-                values.index_add_(1, columns, (bias * is_here).expand(len(values), -1))
-        found = {"parts": class_stats(values, classes, shard=shard)}
-        if not text.draws:
-            return found
-        temperature = params.temperature
-        count = len(values)
-        offset = {int(row): i for i, row in enumerate(step.row_at) if row >= 0}
-        (positions,) = upload(
-            logits.device,
-            step.begin
-            + request.layout.prompt_len
-            + np.array([offset.get(r, 0) for r in range(own.start, own.stop)]),
-        )
-        host = self._slots.host
-        noise = (
-            torch.full_like(positions, request.seed),
-            positions,
-            torch.full_like(positions, int(host.step[text.slot])),
-        )
-        if text.truncates:
-            scores = self._truncated(step, own, values, classes)
-            ones = torch.ones(count, device=logits.device)
-            weights = class_stats(scores, classes)
-            drawn, tokens, logit = class_draws(
-                scores, classes, torch.zeros_like(ones), ones, *noise
-            )
-            raw = values.gather(1, tokens).double()
-        else:
-            top = logit_of(values, choice.candidate, shard).float()
-            top = torch.where(top.isfinite(), top, 0.0)
-            weights = class_stats(values, classes, 1 / temperature, shard)
-            drawn, tokens, raw = class_draws(
-                values, classes, top, torch.full_like(top, temperature), *noise, shard
-            )
-            logit = raw / temperature
-        if request.measures_drawn:
-            found["parts"], raw = weights, logit
-        return found | {
-            "weights": weights[..., BEST] + weights[..., TOTAL].log(),
-            "scores": drawn,
-            "tokens": tokens.double(),
-            "logits": raw,
-        }
-
-    def _truncated(
-        self, step: _Step, own: slice, values: torch.Tensor, classes: TokenClasses
-    ) -> torch.Tensor:
-        """[n, V] float32: logits / temperature; cut tokens far below, others -inf.
-
-        Top-k, top-p and min-p choose among the tokens of feasible classes.
-        """
-        params = step.text.request.params
-        allowed_np = np.zeros(
-            (own.stop - own.start, step.text.pattern.num_classes + 1), dtype=bool
-        )
-        ours = (step.row_at >= own.start) & (step.row_at < own.stop)
-        allowed_np[step.row_at[ours] - own.start] = step.feasible()[ours]
-        (allowed,) = upload(values.device, allowed_np)
-        count, device = len(values), values.device
-        taken = allowed.gather(1, classes.class_of.expand(count, -1)) != 0
-        scores = values.float().masked_fill(values.isnan(), -torch.inf)
-        scores = scores.masked_fill(~taken, -torch.inf)
-
-        def column(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.full((count,), value, dtype=dtype, device=device)
-
-        top = scores.amax(dim=1, keepdim=True)
-        top = torch.where(top.isfinite(), top, 0.0)
-        kept = tempered(
-            scores,
-            column(params.temperature),
-            column(min(max(params.top_k, 0), self._facts.vocab_size), torch.int64),
-            column(params.top_p),
-            column(params.min_p),
-        )
-        cut = (scores - top) / params.temperature + CUT
-        return torch.where(kept > -torch.inf, kept, cut)
-
-
-class _Posterior:
-    """Logits of a step's rows; of requests with a pattern, logs of the posterior.
-
-    Args:
-        logits: the model's.
-        steps: of these requests.
-    """
-
-    def __init__(self, logits: Logits, steps: list[_Step]) -> None:
-        self._logits = logits
-        self._steps = steps
-
-    def over(self, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """As `Logits.over`."""
-        device = rows.device
-        for part, logits in self._logits.over(rows):
-            wanted = rows[part]
-            logits = logits.double()
-            for step in self._steps:
-                own, bits = upload(device, step.rows_read, _shares(step).view(np.int64))
-                at = torch.searchsorted(own, wanted).clamp(max=len(own) - 1)
-                is_own = (own[at] == wanted)[:, None]
-                class_of = step.text.pattern.classes(device).class_of
-                shares = bits.view(torch.float64)[at][:, class_of]
-                raw = logits
-                if step.text.bias is not None:
-                    ids, bias = step.text.bias
-                    raw = raw.index_add(
-                        1, ids, bias.double().expand(len(raw), -1).contiguous()
-                    )
-                logits = torch.where(is_own, raw + shares, logits)
-            yield part, logits
-
-
-def _shares(step: _Step) -> np.ndarray:
-    """[read rows, K + 1] float64: what logits lack to be logs of the posterior.
-
-    By the token's class; -inf for what no path takes.
-    """
-    assert step.solved is not None
-    parts, posterior = (numbers[step.read] for numbers in step.solved)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.log(posterior) - parts[..., BEST] - np.log(parts[..., TOTAL])
-    shares[posterior <= 0] = -np.inf
-    return np.pad(shares, ((0, 0), (0, 1)), constant_values=-np.inf)
-
-
-def _problems(steps: list[_Step]) -> list[Problem]:
-    """What the steps' paths are looked for in, once the device has measured it."""
-    arrived = _to_host(
-        [
-            torch.cat([part[name] for part in step.measured]).flatten()
-            for step in steps
-            for name in step.measured[0]
-        ]
-    )
-    problems, numbers = [], iter(arrived)
-    for step in steps:
-        text, count = step.text, len(step.fixed)
-        num_classes = text.pattern.num_classes
-        read = step.read
-        rows = np.concatenate([np.arange(r.start, r.stop) for r in step.rows])
-        own = np.searchsorted(rows, step.row_at[read])
-
-        def placed(
-            default: np.ndarray,
-            read: np.ndarray = read,
-            own: np.ndarray = own,
-            num_rows: int = len(rows),
-        ) -> np.ndarray:
-            values = next(numbers).reshape(num_rows, *default.shape[1:])
-            default[read] = values[own]
-            return default
-
-        parts = placed(unread(count, num_classes))
-        drawing = None
-        if text.draws:
-            zeros = np.zeros((count, num_classes))
-            drawing = Drawing(
-                placed(zeros.copy()),
-                placed(zeros.copy()),
-                placed(zeros.copy()),
-                placed(zeros.copy()),
-            )
-        early, end_class = step.early, text.automaton.end_class
-        parts[early, end_class, BEST] = -np.inf
-        if drawing is not None:
-            drawing.weights[early, end_class] = -np.inf
-        problems.append(
-            Problem(
-                text.pattern.graph, text.state, step.end, step.fixed, parts, drawing
-            )
-        )
-    return problems
-
-
-def _to_host(tensors: list[torch.Tensor]) -> list[np.ndarray]:
-    """Tensors of float64 in host memory: the one wait of a step."""
-    sizes = [len(tensor) for tensor in tensors]
-    arrived = ToHost(torch.cat(tensors)).numpy()
-    return np.split(arrived, np.cumsum(sizes)[:-1])
+        return Step(text, block_start, begin, fixed[:count], row_at[:count], behind)

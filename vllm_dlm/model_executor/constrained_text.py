@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Constrained texts: what a request with a pattern has, and its block in a step.
+
+`constrained.py` says when each of it is made, `constrained_rows.py` measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_dlm.constraints.paths import (
+    BEST,
+    OPEN,
+    Completions,
+    Drawing,
+    Problem,
+    feasible,
+    unread,
+)
+from vllm_dlm.model_executor.host_slots import ToHost
+
+if TYPE_CHECKING:
+    from vllm_dlm.constraints.automaton import Automaton
+    from vllm_dlm.model_executor.facts import RequestFacts
+    from vllm_dlm.model_executor.patterns import Pattern
+
+
+@dataclass
+class Text:
+    """The text of one request."""
+
+    slot: int
+    request: RequestFacts
+    pattern: Pattern
+    completions: Completions
+    output: np.ndarray
+    """[max_tokens] int64: its tokens; of no meaning where it is masked. What follows a
+    gap that the request has opened (`suffix`) is not of it."""
+    state: int
+    """Of the automaton, left of `state_at`."""
+    state_at: int
+    """Output position."""
+    bias: tuple[torch.Tensor, torch.Tensor] | None
+    """Tokens of `logit_bias`, and what is added to their logits."""
+
+    @property
+    def automaton(self) -> Automaton:
+        return self.pattern.automaton
+
+    @property
+    def draws(self) -> bool:
+        return self.request.params.temperature > 0
+
+    @property
+    def truncates(self) -> bool:
+        params = self.request.params
+        return self.draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+
+
+@dataclass
+class Step:
+    """What a request's active block is in this step."""
+
+    text: Text
+    block_start: int
+    """Absolute position."""
+    begin: int
+    """Output position of the first of the n that are weighed."""
+    fixed: np.ndarray
+    """[n] int64: classes of what is written; `OPEN` elsewhere."""
+    row_at: np.ndarray
+    """[n] int64: the row of logits of each, negative for none."""
+    end: np.ndarray
+    """[S] bool: states behind the last one from which the text can be completed."""
+    rows: list[slice] = field(default_factory=list)
+    """Rows of logits that were measured for it, tile by tile."""
+    measured: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    """What was measured of them; see `_measure`."""
+    solved: tuple[np.ndarray, np.ndarray] | None = None
+    """`Problem.parts` and `Solution.classes`; None where no path was found."""
+
+    @property
+    def read(self) -> np.ndarray:
+        """[n] bool: open positions whose logits are read."""
+        is_read: np.ndarray = (self.fixed == OPEN) & (self.row_at >= 0)
+        return is_read
+
+    @property
+    def rows_read(self) -> np.ndarray:
+        """Rows of logits that get a candidate of the path."""
+        rows: np.ndarray = self.row_at[self.read]
+        return rows
+
+    @property
+    def early(self) -> np.ndarray:
+        """[n] bool: positions at which the text must not end."""
+        positions = self.begin + np.arange(len(self.fixed))
+        is_early: np.ndarray = positions < self.text.request.min_tokens
+        return is_early
+
+    def feasible(self) -> np.ndarray:
+        """[n, K + 1] bool: classes that some path takes; last, no class."""
+        text = self.text
+        usable = np.ones((len(self.fixed), text.pattern.num_classes), dtype=bool)
+        usable[self.early, text.automaton.end_class] = False
+        found = feasible(text.pattern.graph, text.state, self.end, self.fixed, usable)
+        return np.pad(found, ((0, 0), (0, 1)))
+
+
+def problems_of(steps: list[Step]) -> list[Problem]:
+    """What the steps' paths are looked for in, once the device has measured it."""
+    arrived = _to_host(
+        [
+            torch.cat([part[name] for part in step.measured]).flatten()
+            for step in steps
+            for name in step.measured[0]
+        ]
+    )
+    problems, numbers = [], iter(arrived)
+    for step in steps:
+        text, count = step.text, len(step.fixed)
+        num_classes = text.pattern.num_classes
+        read = step.read
+        rows = np.concatenate([np.arange(r.start, r.stop) for r in step.rows])
+        own = np.searchsorted(rows, step.row_at[read])
+
+        def placed(
+            default: np.ndarray,
+            read: np.ndarray = read,
+            own: np.ndarray = own,
+            num_rows: int = len(rows),
+        ) -> np.ndarray:
+            values = next(numbers).reshape(num_rows, *default.shape[1:])
+            default[read] = values[own]
+            return default
+
+        parts = placed(unread(count, num_classes))
+        drawing = None
+        if text.draws:
+            zeros = np.zeros((count, num_classes))
+            drawing = Drawing(
+                placed(zeros.copy()),
+                placed(zeros.copy()),
+                placed(zeros.copy()),
+                placed(zeros.copy()),
+            )
+        early, end_class = step.early, text.automaton.end_class
+        parts[early, end_class, BEST] = -np.inf
+        if drawing is not None:
+            drawing.weights[early, end_class] = -np.inf
+        problems.append(
+            Problem(
+                text.pattern.graph, text.state, step.end, step.fixed, parts, drawing
+            )
+        )
+    return problems
+
+
+def _to_host(tensors: list[torch.Tensor]) -> list[np.ndarray]:
+    """Tensors of float64 in host memory: the one wait of a step."""
+    sizes = [len(tensor) for tensor in tensors]
+    arrived = ToHost(torch.cat(tensors)).numpy()
+    return np.split(arrived, np.cumsum(sizes)[:-1])
