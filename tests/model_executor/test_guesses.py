@@ -70,6 +70,7 @@ class Table:
                 config=config,
                 layout=layout,
                 runs_ahead=False,
+                is_watched=False,
                 canvas_end=0,
             )
             self.slots.admit(slot, of, [5] * prompt_len)

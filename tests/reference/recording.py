@@ -23,7 +23,9 @@ class Batch:
         self.config = SimpleNamespace(block_length=width, cache="none")
         for slot in range(requests):
             request: Any = SimpleNamespace(
-                config=self.config, params=SimpleNamespace(temperature=0.0)
+                config=self.config,
+                params=SimpleNamespace(temperature=0.0),
+                layout=SimpleNamespace(canvas=None),
             )
             self.slots.requests[slot] = request
 

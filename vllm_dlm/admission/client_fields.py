@@ -124,7 +124,8 @@ def sent_by(route: Route, request: Any) -> Iterator[bool]:
         sources = route.names.get("max_tokens", ("max_tokens",))
         given = getattr(request, "model_fields_set", ())
         has_length = any(each in given and _is_set(request, each) for each in sources)
-        if route is COMPLETION and request.max_tokens == DEFAULT_LENGTH:
+        length = getattr(request, "max_tokens", None)
+        if route is COMPLETION and length == DEFAULT_LENGTH:
             # vLLM writes its default into the body of who does not set it.
             has_length = None
     token = _sent.set(_Sent(route, fields, has_length))
