@@ -59,7 +59,11 @@ def test_fields_of_holes_that_shrink(server: Server, tokenizer: Tokenizer):
     )
     (choice,) = answer.choices
     assert choice.fields == {"a": "", "b": ""}
-    given = [*tokenizer.encode("Ada ").ids, *tokenizer.encode("Ben").ids]
+    given = [
+        token
+        for text in ("Ada ", "Ben")
+        for token in tokenizer.encode(text, add_special_tokens=False).ids
+    ]
     assert choice.token_ids == given
     assert getattr(choice, "routed_experts", None) is None
 
@@ -100,7 +104,7 @@ def test_a_client_that_leaves(server: Server):
     [
         ({"suffix": "a", "echo": True}, ["echo", "suffix"], "echo"),
         ({"suffix": ""}, ["suffix", "empty"], "suffix"),
-        ({"suffix": "a", "max_tokens": 1020}, ["suffix has", "1020"], "suffix"),
+        ({"suffix": "abcdefgh", "max_tokens": 1020}, ["widest", "1024"], "suffix"),
         ({"suffix": "a", "vllm_xargs": {"dlm_suffix": "b"}}, ["one place"], "suffix"),
         (
             {"max_tokens": 17, "vllm_xargs": {"dlm_canvas_text": "{{3}}"}},
@@ -113,12 +117,12 @@ def test_a_client_that_leaves(server: Server):
             "vllm_xargs.dlm_canvas_text",
         ),
         (
-            {"vllm_xargs": {"dlm_canvas": [1, 2]}},
+            {"vllm_xargs": {"dlm_canvas": [3, 4]}},
             ["no hole"],
             "vllm_xargs.dlm_canvas",
         ),
         (
-            {"vllm_xargs": {"dlm_canvas_text": "{{1020}}"}, "prompt": "Ada " * 20},
+            {"vllm_xargs": {"dlm_canvas_text": "{{1020}}"}, "prompt": "Ada " * 40},
             ["together more than"],
             "prompt",
         ),

@@ -43,11 +43,15 @@ class CanvasReader:
     Args:
         params: of the request.
         model_config: of one of our models.
+        widest: most positions of a canvas that a model with full attention sees whole.
     """
 
-    def __init__(self, params: SamplingParams, model_config: ModelConfig) -> None:
+    def __init__(
+        self, params: SamplingParams, model_config: ModelConfig, widest: int
+    ) -> None:
         self._params = params
         self._model_config = model_config
+        self._widest = widest
         self._model = ModelDefaults.from_hf_config(model_config.hf_config)
 
     def __call__(self, options: CanvasOptions, names: Mapping[str, str]) -> Canvas:
@@ -133,6 +137,13 @@ class CanvasReader:
                 f"{set_as} has {canvas.width} positions, holes included, and the "
                 f"context length is {longest}, of which the prompt needs a part: "
                 "shorten the canvas",
+                set_as,
+            )
+        if not self._model.reuses_blocks and canvas.width > self._widest:
+            raise OptionError(
+                f"{set_as}: the canvas has {canvas.width} positions, what is behind "
+                "the answer included, and the widest that this server takes is "
+                f"{self._widest}: shorten it, or raise --dlm-max-canvas",
                 set_as,
             )
         given = params.max_tokens if gave_length(params) else None
@@ -238,23 +249,6 @@ def check_tokens(ids: Sequence[int], model_config: ModelConfig, set_as: str) -> 
                 f"{size}, ids go from 0 to {size - 1}",
                 set_as,
             )
-
-
-def check_canvas_limit(canvas: Canvas, reuses_blocks: bool, limit: int) -> None:
-    """Refuse a canvas that the model cannot see whole.
-
-    Args:
-        limit: most positions of a canvas of a model with full attention.
-
-    Raises:
-        ValueError: it names the limit.
-    """
-    if not reuses_blocks and canvas.width > limit:
-        raise ValueError(
-            f"the canvas of this request has {canvas.width} positions, what is behind "
-            f"the answer included, and the widest that this server takes is {limit}: "
-            "shorten it, or raise --dlm-max-canvas"
-        )
 
 
 def check_with_prompt(canvas: Canvas, prompt_len: int, max_model_len: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_dlm.admission.canvases import CanvasReader, check_canvas_limit
+from vllm_dlm.admission.canvases import CanvasReader
 from vllm_dlm.admission.handover import note, noted
 from vllm_dlm.admission.stray_options import refuse_unread
 from vllm_dlm.config.carried import to_plain
@@ -43,10 +43,11 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
     """
     server = served_config(model_config.hf_config)
     defaults = ModelDefaults.from_hf_config(model_config.hf_config)
+    canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
     config = noted(params)
     if config is None:
         refuse_unread_options(params.extra_args or {})
-        reader = CanvasReader(params, model_config)
+        reader = CanvasReader(params, model_config, canvas)
         config = resolve(server, params.extra_args, defaults, reader)
         if config.canvas is not None and to_plain(config) is None:
             raise ValueError(
@@ -54,9 +55,6 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
                 "and a canvas cannot travel with them: choose another strategy"
             )
         note(params, config)
-    canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
-    if config.canvas is not None:
-        check_canvas_limit(config.canvas, defaults.reuses_blocks, canvas)
     # A request without max_tokens takes what the context leaves: a whole canvas.
     config = config.sized(params.max_tokens or canvas, canvas)
     _check_block_length(config, server.block_length or defaults.block_length, canvas)
