@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json as each family released it, and what must become of it.
 
-Fields that no release has are missing here too.
+Fields that no release has are missing here too. The file grows with the families: one
+entry each, and nothing else.
 """
 
 from vllm_dlm.config.model import ModelDefaults

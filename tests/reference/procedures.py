@@ -6,7 +6,8 @@ The rules of `reference.rules`, under the KV policies of
 Plain loops over one row; every engine path is compared with these token for token.
 
 Conventions: ties go to the lowest position and the lowest token id; confidences
-are float32 probabilities of untempered logits.
+are float32 probabilities of untempered logits. The loop is one function of one file on
+purpose: it is to be read from top to bottom beside the papers.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 A server's options arrive as `additional_config["dlm"]` (flags, `LLM(dlm_*=...)` or a
 plain dict), a request's as `SamplingParams.extra_args`; `request.py` merges them. What
 follows from a field of `DlmConfig` alone: the flag and its help, the keyword argument
-of `LLM`, the key in `extra_args`, and whether a request may set the option.
+of `LLM`, the key in `extra_args`, and whether a request may set the option. One list is
+one file, however long it grows.
 """
 
 from __future__ import annotations

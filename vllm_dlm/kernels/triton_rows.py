@@ -8,8 +8,9 @@ well, and a row's result is the same in every batch. A second, small kernel merg
 pieces. Within a piece every thread keeps its own running maximum and sums over groups
 of 8 neighbouring logits, with one rescaling per group, and one reduction at the end.
 
-This file can be imported only where Triton can: see `token_stats.triton_kernels`. It
-has not been timed on a GPU yet.
+The kernels stand in one file because they share how a row is cut and read. It can be
+imported only where Triton can: see `token_stats.triton_kernels`. It has not been timed
+on a GPU yet.
 """
 
 from __future__ import annotations

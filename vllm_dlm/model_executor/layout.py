@@ -7,7 +7,8 @@ when they take a request in, and both call the functions below it for the rows o
 forward: the scheduler on one request's integers, the worker on tensors of many.
 
 Text is decoded in blocks of B positions, counted from `origin`. The **canvas**, the row
-of positions for the text to come, begins behind the tokens that are known.
+of positions for the text to come, begins behind the tokens that are known. What
+both sides agree on stands in this one file.
 """
 
 from __future__ import annotations
