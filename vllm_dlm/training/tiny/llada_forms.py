@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 NAME = "llada-forms"
-STEPS = 6000
+STEPS = 10_500
 MAX_CANVAS = 256
 # While training: held-out problems of each kind, and tokens written in a step.
 NUM_PROGRESS_PROBLEMS, PROGRESS_TOKENS = 4, 4
