@@ -8,10 +8,15 @@ the text back exactly.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_dlm.files.whole_files import replacing, write_json, write_text
 from vllm_dlm.tasks.problems import LETTERS, NAMES
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
@@ -108,17 +113,42 @@ def encode_prompt(question: str, chat: bool) -> list[int]:
 
 def save_tokenizer(output_dir: str | Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    from tokenizers import AddedToken, Regex, Tokenizer
+    from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
-    from tokenizers.processors import TemplateProcessing
 
     tokenizer = Tokenizer(WordLevel(TOKEN_IDS, unk_token=UNK))
     tokenizer.pre_tokenizer = Split(Regex(_PATTERN), behavior="isolated")
     tokenizer.decoder = Fuse()
+    write_folder(
+        tokenizer, output_dir, SPECIAL_TOKENS, CHAT_TEMPLATE, 1024, {"unk_token": UNK}
+    )
+
+
+def write_folder(
+    tokenizer: Tokenizer,
+    output_dir: str | Path,
+    special_tokens: Sequence[str],
+    chat_template: str,
+    max_length: int,
+    more: Mapping[str, str],
+) -> None:
+    """Finish a built-in model's tokenizer, and write the files that load it.
+
+    Args:
+        tokenizer: knows `special_tokens` already, among them this module's.
+        output_dir: the model's folder.
+        special_tokens: texts that are one token wherever they stand.
+        chat_template: in Jinja.
+        max_length: the longest text, in tokens.
+        more: further entries of tokenizer_config.json.
+    """
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+
     tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
+        [AddedToken(t, special=True, normalized=False) for t in special_tokens]
     )
     tokenizer.post_processor = TemplateProcessing(
         single=f"{BOS} $A",
@@ -134,11 +164,11 @@ def save_tokenizer(output_dir: str | Path) -> None:
         "eos_token": EOS,
         "pad_token": EOS,
         "mask_token": MASK,
-        "unk_token": UNK,
+        **more,
         "extra_special_tokens": [START_HEADER, END_HEADER, EOT],
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": 1024,
+        "model_max_length": max_length,
     }
     write_json(output_dir / "tokenizer_config.json", config)
-    write_text(output_dir / "chat_template.jinja", CHAT_TEMPLATE)
+    write_text(output_dir / "chat_template.jinja", chat_template)

@@ -13,8 +13,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from vllm_dlm.files.whole_files import replacing, write_json, write_text
-from vllm_dlm.tasks.tokenizer import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER
+from vllm_dlm.tasks.tokenizer import (
+    BOS,
+    END_HEADER,
+    EOS,
+    EOT,
+    MASK,
+    START_HEADER,
+    write_folder,
+)
 
 SPECIAL_TOKENS = (EOS, BOS, MASK, START_HEADER, END_HEADER, EOT)
 # Punctuation of JSON with its quotation marks and blanks, and the marks of tool calls.
@@ -173,11 +180,10 @@ def _header(role: str) -> list[int]:
 
 def save_tokenizer(output_dir: str | Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    from tokenizers import AddedToken, Regex, Tokenizer
+    from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-    from tokenizers.processors import TemplateProcessing
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()
@@ -197,25 +203,4 @@ def save_tokenizer(output_dir: str | Path) -> None:
         ]
     )
     tokenizer.decoder = ByteLevelDecoder()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS]
-    )
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, BOS_ID)]
-    )
-    output_dir = Path(output_dir)
-    with replacing(output_dir / "tokenizer.json") as part:
-        tokenizer.save(str(part))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "mask_token": MASK,
-        "extra_special_tokens": [START_HEADER, END_HEADER, EOT],
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": MAX_LENGTH,
-    }
-    write_json(output_dir / "tokenizer_config.json", config)
-    write_text(output_dir / "chat_template.jinja", CHAT_TEMPLATE)
+    write_folder(tokenizer, output_dir, SPECIAL_TOKENS, CHAT_TEMPLATE, MAX_LENGTH, {})
