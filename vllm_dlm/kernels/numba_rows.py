@@ -517,6 +517,13 @@ def _exponentials(key: Any, first_token: int, out: Any) -> None:
         bits = np.int64(_mix(key + number * _GOLDEN) >> np.uint64(11))
         v = (np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-53)
         out[i] = min(v, np.float32(1.0 - 2.0**-24))
+    _exponential(out)
+
+
+@_EXACT
+def _exponential(out: Any) -> None:
+    """-log1p(-v) in place of each v."""
+    full_width()
     for i in range(out.size):
         v = out[i]
         rest = np.float32(1.0) - v
@@ -573,10 +580,7 @@ def _exponentials_of(key: Any, tokens: Any, out: Any) -> None:
         bits = np.int64(_mix(key + number * _GOLDEN) >> np.uint64(11))
         v = (np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-53)
         out[i] = min(v, np.float32(1.0 - 2.0**-24))
-    for i in range(out.size):
-        v = out[i]
-        rest = np.float32(1.0) - v
-        out[i] = -(_log(rest) + ((np.float32(1.0) - rest) - v) / rest)
+    _exponential(out)
 
 
 @_EXACT
