@@ -44,8 +44,7 @@ def measure(
     """
     text, shard = step.text, logits.shard
     params, request = text.request.params, text.request
-    whole = text.truncates
-    if whole:
+    if text.truncates:
         at = torch.arange(own.start, own.stop, device=logits.device)
         values = logits.whole(values.clone(), at)
         shard = None
