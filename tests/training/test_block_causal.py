@@ -14,7 +14,7 @@ BLOCK = 4
 
 
 def tiny_network():
-    from vllm_dlm.training.drafters.block_causal import make_block_causal
+    from vllm_dlm.training.block_causal import make_block_causal
     from vllm_dlm.training.tiny.llada_modeling import LLaDAShape
 
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def test_the_folder_is_sdars(tmp_path):
     """Its logits are those of the oracle's SDAR, which is written from the papers."""
     from reference.network import TinyModel, block_causal
 
-    from vllm_dlm.training.drafters.block_causal import (
+    from vllm_dlm.training.block_causal import (
         export_block_causal,
         load_block_causal,
     )

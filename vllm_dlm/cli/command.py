@@ -49,6 +49,10 @@ TRAINABLE = {
         "vllm_dlm.training.drafters.specdec_head",
         "the acceptance head of a draft model (method specdec++)",
     ),
+    "sft": (
+        "vllm_dlm.training.recipes.sft",
+        "a diffusion model on answers of your own (the objective of LLaDA)",
+    ),
 }
 """What `vllm-dlm train` trains -> module with `add_arguments` and `run`, and a
 summary."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ def run_steps(
     rate: Callable[[int, int], float] = learning_rate_factor,
     first_step: int = 0,
 ) -> bool:
-    """Train a model to the last step; False if stopped before.
+    """Train a built-in model or a drafter to the last step; False if stopped before.
 
     Args:
         output_dir: Folder of the checkpoint `training.pt`.
@@ -170,6 +170,63 @@ def run_steps(
         ValueError: the checkpoint is damaged, or of another seed or network.
     """
     import torch
+
+    compile_model = options.compile_model
+    if compile_model is None:
+        compile_model = bool(shutil.which("g++") or shutil.which("clang++"))
+    forward = torch.compile(model, dynamic=True) if compile_model else model
+
+    def updates(step: int) -> Iterator[dict[str, float]]:
+        loss = step_loss(forward, step)
+        loss.backward()
+        yield {"loss": loss.item()}
+
+    return run_updates(
+        output_dir,
+        options,
+        model,
+        updates,
+        evaluate,
+        optimizers=make_optimizers(model, scale),
+        rate=rate,
+        first_step=first_step,
+    )
+
+
+def run_updates(
+    output_dir: str | Path,
+    options: LoopOptions,
+    model: torch.nn.Module,
+    updates: Callable[[int], Iterator[Mapping[str, float]]],
+    evaluate: Callable[[int], dict[str, float]],
+    *,
+    optimizers: list[torch.optim.Optimizer],
+    rate: Callable[[int, int], float],
+    max_norm: float = 1.0,
+    first_step: int = 0,
+    record: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> bool:
+    """Train a network to the last step; False if stopped before.
+
+    Args:
+        output_dir: Folder of the checkpoint `training.pt`.
+        options: How to run; `prepare` has been called with them.
+        model: The network; its parameters that need gradients are changed.
+        updates: The updates of a step, each of which has added to the gradients when
+            its measures, "loss" among them, are yielded. Most recipes have one.
+        evaluate: Shares by name after so many steps; "all" is shown all the time.
+        optimizers: Of the parameters; their learning rates are the full ones.
+        rate: Share of the full learning rate at a step of so many.
+        max_norm: Gradients are scaled down to this norm.
+        first_step: Step to begin with where there is no checkpoint.
+        record: Is told of each step's measures, the mean over its updates.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another seed or network.
+    """
+    from statistics import fmean
+
+    import torch
     from tqdm import tqdm
 
     from vllm_dlm.training.progress import (
@@ -180,7 +237,6 @@ def run_steps(
     )
 
     checkpoint = Path(output_dir) / CHECKPOINT
-    optimizers = make_optimizers(model, scale)
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, seconds, steps = first_step, 0.0, options.steps
     if options.resume and checkpoint.exists():
@@ -210,24 +266,23 @@ def run_steps(
         write_progress(checkpoint, state)
 
     started = last_save = time.monotonic()
-    compile_model = options.compile_model
-    if compile_model is None:
-        compile_model = bool(shutil.which("g++") or shutil.which("clang++"))
-    forward = torch.compile(model, dynamic=True) if compile_model else model
     progress = tqdm(total=steps, initial=step, unit="step", mininterval=10)
     mean_loss, accuracy = None, 0.0
     while step < steps:
-        loss = step_loss(forward, step)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = rate(step, steps)
-        for optimizer, full_rate in zip(optimizers, full_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = factor * full_rate
-            optimizer.step()
+        measures: list[Mapping[str, float]] = []
+        for measured in updates(step):
+            measures.append(measured)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            for optimizer, full_rate in zip(optimizers, full_rates, strict=True):
+                optimizer.param_groups[0]["lr"] = factor * full_rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         step += 1
-        value = loss.item()
+        means = {name: fmean(each[name] for each in measures) for name in measures[0]}
+        if record is not None:
+            record(step, means)
+        value = means["loss"]
         mean_loss = value if mean_loss is None else 0.98 * mean_loss + 0.02 * value
         progress.update()
         if step % 20 == 0:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.files.whole_files import write_text
+from vllm_dlm.training.block_causal import BlockCausalModel
 from vllm_dlm.training.cards import (
     HEAD,
     hardware,
@@ -20,7 +21,6 @@ from vllm_dlm.training.cards import (
     millions,
 )
 from vllm_dlm.training.drafters.acceptance import Acceptance, measure_acceptance
-from vllm_dlm.training.drafters.block_causal import BlockCausalModel
 from vllm_dlm.training.drafters.deer_data import (
     BATCH_ROWS,
     MAX_REFINED,

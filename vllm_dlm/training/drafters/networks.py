@@ -16,7 +16,7 @@ import torch
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.files.model_folders import Config
 from vllm_dlm.tasks import tokenizer
-from vllm_dlm.training.drafters.block_causal import (
+from vllm_dlm.training.block_causal import (
     BlockCausalModel,
     export_block_causal,
     export_block_causal_like,

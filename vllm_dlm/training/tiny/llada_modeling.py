@@ -130,20 +130,51 @@ class LLaDAModel(nn.Module):
             input_ids: Token ids, the rows left-aligned.
             valid: Bool [rows, length], False at padding that nobody may attend to.
         """
-        key_mask = None if valid is None else valid[:, None, None, :]
-        return self.head(self.hidden_states(input_ids, key_mask)[-1])
+        return self.head(self.hidden(input_ids, valid))
 
-    def hidden_states(self, input_ids: Tensor, key_mask: Tensor | None) -> list[Tensor]:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        valid: Tensor | None = None,
+        *,
+        seen: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """What the last layer hands on, [rows, length, d_model].
+
+        Args:
+            input_ids: Token ids [rows, length].
+            valid: As of `forward`.
+            seen: Bool [rows or 1, length, length], True at the keys that a query may
+                see; by default all.
+            positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
+        """
+        key_mask = None if seen is None else seen[:, None]
+        if valid is not None:
+            keys = valid[:, None, None, :]
+            key_mask = keys if key_mask is None else key_mask & keys
+        return self.hidden_states(input_ids, key_mask, positions)[-1]
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        key_mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> list[Tensor]:
         """What each layer hands on, [rows, length, d_model] each.
 
         Args:
             input_ids: Token ids [rows, length].
             key_mask: Bool, broadcast to [rows, heads, length, length]; True at the
                 keys that a query may see.
+            positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
         """
         transformer: Any = self.model["transformer"]
         length = input_ids.shape[1]
-        cos, sin = self.cos[:length], self.sin[:length]
+        if positions is None:
+            cos, sin = self.cos[:length], self.sin[:length]
+        else:
+            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         x = transformer["wte"](input_ids)
         states = []
         for block in transformer["blocks"]:

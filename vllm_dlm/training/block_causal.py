@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block-causal drafters in SDAR's layout, for training: Qwen3 under a mask of blocks.
+"""Block-causal models in SDAR's layout, for training: Qwen3 under a mask of blocks.
 
 A token sees its own block of B tokens and all blocks left of it; blocks are counted
 from the first token (SDAR, arXiv 2510.06303). So what stands left of a block does not
-change with what follows, and a served drafter keeps its keys and values.
+change with what follows, and a served model keeps its keys and values.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from vllm_dlm.files.model_folders import WEIGHTS, Config, check_weights
 from vllm_dlm.files.whole_files import BadFile, write_json
 from vllm_dlm.model_executor.models.sdar_config import SDARConfig
 from vllm_dlm.tasks import tokenizer
+from vllm_dlm.training.decoders import DecoderModel
 from vllm_dlm.training.tiny.export import (
     decoder_config,
     export_like,
@@ -26,15 +26,13 @@ from vllm_dlm.training.tiny.export import (
 from vllm_dlm.training.tiny.llada_modeling import INIT_STD, LLaDAShape
 
 
-class BlockCausalModel(nn.Module):
-    """transformers' Qwen3; `forward` gives the logits of every position."""
+class BlockCausalModel(DecoderModel):
+    """transformers' Qwen3 whose tokens see the blocks up to their own."""
+
+    network: Qwen3ForCausalLM
 
     def __init__(self, network: Qwen3ForCausalLM) -> None:
-        super().__init__()
-        self.network = network
-        # For short rows on a CPU the backward pass of scaled_dot_product_attention
-        # takes as long as all the rest.
-        network.set_attn_implementation("eager")
+        super().__init__(network, network.config.dlm_block_length)
 
     @property
     def config(self) -> SDARConfig:
@@ -53,26 +51,6 @@ class BlockCausalModel(nn.Module):
             rms_norm_eps=self.config.rms_norm_eps,
             max_sequence_length=self.config.max_position_embeddings,
         )
-
-    def forward(self, input_ids: Tensor, valid: Tensor) -> Tensor:
-        """Logits [rows, length, vocab] of token ids [rows, length].
-
-        Args:
-            input_ids: Token ids, the rows left-aligned.
-            valid: Bool [rows, length], False at padding that nobody may attend to.
-        """
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        blocks = places // self.config.dlm_block_length
-        seen = (blocks <= blocks[:, None]) & valid[:, None, None, :]
-        hidden = torch.zeros(seen.shape, device=seen.device)
-        hidden.masked_fill_(~seen, torch.finfo(hidden.dtype).min)
-        # As a dict a mask is taken as it is: any other is combined with a causal one.
-        output = self.network(
-            input_ids=input_ids,
-            attention_mask={"full_attention": hidden},
-            use_cache=False,
-        )
-        return output.logits
 
 
 def make_block_causal(shape: LLaDAShape, block_length: int) -> BlockCausalModel:
@@ -110,14 +88,14 @@ def load_block_causal(model_dir: str | Path) -> BlockCausalModel:
 def export_block_causal(model: BlockCausalModel, output_dir: str | Path) -> None:
     """Write a model of `make_block_causal` as a folder of an `SDARForCausalLM`."""
     config = make_sdar_config(model.shape, model.config.dlm_block_length)
-    write_folder(output_dir, _tensors(model), config)
+    write_folder(output_dir, model.tensors(), config)
 
 
 def export_block_causal_like(
     model: BlockCausalModel, source: str | Path, output_dir: str | Path
 ) -> None:
     """Write new weights of a model; all else as in the folder it was loaded from."""
-    export_like(_tensors(model), source, output_dir)
+    export_like(model.tensors(), source, output_dir)
     # The block length may have been a part of the old folder's name.
     config = Config(output_dir)
     block_length = model.config.dlm_block_length
@@ -134,11 +112,3 @@ def make_sdar_config(shape: LLaDAShape, block_length: int) -> dict[str, object]:
         "mask_token_id": tokenizer.MASK_ID,
         **decoder_config(shape),
     }
-
-
-def _tensors(model: BlockCausalModel) -> dict[str, Tensor]:
-    tensors = model.network.state_dict()
-    if model.config.tie_word_embeddings:
-        # One tensor of two names, which safetensors refuses; loading ties them again.
-        del tensors["lm_head.weight"]
-    return tensors

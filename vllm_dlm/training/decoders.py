@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks of transformers as diffusion language models: Qwen2 as Dream, Qwen3 as SDAR.
+
+What a token sees is this module's: everything (Dream, arXiv 2508.15487), or all blocks
+of B tokens up to its own, counted from the first token (SDAR, arXiv 2510.06303).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class DecoderModel(nn.Module):
+    """A causal language model of transformers under another mask.
+
+    Args:
+        network: The model, with its head.
+        attention_block: Tokens B of a block; None if every token sees all of its row.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, attention_block: int | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.attention_block = attention_block
+        # For short rows on a CPU the backward pass of scaled_dot_product_attention
+        # takes as long as all the rest.
+        network.set_attn_implementation("eager")
+
+    def forward(self, input_ids: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits [rows, length, vocab] of token ids [rows, length].
+
+        Args:
+            input_ids: Token ids, the rows left-aligned.
+            valid: Bool [rows, length], False at padding that nobody may attend to.
+        """
+        return self.head(self.hidden(input_ids, valid))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        valid: Tensor | None = None,
+        *,
+        seen: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """What the last layer hands on, [rows, length, d_model].
+
+        Args:
+            input_ids: Token ids [rows, length].
+            valid: As of `forward`.
+            seen: Bool [rows or 1, length, length], True at the keys that a query may
+                see; by default those of the model's own attention.
+            positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
+        """
+        if seen is None:
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            block = self.attention_block or len(places)
+            seen = (places // block <= (places // block)[:, None])[None]
+        seen = seen[:, None]
+        if valid is not None:
+            seen = seen & valid[:, None, None, :]
+        bias = torch.zeros(seen.shape, dtype=self.network.dtype, device=seen.device)
+        bias.masked_fill_(~seen, torch.finfo(bias.dtype).min)
+        decoder: Any = self.network.get_decoder()
+        # As a dict a mask is taken as it is: any other is combined with a causal one.
+        return decoder(
+            input_ids=input_ids,
+            attention_mask={"full_attention": bias},
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of what the last layer hands on [..., d_model]."""
+        head: Any = self.network.get_output_embeddings()
+        return head(hidden)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by the names that a checkpoint has."""
+        return dict(self.named_for_checkpoint(self.state_dict().items()))
+
+    def named_for_checkpoint(
+        self, tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """This module's state dict, by the names that a checkpoint has."""
+        tied = self.network.config.tie_word_embeddings
+        for name, tensor in tensors:
+            theirs = name.removeprefix("network.")
+            # One tensor of two names, which safetensors refuses; loading ties them.
+            if not (tied and theirs == "lm_head.weight"):
+                yield theirs, tensor

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all recipes share: their options, and the way from a folder to a folder.
+
+A recipe says how a batch is corrupted and what the loss of that is (`Recipe`); this
+module loads the model and the data, runs the steps, and exports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm_dlm.cli.arguments import count, output_folder
+from vllm_dlm.training.loop import (
+    LoopOptions,
+    add_loop_arguments,
+    prepare,
+    run_updates,
+)
+from vllm_dlm.training.rows import (
+    Batch,
+    Row,
+    fitting_rows,
+    lay_out,
+    read_rows,
+    rows_of_step,
+    split_rows,
+    step_generator,
+    step_seed,
+    task_rows,
+    to_device,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_dlm.training.learner import Learner
+
+SCHEDULES = ("constant", "linear", "cosine")
+CANVAS_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to decode, before and after the training.
+
+    Args:
+        name: In the card's table.
+        options: Options of a request, such as {"strategy": "static"}.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+
+
+@dataclass
+class Training:
+    """A run of a recipe.
+
+    Args:
+        learner: The network; where it is, what it is.
+        rows: The data, in the file's order; what `Recipe.read` returned.
+        args: All options, the recipe's own among them.
+    """
+
+    learner: Learner
+    rows: Sequence[Any]
+    args: argparse.Namespace
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return int(self.args.seed)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return int(self.args.steps)
+
+    def note(self, **measures: float | torch.Tensor) -> None:
+        """Add to measures of the step, for the metrics; summed over its parts."""
+        for name, value in measures.items():
+            self.notes[name] = self.notes.get(name, 0.0) + float(value)
+
+    def batch(self, step: int) -> Batch:
+        """The step's rows, laid out as the options say."""
+        return lay_out(
+            rows_of_step(self.rows, self.args.batch_size, self.seed, step),
+            end_id=self.learner.end_id,
+            canvas_length=self.args.canvas_length,
+            length=self.args.row_length,
+        )
+
+    def generator(self, step: int) -> torch.Generator:
+        """Where the step's noise is drawn from, for the whole batch at once."""
+        return step_generator(self.seed, step)
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def _read(args: argparse.Namespace, learner: Learner) -> Sequence[Row]:
+    """The rows of --data, or of the built-in tasks."""
+    if args.data is not None:
+        return read_rows(args.data, learner.tokenizer, learner.end_id)
+    from vllm_dlm.tasks.tokenizer import TOKEN_IDS
+
+    if learner.tokenizer.get_vocab() != TOKEN_IDS:
+        raise ValueError(
+            "the built-in tasks are written in llada-tiny's tokens, which "
+            f"{args.model} does not have; pass a .jsonl file with --data"
+        )
+    return task_rows(args.num_rows, args.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained for a decoding rule.
+
+    A step's loss is a sum over its rows of what each contributes, so that it may be
+    computed in parts (--accumulate, several processes). A mean is therefore taken over
+    the step's rows, or over counts that `corrupt` has put into the example.
+
+    Args:
+        name: Of `vllm-dlm train NAME`.
+        summary: What it is for.
+        paper: Where it comes from.
+        corrupt: (training, batch, generator, step) -> the step's example, a dataclass
+            of tensors whose first dimension is the batch's rows.
+        step_loss: (training, example, step) -> what the example's rows contribute to
+            the loss. The example has some rows of the step, on the learner's device.
+        updates: (training, step) -> the updates of a step, as of `run_updates`: in
+            place of `corrupt` and `step_loss`, for recipes that roll out.
+        read: (args, learner) -> the data; by default the rows of --data.
+        decoding: args -> options of a request that the trained model is for; they
+            become the folder's defaults.
+        settings: args -> ways to decode that the card compares, before and after.
+        add_arguments: Adds options of the recipe's own.
+        defaults: Of the shared options, by their names in the namespace.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    corrupt: Callable[[Training, Batch, torch.Generator, int], Any] | None = None
+    step_loss: Callable[[Training, Any, int], torch.Tensor] | None = None
+    updates: Callable[[Training, int], Iterator[Mapping[str, float]]] | None = None
+    read: Callable[[argparse.Namespace, Learner], Sequence[Any]] = _read
+    decoding: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {}
+    settings: Callable[[argparse.Namespace], Sequence[Setting]] = lambda args: ()
+    add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options of `vllm-dlm train NAME`."""
+        add_recipe_arguments(parser)
+        self.add_arguments(parser)
+        parser.set_defaults(**self.defaults)
+
+    def run(self, args: argparse.Namespace) -> None:
+        """Train as the options say, and export."""
+        if train(self, args) is None:
+            print(
+                f"Stopped before the last step; run again to go on: {args.output_dir}"
+            )
+            return
+        print(f"The trained model is in {args.output_dir}")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all recipes share."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="the model to train: folder, hub id or alias"
+    )
+    parser.add_argument(
+        "--output-dir", type=output_folder, required=True, help="its folder afterwards"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        metavar="FILE.jsonl",
+        help="rows, one a line, in one of the forms of docs/training.md; by default "
+        "the built-in tasks, in llada-tiny's tokens",
+    )
+    data.add_argument(
+        "--num-rows",
+        type=count,
+        default=20_000,
+        help="how many rows of the built-in tasks are drawn",
+    )
+    data.add_argument(
+        "--canvas-length",
+        type=count,
+        metavar="G",
+        help="tokens of a canvas, filled with the end token behind the response; by "
+        f"default the longest response, rounded up to a multiple of {CANVAS_MULTIPLE}",
+    )
+    data.add_argument(
+        "--row-length",
+        type=count,
+        metavar="L",
+        help="tokens of prompt and canvas together, in place of --canvas-length",
+    )
+    data.add_argument("--batch-size", type=count, default=24, help="rows of a step")
+    data.add_argument(
+        "--accumulate",
+        type=count,
+        default=1,
+        metavar="PARTS",
+        help="compute a step's rows in so many parts, one after the other: less "
+        "memory, the same result",
+    )
+    what = parser.add_argument_group("what is trained")
+    what.add_argument(
+        "--lora-rank",
+        type=count,
+        metavar="R",
+        help="train an adapter of this rank and merge it; by default all weights",
+    )
+    what.add_argument(
+        "--lora-targets",
+        choices=("reference", "all"),
+        default="all",
+        help="matrices with an adapter: those that the published code reaches, or all "
+        "of the layers",
+    )
+    what.add_argument("--lora-alpha", type=float, help="scale of the adapter, times R")
+    what.add_argument(
+        "--lora-dropout", type=float, default=0.0, help="dropout before the adapter"
+    )
+    how = parser.add_argument_group("how it is trained")
+    how.add_argument("--learning-rate", type=float, default=5e-4, help="the full one")
+    how.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="constant",
+        help="of the learning rate, behind the warm-up",
+    )
+    how.add_argument(
+        "--warmup",
+        type=float,
+        default=0.0,
+        help="share of the steps in which the learning rate rises from 0",
+    )
+    how.add_argument(
+        "--lowest-rate",
+        type=float,
+        default=0.0,
+        help="share of the learning rate at which linear and cosine end",
+    )
+    how.add_argument(
+        "--betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW"
+    )
+    how.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW")
+    how.add_argument(
+        "--max-norm", type=float, default=1.0, help="gradients are clipped to it"
+    )
+    how.add_argument("--device", default="cpu", help="as PyTorch names it")
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="type that is computed in; by default float32 on a CPU, else bfloat16",
+    )
+    add_loop_arguments(parser, steps=200)
+
+
+def rate_of(args: argparse.Namespace) -> Callable[[int, int], float]:
+    """The schedule of the options: share of the full rate at a step of so many."""
+    lowest, warmup = args.lowest_rate, args.warmup
+
+    def rate(step: int, steps: int) -> float:
+        rising = warmup * steps
+        if step < rising:
+            return float((step + 1) / max(rising, 1.0)) if rising > 1 else 1.0
+        done = (step - rising) / max(steps - rising, 1.0)
+        if args.schedule == "linear":
+            return float(lowest + (1 - lowest) * (1 - done))
+        if args.schedule == "cosine":
+            return float(lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * done)))
+        return 1.0
+
+    return rate
+
+
+def start(recipe: Recipe, args: argparse.Namespace) -> Training:
+    """Load the model and the data that the options name, and check them.
+
+    Raises:
+        ValueError: they cannot be loaded, or do not fit together.
+    """
+    prepare(LoopOptions.from_args(args))
+    from vllm_dlm.training.learner import load_learner
+
+    learner = load_learner(
+        args.model,
+        lora_rank=args.lora_rank,
+        lora_targets=args.lora_targets,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    rows = recipe.read(args, learner)
+    if recipe.updates is None:
+        rows = _fit(args, rows)
+    return Training(learner, rows, args)
+
+
+def _fit(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
+    """The rows that the lengths leave room for; sets the canvas's length."""
+    if args.canvas_length is None and args.row_length is None:
+        longest = max(len(row.response_ids) for row in rows)
+        args.canvas_length = -(-longest // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+    fitting = fitting_rows(
+        rows, canvas_length=args.canvas_length, length=args.row_length
+    )
+    if not fitting:
+        raise ValueError(
+            "no row fits into --canvas-length or --row-length; the shortest response "
+            f"has {min(len(row.response_ids) for row in rows)} tokens"
+        )
+    if len(fitting) < len(rows):
+        print(f"{len(rows) - len(fitting)} of {len(rows)} rows are too long: left out")
+    return fitting
+
+
+def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
+    """Train and export to --output-dir; None if stopped before the last step.
+
+    Raises:
+        ValueError: as `start`; or the checkpoint is of another run.
+    """
+    training = start(recipe, args)
+    import torch
+
+    learner = training.learner
+    trained = [each for each in learner.network.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=args.learning_rate,
+        betas=tuple(args.betas),
+        weight_decay=args.weight_decay,
+    )
+
+    def updates(step: int) -> Iterator[Mapping[str, float]]:
+        # Dropout draws from the global generator: from the step alone, as all else.
+        torch.manual_seed(step_seed(training.seed, step))
+        chosen = recipe.updates or (
+            lambda training, step: _update(recipe, training, step)
+        )
+        for measures in chosen(training, step):
+            yield {**measures, **training.notes}
+            training.notes.clear()
+
+    done = run_updates(
+        args.output_dir,
+        LoopOptions.from_args(args),
+        learner.network,
+        updates,
+        lambda step: {"all": 0.0},
+        optimizers=[optimizer],
+        rate=rate_of(args),
+        max_norm=args.max_norm,
+    )
+    if not done:
+        return None
+    learner.save(args.output_dir, decoding=recipe.decoding(args))
+    return training
+
+
+def _update(
+    recipe: Recipe, training: Training, step: int
+) -> Iterator[Mapping[str, float]]:
+    """The one update of a step of a recipe that has a loss."""
+    if recipe.corrupt is None or recipe.step_loss is None:
+        raise ValueError(f"{recipe.name} has neither updates nor corrupt and step_loss")
+    batch = training.batch(step)
+    example = recipe.corrupt(training, batch, training.generator(step), step)
+    total = 0.0
+    for part in split_rows(example, len(batch.ids), training.args.accumulate):
+        loss = recipe.step_loss(
+            training, to_device(part, training.learner.device), step
+        )
+        loss.backward()
+        total += loss.item()
+    yield {"loss": total}
