@@ -121,7 +121,7 @@ def merged_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     One tensor at a time: the network stays as it is, and no second one is in memory.
     """
-    layers = {
+    layers: dict[str, Any] = {
         f"{name}.base_layer.weight": module
         for name, module in network.named_modules()
         if isinstance(module, _layer_class())
