@@ -199,7 +199,7 @@ def naive_loss(recipe: str, new, old, reference, rollouts, advantage):
     if recipe == "cj":
         return naive_cj(*networks)
     if recipe.startswith("trace"):
-        return naive_trace(*networks, shrink=int(recipe[-1]))
+        return naive_trace(new, old, old, rollouts, advantage, shrink=int(recipe[-1]))
     masks = masks_of(rollouts, recipe)
     return naive_coupled(*networks, masks, one_step=recipe == "one-step")
 

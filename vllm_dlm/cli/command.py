@@ -53,6 +53,18 @@ TRAINABLE = {
         "vllm_dlm.training.recipes.sft",
         "a diffusion model on answers of your own (the objective of LLaDA)",
     ),
+    "cj-grpo": (
+        "vllm_dlm.training.recipes.cj_grpo",
+        "a diffusion model by rewards, on the canvases that it visited (CJ-GRPO)",
+    ),
+    "coupled-grpo": (
+        "vllm_dlm.training.recipes.coupled_grpo",
+        "a diffusion model by rewards, with three forwards an update (DiffuCoder, d1)",
+    ),
+    "tracerl": (
+        "vllm_dlm.training.recipes.trace_rl",
+        "a diffusion model by rewards, along its trajectories (TraceRL)",
+    ),
 }
 """What `vllm-dlm train` trains -> module with `add_arguments` and `run`, and a
 summary."""

@@ -104,14 +104,18 @@ class Term:
     old: Tensor | None = field(default=None, repr=False)
     """[N]: by the network before the inner updates; None until somebody needs it."""
     reference: Tensor | None = field(default=None, repr=False)
-    """[N]: by the network before the training; None without v."""
+    """[N]: by the network before the training; None without v and with `against_old`.
+    """
+    against_old: bool = False
+    """Whether the reference is the network before the inner updates."""
 
     def loss(self, new: Tensor, epsilon: float) -> Tensor:
         """The loss of log-probabilities `new` [N]; `old` is set."""
         assert self.old is not None
         losses = self.weights * clipped_losses(new, self.old, self.advantages, epsilon)
-        if self.reference is not None:
-            spread = divergences(new, self.reference)
+        reference = self.old if self.against_old else self.reference
+        if reference is not None:
+            spread = divergences(new, reference)
             losses = losses + self.reference_weights * spread
         return losses.sum()
 
@@ -170,6 +174,7 @@ def trajectory_terms(
     reference_weights: Tensor,
     kept: Tensor,
     rows_at_once: int | None = None,
+    against_old: bool = False,
 ) -> list[Term]:
     """Terms that score each token on the canvas of the step that wrote it.
 
@@ -181,6 +186,7 @@ def trajectory_terms(
         reference_weights: [R, L].
         kept: [R] bool: the others are left out.
         rows_at_once: Rows of a term; None takes all.
+        against_old: as of `Term`.
     """
     terms = []
     for step in range(rollouts.num_steps):
@@ -204,6 +210,7 @@ def trajectory_terms(
                     of_row[where],
                     weights[rows[part]][where],
                     reference_weights[rows[part]][where],
+                    against_old=against_old,
                 )
             )
     return terms

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_dlm.messages import unknown
@@ -422,3 +423,28 @@ def _has_ended(rows: RollOuts, end_id: int) -> Tensor:
     until = rows.to_end(end_id)
     has_end = ((rows.ids == end_id) & until).any(1)
     return has_end & ~((rows.ids == rows.mask_id) & until).any(1)
+
+
+def concatenate(parts: Sequence[RollOuts], end_id: int) -> RollOuts:
+    """Roll-outs one below the other; shorter rows are padded."""
+    width = max(part.ids.shape[1] for part in parts)
+
+    def column(name: str, fill: float) -> Tensor:
+        return torch.cat(
+            [
+                F.pad(values, (0, width - values.shape[1]), value=fill)
+                for values in (getattr(part, name) for part in parts)
+            ]
+        )
+
+    entropies = [part.first_entropy for part in parts]
+    known = [entropy for entropy in entropies if entropy is not None]
+    return RollOuts(
+        ids=column("ids", end_id),
+        prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
+        valid=column("valid", False),
+        steps=column("steps", -1),
+        logprobs=column("logprobs", 0.0),
+        mask_id=parts[0].mask_id,
+        first_entropy=torch.cat(known) if len(known) == len(parts) else None,
+    )

@@ -9,10 +9,17 @@ Source: arXiv 2509.23924 (yjyddq/EOSER-ASS-RL).
 
 from __future__ import annotations
 
-from torch import Tensor
+import argparse
+from typing import TYPE_CHECKING
 
-from vllm_dlm.training.policy import Term, trajectory_terms
-from vllm_dlm.training.rollouts import RollOuts
+from vllm_dlm.training.reinforcement import Method, Scored, make_recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vllm_dlm.training.policy import Term
+    from vllm_dlm.training.rollouts import RollOuts
 
 
 def terms(
@@ -37,6 +44,8 @@ def terms(
             behind the end of a text too.
         rows_at_once: Rows that go through the network at once.
     """
+    from vllm_dlm.training.policy import trajectory_terms
+
     counts = rollouts.steps >= 0
     if scored is not None:
         counts = counts & scored
@@ -50,3 +59,28 @@ def terms(
     return trajectory_terms(
         rollouts, advantage, weights, beta * weights, kept, rows_at_once
     )
+
+
+def _objective(
+    args: argparse.Namespace, scored: Scored, generator: torch.Generator
+) -> list[Term]:
+    del generator
+    return terms(
+        scored.rollouts,
+        scored.advantage,
+        beta=args.beta,
+        kept=scored.kept,
+        scored=scored.tokens,
+        rows_at_once=scored.rows_at_once,
+    )
+
+
+RECIPE = make_recipe(
+    Method(objective=_objective, redraws=False, baseline="mean"),
+    name="cj-grpo",
+    summary="reinforcement learning on the canvases that were visited (CJ-GRPO)",
+    paper="CJ-GRPO, arXiv 2509.23924",
+    defaults={},
+)
+add_arguments = RECIPE.add_options
+run = RECIPE.run

@@ -11,15 +11,20 @@ the prompt.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from vllm_dlm.training.reinforcement import Method, Scored, make_recipe
 
-from vllm_dlm.training.policy import Term, parts_of, token_log_probabilities
-from vllm_dlm.training.rollouts import LogitsAt, RollOuts
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vllm_dlm.training.policy import Term
+    from vllm_dlm.training.rollouts import LogitsAt, RollOuts
 
 LEAST_SHARE, MOST_SHARE = 0.2, 0.8
 """Between which the share r of the first part is drawn."""
@@ -53,6 +58,8 @@ def draw_masks(
         generator: on the CPU; the same state gives the same masks.
         prompt_share: of the prompts' tokens to be masked.
     """
+    import torch
+
     drawn = torch.rand((), generator=generator)
     share = LEAST_SHARE + (MOST_SHARE - LEAST_SHARE) * float(drawn)
     device, shape = rollouts.ids.device, rollouts.ids.shape
@@ -98,7 +105,7 @@ def one_step_estimate(
     return _score(logits_at, rollouts, rollouts.response | masks.prompt, scored)
 
 
-Estimate = Callable[[LogitsAt, RollOuts, Tensor, Masks], Tensor]
+Estimate = Callable[["LogitsAt", "RollOuts", "Tensor", Masks], "Tensor"]
 
 ESTIMATES: dict[str, Estimate] = {
     "coupled": coupled_estimate,
@@ -129,6 +136,8 @@ def terms(
         kept: [R] bool: rows to score; the others count in the mean all the same.
         rows_at_once: Rows that go through the network at once.
     """
+    from vllm_dlm.training.policy import Term, parts_of
+
     weight = 1 / scored.sum().clamp(min=1)
     rows = scored.any(1) if kept is None else scored.any(1) & kept
     numbers = rows.nonzero()[:, 0]
@@ -152,6 +161,8 @@ def terms(
 def _score(
     logits_at: LogitsAt, rollouts: RollOuts, masked: Tensor, scored: Tensor
 ) -> Tensor:
+    from vllm_dlm.training.policy import token_log_probabilities
+
     return token_log_probabilities(
         logits_at,
         rollouts.ids.masked_fill(masked, rollouts.mask_id),
@@ -160,3 +171,41 @@ def _score(
         rollouts.ids[scored],
         rollouts.mask_id,
     )
+
+
+def _objective(
+    args: argparse.Namespace, scored: Scored, generator: torch.Generator
+) -> list[Term]:
+    share = PROMPT_SHARE if args.estimate == "one-step" else 0.0
+    return terms(
+        scored.rollouts,
+        scored.advantage,
+        draw_masks(scored.rollouts, generator, share),
+        beta=args.beta,
+        scored=scored.tokens,
+        estimate=args.estimate,
+        kept=scored.kept,
+        rows_at_once=scored.rows_at_once,
+    )
+
+
+def _more_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimate",
+        choices=tuple(ESTIMATES),
+        default="coupled",
+        help="how tokens are scored: with all of the answer masked, and with one of "
+        "two complementary parts of it; or (d1) with all of it masked alone",
+    )
+
+
+RECIPE = make_recipe(
+    Method(objective=_objective, redraws=True, baseline="leave-one-out"),
+    name="coupled-grpo",
+    summary="reinforcement learning with three forwards an update (coupled-GRPO)",
+    paper="DiffuCoder, arXiv 2506.20639",
+    defaults={"epsilon": 0.5, "until_end": True},
+    more_arguments=_more_arguments,
+)
+add_arguments = RECIPE.add_options
+run = RECIPE.run

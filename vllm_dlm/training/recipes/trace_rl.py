@@ -10,12 +10,19 @@ Source: arXiv 2509.06949 (Gen-Verse/dLLM-RL).
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from vllm_dlm.cli.arguments import count
+from vllm_dlm.training.reinforcement import Method, Scored, make_recipe
 
-from vllm_dlm.training.policy import Term, trajectory_terms
-from vllm_dlm.training.rollouts import RollOuts
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vllm_dlm.training.policy import Term
+    from vllm_dlm.training.rollouts import RollOuts
 
 
 def shrunk(rollouts: RollOuts, shrink: int) -> RollOuts:
@@ -48,6 +55,8 @@ def terms(
         scored: [R, L] bool: tokens that count; by default all that were written.
         rows_at_once: Rows that go through the network at once.
     """
+    from vllm_dlm.training.policy import trajectory_terms
+
     states = shrunk(rollouts, shrink)
     counts = states.steps >= 0
     if scored is not None:
@@ -61,5 +70,44 @@ def terms(
     if kept is None:
         kept = counts.any(1)
     return trajectory_terms(
-        states, advantage, weights, beta * counts / pairs, kept, rows_at_once
+        states,
+        advantage,
+        weights,
+        beta * counts / pairs,
+        kept,
+        rows_at_once,
+        against_old=True,
     )
+
+
+def _objective(
+    args: argparse.Namespace, scored: Scored, generator: torch.Generator
+) -> list[Term]:
+    del generator
+    return terms(
+        scored.rollouts,
+        scored.advantage,
+        beta=args.beta,
+        shrink=args.shrink,
+        kept=scored.kept,
+        scored=scored.tokens,
+        rows_at_once=scored.rows_at_once,
+    )
+
+
+def _more_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shrink", type=count, default=1, help="neighbouring steps that are one state"
+    )
+
+
+RECIPE = make_recipe(
+    Method(objective=_objective, redraws=False, baseline="z-score", against_old=True),
+    name="tracerl",
+    summary="reinforcement learning along the trajectory (TraceRL)",
+    paper="TraceRL, arXiv 2509.06949",
+    defaults={"beta": 0.01, "max_norm": 1.0},
+    more_arguments=_more_arguments,
+)
+add_arguments = RECIPE.add_options
+run = RECIPE.run

@@ -1,0 +1,506 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reinforcement learning: roll out, reward, compare within groups, update.
+
+A step of the run asks some questions, has each answered several times, and makes
+`--inner-updates` updates of what these answers earned. What a recipe adds is which
+tokens it scores on which canvases (`Objective`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vllm_dlm.cli.arguments import count
+from vllm_dlm.training.questions import Question, read_questions, task_questions
+from vllm_dlm.training.recipes.command import Recipe, Setting, Training
+from vllm_dlm.training.rewards import REWARDS, Reward, load_reward
+from vllm_dlm.training.rows import rows_of_step, step_generator, step_seed
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_dlm.training.learner import Learner
+    from vllm_dlm.training.policy import Baseline, Term
+    from vllm_dlm.training.rollouts import Decoder, LogitsAt, RollOuts
+
+DECODER_NAMES = ("static", "eoser", "ass", "eoser-ass", "threshold", "entropy")
+DEFAULT_CANVAS = 32
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answers with their advantages, for a recipe to score.
+
+    Args:
+        rollouts: R rows.
+        advantage: [R].
+        tokens: [R, L] bool: those that count.
+        kept: [R] bool: rows whose group has rewards that differ.
+        rows_at_once: Rows that go through the network at once; None: all.
+    """
+
+    rollouts: RollOuts
+    advantage: torch.Tensor
+    tokens: torch.Tensor
+    kept: torch.Tensor
+    rows_at_once: int | None
+
+
+Objective = Callable[["argparse.Namespace", Scored, "torch.Generator"], "list[Term]"]
+"""(options, answers, generator of the inner update) -> terms of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What sets one recipe of reinforcement learning apart.
+
+    Args:
+        objective: Terms of an inner update.
+        redraws: Whether each inner update has masks of its own.
+        baseline: Of the advantages.
+        against_old: Whether the divergence is from the network before the inner
+            updates, not from that before the training.
+    """
+
+    objective: Objective
+    redraws: bool
+    baseline: Baseline
+    against_old: bool = False
+
+
+class Roller(Protocol):
+    """Rolls out answers."""
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+    ) -> RollOuts:
+        """An answer to each prompt."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
+
+@dataclass
+class TrainerRoller:
+    """Rolls out with the network itself.
+
+    Args:
+        learner: The network.
+        decoder: How.
+        canvas: Positions of an answer.
+        rows_at_once: Rows that are rolled out at once; None: all.
+    """
+
+    learner: Learner
+    decoder: Decoder
+    canvas: int
+    rows_at_once: int | None = None
+    stop_at_end: bool = False
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+    ) -> RollOuts:
+        from vllm_dlm.training.policy import parts_of
+        from vllm_dlm.training.rollouts import concatenate, roll_out
+
+        learner = self.learner
+        was_training = learner.network.training
+        learner.network.eval()
+        parts = [
+            roll_out(
+                learner.logits_at,
+                prompts[part],
+                canvas=self.canvas,
+                decoder=self.decoder,
+                mask_id=learner.mask_id,
+                end_id=learner.end_id,
+                seeds=seeds[part],
+                device=learner.device,
+                attention_block=learner.attention_block,
+                stop_at_end=self.stop_at_end,
+            )
+            for part in parts_of(len(prompts), self.rows_at_once)
+        ]
+        learner.network.train(was_training)
+        return concatenate(parts, learner.end_id)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class Run(Sequence[Question]):
+    """What a run keeps from step to step: the questions to train on, and more.
+
+    Args:
+        questions: To train on.
+        held_out: To measure with.
+        reward: Of an answer.
+        roller: Rolls out.
+        reference: The network of before the training; None where nothing is compared
+            with it, or where it is the trained one without its adapter.
+    """
+
+    questions: Sequence[Question]
+    held_out: Sequence[Question]
+    reward: Reward
+    roller: Roller
+    reference: torch.nn.Module | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.questions[index]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all recipes of reinforcement learning share."""
+    data = parser.add_argument_group("questions and rewards")
+    data.add_argument(
+        "--reward",
+        default="tasks",
+        metavar="NAME",
+        help=f"{', '.join(REWARDS)}, or FILE.py:NAME, a function reward(prompts, "
+        "texts, records) that returns a number for each text",
+    )
+    data.add_argument(
+        "--tasks",
+        help="names of built-in tasks, with commas between, where there is no --data",
+    )
+    data.add_argument(
+        "--prompt-length",
+        type=count,
+        help="most tokens of a prompt of --data; longer ones lose their first",
+    )
+    data.add_argument(
+        "--held-out",
+        type=int,
+        default=64,
+        metavar="N",
+        help="questions that measure, and are not trained on: built-in ones, or the "
+        "last of --data",
+    )
+    group = parser.add_argument_group("roll-outs")
+    group.add_argument(
+        "--generations", type=count, default=8, help="answers to each question"
+    )
+    group.add_argument(
+        "--decoder",
+        choices=DECODER_NAMES,
+        default="static",
+        help="how they are decoded",
+    )
+    group.add_argument(
+        "--decoder-config",
+        type=_parameters,
+        default={},
+        metavar="JSON",
+        help="parameters of its strategy, as --dlm-strategy-config",
+    )
+    group.add_argument(
+        "--tokens-per-step",
+        type=count,
+        help="of the decoders static and eoser, which follow a schedule (4 and 1)",
+    )
+    group.add_argument(
+        "--block-length", type=count, help="of a block; by default the whole canvas"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="of the draws, above 0"
+    )
+    group.add_argument(
+        "--rollout-rows", type=count, help="answers rolled out at once; by default all"
+    )
+    update = parser.add_argument_group("updates")
+    update.add_argument(
+        "--inner-updates",
+        type=count,
+        default=1,
+        help="updates that are made of the same answers",
+    )
+    update.add_argument(
+        "--epsilon", type=float, default=0.2, help="ratios are clipped to 1 +- this"
+    )
+    update.add_argument(
+        "--beta",
+        type=float,
+        default=0.0,
+        help="weight of the divergence from the reference",
+    )
+    update.add_argument(
+        "--until-end",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="score tokens up to and with the first end of the text only",
+    )
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
+
+
+def decoder_of(args: argparse.Namespace) -> Decoder:
+    """The decoder of the roll-outs."""
+    from vllm_dlm.training.rollouts import Decoder
+
+    tokens = args.tokens_per_step
+    if tokens is None and args.decoder == "static":
+        tokens = 4
+    return Decoder(
+        args.decoder,
+        args.decoder_config,
+        block_length=args.block_length,
+        tokens_per_step=tokens,
+        temperature=args.temperature,
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that cannot work, before anything is loaded.
+
+    Raises:
+        ValueError: one of them; the message says what could.
+    """
+    if args.generations < 2:
+        raise ValueError("--generations: answers are compared: 2 or more to a question")
+    if args.temperature <= 0:
+        raise ValueError(
+            "--temperature: at 0 all answers to a question are the same, and nothing "
+            "is learnt from them: above 0"
+        )
+    if args.row_length is not None:
+        raise ValueError("--row-length: set the answers' --canvas-length instead")
+    for name in ("epsilon", "beta"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name}: {getattr(args, name)} is below 0")
+    if args.data is not None and args.tasks is not None:
+        raise ValueError("either --data or --tasks: these are the built-in questions")
+    if args.data is None and args.prompt_length is not None:
+        raise ValueError("--prompt-length is of the prompts of --data")
+    if args.held_out < 0:
+        raise ValueError(f"--held-out: {args.held_out} is below 0")
+    if args.canvas_length is None:
+        args.canvas_length = DEFAULT_CANVAS
+    decoder_of(args)
+
+
+def read(method: Method, args: argparse.Namespace, learner: Learner) -> Run:
+    """Questions, reward, and what a run needs of the network before it is trained."""
+    check(args)
+    if args.data is not None:
+        found = read_questions(args.data, learner.tokenizer, args.prompt_length)
+        if args.held_out >= len(found):
+            raise ValueError(
+                f"--held-out {args.held_out} leaves nothing to train on of the "
+                f"{len(found)} questions of {args.data}"
+            )
+        questions = found[: len(found) - args.held_out]
+        held_out = found[len(questions) :]
+    else:
+        from vllm_dlm.tasks.tokenizer import TOKEN_IDS
+
+        if learner.tokenizer.get_vocab() != TOKEN_IDS:
+            raise ValueError(
+                "the built-in tasks are written in llada-tiny's tokens, which "
+                f"{args.model} does not have; pass a .jsonl file with --data"
+            )
+        tasks = args.tasks.split(",") if args.tasks else None
+        questions = task_questions(args.num_rows, args.seed, tasks)
+        held_out = task_questions(args.held_out, args.seed, tasks, "heldout")
+    decoder = decoder_of(args)
+    decoder.strategy(args.canvas_length, learner.device)
+    needs_copy = args.beta > 0 and not method.against_old and not learner.has_adapter
+    return Run(
+        questions=questions,
+        held_out=held_out,
+        reward=load_reward(args.reward),
+        roller=TrainerRoller(learner, decoder, args.canvas_length, args.rollout_rows),
+        reference=_frozen(learner.network) if needs_copy else None,
+    )
+
+
+def _frozen(network: torch.nn.Module) -> torch.nn.Module:
+    return deepcopy(network).requires_grad_(False).eval()
+
+
+def updates(
+    method: Method, training: Training, step: int
+) -> Iterator[Mapping[str, float]]:
+    """The updates of a step, as of `loop.run_updates`: gradients, then measures."""
+    from vllm_dlm.training import policy
+
+    args, learner = training.args, training.learner
+    run = training.rows
+    assert isinstance(run, Run)
+    questions = rows_of_step(run.questions, args.batch_size, training.seed, step)
+    asked = [each for each in questions for _ in range(args.generations)]
+    own = step_seed(training.seed, step)
+    rollouts = run.roller(
+        [question.prompt_ids for question in asked],
+        [step_seed(own, row) for row in range(len(asked))],
+    )
+    rewards = reward_answers(run.reward, learner, asked, rollouts)
+    equal = policy.equal_groups(rewards, args.generations)
+    measures = {
+        "reward": float(rewards.mean()),
+        "equal groups": float(equal.float().mean()),
+        "forwards": rollouts.num_steps,
+    }
+    if rollouts.first_entropy is not None:
+        measures["first entropy"] = float(rollouts.first_entropy.mean())
+    scored = Scored(
+        rollouts,
+        policy.advantages(rewards, args.generations, method.baseline),
+        _tokens(args, rollouts, learner.end_id),
+        ~equal.repeat_interleave(args.generations),
+        -(-len(asked) // args.accumulate),
+    )
+    if equal.all():
+        # No gradients: the update changes nothing.
+        yield {"loss": 0.0, **measures}
+        return
+    generator = step_generator(own, len(asked))
+    reference = _reference(method, training)
+    all_terms = []
+    for number in range(args.inner_updates):
+        if number == 0 or method.redraws:
+            terms = method.objective(args, scored, generator)
+            policy.refer(terms, learner.logits_at, reference, first=number == 0)
+        all_terms.append(terms)
+    for terms in all_terms:
+        loss = policy.backward(terms, learner.logits_at, args.epsilon)
+        yield {"loss": loss, **measures}
+
+
+def _tokens(args: argparse.Namespace, rollouts: RollOuts, end_id: int) -> torch.Tensor:
+    written = rollouts.steps >= 0
+    return written & rollouts.to_end(end_id) if args.until_end else written
+
+
+def _reference(
+    method: Method, training: Training
+) -> Callable[[], AbstractContextManager[LogitsAt]] | None:
+    """What makes the network of before the training; None where nobody asks for it."""
+    learner, run = training.learner, training.rows
+    assert isinstance(run, Run)
+    if training.args.beta == 0 or method.against_old:
+        return None
+    copy = run.reference
+    if copy is not None:
+        from dataclasses import replace
+
+        frozen = replace(learner, network=copy)
+        return lambda: nullcontext(frozen.logits_at)
+
+    @contextmanager
+    def without_adapter() -> Iterator[LogitsAt]:
+        with learner.without_adapter():
+            yield learner.logits_at
+
+    return without_adapter
+
+
+def reward_answers(
+    reward: Reward, learner: Learner, asked: Sequence[Question], rollouts: RollOuts
+) -> torch.Tensor:
+    """[R]: the reward of each answer's text, on the learner's device."""
+    import torch
+
+    texts = [
+        str(learner.tokenizer.decode(ids, skip_special_tokens=True))
+        for ids in rollouts.answers(learner.end_id)
+    ]
+    values = reward(
+        [question.prompt for question in asked],
+        texts,
+        [question.record for question in asked],
+    )
+    return torch.tensor(values, device=learner.device)
+
+
+def evaluated_decoders() -> dict[str, Decoder]:
+    """Name -> the decoders that held-out questions are answered by."""
+    from vllm_dlm.training.rollouts import Decoder
+
+    return {
+        "static 4": Decoder("static", tokens_per_step=4),
+        "threshold .9": Decoder("threshold", {"threshold": 0.9}),
+        "entropy .5": Decoder("entropy", {"threshold": 0.5}),
+    }
+
+
+def measure(training: Training) -> dict[str, float]:
+    """Held-out reward and forwards, greedily, by each decoder; entropy at first."""
+    args, learner, run = training.args, training.learner, training.rows
+    assert isinstance(run, Run)
+    found: dict[str, float] = {}
+    if not run.held_out:
+        return found
+    for name, decoder in evaluated_decoders().items():
+        if learner.attention_block is not None:
+            from dataclasses import replace
+
+            decoder = replace(decoder, block_length=learner.attention_block)
+        roller = TrainerRoller(
+            learner, decoder, args.canvas_length, args.rollout_rows, stop_at_end=True
+        )
+        prompts = [question.prompt_ids for question in run.held_out]
+        rollouts = roller(prompts, [0] * len(prompts))
+        rewards = reward_answers(run.reward, learner, run.held_out, rollouts)
+        forwards = rollouts.steps.amax(1) + 1
+        found[f"reward, {name}"] = float(rewards.mean())
+        found[f"forwards, {name}"] = float(forwards.float().mean())
+        if rollouts.first_entropy is not None:
+            found["held-out first entropy"] = float(rollouts.first_entropy.mean())
+    return found
+
+
+def make_recipe(
+    method: Method,
+    *,
+    name: str,
+    summary: str,
+    paper: str,
+    defaults: Mapping[str, Any],
+    more_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> Recipe:
+    """A recipe of reinforcement learning, with the options that these share."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        add_arguments(parser)
+        more_arguments(parser)
+
+    return Recipe(
+        name=name,
+        summary=summary,
+        paper=paper,
+        updates=lambda training, step: updates(method, training, step),
+        read=lambda args, learner: read(method, args, learner),
+        decoding=lambda args: decoder_of(args).options(args.canvas_length),
+        settings=lambda args: [
+            Setting(name, decoder.options(args.canvas_length))
+            for name, decoder in evaluated_decoders().items()
+        ],
+        add_arguments=add,
+        defaults={
+            "batch_size": 6,
+            "betas": (0.9, 0.99),
+            "weight_decay": 0.0,
+            "max_norm": 0.2,
+            "learning_rate": 5e-4,
+            **defaults,
+        },
+    )
