@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_dlm import search
-    from vllm_dlm.entrypoints.canvas_fields import fields
+    from vllm_dlm.entrypoints.canvas_fields import canvas_fields
     from vllm_dlm.entrypoints.llm import LLM
     from vllm_dlm.entrypoints.step_maps import StepMap, step_map
     from vllm_dlm.switching.router import EntropyRouter
@@ -25,7 +25,7 @@ __all__ = [
     "EntropyRouter",
     "StepMap",
     "__version__",
-    "fields",
+    "canvas_fields",
     "search",
     "step_map",
 ]
@@ -40,10 +40,11 @@ def __getattr__(name: str) -> Any:
         from vllm_dlm.switching.router import EntropyRouter
 
         return EntropyRouter
-    if name == "fields":
-        from vllm_dlm.entrypoints.canvas_fields import fields
+    if name == "canvas_fields":
+        # Not `from`: the module has the same name.
+        from vllm_dlm.entrypoints import canvas_fields
 
-        return fields
+        return canvas_fields.canvas_fields
     if name == "search":
         from importlib import import_module
 

@@ -7,9 +7,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
-from server.launch import Server
+from server.launch import REPLY_SECONDS, Server
 from tokenizers import Tokenizer
 
 TEXT = "Copy {{name:2}} and Ben {{8}} end"
@@ -38,15 +39,77 @@ def test_fields_of_a_chat(server: Server):
     options = {"dlm": json.dumps({"canvas_text": TEXT})}
     answer = server.chat("Hello", vllm_xargs=options)
     (choice,) = answer.choices
-    text, fields = choice.message.content, choice.fields
+    text, fields = choice.message.content, choice.canvas_fields
     assert set(fields) == {"name"}
     assert "Copy" in text and "Ben" in text
     assert fields["name"].strip() in text
     stream = server.chat("Hello", vllm_xargs=options, stream=True)
-    parts = [part.choices[0].delta.content or "" for part in stream if part.choices]
-    assert "".join(parts) == text
+    parts = [part.choices[0] for part in stream if part.choices]
+    assert "".join(part.delta.content or "" for part in parts) == text
+    # In the chunk that ends the answer, and in no other.
+    assert [getattr(part, "canvas_fields", None) for part in parts] == [
+        *[None] * (len(parts) - 1),
+        fields,
+    ]
     done = server.complete("Hello", vllm_xargs={"dlm_canvas_text": TEXT})
-    assert set(done.choices[0].fields) == {"name"}
+    assert set(done.choices[0].canvas_fields) == {"name"}
+
+
+def test_fields_of_several_choices_in_a_stream(server: Server):
+    """Beside frames, of two prompts and two samples, with holes that shrink."""
+    options = {
+        "prompt": ["Copy [Ada, Ben]", "Sort [Ben, Ada]"],
+        "vllm_xargs": {
+            "dlm_canvas_text": "{{a:6}} and {{b:9}}.",
+            "dlm_holes": "shrink",
+        },
+        **{"n": 2, "temperature": 1, "seed": 1},
+    }
+    whole = server.complete(**options)
+    expected = {one.index: (one.text, one.canvas_fields) for one in whole.choices}
+    options["vllm_xargs"] |= {"dlm_frames": "writes"}
+    texts = dict.fromkeys(expected, "")
+    fields: dict[int, Any] = {}
+    for chunk in server.complete(**options, stream=True):
+        for one in chunk.choices:
+            texts[one.index] += one.text
+            if one.finish_reason is not None:
+                fields[one.index] = one.canvas_fields
+    assert {at: (text, fields[at]) for at, text in texts.items()} == expected
+
+
+def test_names_where_answers_have_no_place_for_fields(
+    server: Server, tokenizer: Tokenizer
+):
+    """They are refused, as step maps are; without names the canvas is filled."""
+    pieces = ("Copy ", " and")
+    length = 2 + sum(
+        len(tokenizer.encode(piece, add_special_tokens=False).ids) for piece in pieces
+    )
+    messages = [{"role": "user", "content": "Hello"}]
+    for path, body in {
+        "/v1/responses": {"input": "Hello"},
+        "/v1/messages": {"messages": messages, "max_tokens": length},
+        "/v1/chat/completions/batch": {"messages": [messages]},
+    }.items():
+
+        def ask(
+            xargs: dict[str, Any], path: str = path, body: dict[str, Any] = body
+        ) -> httpx.Response:
+            sent = {"model": server.model, "temperature": 0, "vllm_xargs": xargs}
+            return httpx.post(
+                server.url + path, json=sent | body, timeout=REPLY_SECONDS
+            )
+
+        refused = ask({"dlm_canvas_text": "Copy {{name:2}} and"})
+        assert refused.status_code == 400, (path, refused.text)
+        assert "no place for the texts in such holes" in refused.text, path
+        refused = ask({"dlm_step_map": True})
+        assert refused.status_code == 400, (path, refused.text)
+        assert "no place for a step map" in refused.text, path
+        answer = ask({"dlm_canvas_text": "Copy {{2}} and"})
+        assert answer.status_code == 200, (path, answer.text)
+        assert "Copy" in answer.text, path
 
 
 def test_fields_of_holes_that_shrink(server: Server, tokenizer: Tokenizer):
@@ -58,7 +121,7 @@ def test_fields_of_holes_that_shrink(server: Server, tokenizer: Tokenizer):
         return_token_ids=True,
     )
     (choice,) = answer.choices
-    assert choice.fields == {"a": "", "b": ""}
+    assert choice.canvas_fields == {"a": "", "b": ""}
     given = [
         token
         for text in ("Ada ", "Ben")

@@ -68,7 +68,7 @@ def test_a_form(server: Server):
         "dlm_holes": "shrink",
     }
     (choice,) = server.chat(SENTENCE, vllm_xargs=options).choices
-    fields = choice.fields
+    fields = choice.canvas_fields
     assert choice.message.content == f"Name: {fields['name']}\nAge: {fields['age']}"
     assert fields["age"] == "31"
 

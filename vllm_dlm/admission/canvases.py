@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dlm.admission.canvas_text import Hole, parse
-from vllm_dlm.admission.client_fields import field_of, gave_length
+from vllm_dlm.admission.client_fields import field_of, gave_length, has_place_for
 from vllm_dlm.config.canvas import Canvas, CanvasOptions, source_of
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.stop_ids import closing_ids
@@ -76,9 +76,18 @@ class CanvasReader:
         else:
             assert options.canvas_text is not None
             tokenize = tokenizer_of(self._model_config, set_as)
-            tokens, holes, _ = taken_apart(
+            tokens, holes, named = taken_apart(
                 options.canvas_text, set_as, tokenize, mask_id
             )
+            if named and not has_place_for("canvas_fields"):
+                name = named[0].name
+                raise OptionError(
+                    f"{set_as}: the hole {quote(name)} has a name, and an answer of "
+                    "this route has no place for the texts in such holes: leave the "
+                    f"name out ({{{{{named[0].length}}}}}), or use /v1/completions or "
+                    "/v1/chat/completions",
+                    set_as,
+                )
             check_tokens(tokens, self._model_config, set_as)
             canvas = Canvas(tuple(tokens), tuple(holes), **more)
         self._check(canvas, set_as)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,15 +30,20 @@ class Route:
     """Sampling parameter -> the fields it may come from; the first that is set wins."""
     prefix: str = ""
     """What stands before the names of all other parameters."""
+    holds: frozenset[str] = frozenset()
+    """What its answers have a place for: "step_map", "canvas_fields"."""
 
 
-OFFLINE = Route("extra_args")
+EVERYTHING = frozenset({"step_map", "canvas_fields"})
+
+OFFLINE = Route("extra_args", holds=EVERYTHING)
 COMPLETION = Route(
     "vllm_xargs",
     {
         "structured_outputs": ("structured_outputs", "response_format"),
         "prompt_logprobs": ("prompt_logprobs", "echo"),
     },
+    holds=EVERYTHING,
 )
 CHAT = Route(
     "vllm_xargs",
@@ -51,7 +56,9 @@ CHAT = Route(
         "logprobs": ("top_logprobs", "logprobs"),
         "prompt_logprobs": ("prompt_logprobs", "echo"),
     },
+    holds=EVERYTHING,
 )
+BATCH = replace(CHAT, holds=frozenset())
 RESPONSES = Route(
     "vllm_xargs",
     {
@@ -76,6 +83,7 @@ GENERATE = Route(
     "sampling_params.extra_args",
     {"prompt": ("token_ids",), "stream": ("stream",)},
     prefix="sampling_params.",
+    holds=frozenset({"step_map"}),
 )
 
 HARMLESS = {
@@ -139,6 +147,15 @@ def field_of(parameter: str) -> str:
     """What the client calls a sampling parameter (or `prompt`)."""
     sent = _sent.get()
     return sent.fields.get(parameter) or sent.route.prefix + parameter
+
+
+def has_place_for(what: str) -> bool:
+    """Whether the answer of the route that is served can hold something.
+
+    Args:
+        what: see `Route.holds`.
+    """
+    return what in _sent.get().route.holds
 
 
 DEFAULT_LENGTH = 16

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_dlm.admission.client_fields import has_place_for, options_field
+from vllm_dlm.config.request_options import read_request
+
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.sampling_params import SamplingParams
@@ -88,15 +91,27 @@ def has_step_map(output: CompletionOutput) -> bool:
     return rows is not None and rows.shape[1] >= COLUMNS
 
 
-def refuse_streaming(config: RequestConfig, params: SamplingParams) -> None:
+def refuse_without_place(config: RequestConfig, params: SamplingParams) -> None:
     """A step map comes with a finished output, which a stream has no place for.
 
     Raises:
-        VLLMValidationError: a streamed request asks for one (HTTP 400).
+        VLLMValidationError: a streamed request asks for one, or a request of a route
+            whose answers have no place for one either (HTTP 400).
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
 
+    if config.step_map and not has_place_for("step_map"):
+        asked = read_request(params.extra_args)
+        # What the server turns on for all is not said where nobody asks.
+        if asked.has("step_map"):
+            name = asked.names["step_map"]
+            raise VLLMValidationError(
+                f"{name}: an answer of this route has no place for a step map; leave "
+                "it out, or use /v1/completions or /v1/chat/completions",
+                parameter=f"{options_field()}.{name}",
+            )
+        return
     if config.step_map and params.output_kind == RequestOutputKind.DELTA:
         raise VLLMValidationError(
             "step_map comes with the whole answer, and this request is streamed: set "

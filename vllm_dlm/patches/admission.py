@@ -349,7 +349,7 @@ def _check(
         return
     request.refuse_reasoning(sampling_params, vllm_config)
     config = request.validate_sampling_params(sampling_params, model_config)
-    step_maps.refuse_streaming(config, sampling_params)
+    step_maps.refuse_without_place(config, sampling_params)
     _have_watched(sampling_params)
     if isinstance(prompt, dict):
         ids = prompt.get("prompt_token_ids")

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission.client_fields import (
+    BATCH,
     CHAT,
     COMPLETION,
     GENERATE,
@@ -52,7 +53,7 @@ _GENERATE = f"{_ENTRYPOINTS}.generate.base.serving:GenerateBaseServing"
 HANDLERS: dict[str, Route] = {
     f"{_COMPLETION}.create_completion": COMPLETION,
     f"{_CHAT}.create_chat_completion": CHAT,
-    f"{_BATCH}.create_batch_chat_completion": CHAT,
+    f"{_BATCH}.create_batch_chat_completion": BATCH,
     f"{_RESPONSES}.create_responses": RESPONSES,
     f"{_MESSAGES}.create_messages": MESSAGES,
     f"{_TOKENS}.serve_tokens": GENERATE,

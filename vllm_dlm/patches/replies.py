@@ -43,8 +43,8 @@ def raise_if_error(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def completion_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `step_map` to the choices of completions that asked for it, and `fields`
-    where holes have names."""
+    """Adds `step_map` to the choices of completions that asked for it, and
+    `canvas_fields` where holes have names."""
 
     def respond(
         self: OpenAIServingCompletion,
@@ -58,7 +58,7 @@ def completion_response(original: Callable[..., Any]) -> Callable[..., Any]:
             outputs = [output for result in results for output in result.outputs]
             step_maps.add_to_choices(response.choices, outputs)
             canvas_fields.add_to_choices(
-                response.choices, outputs, request.vllm_xargs, self.model_config
+                response.choices, outputs, request, self.model_config
             )
         return response
 
@@ -84,7 +84,7 @@ def chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
             outputs = seen[0].outputs
             step_maps.add_to_choices(choices, outputs)
             canvas_fields.add_to_choices(
-                choices, outputs, chat_request.vllm_xargs, self.model_config
+                choices, outputs, chat_request, self.model_config
             )
         return response
 
@@ -92,7 +92,8 @@ def chat_response(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def completion_stream(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Puts frames between the chunks of a stream whose request asked for them."""
+    """Puts frames between the chunks of a stream whose request asked for them, and
+    `canvas_fields` into those that end a choice."""
 
     def stream(
         self: OpenAIServingCompletion,
@@ -120,6 +121,8 @@ def completion_stream(original: Callable[..., Any]) -> Callable[..., Any]:
             "model": model_name,
         }
         nothing = {"text": "", "logprobs": None}
+        if is_ours(self.model_config.hf_config):
+            answer = canvas_fields.with_fields(answer, request, self.model_config)
         return _with_frames(answer, results, about, nothing, kwargs.get("tokenizer"))
 
     return stream
@@ -153,6 +156,8 @@ def chat_stream(original: Callable[..., Any]) -> Callable[..., Any]:
             "created": int(time.time()),
             "model": model_name,
         }
+        if is_ours(self.model_config.hf_config):
+            answer = canvas_fields.with_fields(answer, request, self.model_config)
         return _with_frames(answer, results, about, {"delta": {}}, tokenizer)
 
     return stream
