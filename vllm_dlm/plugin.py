@@ -61,6 +61,7 @@ def register() -> None:
         _register_hf_configs,
         _register_tokenizers,
         _register_config_hooks,
+        _register_weight_transfer,
         _wrap_front_end,
     )
     for step in steps:
@@ -131,6 +132,16 @@ def _register_config_hooks() -> None:
 
     for architecture in ARCHITECTURES:
         MODELS_CONFIG_MAP[architecture] = load(CONFIG_HOOK)
+
+
+def _register_weight_transfer() -> None:
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    WeightTransferEngineFactory.register_engine(
+        "safetensors",
+        "vllm_dlm.model_executor.weight_files",
+        "FileWeightTransferEngine",
+    )
 
 
 def _wrap_front_end() -> None:

@@ -7,10 +7,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from vllm_dlm.training.rollout_rows import RollOuts  # noqa: E402
 from vllm_dlm.training.rollouts import (  # noqa: E402
     DECODERS,
     Decoder,
-    RollOuts,
     roll_out,
 )
 from vllm_dlm.training.tiny.llada_evaluation import fill_masks  # noqa: E402

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_dlm.messages import unknown
@@ -25,6 +24,7 @@ from vllm_dlm.strategies.base import (
     best_masked,
     numeric_fields,
 )
+from vllm_dlm.training.rollout_rows import RollOuts, empty_rows
 
 LogitsAt: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(ids [R, L], valid [R, L] bool, where [R, L] bool) -> logits [N, V] float32 of the N
@@ -109,6 +109,11 @@ class Decoder:
             )
         return strategy
 
+    @property
+    def asks_for_ends(self) -> bool:
+        """Whether it matters to it which tokens end a text."""
+        return self._rule.name == "eoser"
+
     def steps_per_block(self, canvas: int) -> int:
         """Steps of the schedule for a block."""
         block_length = self.block_length or canvas
@@ -125,100 +130,6 @@ class Decoder:
         if self.tokens_per_step is not None:
             options["steps_per_block"] = self.steps_per_block(canvas)
         return {key: value for key, value in options.items() if value != {}}
-
-
-@dataclass(frozen=True)
-class RollOuts:
-    """Answers and how they came about: R rows of at most L tokens, left-aligned.
-
-    No decoder here rewrites, so that the step of each token says what every canvas was.
-    """
-
-    ids: Tensor
-    """[R, L] int64: prompt, then the canvas after the last step."""
-    prompt_lengths: Tensor
-    """[R] int64."""
-    valid: Tensor
-    """[R, L] bool: False behind a row's canvas."""
-    steps: Tensor
-    """[R, L] int64: the step that wrote each token; -1 in the prompt, behind the canvas
-    and where nothing was written."""
-    logprobs: Tensor
-    """[R, L] float32: natural logarithm of each token's untempered probability in that
-    step; 0 where nothing was written."""
-    mask_id: int
-    first_entropy: Tensor | None = None
-    """[R] float32: mean entropy of the first step's masks, in nats; None where the
-    decoder does not say."""
-
-    @property
-    def response(self) -> Tensor:
-        """[R, L] bool: the canvas."""
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (columns >= self.prompt_lengths[:, None]) & self.valid
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the row that took most."""
-        return int(self.steps.max()) + 1
-
-    def canvas(self, step: int) -> Tensor:
-        """[R, L] int64: the rows as they were before a step."""
-        open_ = self.response & ((self.steps >= step) | (self.steps < 0))
-        return self.ids.masked_fill(open_, self.mask_id)
-
-    def written(self, step: int) -> Tensor:
-        """[R, L] bool: what a step has written."""
-        return self.steps == step
-
-    def to_end(self, end_id: int) -> Tensor:
-        """[R, L] bool: the answers, up to and with the first end."""
-        ends = (self.ids == end_id) & self.response
-        before = ends.cumsum(1) - ends.long()
-        return self.response & (before == 0)
-
-    def answers(self, end_id: int) -> list[list[int]]:
-        """Token ids of each answer, without its end."""
-        is_text = self.to_end(end_id) & (self.ids != end_id)
-        return [ids[text].tolist() for ids, text in zip(self.ids, is_text, strict=True)]
-
-    def take(self, rows: Tensor) -> RollOuts:
-        """Some rows, by their numbers ([n] int64) or as a [R] bool tensor."""
-        entropy = self.first_entropy
-        return RollOuts(
-            ids=self.ids[rows],
-            prompt_lengths=self.prompt_lengths[rows],
-            valid=self.valid[rows],
-            steps=self.steps[rows],
-            logprobs=self.logprobs[rows],
-            mask_id=self.mask_id,
-            first_entropy=None if entropy is None else entropy[rows],
-        )
-
-
-def empty_rows(
-    prompts: Sequence[Sequence[int]],
-    canvas: int,
-    mask_id: int,
-    end_id: int,
-    device: torch.device,
-) -> RollOuts:
-    """Prompts, each with a canvas of masks behind it, and no step done."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    length = int(lengths.max()) + canvas
-    ids = torch.full((len(prompts), length), end_id)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-        ids[row, len(prompt) : len(prompt) + canvas] = mask_id
-    valid = torch.arange(length) < lengths[:, None] + canvas
-    return RollOuts(
-        ids=ids.to(device),
-        prompt_lengths=lengths.to(device),
-        valid=valid.to(device),
-        steps=torch.full((len(prompts), length), -1, device=device),
-        logprobs=torch.zeros((len(prompts), length), device=device),
-        mask_id=mask_id,
-    )
 
 
 @torch.no_grad()
@@ -343,6 +254,7 @@ class _Found:
     """What one forward says of a block, [R, B] each; 0 where nothing is masked."""
 
     tokens: Tensor
+    confidence: Tensor
     logprobs: Tensor
     entropy: Tensor
     margin: Tensor
@@ -352,20 +264,24 @@ def _choose(
     logits: Tensor, masked: Tensor, temperature: float, noise: list[torch.Generator]
 ) -> _Found:
     """Draw a token for each mask; `logits` [N, V] are those of the masks in order."""
-    logprobs = logits.log_softmax(-1)
-    drawn = logprobs
+    # Summed as the engine's kernels do: near 1, a tie there is a tie here.
+    most, place = logits.max(-1, keepdim=True)
+    weights = (logits - most).exp()
+    total = 1 + weights.scatter(1, place, 0.0).sum(-1, keepdim=True, dtype=torch.double)
+    drawn = logits
     if temperature > 0:
-        counts = masked.sum(1).tolist()
         # The logarithm of an exponential variable is minus a Gumbel one.
         waits = [
             torch.empty((n, logits.shape[1]), device=logits.device).exponential_(
                 generator=generator
             )
-            for n, generator in zip(counts, noise, strict=True)
+            for n, generator in zip(masked.sum(1).tolist(), noise, strict=True)
         ]
-        drawn = logprobs / temperature - torch.cat(waits).log()
-    tokens = drawn.argmax(-1)
-    probabilities = logprobs.exp()
+        drawn = logits / temperature - torch.cat(waits).log()
+    tokens = drawn.argmax(-1, keepdim=True)
+    confidence = weights.gather(1, tokens) / total
+    logprobs = logits.gather(1, tokens) - most - total.log()
+    probabilities = weights / total.float()
     best = probabilities.topk(2, dim=-1).values
 
     def in_block(values: Tensor) -> Tensor:
@@ -373,8 +289,9 @@ def _choose(
         return zeros.masked_scatter(masked, values)
 
     return _Found(
-        tokens=in_block(tokens),
-        logprobs=in_block(logprobs.gather(1, tokens[:, None])[:, 0]),
+        tokens=in_block(tokens[:, 0]),
+        confidence=in_block(confidence[:, 0].float()),
+        logprobs=in_block(logprobs[:, 0].float()),
         entropy=in_block(torch.special.entr(probabilities).sum(-1)),
         margin=in_block(best[:, 0] - best[:, 1]),
     )
@@ -406,7 +323,7 @@ def _view(
         decided=decided,
         positions=positions,
         candidate=candidate,
-        confidence=torch.where(masked, found.logprobs.exp(), 0.0),
+        confidence=found.confidence,
         is_eos=candidate == end_id,
         step=torch.full_like(masks_at_first, step),
         scheduled=scheduled.clamp(min=1),
@@ -423,28 +340,3 @@ def _has_ended(rows: RollOuts, end_id: int) -> Tensor:
     until = rows.to_end(end_id)
     has_end = ((rows.ids == end_id) & until).any(1)
     return has_end & ~((rows.ids == rows.mask_id) & until).any(1)
-
-
-def concatenate(parts: Sequence[RollOuts], end_id: int) -> RollOuts:
-    """Roll-outs one below the other; shorter rows are padded."""
-    width = max(part.ids.shape[1] for part in parts)
-
-    def column(name: str, fill: float) -> Tensor:
-        return torch.cat(
-            [
-                F.pad(values, (0, width - values.shape[1]), value=fill)
-                for values in (getattr(part, name) for part in parts)
-            ]
-        )
-
-    entropies = [part.first_entropy for part in parts]
-    known = [entropy for entropy in entropies if entropy is not None]
-    return RollOuts(
-        ids=column("ids", end_id),
-        prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
-        valid=column("valid", False),
-        steps=column("steps", -1),
-        logprobs=column("logprobs", 0.0),
-        mask_id=parts[0].mask_id,
-        first_entropy=torch.cat(known) if len(known) == len(parts) else None,
-    )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_dlm.training.policy import Term
-    from vllm_dlm.training.rollouts import RollOuts
+    from vllm_dlm.training.rollout_rows import RollOuts
 
 
 def terms(

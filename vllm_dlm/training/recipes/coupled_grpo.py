@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vllm_dlm.training.policy import Term
-    from vllm_dlm.training.rollouts import LogitsAt, RollOuts
+    from vllm_dlm.training.rollout_rows import RollOuts
+    from vllm_dlm.training.rollouts import LogitsAt
 
 LEAST_SHARE, MOST_SHARE = 0.2, 0.8
 """Between which the share r of the first part is drawn."""
