@@ -65,6 +65,10 @@ TRAINABLE = {
         "vllm_dlm.training.recipes.trace_rl",
         "a diffusion model by rewards, along its trajectories (TraceRL)",
     ),
+    "t2t": (
+        "vllm_dlm.training.recipes.t2t",
+        "a diffusion model to correct what it has written (strategy joint)",
+    ),
 }
 """What `vllm-dlm train` trains -> module with `add_arguments` and `run`, and a
 summary."""
