@@ -29,6 +29,10 @@ The commands below show what there is, check the installation, and train.
 
 TRAINABLE = {
     "llada-tiny": ("vllm_dlm.training.tiny.llada_tiny", "the built-in diffusion model"),
+    "llada-tiny-t2t": (
+        "vllm_dlm.training.tiny.llada_tiny_t2t",
+        "the built-in diffusion model that edits what it has written",
+    ),
     "llada-forms": (
         "vllm_dlm.training.tiny.llada_forms",
         "the built-in diffusion model for JSON, forms and tools",

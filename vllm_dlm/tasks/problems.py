@@ -223,31 +223,38 @@ def _check_add(problem: Problem, text: str) -> bool:
     return text.strip().split(", ")[-1] == problem.answer.split(", ")[-1]
 
 
-def _list_of_question(problem: Problem) -> list[str]:
+def list_of_question(problem: Problem) -> list[str]:
+    """The names in the list that a question ends with."""
     start = problem.question.index("[")
     return problem.question[start + 1 : -1].split(", ")
 
 
+def new_name(problem: Problem) -> str:
+    """The name that `insert_any` and `replace_any` put into the list."""
+    before = "Insert " if problem.task == "insert_any" else " with "
+    return problem.question.split(before)[1].split(" ")[0]
+
+
 def _check_shuffle(problem: Problem, text: str) -> bool:
-    names, found = _list_of_question(problem), parse_list(text)
+    names, found = list_of_question(problem), parse_list(text)
     if found is None:
         return False
     return found != names and Counter(found) == Counter(names)
 
 
 def _check_insert_any(problem: Problem, text: str) -> bool:
-    names, found = _list_of_question(problem), parse_list(text)
+    names, found = list_of_question(problem), parse_list(text)
     if found is None:
         return False
-    new = problem.question.split(" ")[1]
+    new = new_name(problem)
     return found.count(new) == 1 and [n for n in found if n != new] == names
 
 
 def _check_replace_any(problem: Problem, text: str) -> bool:
-    names, found = _list_of_question(problem), parse_list(text)
+    names, found = list_of_question(problem), parse_list(text)
     if found is None:
         return False
-    new = problem.question.split(" with ")[1].split(" ")[0]
+    new = new_name(problem)
     if len(found) != len(names) or found.count(new) != 1:
         return False
     return all(f in (n, new) for f, n in zip(found, names, strict=True))

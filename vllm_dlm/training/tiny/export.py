@@ -25,6 +25,7 @@ def export(
     max_canvas: int = 1024,
     save_tokenizer: SaveTokenizer = tokenizer.save_tokenizer,
     dtype: torch.dtype = torch.float32,
+    more: Mapping[str, object] | None = None,
 ) -> None:
     """Write the weights, the configuration and the tokenizer of a model.
 
@@ -34,8 +35,9 @@ def export(
         max_canvas: The widest canvas that the model was trained on.
         save_tokenizer: Writes the tokenizer; its special tokens have llada-tiny's ids.
         dtype: Type of the weights in the file; the engine computes in float32.
+        more: Further entries of config.json.
     """
-    config = make_config(model, max_canvas)
+    config = {**make_config(model, max_canvas), **(more or {})}
     write_folder(output_dir, model.state_dict(), config, save_tokenizer, dtype)
 
 
