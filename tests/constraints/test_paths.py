@@ -259,6 +259,62 @@ def test_against_all_texts(case):
     check(solve(problem), logits, machine, problem)
 
 
+@given(problems(), st.data())
+def test_tokens_in_place_of_written_ones_go_together(case, data):
+    """Any of them, along with any part of the path, leave a text that matches."""
+    logits, machine, problem = case
+    written = problem.fixed != OPEN
+    problem = replace(problem, reread=written)
+    found = solve(problem)
+    if not found.found:
+        return
+    check(found, logits, machine, replace(problem, reread=None))
+    base = found.tokens.copy()
+    for i in written.nonzero()[0]:
+        members = (machine.class_of == problem.fixed[i]).nonzero()[0].tolist()
+        base[i] = data.draw(st.sampled_from(members))
+        before, after = found.states[i], found.states[i + 1]
+        weights = {
+            token: np.exp(logits[i, token])
+            for token in range(logits.shape[1])
+            if machine.class_of[token] >= 0
+            and machine.transitions[before, machine.class_of[token]] == after
+            and logits[i, token] > -np.inf
+        }
+        if not weights:
+            assert found.tokens[i] == -1
+            continue
+        best = max(weights, key=lambda token: (weights[token], -token))
+        assert logits[i, found.tokens[i]] == logits[i, best]
+        total = sum(weights.values())
+        if total > 0:
+            share = weights[found.tokens[i]] / total
+            assert found.confidence[i] == pytest.approx(share, abs=1e-9)
+    for taken in itertools.product([False, True], repeat=len(base)):
+        text = np.where(np.array(taken) & (found.tokens >= 0), found.tokens, base)
+        state = walk(machine, problem.start, text)
+        assert state >= 0 and problem.end[state]
+
+
+@given(problems())
+def test_in_order_each_token_is_the_best_that_leaves_a_text(case):
+    logits, machine, problem = case
+    found = solve(replace(problem, in_order=True))
+    fixed = problem.fixed.tolist()
+    left = [
+        text
+        for text in texts(machine, fixed, problem.end, problem.start)
+        if all(k != OPEN or logits[i, text[i]] > -np.inf for i, k in enumerate(fixed))
+    ]
+    assert found.found == bool(left)
+    for i in range(len(fixed)) if left else ():
+        tokens = {text[i] for text in left}
+        best = min(tokens, key=lambda token, i=i: (-logits[i, token], token))
+        if fixed[i] == OPEN:
+            assert found.tokens[i] == best
+            left = [text for text in left if text[i] == best]
+
+
 @given(problems())
 def test_feasible_classes_are_those_of_some_text(case):
     logits, machine, problem = case

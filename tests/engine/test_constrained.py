@@ -20,6 +20,7 @@ from engine.test_no_waits import Waits
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_dlm import step_map
 from vllm_dlm.config.carried import PATTERN
 
 EOS = 121
@@ -100,6 +101,13 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": "diffucoder"},
     {"strategy": "klass", "strategy_config": {"threshold": 0.5}},
     {"strategy": "prophet"},
+    {"strategy": "credit", "strategy_config": {"threshold": 0.3}},
+    # All masks at once, or nearly; then edits.
+    {
+        "strategy": "joint",
+        "strategy_config": {"mask_threshold": 0.1, "edit_threshold": 0.0},
+    },
+    {"strategy": "joint", "strategy_config": {"preset": "speed", "penalty": 5.0}},
 ]
 
 
@@ -251,6 +259,29 @@ def test_a_text_without_a_match_ends_with_an_error(engine: Engine):
     }
     done = engine.drive(lambda step: None)
     assert done[name].outputs[0].finish_reason == "error"
+
+
+def test_edits_keep_to_the_pattern(engine: Engine):
+    """They are made, and what they leave matches."""
+    options = {"mask_threshold": 0.0, "edit_threshold": 0.0}
+    sampling = params(
+        24,
+        dlm={
+            "block_length": 8,
+            "strategy": "joint",
+            "strategy_config": options,
+            "step_map": True,
+        },
+        temperature=1.0,
+        seed=3,
+    )
+    requests = [Wanted([n, 2], sampling, r"(t\d\dt1?){3,6}t5") for n in range(6)]
+    names = [add(engine, request) for request in requests]
+    done = engine.drive(lambda step: None)
+    outputs = [done[name].outputs[0] for name in names]
+    for output, request in zip(outputs, requests, strict=True):
+        assert_matches(finished(output), request)
+    assert any(any(step_map(output).edited) for output in outputs)
 
 
 @pytest.fixture(scope="module")

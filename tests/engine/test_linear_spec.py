@@ -4,18 +4,28 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engine.block_engines import assert_only_final_pages_are_published
 from engine.cases import make_prompt
 from engine.freedave_cases import FAMILIES, Serve, serving
 from engine.harness import Engine, finished, params
+from engine.test_constrained import Wanted, run
 from engine.withheld import withholding
-from reference.linear_spec import linear_spec, one_by_one
+from reference.linear_spec import linear_spec, one_by_one, read
 from reference.network import TinyModel
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+
+from vllm_dlm.admission.structured import vocabulary_of
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.constraints.automaton import compile_pattern
+from vllm_dlm.constraints.paths import Completions, Graph
 
 NEMOTRON = "Nemotron-Labs-Diffusion-8B"
 _, BLOCK, _ = FAMILIES[NEMOTRON]
@@ -111,6 +121,47 @@ def test_drawn_tokens_are_those_of_one_by_one(engine: Engine):
         text += engine.run([[*prompt, *text]], one)[0].tokens
     assert got.tokens == text
     assert got.forwards < 1 + 2 * (count - 1), "no draft was right"
+
+
+def test_held_to_a_pattern(engine: Engine, oracle: TinyModel):
+    """As a model is that writes one by one: the best token that leaves a match."""
+    model_config = engine.scheduler.vllm_config.model_config
+    ends = ModelDefaults.from_hf_config(model_config.hf_config).stop_ids
+    expressions = [r"(t\d)+t99", r"(t[1-3]\d?){9}", r"t(5|6|7)+\d(t\dt1)*"]
+    requests = [
+        Wanted(list(prompt), by(length + 12), expression)
+        for (prompt, length), expression in zip(sample(3), expressions, strict=True)
+    ]
+    together = run(engine, requests)
+    for request, result in zip(requests, together, strict=True):
+        assert request.pattern is not None
+        machine = compile_pattern(
+            request.pattern, vocabulary_of(model_config), ends, [oracle.mask_id]
+        )
+        length = request.sampling.max_tokens or 0
+        possible = Completions(machine, Graph.of(machine), length)
+        state, row = machine.start, list(request.prompt)
+        for position in range(1, length + 1):
+            follows = np.where(
+                machine.class_of >= 0, machine.transitions[state, machine.class_of], -1
+            )
+            (left,) = ((follows >= 0) & possible.at(position)[follows]).nonzero()
+            row += read(oracle, row, len(row) - 1, left.tolist())
+            state = follows[row[-1]]
+            if row[-1] in ends:
+                break
+        assert result.tokens == row[len(request.prompt) :]
+    hot = [
+        replace(one, sampling=by(40, temperature=1.5, seed=seed))
+        for seed, one in enumerate(requests)
+    ]
+    for request, result in zip(hot, run(engine, hot), strict=True):
+        assert machine_accepts(request, result.tokens, ends)
+
+
+def machine_accepts(request: Wanted, tokens: list[int], ends: Sequence[int]) -> bool:
+    text = "".join(f"t{token}" for token in tokens if token not in ends)
+    return re.fullmatch(request.pattern or "", text) is not None
 
 
 def test_preempted_in_the_midst(engine: Engine):

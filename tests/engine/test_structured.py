@@ -10,6 +10,8 @@ from engine.harness import Engine, params
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
+from vllm_dlm.model_executor import patterns
+
 EOS = 121
 
 
@@ -33,6 +35,21 @@ def test_constraints_of_sampling_params(engine: Engine):
     assert words(list(second.outputs[0].token_ids)) in ("t7t8", "t9")
     assert several.structured_outputs is asked and asked.regex == regex
     assert several.extra_args is None
+
+
+def test_the_engine_reads_what_admission_has_compiled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    """No step of others waits for a pattern to be compiled."""
+
+    def compiles(*args: object) -> None:
+        raise AssertionError("the engine compiles a pattern itself")
+
+    monkeypatch.setattr(patterns, "compile_pattern", compiles)
+    regex = r"t8(t[2-4]|t6\d){3,9}"
+    asked = params(24, structured_outputs=StructuredOutputsParams(regex=regex))
+    (result,) = engine.outputs([[1, 2, 3]], [asked])
+    assert re.fullmatch(regex, words(list(result.outputs[0].token_ids)))
 
 
 def test_allowed_tokens_and_lengths(engine: Engine):

@@ -74,6 +74,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [
         *(VLLM, "serve", str(folder), "--dlm-strategy", "threshold", *SIZES),
         *("--dlm-block-length", "32"),
+        # Pages for a few texts, which take more of them with each canvas.
+        *("--max-model-len", "512", "--dlm-max-canvas", "64"),
+        *("--block-size", "16", "--num-gpu-blocks-override", "40"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     log = tmp_path_factory.mktemp("server") / "log"
@@ -160,6 +163,60 @@ def test_several_at_once_with_ordinary_requests(server: Server):
             assert re.fullmatch(rf"{i}[a-f]{{10,40}}!", text)
         else:
             jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_a_text_that_is_preempted_is_the_same(server: Server):
+    """Pages do not suffice for all: some texts begin their blocks anew."""
+
+    def ask(i: int) -> str:
+        regex = rf"{i:02}[a-f]{{80}}([g-k]{{4}}|!)+"
+        warm = {"temperature": 1, "seed": i} if i % 2 else {}
+        text = server.text(
+            "Go", max_tokens=120, structured_outputs={"regex": regex}, **warm
+        )
+        assert re.fullmatch(regex, text)
+        return text
+
+    def plain(i: int) -> str:
+        return server.text(f"Go {i}", max_tokens=100, ignore_eos=True)
+
+    alone = [ask(i) for i in range(4)], plain(0)
+    (before,) = server.metrics("num_preemptions")
+    with ThreadPoolExecutor(14) as pool:
+        others = [pool.submit(plain, 0) for _ in range(2)]
+        texts = list(pool.map(ask, range(12)))
+        assert (texts[:4], others[0].result()) == alone
+        assert others[1].result() == alone[1]
+    (after,) = server.metrics("num_preemptions")
+    assert after > before
+
+
+def test_a_client_that_leaves_in_the_middle(server: Server):
+    """Its pages come back, and whoever asks next is answered as before."""
+    asked = {"structured_outputs": {"regex": "[a-f]{400}"}, "max_tokens": 400}
+    other = {"structured_outputs": {"regex": "[a-f]{60}"}, "max_tokens": 60}
+    expected = server.text("Go", **other)
+    with ThreadPoolExecutor(2) as pool:
+        stream = server.complete("Go", **asked, stream=True)
+        beside = pool.submit(server.text, "Go", **other)
+        assert re.fullmatch("[a-f]+", next(iter(stream)).choices[0].text)
+        stream.close()
+        assert beside.result() == expected
+    server.wait_until_idle()
+    assert server.text("Go", **other) == expected
+
+
+def test_a_suffix_is_behind_the_text_that_matches(server: Server):
+    asked = {"suffix": "!!", "max_tokens": 12}
+    for stream in (False, True):
+        reply = server.complete(
+            "Go", **asked, structured_outputs={"regex": "[a-f]+-[a-f]+"}, stream=stream
+        )
+        text = text_of_stream(reply) if stream else reply.choices[0].text
+        assert re.fullmatch("[a-f]+-[a-f]+", text) and len(text) == 12
+    with pytest.raises(openai.BadRequestError) as error:
+        server.complete("Go", **asked, structured_outputs={"regex": "[ab]{3}"})
+    assert "fits into the canvas of 12 tokens" in said(error)
 
 
 def calls_of(server: Server, stream: bool, **options: Any) -> list[tuple[str, str]]:
@@ -281,9 +338,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a strategy": (
         {
             "structured_outputs": {"regex": "a"},
-            "vllm_xargs": {"dlm_strategy": "credit"},
+            "vllm_xargs": {"dlm_strategy": "lopa"},
         },
-        ["structured_outputs does not work with the strategy 'credit'", "threshold"],
+        ["structured_outputs does not work with the strategy 'lopa'", "threshold"],
     ),
 }
 

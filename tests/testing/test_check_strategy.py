@@ -95,6 +95,19 @@ def test_other_parameters_and_lengths(name: str, params: Any, block_length: int)
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("credit", {"threshold": 0.3}),
+        ("joint", {"edit_threshold": 0.0}),
+        ("joint", {"edit": False, "penalty": 3.0}),
+    ],
+)
+def test_who_heeds_patterns_writes_candidates_alone(name: str, params: Any):
+    context = replace(CONTEXT, has_pattern=True)
+    check_strategy(STRATEGIES[name], params=params, compiling="no", context=context)
+
+
 # -- what it shows a strategy ----------------------------------------------
 
 

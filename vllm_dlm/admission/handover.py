@@ -13,7 +13,7 @@ from __future__ import annotations
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.config.carried import PATTERN, WATCHED, carry
+from vllm_dlm.config.carried import AUTOMATA, PATTERN, WATCHED, carry
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -31,6 +31,8 @@ class NotedOptions(dict[str, Any]):
     """How the request will be decoded; None before its options are read."""
     pattern: str | None = None
     """What its text must match; None for any text."""
+    automata: str | None = None
+    """Where the pattern's automaton may lie."""
     watched: int | None = None
     """Who watches its canvas (`config/carried.py`, `WATCHED`); None for nobody."""
 
@@ -72,11 +74,16 @@ def note(params: SamplingParams, config: RequestConfig) -> None:
                 params.min_tokens = least
 
 
-def note_pattern(params: SamplingParams, pattern: str) -> bool:
-    """Note what a request's text must match; returns whether its parameters can."""
+def note_pattern(params: SamplingParams, pattern: str, automata: str | None) -> bool:
+    """Note what a request's text must match; returns whether its parameters can.
+
+    Args:
+        automata: folder in which the pattern's automaton may lie.
+    """
     if not isinstance(params.extra_args, NotedOptions):
         return False
     params.extra_args.pattern = pattern
+    params.extra_args.automata = automata
     return True
 
 
@@ -90,7 +97,7 @@ def send_off(params: SamplingParams) -> None:
     if isinstance(asked, NotedOptions):
         sent = asked if asked.config is None else carry(asked, asked.config)
         if asked.pattern is not None:
-            sent = {**sent, PATTERN: asked.pattern}
+            sent = {**sent, PATTERN: asked.pattern, AUTOMATA: asked.automata}
         if asked.watched is not None:
             sent = {**sent, WATCHED: asked.watched}
         params.extra_args = dict(sent) or None

@@ -31,6 +31,7 @@ from vllm_dlm.constraints.cache import Cache, Compiled, Job, Source
 from vllm_dlm.constraints.fitting import HOLE, first_misfit
 from vllm_dlm.constraints.limits import ConstraintError
 from vllm_dlm.constraints.paths import Completions, Graph
+from vllm_dlm.constraints.shelf import Shelf, file_name
 from vllm_dlm.constraints.vocabulary import Vocabulary
 from vllm_dlm.messages import OptionError, quote
 
@@ -44,7 +45,8 @@ AT_ONCE = 2
 
 _cache = Cache()
 _lock = Lock()
-_running: dict[Any, Future[None]] = {}
+_shelf = Shelf()
+_running: dict[Any, Future[Any]] = {}
 
 
 class NotCompiledYet(BaseException):
@@ -103,7 +105,7 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(AT_ONCE, "vllm-dlm-compile")
 
 
-def _start(job: Job) -> Future[None]:
+def _start(job: Job) -> Future[Any]:
     """Compile in a thread; those who want the same wait for the same."""
     with _lock:
         running = _running.get(job.key)
@@ -114,8 +116,14 @@ def _start(job: Job) -> Future[None]:
         return running
 
 
-def _run(job: Job) -> None:
-    _cache.put(job, job.run())
+def _run(job: Job) -> Compiled | ConstraintError:
+    """Compile, and keep what comes out, for this process and for the engine's."""
+    found = job.run()
+    if isinstance(found, Compiled):
+        name = file_name(found.pattern, job.tokenizer, job.end_ids, job.barred)
+        _shelf.put(name, found.automaton)
+    _cache.put(job, found)
+    return found
 
 
 def add_the_servers(params: SamplingParams, vllm_config: VllmConfig) -> None:
@@ -158,7 +166,7 @@ def constrain(
     except ConstraintError as error:
         join = "" if str(error).startswith(("cannot", "does not")) else ":"
         raise OptionError(f"{field_of(FIELD)}{join} {error}", FIELD) from None
-    if note_pattern(params, compiled.pattern):
+    if note_pattern(params, compiled.pattern, _shelf.folder):
         params.structured_outputs = None
 
 
@@ -167,8 +175,7 @@ def _compiled(job: Job) -> Compiled:
     if found is None:
         if _somebody_waits.get():
             raise NotCompiledYet(job)
-        found = job.run()
-        _cache.put(job, found)
+        found = _run(job)
     if isinstance(found, ConstraintError):
         raise ConstraintError(str(found))
     return found

@@ -33,6 +33,10 @@ PATTERN = "dlm_pattern"
 """Another such key: a regular expression that the text must match, from the front end
 to scheduler and worker (`model_executor/patterns.py`)."""
 
+AUTOMATA = "dlm_automata"
+"""Beside it, a folder in which the pattern's automaton may lie (`constraints/shelf.py`)
+if the front end runs on the same machine."""
+
 WATCHED = "dlm_watched"
 """And another, of a request whose canvas somebody watches: the front end's number of
 whoever does (`entrypoints/frames.py`), which comes back with each frame."""
@@ -76,7 +80,8 @@ def request_config(
     plain = (extra_args or {}).get(CARRIED)
     if plain is None:
         asked = {**(extra_args or {})}
-        asked.pop(WATCHED, None)
+        for key in (PATTERN, AUTOMATA, WATCHED):
+            asked.pop(key, None)
         return resolve(server, asked, defaults)
     return from_plain(plain)
 

@@ -246,6 +246,44 @@ def measure(fixed, parts, posterior, classes, logits, confidence, entropy, margi
 
 
 @_EXACT
+def exchange(
+    transitions, reread, parts, weights, states, posterior, classes, tokens, logits
+):  # fmt: skip
+    """What may stand in place of written tokens, if a path's states stay as they are.
+
+    `reread` is set to False where no token has a weight.
+    """
+    for i in range(len(reread)):
+        if not reread[i]:
+            continue
+        best, total = -1, 0.0
+        top = -np.inf
+        for k in range(weights.shape[1]):
+            if transitions[states[i], k] == states[i + 1]:
+                top = max(top, weights[i, k])
+        if top == -np.inf:
+            reread[i] = False
+            continue
+        posterior[i, :] = 0.0
+        for k in range(weights.shape[1]):
+            if transitions[states[i], k] == states[i + 1] and weights[i, k] > -np.inf:
+                posterior[i, k] = math.exp(weights[i, k] - top)
+                total += posterior[i, k]
+                if (
+                    best < 0
+                    or parts[i, k, 0] > parts[i, best, 0]
+                    or (
+                        parts[i, k, 0] == parts[i, best, 0]
+                        and parts[i, k, 1] < parts[i, best, 1]
+                    )
+                ):
+                    best = k
+        posterior[i, :] /= total
+        classes[i], tokens[i] = best, np.int64(parts[i, best, 1])
+        logits[i, best] = parts[i, best, 0]
+
+
+@_EXACT
 def prepare(parts, scores, tokens, weights):
     """The largest logit of each class, its token, and the log of the class's weight."""
     for i in range(parts.shape[0]):

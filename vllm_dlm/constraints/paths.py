@@ -95,6 +95,12 @@ class Problem:
     Classes with a largest logit of -inf are not taken."""
     drawing: Drawing | None = None
     """None for the most probable path."""
+    reread: np.ndarray | None = None
+    """[n] bool: positions that are written, of which `parts` are measured all the same:
+    another token may take the place of what stands there."""
+    in_order: bool = False
+    """Whether tokens are chosen from the left on, each the best one that leaves a path:
+    as an autoregressive model is held to a pattern."""
 
 
 class Solution(NamedTuple):
@@ -103,7 +109,9 @@ class Solution(NamedTuple):
     found: bool
     """False if no path is left; then the rest is of no meaning."""
     tokens: np.ndarray
-    """[n] int64; -1 where a class is fixed."""
+    """[n] int64; -1 where a class is fixed. Where it is read again, the best token that
+    leaves all states of the path as they are: so whatever part of these is written,
+    along with whatever part of the path, what comes out has a path."""
     confidence: np.ndarray
     """[n] float64: posterior of the token."""
     entropy: np.ndarray
@@ -113,7 +121,8 @@ class Solution(NamedTuple):
     states: np.ndarray
     """[n + 1] int64: states along the path, the first one `start`."""
     classes: np.ndarray
-    """[n, K] float64: posterior of each class."""
+    """[n, K] float64: posterior of each class; given the path's states, where a class
+    is fixed and read again."""
 
 
 def solve(problem: Problem) -> Solution:
@@ -138,11 +147,16 @@ def solve(problem: Problem) -> Solution:
     loops.prepare(parts, scores, tokens, weights)
     reached = _reach(graph, start, fixed, weights > -np.inf)
     behind = np.full((count + 1, len(graph.transitions)), -np.inf)
-    if drawing is None:
-        logits = scores
+    logits = scores
+    if drawing is not None:
+        scores, tokens, logits = drawing[1:]
+    if problem.in_order:
+        # What lies to the right counts as possible or not, and no more.
+        possible = np.where(weights > -np.inf, 0.0, -np.inf)
+        loops.backward_best(*graph, fixed, possible, end, *reached, behind)
+    elif drawing is None:
         loops.backward_best(*graph, fixed, scores, end, *reached, behind)
     else:
-        scores, tokens, logits = drawing[1:]
         _, sums = _sums(graph, fixed, drawing.weights, end, reached)
         loops.logs(*sums, behind)
     classes = np.zeros(count, dtype=np.int64)
@@ -153,6 +167,13 @@ def solve(problem: Problem) -> Solution:
         return solution
     split, sums = _sums(graph, fixed, weights, end, reached)
     loops.posterior(*graph, start, fixed, *split, *reached, *sums, solution.classes)
+    if problem.reread is not None:
+        logits, reread = logits.copy(), np.array(problem.reread)
+        loops.exchange(
+            graph.transitions, reread, parts, weights, solution.states,
+            solution.classes, classes, solution.tokens, logits,
+        )  # fmt: skip
+        fixed = np.where(reread, OPEN, fixed)
     loops.measure(
         fixed, parts, solution.classes, classes, logits, solution.confidence,
         solution.entropy, solution.margin,
@@ -262,6 +283,8 @@ def rehearse() -> None:
     drawing = Drawing(*np.zeros((4, 1, 1)))
     for how in (None, drawing):
         solve(Problem(graph, 0, end, fixed, parts, how))
+        is_read = np.ones(1, dtype=np.bool_)
+        solve(Problem(graph, 0, end, np.zeros(1, np.int64), parts, how, is_read))
     feasible(graph, 0, end, fixed, np.ones((1, 1), dtype=np.bool_))
     rows = np.ones((2, 1), dtype=np.bool_)
     loops.complete(*graph, fixed, 0, 0, rows)

@@ -12,6 +12,10 @@ leaves a completion. In a step:
 Paths take the host, so that a step with such a request waits for the device, once. A
 step without one does nothing here.
 
+Of positions that are decided, where a strategy reads them, the candidate is the best
+token that leaves the states of the path as they are: edits to it, and whatever is
+written of the path, go together.
+
 A path covers the positions of the active block, as far as the text may reach. Right of
 it a text must still be possible (`Completions`): in the tokens that are left, or at
 once, where the canvas was cut inside the block. Positions behind the last one whose row
@@ -206,6 +210,7 @@ class Constrained:
                 lost.append(step.row_at[read])
                 continue
             step.solved = problem.parts, found.classes
+            read = read & (found.tokens >= 0)
             rows.append(step.row_at[read])
             tokens.append(found.tokens[read])
             numbers.append(
@@ -316,7 +321,9 @@ class Constrained:
             behind = text.automaton.accepting
         else:
             behind = text.completions.at(end)
-        (read,) = (masked & (row_at >= 0)).nonzero()
+        # Decided positions have rows where the strategy reads what the model thinks of
+        # them now.
+        (read,) = (row_at >= 0).nonzero()
         count = int(read[-1]) + 1 if len(read) else 0
         if not count:
             return None

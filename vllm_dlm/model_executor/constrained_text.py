@@ -22,6 +22,7 @@ from vllm_dlm.constraints.paths import (
     unread,
 )
 from vllm_dlm.model_executor.host_slots import ToHost
+from vllm_dlm.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from vllm_dlm.constraints.automaton import Automaton
@@ -56,6 +57,11 @@ class Text:
         return self.request.params.temperature > 0
 
     @property
+    def in_order(self) -> bool:
+        """Whether tokens are chosen from the left on; see `Problem`."""
+        return STRATEGIES[self.request.config.strategy].verifies
+
+    @property
     def truncates(self) -> bool:
         params = self.request.params
         return self.draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
@@ -85,8 +91,8 @@ class Step:
 
     @property
     def read(self) -> np.ndarray:
-        """[n] bool: open positions whose logits are read."""
-        is_read: np.ndarray = (self.fixed == OPEN) & (self.row_at >= 0)
+        """[n] bool: positions whose logits are read, open ones and others."""
+        is_read: np.ndarray = self.row_at >= 0
         return is_read
 
     @property
@@ -154,7 +160,14 @@ def problems_of(steps: list[Step]) -> list[Problem]:
             drawing.weights[early, end_class] = -np.inf
         problems.append(
             Problem(
-                text.pattern.graph, text.state, step.end, step.fixed, parts, drawing
+                text.pattern.graph,
+                text.state,
+                step.end,
+                step.fixed,
+                parts,
+                drawing,
+                reread=read & (step.fixed != OPEN),
+                in_order=text.in_order,
             )
         )
     return problems

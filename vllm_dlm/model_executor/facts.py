@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config.compilation import CompilationMode
 
-from vllm_dlm.config.carried import CANVAS_END, PATTERN, WATCHED, request_config
+from vllm_dlm.config.carried import (
+    AUTOMATA,
+    CANVAS_END,
+    PATTERN,
+    WATCHED,
+    request_config,
+)
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
@@ -125,8 +131,12 @@ class EngineFacts:
         """Whether a forward that ends before the active block only writes KV."""
         return self.server.commit == "separate" and not self.defaults.leads_blocks
 
-    def context(self, cache: str) -> Context:
-        """What strategies are told of the engine, for requests under one KV policy."""
+    def context(self, cache: str, *, has_pattern: bool = False) -> Context:
+        """What strategies are told of the engine, for requests under one KV policy.
+
+        Args:
+            has_pattern: whether these requests' texts must match patterns.
+        """
         from vllm.distributed import get_tp_group
 
         return Context(
@@ -137,6 +147,7 @@ class EngineFacts:
             cache=cache,
             own_block=self.defaults.own_block(self.server.block_length),
             options=self.server.strategy_options(),
+            has_pattern=has_pattern,
             edit_tokens=self.defaults.edit_tokens,
             agreed=get_tp_group().broadcast_object,
         )
@@ -190,6 +201,7 @@ class RequestFacts:
         in_second_stage = asked.pop(SECOND_STAGE, False)
         canvas_end = asked.pop(CANVAS_END, 0)
         pattern = asked.pop(PATTERN, None)
+        asked.pop(AUTOMATA, None)
         is_watched = asked.pop(WATCHED, None) is not None
         config = request_config(asked, engine.server, engine.defaults)
         config = config.sized(params.max_tokens, engine.max_canvas)

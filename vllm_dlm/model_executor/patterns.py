@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patterns that texts must match, compiled for a model's tokens and kept.
 
-Worker and scheduler compile a pattern when they first need it. Admission has compiled
-it before, so that what cannot be compiled does not come here; if it does all the same,
-nothing matches it, and its requests end with an error.
+Admission has compiled a pattern before its request comes here. Worker and scheduler
+read its automaton from a file (`constraints/shelf.py`); where there is none they
+compile it when they first need it, and a step waits. What cannot be compiled does not
+come here; if it does all the same, nothing matches it, and its requests end with an
+error.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import numpy as np
 from vllm.logger import init_logger
 
 from vllm_dlm.admission.structured import barred_ids, vocabulary_of
+from vllm_dlm.config.carried import AUTOMATA
+from vllm_dlm.constraints import shelf
 from vllm_dlm.constraints.automaton import Automaton, ConstraintError, compile_pattern
 from vllm_dlm.constraints.paths import Graph, walk
 from vllm_dlm.kernels.class_stats import TokenClasses
@@ -84,12 +88,18 @@ def pattern_of(
     """
     size = model_config.get_vocab_size()
     name = model_config.tokenizer, model_config.tokenizer_revision, size
-    ends = tuple(known_ids(stop_ids, size))
+    ends = tuple(sorted(known_ids(stop_ids, size)))
     barred = barred_ids(params, size, mask_id)
     key = name, text, ends, barred
     if key not in _kept:
+        automaton = None
+        folder = (params.extra_args or {}).get(AUTOMATA)
+        if folder is not None:
+            automaton = shelf.read(folder, shelf.file_name(text, name, ends, barred))
         try:
-            automaton = compile_pattern(text, vocabulary_of(model_config), ends, barred)
+            if automaton is None:
+                vocabulary = vocabulary_of(model_config)
+                automaton = compile_pattern(text, vocabulary, ends, barred)
         except ConstraintError as error:
             logger.error("A pattern that was admitted cannot be compiled: %s", error)
             automaton = nothing(size)

@@ -365,9 +365,12 @@ class Strategy:
         return 0
 
     own_tokens: ClassVar[bool] = False
-    """Whether it may write other tokens than `View.candidate`, edit tokens, or cut the
-    canvas elsewhere than behind a candidate that is an end of text. Then texts that
-    must match a pattern cannot be decoded by it: their candidates belong together."""
+    """Whether it may write other tokens than `View.candidate`, or cut the canvas
+    elsewhere than behind a candidate that is an end of text. Then texts that must match
+    a pattern cannot be decoded by it: their candidates belong together."""
+    heeds_patterns: ClassVar[bool] = False
+    """Whether it does nothing of the kind where `Context.has_pattern` says that texts
+    must match: requests with a pattern then get an object of their own."""
 
     @classmethod
     def why_unconstrained(cls, params: AnyParams) -> str | None:
@@ -379,7 +382,7 @@ class Strategy:
         unaware = cls.needs_with(params) & {"branches", "other"}
         if unaware:
             return f"it reads View.{min(unaware)}, which knows nothing of patterns"
-        if cls.own_tokens:
+        if cls.own_tokens and not cls.heeds_patterns:
             return "it writes tokens of its own choice"
         return None
 
@@ -441,6 +444,10 @@ class Context:
     """Server-level options (folder for learned filters, ...)."""
     positions: int | None = None
     """Output positions that the request may write, whole blocks; where it is known."""
+    has_pattern: bool = False
+    """Whether the texts must match patterns; see `Strategy.heeds_patterns`. Candidates
+    of masks are parts of one text that matches then, and those of decided positions
+    can take their places in it, all or some of them."""
     edit_tokens: EditTokens | None = None
     """What the model predicts where the text is too long or too short; None for a
     model that edits no lengths."""

@@ -11,6 +11,9 @@ the softmax of logits to which weight log(1 + C) is added. A position's token is
 one with the largest, and that is its confidence: written are those with confidence >=
 threshold, and the best one.
 
+Of texts that must match a pattern, a position's token is its candidate, and only how
+sure it is comes from credit; probabilities are the posterior's.
+
 Without parameters, exponent is 1, and weight and decay are the share of the block's
 positions that are decided. Source: CreditDecoding, arXiv 2510.06133. It names 1 - mask
 ratio for the latter; that the block's is meant, not the canvas's, is inferred.
@@ -116,6 +119,7 @@ class Credit(Strategy):
     Params = CreditParams
     needs = frozenset({"probabilities"})
     own_tokens = True
+    heeds_patterns = True
 
     params: CreditParams
 
@@ -144,12 +148,22 @@ class Credit(Strategy):
             credit,
             weight[:, None, None],
         )
-        best = probabilities.argmax(dim=-1, keepdim=True)
+        if self.context.has_pattern:
+            # Candidates belong together: credit says how sure they are, not which.
+            is_candidate = (tokens == view.candidate[..., None]) & (credit > 0)
+            best = is_candidate.int().argmax(dim=-1, keepdim=True)
+        else:
+            best = probabilities.argmax(dim=-1, keepdim=True)
         confidence = probabilities.gather(2, best)[..., 0]
+        new_tokens = tokens.gather(2, best)[..., 0]
+        if self.context.has_pattern:
+            # What is as good as impossible has earned nothing.
+            confidence = torch.where(is_candidate.any(dim=-1), confidence, 0.0)
+            new_tokens = view.candidate
         sure = view.masked & (confidence >= row_params["threshold"][:, None])
         return Decision(
             sure | best_of(view.masked, confidence),
-            new_tokens=tokens.gather(2, best)[..., 0],
+            new_tokens=new_tokens,
             state={"tokens": tokens.int(), "credit": credit},
         )
 

@@ -8,6 +8,9 @@ mask is left, the block stays open as long as steps change something: at most
 max_post_steps more forwards, which only edit. Without `edit` it is the rule
 `threshold` with `strict`.
 
+Of texts that must match a pattern, an edit is to the best token that leaves the rest of
+the text as it is; `penalty` then makes tokens less sure and changes none.
+
 With `penalty`, the logit of the token to the left, where there is one in the block, is
 lowered by that much at each position before all this: it keeps a model from stuttering.
 
@@ -107,6 +110,7 @@ class Joint(Strategy):
     Params = JointParams
     needs = frozenset({"probabilities"})
     logit_rows = "block"
+    heeds_patterns = True
 
     params: JointParams
 
@@ -126,13 +130,6 @@ class Joint(Strategy):
         assert isinstance(params, JointParams)
         return frozenset({"probabilities"} if params.penalty else ())
 
-    @classmethod
-    def why_unconstrained(cls, params: AnyParams) -> str | None:
-        assert isinstance(params, JointParams)
-        if params.edit:
-            return "with `edit` it changes tokens one by one; set `edit` to false"
-        return super().why_unconstrained(params)
-
     def step_limit(self, params: AnyParams) -> int:
         assert isinstance(params, JointParams)
         if not params.edit:
@@ -143,7 +140,8 @@ class Joint(Strategy):
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         if self.params.penalty:
-            view = penalised(view, self.params.penalty)
+            held = self.context.has_pattern
+            view = penalised(view, self.params.penalty, has_pattern=held)
         sure = view.confidence > row_params["mask_threshold"][:, None]
         # Where any is sure, the best one is.
         commit = (sure & view.masked) | best_masked(view)

@@ -11,6 +11,9 @@ token at least and B at most, and the text is the one that the model writes one 
 A drawn token (temperature > 0) is drawn in the second forward, from the numbers of its
 position; the first one drafts with the same numbers.
 
+Where the text must match a pattern, candidates are chosen from the left on, each the
+best that leaves a text: as an autoregressive model is held to a pattern.
+
 Source: Nemotron-Labs-Diffusion, arXiv 2607.05722: `linear_spec_generate` of the
 released code, without the adapter that it can draft with.
 """
@@ -45,6 +48,11 @@ class LinearSpec(Strategy):
     Params = LinearSpecParams
     needs = frozenset({"branches"})
     verifies = True
+
+    @classmethod
+    def why_unconstrained(cls, params: AnyParams) -> str | None:
+        """Nothing: drafts are candidates, and are verified by candidates."""
+        return None
 
     def step_limit(self, params: AnyParams) -> int:
         """Of a token: it is drafted, then written."""

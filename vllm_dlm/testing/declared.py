@@ -93,7 +93,8 @@ def check_decision(
             f"{where}: Decision.truncate_at must be a position of the block, 0 to "
             f"{width - 1}, or -1; it has {sorted(set(cut.tolist()))}"
         )
-    if strategy.why_unconstrained(strategy.params) is None:
+    is_held = strategy.context.has_pattern or not strategy.heeds_patterns
+    if is_held and strategy.why_unconstrained(strategy.params) is None:
         _check_candidates(view, decision, where)
     _check_state(strategy, view, decision, where)
 
@@ -105,7 +106,11 @@ def _check_candidates(view: View, decision: Decision, where: str) -> None:
         others = decision.commit & view.masked & (decision.new_tokens != view.candidate)
         assert not others.any(), f"{where}: writes other tokens than candidates{lesson}"
     if decision.edit is not None:
-        assert not (decision.edit & view.decided).any(), f"{where}: edits{lesson}"
+        assert decision.new_tokens is not None
+        others = decision.new_tokens != view.candidate
+        assert not (decision.edit & view.decided & others).any(), (
+            f"{where}: edits to other tokens than candidates{lesson}"
+        )
     if decision.truncate_at is not None:
         cut = decision.truncate_at.clamp(min=0)[:, None]
         at_end = view.is_eos.gather(1, cut)[:, 0] | (decision.truncate_at < 0)

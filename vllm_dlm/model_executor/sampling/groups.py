@@ -186,20 +186,27 @@ class StrategyGroups:
             self._expected = {group_key(one): self._group(one) for one in sized}
         return self._expected.values()
 
-    def _group(self, config: RequestConfig) -> Group:
-        """The group of requests with these options, made if needed."""
-        key = group_key(config)
+    def _group(self, config: RequestConfig, *, has_pattern: bool = False) -> Group:
+        """The group of requests with these options, made if needed.
+
+        Args:
+            has_pattern: whether their texts must match patterns.
+        """
+        rule = STRATEGIES[config.strategy]
+        has_pattern = has_pattern and rule.heeds_patterns
+        key = group_key(config, has_pattern)
         if key not in self._groups or not self._groups[key].strategy.is_current():
-            strategy = STRATEGIES[config.strategy](
-                config.params, config.block_length, self.facts.context(config.cache)
-            )
+            context = self.facts.context(config.cache, has_pattern=has_pattern)
+            strategy = rule(config.params, config.block_length, context)
             self._groups[key] = Group(strategy, next(self._next_number))
         return self._groups[key]
 
     def add(self, slot: int) -> None:
         """Put a new request's slot into its group, making the group if needed."""
         request = self.slots.requests[slot]
-        group = self._group_of[slot] = self._group(request.config)
+        group = self._group_of[slot] = self._group(
+            request.config, has_pattern=request.pattern is not None
+        )
         # A block that was preempted goes on behind its lead.
         seat = group.admit(slot, forget=request.layout.first_step > 0)
         # A lead that is the mask id (`reference_exact`) is a step that writes nothing.
@@ -238,7 +245,7 @@ def _where(flags: torch.Tensor, fill: float, values: torch.Tensor) -> torch.Tens
     return torch.where(flags, torch.full_like(values, fill), values)
 
 
-def group_key(config: RequestConfig) -> GroupKey:
+def group_key(config: RequestConfig, has_pattern: bool = False) -> GroupKey:
     """What requests must share to be decided by one strategy object."""
     numeric = numeric_fields(type(config.params))
     fixed = config.params.model_dump(exclude=set(numeric))
@@ -247,5 +254,6 @@ def group_key(config: RequestConfig) -> GroupKey:
         config.block_length,
         config.window,
         config.cache,
+        has_pattern,
         *sorted((name, repr(value)) for name, value in fixed.items()),
     )
