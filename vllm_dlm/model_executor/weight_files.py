@@ -53,8 +53,8 @@ class FileUpdate(WeightTransferUpdateInfo):
     def __post_init__(self) -> None:
         if not self.files:
             raise ValueError(
-                f"update_info: path: {self.path!r} is neither a file of safetensors nor "
-                "a folder with some"
+                f"update_info: path: {self.path!r} is neither a file of safetensors "
+                "nor a folder with some"
             )
 
     @property
