@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How one request is decoded: its own options win over the server's, those over the
-model's."""
+model's (`levels.py`)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from vllm_dlm.config.canvas import (
     refuse_without_canvas,
 )
 from vllm_dlm.config.growth import GROWTHS, GrowthName, GrowthPolicy
+from vllm_dlm.config.levels import folder_options, over, over_folder
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import (
     DlmConfig,
     EndOfText,
     Frames,
-    is_server_only,
     parse_params,
 )
 from vllm_dlm.config.request_options import RequestOptions, read_request
@@ -36,7 +36,6 @@ from vllm_dlm.messages import OptionError, with_parameters
 from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
-from vllm_dlm.strategies.presets import PRESET
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -134,7 +133,7 @@ class RequestConfig:
 
 
 def server_config(vllm_config: VllmConfig) -> DlmConfig:
-    """The options of a server, checked against its model's default strategy.
+    """The options of a server over its model's, checked against the default strategy.
 
     Raises:
         ValueError: as `DlmConfig.from_mapping`.
@@ -145,6 +144,7 @@ def server_config(vllm_config: VllmConfig) -> DlmConfig:
     model_config = vllm_config.model_config
     if model_config is not None and hasattr(model_config.hf_config, "dlm_class"):
         defaults = ModelDefaults.from_hf_config(model_config.hf_config)
+        config = over_folder(config, folder_options(model_config.hf_config))
         resolved = resolve(config, None, defaults)
         limit = config.canvas_limit(model_config.max_model_len, defaults.max_canvas)
         if resolved.block_length > limit:
@@ -308,30 +308,11 @@ def _params(
     own, set_as = asked.own_params(strategy)
     params: dict[str, Any] = {**defaults.other_strategies.get(strategy, {})}
     if strategy == defaults.strategy:
-        params = _over(strategy, params, defaults.strategy_config)
+        params = over(strategy, params, defaults.strategy_config)
     if strategy == (server.strategy or defaults.strategy):
-        params = _over(strategy, params, server.strategy_config)
-    params = _over(strategy, params, own)
+        params = over(strategy, params, server.strategy_config)
+    params = over(strategy, params, own)
     return parse_params(strategy, params, where="the request", names=set_as)
-
-
-def _over(
-    strategy: str, below: Mapping[str, Any], level: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Parameters of one level over those of the levels below.
-
-    A level that names a preset means what that stands for: of what lies below, only
-    what no request can set is left.
-    """
-    kind = STRATEGIES[strategy].Params
-    if kind.presets and level.get(PRESET) is not None:
-        fields = kind.model_fields
-        below = {
-            name: value
-            for name, value in below.items()
-            if name in fields and is_server_only(fields[name])
-        }
-    return {**below, **level}
 
 
 def _policy(

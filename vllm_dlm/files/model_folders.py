@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import RootModel
+from pydantic import BaseModel, Field, RootModel
 
-from vllm_dlm.files.tensor_files import Rule, check_tensors, read_safetensors
-from vllm_dlm.files.whole_files import MIB, BadFile, read_json
+from vllm_dlm.files.tensor_files import (
+    Rule,
+    check_tensors,
+    read_dtypes,
+    read_safetensors,
+)
+from vllm_dlm.files.whole_files import MIB, BadFile, path_part, read_json
 
 WEIGHTS = "weights"
+INDEX = "model.safetensors.index.json"
+"""Where a folder says which file of weights has which tensor."""
 _CONFIG = "configuration"
+_INDEX = "index of weights"
 _MOST_BYTES = 1 << 40
+_MOST_INDEX_BYTES = 64 * MIB
 _MOST_CONFIG_BYTES = 16 * MIB
 _LARGEST_SIZE = 1 << 24
 _MOST_LAYERS = 1024
@@ -105,13 +114,50 @@ def read_all_weights(folder: str | PathLike[str]) -> dict[str, torch.Tensor]:
     Raises:
         BadFile: as `read_weights`; or there is no such file.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise BadFile(WEIGHTS, folder, "the folder has no *.safetensors")
     found: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         found |= read_weights(file)
     return found
+
+
+class _Index(BaseModel):
+    """The index of a folder whose weights are in several files."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+def weight_files(folder: str | PathLike[str]) -> list[Path]:
+    """The files of weights of a folder: those of its index, or all.
+
+    Raises:
+        BadFile: there is none, the index is damaged, or names what is no file's name.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise BadFile(WEIGHTS, folder, "the folder has no *.safetensors")
+        return files
+    places = read_json(index, _INDEX, _Index, _MOST_INDEX_BYTES).weight_map
+    try:
+        names = [path_part(name, "the file") for name in sorted({*places.values()})]
+    except ValueError as error:
+        raise BadFile(_INDEX, index, error) from None
+    return [folder / name for name in names]
+
+
+def stored_dtypes(folder: str | PathLike[str]) -> dict[str, torch.dtype]:
+    """Name of each tensor in a folder's files of weights -> its type.
+
+    Raises:
+        BadFile: as `weight_files`; or a file is no safetensors.
+    """
+    return {
+        name: dtype
+        for file in weight_files(folder)
+        for name, dtype in read_dtypes(file, WEIGHTS, _MOST_BYTES).items()
+    }
 
 
 def check_weights(

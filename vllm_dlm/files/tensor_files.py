@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,33 @@ def read_safetensors(
     Raises:
         BadFile: as `open_file`, or it is no such file.
     """
+    with _opened(path, what, most_bytes) as tensors:
+        metadata = dict(tensors.metadata() or {})
+        found = {
+            name: tensors.get_tensor(name).clone() for name in sorted(tensors.keys())
+        }
+    return found, metadata
+
+
+def read_dtypes(
+    path: str | PathLike[str], what: str, most_bytes: int
+) -> dict[str, torch.dtype]:
+    """Types of the tensors of a safetensors file, without reading them.
+
+    Raises:
+        BadFile: as `read_safetensors`.
+    """
+    with _opened(path, what, most_bytes) as tensors:
+        # A slice of nothing has the type of the tensor.
+        return {
+            name: tensors.get_slice(name)[..., :0].dtype
+            for name in sorted(tensors.keys())
+        }
+
+
+@contextmanager
+def _opened(path: str | PathLike[str], what: str, most_bytes: int) -> Iterator[Any]:
+    """A safetensors file; any error while it is read is a `BadFile`."""
     from safetensors import safe_open
 
     with open_file(path, what, most_bytes) as file:
@@ -62,14 +90,9 @@ def read_safetensors(
         raise BadFile(what, path, reason)
     try:
         with safe_open(path, framework="pt") as tensors:
-            metadata = dict(tensors.metadata() or {})
-            found = {
-                name: tensors.get_tensor(name).clone()
-                for name in sorted(tensors.keys())
-            }
+            yield tensors
     except Exception as error:  # of Rust and of torch: there is no list of them
         raise BadFile(what, path, error) from None
-    return found, metadata
 
 
 def write_safetensors(

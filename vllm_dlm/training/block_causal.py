@@ -13,17 +13,15 @@ from pathlib import Path
 import torch
 from transformers import Qwen3ForCausalLM
 
-from vllm_dlm.files.model_folders import WEIGHTS, Config, check_weights
-from vllm_dlm.files.whole_files import BadFile, write_json
 from vllm_dlm.model_executor.models.sdar_config import SDARConfig
 from vllm_dlm.tasks import tokenizer
-from vllm_dlm.training.decoders import DecoderModel
+from vllm_dlm.training.decoders import DecoderModel, load_decoder
 from vllm_dlm.training.tiny.export import (
     decoder_config,
-    export_like,
     write_folder,
 )
 from vllm_dlm.training.tiny.llada_modeling import INIT_STD, LLaDAShape
+from vllm_dlm.training.weights import sizes_of, write_like
 
 
 class BlockCausalModel(DecoderModel):
@@ -67,22 +65,20 @@ def make_block_causal(shape: LLaDAShape, block_length: int) -> BlockCausalModel:
     return BlockCausalModel(Qwen3ForCausalLM(config))
 
 
-def load_block_causal(model_dir: str | Path) -> BlockCausalModel:
-    """Load a folder in the layout of SDAR, TraDo or TDAR for training.
+def load_block_causal(
+    model_dir: str | Path, dtype: torch.dtype | None = torch.float32
+) -> BlockCausalModel:
+    """Load a folder in the layout of SDAR, TraDo or TDAR for training, in eval mode.
+
+    Args:
+        model_dir: The folder.
+        dtype: Type of the weights in memory; None for that which they are stored in.
 
     Raises:
         ValueError: weights are missing, or are not finite.
     """
     config = SDARConfig.from_pretrained(model_dir, name_or_path=str(model_dir))
-    network, info = Qwen3ForCausalLM.from_pretrained(
-        model_dir, config=config, dtype=torch.float32, output_loading_info=True
-    )
-    if missing := sorted(info["missing_keys"]):
-        # transformers would go on with random ones.
-        reason = f"{len(missing)} tensors are missing, such as {missing[0]}"
-        raise BadFile(WEIGHTS, model_dir, reason)
-    check_weights(network.state_dict(), network, model_dir)
-    return BlockCausalModel(network.eval())
+    return BlockCausalModel(load_decoder(Qwen3ForCausalLM, model_dir, config, dtype))
 
 
 def export_block_causal(model: BlockCausalModel, output_dir: str | Path) -> None:
@@ -95,11 +91,10 @@ def export_block_causal_like(
     model: BlockCausalModel, source: str | Path, output_dir: str | Path
 ) -> None:
     """Write new weights of a model; all else as in the folder it was loaded from."""
-    export_like(model.tensors(), source, output_dir)
+    tensors = model.tensors()
     # The block length may have been a part of the old folder's name.
-    config = Config(output_dir)
-    block_length = model.config.dlm_block_length
-    write_json(config.path, config.values | {"block_size": block_length})
+    config = {"block_size": model.config.dlm_block_length}
+    write_like(tensors.items(), sizes_of(tensors), source, output_dir, config=config)
 
 
 def make_sdar_config(shape: LLaDAShape, block_length: int) -> dict[str, object]:

@@ -8,11 +8,17 @@ of B tokens up to its own, counted from the first token (SDAR, arXiv 2510.06303)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from vllm_dlm.files.model_folders import WEIGHTS, check_weights
+from vllm_dlm.files.whole_files import BadFile
+
+Network = TypeVar("Network", bound=PreTrainedModel)
 
 
 class DecoderModel(nn.Module):
@@ -96,3 +102,34 @@ class DecoderModel(nn.Module):
             # One tensor of two names, which safetensors refuses; loading ties them.
             if not (tied and theirs == "lm_head.weight"):
                 yield theirs, tensor
+
+
+def load_decoder(
+    kind: type[Network],
+    model_dir: str | Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None = torch.float32,
+) -> Network:
+    """Load a checkpoint into a network of transformers, in eval mode.
+
+    Args:
+        kind: The network's class.
+        model_dir: The checkpoint's folder.
+        config: Its configuration.
+        dtype: Type of the weights in memory; None for that which they are stored in.
+
+    Raises:
+        ValueError: weights are missing, or are not finite.
+    """
+    network, info = kind.from_pretrained(
+        model_dir,
+        config=config,
+        dtype="auto" if dtype is None else dtype,
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        # transformers would go on with random ones.
+        reason = f"{len(missing)} tensors are missing, such as {missing[0]}"
+        raise BadFile(WEIGHTS, model_dir, reason)
+    check_weights(network.state_dict(), network, model_dir)
+    return network.eval()

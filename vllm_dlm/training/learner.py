@@ -7,6 +7,7 @@ shift) and SDAR's (Qwen3, block-causal). A recipe never asks which it has.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,23 +16,28 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from vllm_dlm.config.aliases import resolve
+from vllm_dlm.config.aliases import cached_folder, resolve
+from vllm_dlm.config.levels import config_entries
+from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.files.model_folders import Config
+from vllm_dlm.model_executor.models.declarations import check_declarations
+from vllm_dlm.model_executor.models.tables import HF_CONFIGS, TOKENIZERS
+from vllm_dlm.registry import load
 from vllm_dlm.training import lora
 from vllm_dlm.training.block_causal import load_block_causal
-from vllm_dlm.training.decoders import DecoderModel
+from vllm_dlm.training.decoders import DecoderModel, load_decoder
 from vllm_dlm.training.drafters.teacher import load_tokenizer
-from vllm_dlm.training.tiny.export import export_like
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, load_llada
+from vllm_dlm.training.weights import sizes_of, write_like
 
 Network: TypeAlias = LLaDAModel | DecoderModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-LAYOUTS = ("llada", "sdar")
-"""`model_type` in config.json of what can be trained."""
+LAYOUTS = {"LLaDAModelLM": "llada", "DreamModel": "Dream", "SDARForCausalLM": "sdar"}
+"""What can be trained, as `architectures` in config.json names it -> its model type."""
 
 
 @dataclass
@@ -121,10 +127,19 @@ class Learner:
                 `source`.
             decoding: Options of a request that become the folder's defaults.
         """
-        tensors = lora.merged_tensors(self.network)
-        if isinstance(self.network, DecoderModel):
-            tensors = self.network.named_for_checkpoint(tensors)
-        export_like(dict(tensors), self.source, output_dir)
+        network = self.network
+        sizes = lora.plain_tensors(network)
+        tensors = lora.merged_tensors(network)
+        if isinstance(network, DecoderModel):
+            sizes = network.named_for_checkpoint(sizes)
+            tensors = network.named_for_checkpoint(tensors)
+        write_like(
+            tensors,
+            sizes_of(dict(sizes)),
+            self.source,
+            output_dir,
+            config=config_entries(decoding or {}),
+        )
 
 
 def load_learner(
@@ -153,25 +168,15 @@ def load_learner(
         ValueError: there is no such model, it has another layout, PyTorch has no such
             device, or a value is out of range.
     """
-    source = Path(resolve(str(folder)))
-    if not (source / "config.json").is_file():
-        raise ValueError(f"model {folder}: there is no {source / 'config.json'}")
-    config = Config(source)
-    layout = config.values.get("model_type")
-    network: Network
-    attention_block = None
-    if layout == "llada":
-        network = load_llada(source)
-        mask_id = config.token_id("mask_token_id")
-    elif layout == "sdar":
-        network = load_block_causal(source)
-        mask_id = network.config.mask_token_id
-        attention_block = network.attention_block
-    else:
-        raise ValueError(
-            f"model {folder} is a {layout!r}; what can be trained: "
-            f"{', '.join(LAYOUTS)} (model_type in config.json)"
-        )
+    source = model_folder(str(folder))
+    if dtype is None:
+        dtype = "float32" if device.startswith("cpu") else "bfloat16"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {' or '.join(DTYPES)}, not {dtype!r}")
+    # What is trained is kept in float32, small steps being lost in less; what is not,
+    # as it is stored, if that is computed in anyway.
+    keep = lora_rank is not None and dtype != "float32"
+    network, defaults = _load(source, None if keep else torch.float32)
     if lora_rank is not None:
         lora.add_adapter(
             network,
@@ -181,27 +186,87 @@ def load_learner(
             dropout=lora_dropout,
         )
     try:
-        network.to(device)
+        place = torch.device(device)
+        network.to(place)
     except (RuntimeError, AssertionError) as error:
         # PyTorch asserts that it was built for a device.
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
-    place = torch.device(device)
-    if dtype is None:
-        dtype = "float32" if place.type == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {' or '.join(DTYPES)}, not {dtype!r}")
-    tokenizer = load_tokenizer(str(folder))
-    end_id = config.values.get("eos_token_id")
+    tokenizer = _load_tokenizer(source)
+    end_id = Config(source).values.get("eos_token_id")
     if not isinstance(end_id, int):
         end_id = tokenizer.eos_token_id
     return Learner(
         network=network.train(),
-        mask_id=mask_id,
+        mask_id=defaults.mask_token_id,
         end_id=int(end_id),
-        shift=False,
-        attention_block=attention_block,
+        shift=bool(defaults.shift),
+        attention_block=getattr(network, "attention_block", None),
         tokenizer=tokenizer,
         device=place,
         source=source,
         compute_dtype=DTYPES[dtype],
     )
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model; one of the hub is fetched, if the cache does not have it.
+
+    Args:
+        model: Folder, hub id or alias.
+
+    Raises:
+        ValueError: there is no such folder, and the hub has or gives none.
+    """
+    found = resolve(model)
+    folder = found
+    if not os.path.isdir(found):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = cached_folder(found) or snapshot_download(
+                found, allow_patterns=_FETCHED
+            )
+        except Exception as error:  # of the hub's client and of its network
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"model {model}: there is no such folder, and the hub does not give it "
+                f"({reason})"
+            ) from error
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"model {model}: {folder} has no config.json")
+    return Path(folder)
+
+
+def _load(source: Path, dtype: torch.dtype | None) -> tuple[Network, ModelDefaults]:
+    """The network of a folder, and what its model declares."""
+    values = Config(source).values
+    named = values.get("architectures")
+    known = [name for name in LAYOUTS if isinstance(named, list) and name in named]
+    if not known:
+        raise ValueError(
+            f"{source} is a model of the architecture {named}; what can be trained: "
+            f"{', '.join(LAYOUTS)}"
+        )
+    config_class = load(HF_CONFIGS[LAYOUTS[known[0]]])
+    config = config_class.from_pretrained(source, name_or_path=str(source))
+    check_declarations(config)
+    network: Network
+    if known[0] == "LLaDAModelLM":
+        network = load_llada(source, dtype)
+    elif known[0] == "DreamModel":
+        network = DecoderModel(load_decoder(Qwen2ForCausalLM, source, config, dtype))
+    else:
+        network = load_block_causal(source, dtype)
+    return network, ModelDefaults.from_hf_config(config)
+
+
+def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, also where transformers would need remote code."""
+    for model_type, target in TOKENIZERS.items():
+        AutoTokenizer.register(
+            load(HF_CONFIGS[model_type]), tokenizer_class=load(target), exist_ok=True
+        )
+    return load_tokenizer(str(source))
+
+
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]

@@ -126,13 +126,23 @@ def merged_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, module in network.named_modules()
         if isinstance(module, _layer_class())
     }
-    for name, tensor in network.state_dict().items():
-        if "lora_" in name:
-            continue
+    for name, tensor in _stored(network):
         if name in layers:
             change = layers[name].get_delta_weight("default")
             tensor = (tensor.float() + change.float()).to(tensor.dtype)
         yield name.replace(".base_layer.", "."), tensor
+
+
+def plain_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The state dict without the adapter, by the names of `merged_tensors`."""
+    for name, tensor in _stored(network):
+        yield name.replace(".base_layer.", "."), tensor
+
+
+def _stored(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in network.state_dict().items():
+        if "lora_" not in name:
+            yield name, tensor
 
 
 def _layers(network: nn.Module) -> list[Any]:

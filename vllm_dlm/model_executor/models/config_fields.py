@@ -227,6 +227,7 @@ KINDS: dict[str, Kind] = {
             "rope_scaling",
             "quantization_config",
             "text_config",
+            "dlm_options",
             "dlm_strategy_config",
         ),
         TABLE,

@@ -247,7 +247,7 @@ def _check_sizes(family: Family, given: Mapping[str, Any]) -> None:
 
 _OVERRIDDEN_WHOLE = (
     *("rope_parameters", "rope_scaling"),
-    *("dlm_strategy_config", "dlm_other_strategies"),
+    *("dlm_options", "dlm_strategy_config", "dlm_other_strategies"),
 )
 
 

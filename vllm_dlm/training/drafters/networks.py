@@ -24,8 +24,9 @@ from vllm_dlm.training.block_causal import (
     make_block_causal,
 )
 from vllm_dlm.training.drafters.teacher import load_tokenizer
-from vllm_dlm.training.tiny.export import export, export_like
+from vllm_dlm.training.tiny.export import export
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape, load_llada
+from vllm_dlm.training.weights import sizes_of, write_like
 
 Network: TypeAlias = LLaDAModel | BlockCausalModel
 
@@ -81,7 +82,8 @@ class Drafter:
         elif like is None:
             export(network, output_dir)
         else:
-            export_like(network.state_dict(), resolve(like), output_dir)
+            tensors = network.state_dict()
+            write_like(tensors.items(), sizes_of(tensors), resolve(like), output_dir)
 
 
 def make_drafter(target: str, attention_block: int | None = None) -> Drafter:
@@ -135,7 +137,7 @@ def load_drafter(name: str | Path) -> Drafter:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"drafter {name}: {error}; expected its weights in model.safetensors, "
-            "which may be in several files in SDAR's layout only"
+            "or in several files with an index"
         ) from error
     raise ValueError(
         f"drafter {name} is a {layout!r}; expected the layout of LLaDA ('llada') or "

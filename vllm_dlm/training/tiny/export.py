@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_dlm.files.tensor_files import write_safetensors
-from vllm_dlm.files.whole_files import open_file, replacing, write_json
+from vllm_dlm.files.whole_files import write_json
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 
@@ -39,25 +38,6 @@ def export(
     """
     config = {**make_config(model, max_canvas), **(more or {})}
     write_folder(output_dir, model.state_dict(), config, save_tokenizer, dtype)
-
-
-def export_like(
-    tensors: Mapping[str, Tensor], source: str | Path, output_dir: str | Path
-) -> None:
-    """Write new weights of a model; all else as in the folder it was loaded from."""
-    output_dir = Path(output_dir)
-    for file in Path(source).iterdir():
-        is_text = file.suffix in (".json", ".jinja", ".model", ".txt", ".py")
-        # Weights in several files have an index; these will be in one.
-        is_text = is_text and not file.name.endswith(".index.json")
-        if is_text and file.resolve() != (output_dir / file.name).resolve():
-            with (
-                open_file(file, "model's file") as content,
-                replacing(output_dir / file.name) as part,
-                part.open("wb") as copy,
-            ):
-                shutil.copyfileobj(content, copy)
-    _write_weights(output_dir, tensors)
 
 
 def write_folder(

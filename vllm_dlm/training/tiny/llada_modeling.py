@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vllm_dlm.files.model_folders import Config, check_room, check_weights, read_weights
+from vllm_dlm.files.model_folders import (
+    Config,
+    check_room,
+    check_weights,
+    read_all_weights,
+)
 
 # Wider than the 0.02 of large models: with 128 dimensions that learns slowly.
 INIT_STD = 0.06
@@ -106,8 +111,11 @@ class LLaDAModel(nn.Module):
         self.model = nn.ModuleDict({"transformer": transformer})
         self._init_weights()
         head_dim = size // shape.n_heads
-        steps = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        positions = torch.arange(shape.max_sequence_length, dtype=torch.float32)
+        # Tables that no checkpoint has: they are on the CPU even where the weights are
+        # on the meta device.
+        real = {"dtype": torch.float32, "device": "cpu"}
+        steps = torch.arange(0, head_dim, 2, **real) / head_dim
+        positions = torch.arange(shape.max_sequence_length, **real)
         angles = torch.outer(positions, shape.rope_theta**-steps).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -188,8 +196,14 @@ class LLaDAModel(nn.Module):
         return transformer["ff_out"](transformer["ln_f"](hidden))
 
 
-def load_llada(model_dir: str | Path) -> LLaDAModel:
-    """Load an exported model, to evaluate it or to train it on.
+def load_llada(
+    model_dir: str | Path, dtype: torch.dtype | None = torch.float32
+) -> LLaDAModel:
+    """Load a folder in LLaDA's layout, to evaluate it or to train it on.
+
+    Args:
+        model_dir: The folder; its weights are in one file or in several.
+        dtype: Type of the weights in memory; None for that which they are stored in.
 
     Raises:
         ValueError: its files are missing, or do not fit together.
@@ -205,13 +219,14 @@ def load_llada(model_dir: str | Path) -> LLaDAModel:
         rms_norm_eps=config.number("rms_norm_eps"),
         max_sequence_length=config.size("max_sequence_length"),
     )
-    file = Path(model_dir) / "model.safetensors"
-    tensors = read_weights(file)
+    tensors = read_all_weights(model_dir)
     check_room(shape.num_parameters, tensors, config)
-    model = LLaDAModel(shape)
-    check_weights(tensors, model, file)
-    names = model.state_dict()
-    model.load_state_dict({name: tensors[name] for name in names})
+    # Without memory for weights that are replaced at once.
+    with torch.device("meta"):
+        model = LLaDAModel(shape)
+    check_weights(tensors, model, model_dir)
+    state = {name: tensors.pop(name).to(dtype) for name in model.state_dict()}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
