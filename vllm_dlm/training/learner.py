@@ -133,12 +133,16 @@ class Learner:
         if isinstance(network, DecoderModel):
             sizes = network.named_for_checkpoint(sizes)
             tensors = network.named_for_checkpoint(tensors)
+        entries = config_entries(decoding or {})
+        if self.attention_block is not None:
+            # It may have grown, or have been a part of the old folder's name.
+            entries["block_size"] = self.attention_block
         write_like(
             tensors,
             sizes_of(dict(sizes)),
             self.source,
             output_dir,
-            config=config_entries(decoding or {}),
+            config=entries,
         )
 
 
