@@ -73,6 +73,10 @@ TRAINABLE = {
         "vllm_dlm.training.recipes.t2t",
         "a diffusion model to correct what it has written (strategy joint)",
     ),
+    "block-size": (
+        "vllm_dlm.training.recipes.block_size",
+        "a block-causal model for longer blocks (TDAR's extension of SDAR)",
+    ),
 }
 """What `vllm-dlm train` trains -> module with `add_arguments` and `run`, and a
 summary."""
