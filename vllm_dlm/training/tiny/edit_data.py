@@ -114,7 +114,17 @@ def edit_batch(
     masked = _masks(rows, some, generator)
     inputs = rows.ids.masked_fill(masked, tokenizer.MASK_ID)
     own = some(ON_POLICY)
-    written = write(forward, inputs, rows, some, generator)
+    places = torch.arange(length)
+    begun = places < torch.tensor(rows.starts)[:, None] + BLOCK_LENGTH
+    threshold = HIGHEST_THRESHOLD * torch.rand(num_rows, 1, generator=generator)
+    written = write(
+        forward,
+        inputs,
+        begun | some(BEYOND),
+        threshold.masked_fill(some(WHOLE), 0.0),
+        some(DRAWN),
+        generator,
+    )
     twice = (own & some(EDITED))[:, 0]
     written[twice] = edit(forward, written[twice], rows.in_canvas[twice])
     inputs = torch.where(own, written, _replace(inputs, rows, generator))
@@ -153,22 +163,27 @@ def best_tokens(forward: Callable[..., Any], inputs: Tensor) -> tuple[Tensor, Te
 def write(
     forward: Callable[..., Any],
     inputs: Tensor,
-    rows: Rows,
-    some: Callable[[float], Tensor],
+    begun: Tensor,
+    threshold: Tensor,
+    draws: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Inputs [rows, length] with many of the masks written at once."""
+    """Inputs [rows, length] with many of the masks written, from one forward.
+
+    Args:
+        forward: The model in its present state.
+        inputs: Token ids with masks [rows, length].
+        begun: Bool [rows, length], where masks may be written.
+        threshold: Least probability of what is written [rows, 1].
+        draws: Bool [rows, 1], True where tokens are drawn, not the best ones.
+        generator: Where they are drawn from.
+    """
     probabilities, best = best_tokens(forward, inputs)
-    confidence = probabilities.amax(-1)
     flat = probabilities.flatten(0, 1)
     drawn = torch.multinomial(flat, 1, generator=generator).view_as(best)
-    tokens = torch.where(some(DRAWN), drawn, best)
-    threshold = HIGHEST_THRESHOLD * torch.rand(len(inputs), 1, generator=generator)
-    threshold = threshold.masked_fill(some(WHOLE), 0.0)
-    places = torch.arange(inputs.shape[1])
-    begun = places < torch.tensor(rows.starts)[:, None] + BLOCK_LENGTH
-    writes = (confidence >= threshold) & (begun | some(BEYOND))
-    return torch.where((inputs == tokenizer.MASK_ID) & writes, tokens, inputs)
+    sure = begun & (probabilities.amax(-1) >= threshold)
+    tokens = torch.where(draws, drawn, best)
+    return torch.where((inputs == tokenizer.MASK_ID) & sure, tokens, inputs)
 
 
 def edit(forward: Callable[..., Any], inputs: Tensor, in_canvas: Tensor) -> Tensor:

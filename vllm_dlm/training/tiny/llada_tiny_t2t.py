@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 NAME, START = "llada-tiny-t2t", "llada-tiny"
-STEPS = 1200
-SCALE = 0.7
+STEPS = 500
+SCALE = 1.0
 MAX_CANVAS = 256
 DECODING = {"mask_threshold": 0.0, "edit_threshold": 0.0}
 # While training: held-out problems of each evaluation, and steps between two.
-NUM_PROGRESS_PROBLEMS, EVAL_STEPS = 120, 150
+NUM_PROGRESS_PROBLEMS, EVAL_STEPS = 120, 100
 
 
 def train(
@@ -112,7 +112,7 @@ def write_and_edit(
     places = torch.arange(ids.shape[1])
     valid = places < starts + canvas
     for _ in range(1 + edits):
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model(ids, valid)
         logits[..., tokenizer.MASK_ID] = -torch.inf
         ids = torch.where(places < starts, ids, logits.argmax(-1))
