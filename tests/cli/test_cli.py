@@ -2,8 +2,10 @@
 """Flags of `vllm serve` and the `vllm-dlm` command, without an engine."""
 
 import argparse
+import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
 
@@ -282,6 +284,27 @@ def test_models_command(capsys, monkeypatch):
     assert cli.main(["models"]) == 0
     listing = capsys.readouterr().out
     assert all(name in listing for name in aliases.ALIASES)
+
+
+def test_models_command_shows_a_folder_s_own_options(capsys, tiny_model):
+    folder, config = Path(tiny_model), {"model_type": "llada"}
+    file = folder / "config.json"
+    options = {"strategy": "static", "steps_per_block": 4, "block_length": 8}
+    file.write_text(json.dumps(config | {"dlm_options": options}))
+    assert cli.main(["models", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "full attention, block 8, strategy static" in shown
+    assert '"steps_per_block": 4' in shown
+    file.write_text(json.dumps(config))
+    assert cli.main(["models", "llada-tiny"]) == 0
+    assert "block 32, strategy threshold" in capsys.readouterr().out
+    file.write_text(json.dumps(config | {"dlm_options": {"strategy": "statik"}}))
+    assert cli.main(["models", str(folder)]) == 2
+    assert "statik" in capsys.readouterr().err
+    file.write_text('{"model_type": "gpt2"}')
+    for model, reason in ((str(folder), "llada2_moe"), ("nothing", "name a folder")):
+        assert cli.main(["models", model]) == 2
+        assert reason in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys):

@@ -79,6 +79,7 @@ def options_of(folder, output, *more):
     return [
         *("train", "sft", str(folder), "--output-dir", str(output)),
         *("--steps", "4", "--batch-size", "6", "--num-rows", "40"),
+        *(() if "--num-problems" in more else ("--num-problems", "0")),
         *more,
     ]
 
@@ -135,3 +136,125 @@ def test_data_from_a_file_and_what_does_not_fit(tmp_path, capsys):
     more = ("--data", str(file), "--canvas-length", "2")
     assert main(options_of(folder, tmp_path / "out2", *more)) == 2
     assert "the shortest response has 3 tokens" in capsys.readouterr().err
+
+
+def test_a_run_measures_before_and_after_and_writes_a_card(tmp_path, capsys):
+    from training.tiny_learner import tiny_folder
+
+    from vllm_dlm.training.metrics import read_metrics
+    from vllm_dlm.training.recipes.report import Measures
+
+    folder, output = tiny_folder(tmp_path / "model"), tmp_path / "out"
+    stopped = options_of(folder, output, "--num-problems", "4")
+    assert main([*stopped, "--max-minutes", "1e-9"]) == 0
+    first = Measures.read(output)
+    assert [each.problems for each in first.before] == [4, 4] and not first.after
+    # A line behind the checkpoint, as of a run that was killed.
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 1.0}\n{"step": 3')
+    assert main(stopped) == 0
+    measures = Measures.read(output)
+    assert measures.before == first.before
+    assert [each.name for each in measures.after] == [
+        each.name for each in measures.before
+    ]
+    assert all(each.forwards > 0 for each in measures.after)
+    lines = read_metrics(output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["learning_rate"] == 5e-4 for line in lines)
+    assert lines[-1]["seconds"] >= lines[0]["seconds"] > 0
+    card = (output / "README.md").read_text()
+    assert "static, 1 token per step" in card and "0.05 million weights" in card
+    assert "| decoding | forwards before |" in capsys.readouterr().out
+
+
+def test_rows_to_measure_with_are_not_trained_on(tmp_path):
+    from training.tiny_learner import tiny_folder
+
+    from vllm_dlm.cli.command import make_parser
+    from vllm_dlm.training.recipes.command import start
+    from vllm_dlm.training.recipes.sft import RECIPE
+
+    folder = tiny_folder(tmp_path / "model")
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt_ids": [1, 9], "response_ids": [n, 0]} for n in range(20, 60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    more = ("--data", str(file), "--num-problems", "50")
+    argv = options_of(folder, tmp_path / "out", *more)
+    found = [start(RECIPE, make_parser(argv).parse_args(argv)) for _ in range(2)]
+    training = found[0]
+    assert len(training.held_out) == 4 and len(training.rows) == 36
+    assert not {str(row) for row in training.held_out} & {
+        str(row) for row in training.rows
+    }
+    assert found[1].held_out == training.held_out
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--learning-rate", "-1"), "--learning-rate -1: from 0"),
+        (("--warmup", "2"), "--warmup 2: from 0 to 1"),
+        (("--max-norm", "0"), "--max-norm 0: above 0"),
+        (("--betas", "0.9", "1"), "each below 1"),
+        (("--canvas-length", "8", "--row-length", "9"), "either"),
+        (("--lora-alpha", "8"), "set --lora-rank too"),
+        (("--compile",), "--compile"),
+        (("--report-to", "wandb"), "pip install wandb"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(tmp_path, capsys, options, reason):
+    if "wandb" in options:
+        from importlib.util import find_spec
+
+        if find_spec("wandb") is not None:
+            pytest.skip("wandb is installed")
+    argv = options_of(tmp_path / "missing", tmp_path / "out", *options)
+    assert main(argv) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4]),
+        ("cosine", [0.5, 1, 1, 0.8828, 0.6, 0.3172]),
+    ],
+)
+def test_schedules(schedule, wanted):
+    from types import SimpleNamespace
+
+    from vllm_dlm.training.recipes.command import rate_of
+
+    args = SimpleNamespace(schedule=schedule, warmup=1 / 3, lowest_rate=0.2)
+    rate = rate_of(args)
+    assert [round(rate(step, 6), 4) for step in range(6)] == wanted
+
+
+def test_a_dashboard_gets_each_step(tmp_path):
+    pytest.importorskip("tensorboard")
+    from vllm_dlm.training.metrics import Metrics
+
+    metrics = Metrics(tmp_path, ["tensorboard"])
+    metrics.write(1, {"loss": 0.5})
+    metrics.close()
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_damaged_file_of_metrics_is_named(tmp_path):
+    from vllm_dlm.training.metrics import Metrics
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"stop": 2}\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        Metrics(tmp_path)
+
+
+def test_the_curve_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from vllm_dlm.training.recipes.report import Measure, Measures, draw_curve
+
+    one = Measure(name="static", options={}, problems=4, right=0.5, forwards=8.0)
+    measures = Measures(canvas=32, before=[one], after=[one])
+    assert draw_curve(measures, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.table import Table
+    from transformers import PretrainedConfig
 
     from vllm_dlm.config.aliases import Alias
     from vllm_dlm.strategies import Strategy
@@ -172,11 +173,15 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     models = commands.add_parser(
         "models",
-        help="list the models with a short name, and where they are found",
+        help="list the models with a short name, or how one is decoded",
         description="List the models with a short name. Any other checkpoint of "
-        "these families is served by its folder or hub id. Nothing is downloaded.",
+        "these families is served by its folder or hub id. With MODEL: how that one is "
+        "decoded where neither server nor request says. Nothing is downloaded.",
     )
-    models.set_defaults(run=lambda args: _show_models())
+    models.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a folder, or a model of the list"
+    )
+    models.set_defaults(run=lambda args: _show_models(args.model))
 
     doctor = commands.add_parser(
         "doctor",
@@ -333,7 +338,10 @@ def _table_of_presets(presets: Mapping[str, Preset]) -> Table:
     return table
 
 
-def _show_models() -> None:
+def _show_models(model: str | None) -> None:
+    if model is not None:
+        _show_model(model)
+        return
     from itertools import groupby
 
     from rich.console import Console
@@ -376,7 +384,6 @@ def _show_models() -> None:
 
 def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
     """Attention, block and strategy of a model, as the table shows them."""
-    from vllm_dlm.config.model import ModelDefaults
     from vllm_dlm.model_executor.models.tables import HF_CONFIGS
     from vllm_dlm.registry import load
 
@@ -392,13 +399,63 @@ def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
     else:
         known = {"architectures": [family.architecture]}
         config = config_class.from_dict(known, name_or_path=alias.target)
-    defaults = ModelDefaults.from_hf_config(config)
+    try:
+        return _describe_config(config)
+    except ValueError as error:
+        return str(error), "", ""
+
+
+def _describe_config(config: PretrainedConfig) -> tuple[str, str, str]:
+    """The same of a configuration; its folder's options count.
+
+    Raises:
+        ValueError: they are wrong.
+    """
+    from vllm_dlm.config.levels import folder_options
+    from vllm_dlm.config.model import ModelDefaults
+
+    defaults, options = ModelDefaults.from_hf_config(config), folder_options(config)
     shift = ", shifted" if defaults.shift else ""
     return (
         f"{defaults.attention} attention{shift}",
-        f"block {defaults.block_length}",
-        defaults.strategy,
+        f"block {options.block_length or defaults.block_length}",
+        options.strategy or defaults.strategy,
     )
+
+
+def _show_model(model: str) -> None:
+    """How a model is decoded by default.
+
+    Raises:
+        ValueError: it is not on this machine, is no diffusion model, or its folder's
+            options are wrong.
+    """
+    import json
+    import os
+
+    from vllm_dlm.config import aliases
+    from vllm_dlm.files.model_folders import Config
+    from vllm_dlm.messages import unknown
+    from vllm_dlm.model_executor.models.tables import HF_CONFIGS
+    from vllm_dlm.registry import load
+
+    folder: str | None = model
+    if not os.path.isdir(model):
+        is_alias = model in aliases.ALIASES
+        found = aliases.local_folder if is_alias else aliases.cached_folder
+        folder = found(model)
+    if folder is None:
+        raise ValueError(f"{model!r} is not on this machine: name a folder")
+    kind = str(Config(folder).values.get("model_type"))
+    if kind not in HF_CONFIGS:
+        raise ValueError(
+            f"{folder}: model_type in config.json: {unknown(kind, HF_CONFIGS)}"
+        )
+    config = load(HF_CONFIGS[kind]).from_pretrained(folder, name_or_path=folder)
+    attention, block, strategy = _describe_config(config)
+    print(f"{model}: {attention}, {block}, strategy {strategy}")
+    if options := getattr(config, "dlm_options", None):
+        print(f"dlm_options in its config.json: {json.dumps(options)}")
 
 
 def _run_doctor() -> int:

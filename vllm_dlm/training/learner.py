@@ -36,8 +36,8 @@ Network: TypeAlias = LLaDAModel | DecoderModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-LAYOUTS = {"LLaDAModelLM": "llada", "DreamModel": "Dream", "SDARForCausalLM": "sdar"}
-"""What can be trained, as `architectures` in config.json names it -> its model type."""
+LAYOUTS = ("LLaDAModelLM", "DreamModel", "SDARForCausalLM")
+"""What can be trained, as `architectures` in config.json names it."""
 
 
 @dataclass
@@ -251,9 +251,7 @@ def _load(source: Path, dtype: torch.dtype | None) -> tuple[Network, ModelDefaul
             f"{source} is a model of the architecture {named}; what can be trained: "
             f"{', '.join(LAYOUTS)}"
         )
-    config_class = load(HF_CONFIGS[LAYOUTS[known[0]]])
-    config = config_class.from_pretrained(source, name_or_path=str(source))
-    check_declarations(config)
+    config = _config(source)
     network: Network
     if known[0] == "LLaDAModelLM":
         network = load_llada(source, dtype)
@@ -262,6 +260,19 @@ def _load(source: Path, dtype: torch.dtype | None) -> tuple[Network, ModelDefaul
     else:
         network = load_block_causal(source, dtype)
     return network, ModelDefaults.from_hf_config(config)
+
+
+def declared(source: Path) -> ModelDefaults:
+    """What the model in a folder declares: attention, blocks, ends of its texts."""
+    return ModelDefaults.from_hf_config(_config(source))
+
+
+def _config(source: Path) -> Any:
+    """The configuration of a folder, checked."""
+    config_class = load(HF_CONFIGS[str(Config(source).values.get("model_type"))])
+    config = config_class.from_pretrained(source, name_or_path=str(source))
+    check_declarations(config)
+    return config
 
 
 def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:

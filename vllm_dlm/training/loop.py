@@ -198,7 +198,7 @@ def run_updates(
     options: LoopOptions,
     model: torch.nn.Module,
     updates: Callable[[int], Iterator[Mapping[str, float]]],
-    evaluate: Callable[[int], dict[str, float]],
+    evaluate: Callable[[int], dict[str, float]] | None,
     *,
     optimizers: list[torch.optim.Optimizer],
     rate: Callable[[int, int], float],
@@ -215,6 +215,7 @@ def run_updates(
         updates: The updates of a step, each of which has added to the gradients when
             its measures, "loss" among them, are yielded. Most recipes have one.
         evaluate: Shares by name after so many steps; "all" is shown all the time.
+            None: the loss alone is shown.
         optimizers: Of the parameters; their learning rates are the full ones.
         rate: Share of the full learning rate at a step of so many.
         max_norm: Gradients are scaled down to this norm.
@@ -233,6 +234,7 @@ def run_updates(
         CHECKPOINT,
         Progress,
         read_progress,
+        trained_state,
         write_progress,
     )
 
@@ -257,7 +259,7 @@ def run_updates(
 
     def save() -> None:
         state = Progress(
-            model=model.state_dict(),
+            model=trained_state(model),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
             step=step,
             seconds=seconds + time.monotonic() - started,
@@ -286,10 +288,11 @@ def run_updates(
         mean_loss = value if mean_loss is None else 0.98 * mean_loss + 0.02 * value
         progress.update()
         if step % 20 == 0:
-            progress.set_postfix(
-                loss=f"{mean_loss:.3f}", exact=f"{accuracy:.2f}", refresh=False
-            )
-        if step % options.eval_steps == 0 or step == steps:
+            shown = {"loss": f"{mean_loss:.4f}"}
+            if evaluate is not None:
+                shown["exact"] = f"{accuracy:.2f}"
+            progress.set_postfix(shown, refresh=False)
+        if evaluate and (step % options.eval_steps == 0 or step == steps):
             table = evaluate(step)
             accuracy = table.pop("all")
             cells = " ".join(f"{name} {share:.2f}" for name, share in table.items())

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field
 
-from vllm_dlm.files.model_folders import check_weights
-from vllm_dlm.files.tensor_files import read_checkpoint, write_checkpoint
+from vllm_dlm.files.tensor_files import (
+    Rule,
+    check_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from vllm_dlm.files.whole_files import BadFile, checked
 
 CHECKPOINT = "training.pt"
@@ -24,7 +28,7 @@ class Progress(BaseModel):
     """What the file holds."""
 
     model: dict[str, Any]
-    """State dict."""
+    """State dict, of what is trained: of an adapter, not of what it adapts."""
     optimizers: list[dict[str, Any]]
     """State dicts."""
     step: int = Field(ge=0)
@@ -47,9 +51,13 @@ class Progress(BaseModel):
         Raises:
             ValueError: it is of another network, or not all of it is finite.
         """
-        check_weights(self.model, network, path, _WHAT)
+        rules = {
+            name: Rule(" ".join(map(str, tensor.shape)))
+            for name, tensor in trained_state(network).items()
+        }
+        check_tensors(self.model, rules, path, _WHAT)
         try:
-            network.load_state_dict(self.model)
+            network.load_state_dict(self.model, strict=False)
             for optimizer, saved in zip(optimizers, self.optimizers, strict=True):
                 optimizer.load_state_dict(saved)
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
@@ -58,6 +66,13 @@ class Progress(BaseModel):
         for name, value in _tensors(states, "optimizers"):
             if value.is_floating_point() and not value.isfinite().all():
                 raise BadFile(_WHAT, path, f"{name}: it holds NaN or infinite values")
+
+
+def trained_state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the parameters that need gradients."""
+    trained = {name for name, each in network.named_parameters() if each.requires_grad}
+    state = network.state_dict()
+    return {name: tensor for name, tensor in state.items() if name in trained}
 
 
 def read_progress(path: str | PathLike[str]) -> Progress:

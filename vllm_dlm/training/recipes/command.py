@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from vllm_dlm.training.loop import (
     prepare,
     run_updates,
 )
+from vllm_dlm.training.metrics import REPORTERS, Metrics, check_reporters
+from vllm_dlm.training.recipes.report import Report
 from vllm_dlm.training.rows import (
     Batch,
     Row,
@@ -64,11 +67,13 @@ class Training:
         learner: The network; where it is, what it is.
         rows: The data, in the file's order; what `Recipe.read` returned.
         args: All options, the recipe's own among them.
+        held_out: Rows of the data that are not trained on, but measured with.
     """
 
     learner: Learner
     rows: Sequence[Any]
     args: argparse.Namespace
+    held_out: Sequence[Row] = ()
     notes: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -162,13 +167,13 @@ class Recipe:
         parser.set_defaults(**self.defaults)
 
     def run(self, args: argparse.Namespace) -> None:
-        """Train as the options say, and export."""
+        """Train as the options say, export, measure and write the card."""
         if train(self, args) is None:
             print(
                 f"Stopped before the last step; run again to go on: {args.output_dir}"
             )
             return
-        print(f"The trained model is in {args.output_dir}")
+        print(f"The trained model and its card are in {args.output_dir}")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -213,6 +218,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PARTS",
         help="compute a step's rows in so many parts, one after the other: less "
         "memory, the same result",
+    )
+    data.add_argument(
+        "--num-problems",
+        type=_from_zero,
+        default=120,
+        metavar="N",
+        help="held-out problems, or rows of --data that are left out of the training, "
+        "at most a tenth, to decode before and after; 0 measures nothing",
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument(
@@ -265,7 +278,55 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="type that is computed in; by default float32 on a CPU, else bfloat16",
     )
+    how.add_argument(
+        "--report-to",
+        nargs="+",
+        choices=REPORTERS,
+        default=[],
+        help="dashboards that get each step's measures, besides metrics.jsonl",
+    )
     add_loop_arguments(parser, steps=200)
+    parser.set_defaults(compile=False)
+
+
+def _from_zero(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
+def check_recipe_arguments(args: argparse.Namespace) -> None:
+    """Refuse values that cannot work, before anything is loaded.
+
+    Raises:
+        ValueError: one of them; the message says what could.
+    """
+    for name, least, most in (
+        ("learning_rate", 0.0, math.inf),
+        ("warmup", 0.0, 1.0),
+        ("lowest_rate", 0.0, 1.0),
+        ("weight_decay", 0.0, math.inf),
+    ):
+        value = getattr(args, name)
+        if not least <= value <= most or value == math.inf:
+            upper = "" if most == math.inf else f" to {most:g}"
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value:g}: from {least:g}{upper}"
+            )
+    if not args.max_norm > 0:
+        raise ValueError(f"--max-norm {args.max_norm:g}: above 0")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        raise ValueError(f"--betas {args.betas[0]:g} {args.betas[1]:g}: each below 1")
+    if args.canvas_length is not None and args.row_length is not None:
+        raise ValueError("either --canvas-length or --row-length")
+    if args.lora_rank is None:
+        for name in ("lora_alpha", "lora_dropout"):
+            if getattr(args, name):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is of an adapter: set --lora-rank too")
+    elif args.lora_alpha is not None and not args.lora_alpha > 0:
+        raise ValueError(f"--lora-alpha {args.lora_alpha:g}: above 0")
+    if args.compile:
+        raise ValueError("--compile is for the built-in models; leave it out here")
+    check_reporters(args.report_to)
 
 
 def rate_of(args: argparse.Namespace) -> Callable[[int, int], float]:
@@ -305,9 +366,23 @@ def start(recipe: Recipe, args: argparse.Namespace) -> Training:
         dtype=args.dtype,
     )
     rows = recipe.read(args, learner)
+    held_out: list[Row] = []
     if recipe.updates is None:
         rows = _fit(args, rows)
-    return Training(learner, rows, args)
+        if args.data is not None:
+            rows, held_out = _hold_out(args, rows)
+    return Training(learner, rows, args, held_out)
+
+
+def _hold_out(
+    args: argparse.Namespace, rows: Sequence[Row]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows to measure with: drawn, at most a tenth."""
+    number = min(args.num_problems, len(rows) // 10)
+    chosen = random.Random(f"held-out-{args.seed}").sample(range(len(rows)), number)
+    kept = {*chosen}
+    trained = [row for index, row in enumerate(rows) if index not in kept]
+    return trained, [rows[index] for index in sorted(kept)]
 
 
 def _fit(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
@@ -334,8 +409,12 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
     Raises:
         ValueError: as `start`; or the checkpoint is of another run.
     """
+    check_recipe_arguments(args)
     training = start(recipe, args)
     import torch
+
+    report = Report(recipe, training)
+    report.measure("before")
 
     learner = training.learner
     trained = [each for each in learner.network.parameters() if each.requires_grad]
@@ -356,19 +435,30 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
             yield {**measures, **training.notes}
             training.notes.clear()
 
+    rate = rate_of(args)
+    metrics = Metrics(args.output_dir, args.report_to, vars(args))
+
+    def record(step: int, measures: Mapping[str, float]) -> None:
+        now = args.learning_rate * rate(step - 1, args.steps)
+        metrics.write(step, {**measures, "learning_rate": now})
+
     done = run_updates(
         args.output_dir,
         LoopOptions.from_args(args),
         learner.network,
         updates,
-        lambda step: {"all": 0.0},
+        None,
         optimizers=[optimizer],
-        rate=rate_of(args),
+        rate=rate,
         max_norm=args.max_norm,
+        record=record,
     )
+    metrics.close()
     if not done:
         return None
     learner.save(args.output_dir, decoding=recipe.decoding(args))
+    report.measure("after")
+    report.write_card(metrics.seconds)
     return training
 
 
