@@ -109,10 +109,10 @@ def _strategy(
 
 
 def _refuse_what_takes_an_engine(
-    config: RequestConfig, defaults: ModelDefaults
+    config: RequestConfig, defaults: ModelDefaults, strategy: Strategy
 ) -> None:
     rule = STRATEGIES[config.strategy]
-    lacking = rule.needs_with(config.params) - HAS
+    lacking = strategy.needs - HAS
     spans = rule.scope == "blocks" and defaults.reuses_blocks
     problems = {
         f"the strategy {config.strategy} (it reads {', '.join(sorted(lacking))})": (
@@ -175,7 +175,7 @@ class _Canvases:
         self.step = torch.zeros_like(self.starts)
         self.block_masks = torch.zeros_like(self.starts)
         self.forwards = torch.zeros_like(self.starts)
-        self.strategy = self._strategy()
+        self.strategy = _strategy(learner, config, defaults)
         self.state = {
             name: torch.full(
                 (len(prompts), *each.shape), each.fill, dtype=each.dtype, device=device
@@ -184,17 +184,6 @@ class _Canvases:
         }
         stops = {learner.end_id, *defaults.stop_ids}
         self.stops = torch.tensor(sorted(stops), device=device)
-
-    def _strategy(self) -> Strategy:
-        context = Context(
-            self.learner.device,
-            str(self.learner.source),
-            attention=self.defaults.attention,
-            own_block=self.defaults.block_length,
-        )
-        rule = STRATEGIES[self.config.strategy]
-        rule.validate(self.config.params, self.block, context)
-        return rule(self.config.params, self.block, context)
 
     @torch.no_grad()
     def run(self) -> list[Decoded]:
