@@ -187,7 +187,18 @@ def test_blocks_double():
 def options_of(folder, output, *more):
     return [
         *("train", "block-size", str(folder), "--output-dir", str(output)),
-        *("--steps", "4", "--batch-size", "6", "--num-rows", "40", "--to", "16"),
+        *(
+            "--steps",
+            "4",
+            "--batch-size",
+            "6",
+            "--num-rows",
+            "40",
+            "--num-problems",
+            "0",
+            "--to",
+            "16",
+        ),
         *more,
     ]
 

@@ -48,6 +48,7 @@ def options_of(name: str, folder: Path, output: Path, *more: str) -> list[str]:
         *("train", name, str(folder), "--output-dir", str(output)),
         *("--steps", "3", "--batch-size", "2", "--generations", "3"),
         *("--canvas-length", "6", "--num-rows", "20", "--held-out", "2"),
+        *("--num-problems", "0"),
         *("--reward", f"{folder / 'reward.py'}:varied", *more),
     ]
 

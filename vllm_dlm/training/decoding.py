@@ -8,8 +8,9 @@ what takes an engine. Tokens and forwards are those of an engine in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from vllm_dlm.strategies.base import (
     best_masked,
     numeric_fields,
 )
+from vllm_dlm.training.decoders import DecoderModel
 from vllm_dlm.training.learner import Learner, declared
 
 HAS = frozenset({"entropy", "margin", "other"})
@@ -61,16 +63,29 @@ def decode(
         ValueError: options that are wrong, or that need an engine.
     """
     config, defaults = check_options(learner, options, canvas)
-    was_training = learner.network.training
-    learner.network.eval()
     decoded: list[Decoded] = []
-    try:
+    with _as_served(learner):
         for first in range(0, len(prompts), rows_at_once):
             some = prompts[first : first + rows_at_once]
             decoded += _Canvases(learner, some, config, defaults, canvas).run()
-    finally:
-        learner.network.train(was_training)
     return decoded
+
+
+@contextmanager
+def _as_served(learner: Learner) -> Iterator[None]:
+    """In eval mode, and with the blocks that the learner will be saved with."""
+    network = learner.network
+    was_training = network.training
+    block = network.attention_block if isinstance(network, DecoderModel) else None
+    network.eval()
+    if isinstance(network, DecoderModel):
+        network.attention_block = learner.attention_block
+    try:
+        yield
+    finally:
+        network.train(was_training)
+        if isinstance(network, DecoderModel):
+            network.attention_block = block
 
 
 def check_options(
@@ -82,6 +97,9 @@ def check_options(
         ValueError: as `decode`.
     """
     defaults = declared(learner.source)
+    if learner.attention_block is not None:
+        # It may be trained for other blocks than it has come with.
+        defaults = replace(defaults, block_length=learner.attention_block)
     config = resolve(DlmConfig(), {"dlm": dict(options)}, defaults)
     config = config.sized(canvas, canvas)
     strategy = _strategy(learner, config, defaults)

@@ -104,10 +104,14 @@ class Report:
         if not training.args.num_problems:
             return []
         vocabulary = training.learner.tokenizer.get_vocab()
-        if not training.held_out and (
-            training.args.data is not None or vocabulary != tasks_tokenizer.TOKEN_IDS
-        ):
-            print("Nothing is measured: of the data too few rows can be left out")
+        asks_tasks = vocabulary == tasks_tokenizer.TOKEN_IDS
+        if training.args.data is not None and self._recipe.updates is None:
+            asks_tasks = False
+        if not training.held_out and not asks_tasks:
+            print(
+                "Nothing is decoded before and after: that takes the built-in tasks, "
+                "or ten rows of --data or more"
+            )
             return []
         from vllm_dlm.training.decoding import check_options
 
