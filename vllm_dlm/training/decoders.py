@@ -13,12 +13,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from vllm_dlm.files.model_folders import WEIGHTS, check_weights
 from vllm_dlm.files.whole_files import BadFile
+from vllm_dlm.training.attention import Seen, attend, combine
 
 Network = TypeVar("Network", bound=PreTrainedModel)
+
+_ATTENTION = "dlm_training"
+"""Name of `_attend` among transformers' ways to compute attention."""
 
 
 class DecoderModel(nn.Module):
@@ -35,9 +39,26 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.network = network
         self.attention_block = attention_block
-        # For short rows on a CPU the backward pass of scaled_dot_product_attention
-        # takes as long as all the rest.
-        network.set_attn_implementation("eager")
+        network.set_attn_implementation(_ATTENTION)
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a query of one head."""
+        config = self.network.config
+        heads = config.num_attention_heads
+        return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether training computes each layer twice, and keeps its input only."""
+        return bool(self.network.is_gradient_checkpointing)
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        if on:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.network.gradient_checkpointing_disable()
 
     def forward(self, input_ids: Tensor, valid: Tensor | None = None) -> Tensor:
         """Logits [rows, length, vocab] of token ids [rows, length].
@@ -53,7 +74,7 @@ class DecoderModel(nn.Module):
         input_ids: Tensor,
         valid: Tensor | None = None,
         *,
-        seen: Tensor | None = None,
+        seen: Seen = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """What the last layer hands on, [rows, length, d_model].
@@ -62,23 +83,19 @@ class DecoderModel(nn.Module):
             input_ids: Token ids [rows, length].
             valid: As of `forward`.
             seen: Bool [rows or 1, length, length], True at the keys that a query may
-                see; by default those of the model's own attention.
+                see, or segments of packed rows; by default those of the model's own
+                attention.
             positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
         """
-        if seen is None:
+        if seen is None and self.attention_block is not None:
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
-            block = self.attention_block or len(places)
-            seen = (places // block <= (places // block)[:, None])[None]
-        seen = seen[:, None]
-        if valid is not None:
-            seen = seen & valid[:, None, None, :]
-        bias = torch.zeros(seen.shape, dtype=self.network.dtype, device=seen.device)
-        bias.masked_fill_(~seen, torch.finfo(bias.dtype).min)
+            block = places // self.attention_block
+            seen = (block <= block[:, None])[None]
         decoder: Any = self.network.get_decoder()
         # As a dict a mask is taken as it is: any other is combined with a causal one.
         return decoder(
             input_ids=input_ids,
-            attention_mask={"full_attention": bias},
+            attention_mask={"full_attention": combine(seen, valid)},
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
@@ -133,3 +150,22 @@ def load_decoder(
         raise BadFile(WEIGHTS, model_dir, reason)
     check_weights(network.state_dict(), network, model_dir)
     return network.eval()
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Seen,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Our `attend`, as transformers calls it."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    output = attend(query, key, value, attention_mask, module.training)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)

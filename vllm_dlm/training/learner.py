@@ -29,6 +29,7 @@ from vllm_dlm.training import lora
 from vllm_dlm.training.block_causal import load_block_causal
 from vllm_dlm.training.decoders import DecoderModel, load_decoder
 from vllm_dlm.training.drafters.teacher import load_tokenizer
+from vllm_dlm.training.packing import hidden_at
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, load_llada
 from vllm_dlm.training.weights import sizes_of, write_like
 
@@ -56,6 +57,8 @@ class Learner:
         device: Where the network is.
         source: Folder that the model was loaded from.
         compute_dtype: Type that matrix products are computed in.
+        packed: Whether `logits_at` packs the rows of a batch (packing.py); None: where
+            that is a gain.
     """
 
     network: Network
@@ -67,6 +70,7 @@ class Learner:
     device: torch.device
     source: Path
     compute_dtype: torch.dtype = torch.float32
+    packed: bool | None = None
 
     def logits_at(
         self,
@@ -94,8 +98,16 @@ class Learner:
                 raise ValueError("a row's first position is predicted by no other")
             where = where.roll(-1, dims=1)
         with self.autocast():
-            hidden = self.network.hidden(ids, valid, **attention)
-            return self.network.head(hidden[where]).float()
+            hidden = hidden_at(
+                self.network,
+                ids,
+                valid,
+                where,
+                packed=self.packed,
+                dtype=self.compute_dtype,
+                **attention,
+            )
+            return self.network.head(hidden).float()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in `compute_dtype`."""

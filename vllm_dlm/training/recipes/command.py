@@ -285,6 +285,19 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="dashboards that get each step's measures, besides metrics.jsonl",
     )
+    how.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        help="compute rows of different lengths side by side instead of padded; the "
+        "result is the same; by default where a tenth of the positions is left out",
+    )
+    how.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep each layer's input only, and compute the layer again backwards: "
+        "less memory, a third more time",
+    )
     add_loop_arguments(parser, steps=200)
     parser.set_defaults(compile=False)
 
@@ -365,6 +378,8 @@ def start(recipe: Recipe, args: argparse.Namespace) -> Training:
         device=args.device,
         dtype=args.dtype,
     )
+    learner.packed = args.packed
+    learner.network.checkpointing = args.checkpointing
     rows = recipe.read(args, learner)
     held_out: list[Row] = []
     if recipe.updates is None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vllm_dlm.files.model_folders import (
     Config,
@@ -21,12 +22,10 @@ from vllm_dlm.files.model_folders import (
     check_weights,
     read_all_weights,
 )
+from vllm_dlm.training.attention import Seen, attend, combine
 
 # Wider than the 0.02 of large models: with 128 dimensions that learns slowly.
 INIT_STD = 0.06
-# Up to this length, the backward pass of scaled_dot_product_attention on a CPU takes
-# longer than all the rest, and that of the plain product does not.
-LONGEST_PLAIN = 512
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,7 @@ class LLaDABlock(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=False)
         self.ff_out = nn.Linear(inner, size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, key_mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen) -> Tensor:
         rows, length, size = x.shape
 
         def heads(y: Tensor) -> Tensor:
@@ -78,10 +75,7 @@ class LLaDABlock(nn.Module):
         query = _rotate(heads(self.q_proj(h)), cos, sin)
         key = _rotate(heads(self.k_proj(h)), cos, sin)
         value = heads(self.v_proj(h))
-        if self.training and length <= LONGEST_PLAIN:
-            h = _plain_attention(query, key, value, key_mask)
-        else:
-            h = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+        h = attend(query, key, value, seen, self.training)
         x = x + self.attn_out(h.transpose(1, 2).reshape(rows, length, size))
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
@@ -92,6 +86,8 @@ class LLaDAModel(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    checkpointing = False
+    """Whether training computes each layer twice, and keeps its input only."""
 
     def __init__(self, shape: LLaDAShape) -> None:
         super().__init__()
@@ -120,6 +116,11 @@ class LLaDAModel(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a query of one head."""
+        return self.shape.d_model // self.shape.n_heads
+
     def _init_weights(self) -> None:
         residual_scale = (2 * self.shape.n_layers) ** -0.5
         for name, parameter in self.named_parameters():
@@ -145,7 +146,7 @@ class LLaDAModel(nn.Module):
         input_ids: Tensor,
         valid: Tensor | None = None,
         *,
-        seen: Tensor | None = None,
+        seen: Seen = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """What the last layer hands on, [rows, length, d_model].
@@ -154,39 +155,34 @@ class LLaDAModel(nn.Module):
             input_ids: Token ids [rows, length].
             valid: As of `forward`.
             seen: Bool [rows or 1, length, length], True at the keys that a query may
-                see; by default all.
+                see, or segments of packed rows; by default all.
             positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
         """
-        key_mask = None if seen is None else seen[:, None]
-        if valid is not None:
-            keys = valid[:, None, None, :]
-            key_mask = keys if key_mask is None else key_mask & keys
-        return self.hidden_states(input_ids, key_mask, positions)[-1]
+        return self.hidden_states(input_ids, combine(seen, valid), positions)[-1]
 
     def hidden_states(
-        self,
-        input_ids: Tensor,
-        key_mask: Tensor | None,
-        positions: Tensor | None = None,
+        self, input_ids: Tensor, seen: Seen, positions: Tensor | None = None
     ) -> list[Tensor]:
         """What each layer hands on, [rows, length, d_model] each.
 
         Args:
             input_ids: Token ids [rows, length].
-            key_mask: Bool, broadcast to [rows, heads, length, length]; True at the
-                keys that a query may see.
+            seen: As of `attend`.
             positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
         """
         transformer: Any = self.model["transformer"]
-        length = input_ids.shape[1]
         if positions is None:
+            length = input_ids.shape[1]
             cos, sin = self.cos[:length], self.sin[:length]
         else:
             cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         x = transformer["wte"](input_ids)
         states = []
         for block in transformer["blocks"]:
-            x = block(x, cos, sin, key_mask)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, seen, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, seen)
             states.append(x)
         return states
 
@@ -228,15 +224,6 @@ def load_llada(
     state = {name: tensors.pop(name).to(dtype) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def _plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
-) -> Tensor:
-    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
-    if key_mask is not None:
-        scores = scores.masked_fill(~key_mask, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
