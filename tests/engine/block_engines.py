@@ -31,11 +31,11 @@ class BlockEngines:
 
     def __init__(self, engines: Callable[..., Engine], parent: Path, name: str) -> None:
         self._engines = engines
-        self._folder = parent / name
-        if not self._folder.exists():
+        self.folder = parent / name
+        if not self.folder.exists():
             family, changes = _CHECKPOINTS[name]
-            write_checkpoint(family, self._folder, seed=2, **changes)
-        self.oracle = TinyModel.from_folder(self._folder)
+            write_checkpoint(family, self.folder, seed=2, **changes)
+        self.oracle = TinyModel.from_folder(self.folder)
 
     def __call__(self, **options: Any) -> Engine:
         """The engine with these options; blocks of 16, 250 positions by default.
@@ -43,7 +43,7 @@ class BlockEngines:
         250 is inside a block, and inside a page.
         """
         options = {"max_model_len": 250, "dlm": {"block_length": BLOCK}} | options
-        return self._engines(model=str(self._folder), **options)
+        return self._engines(model=str(self.folder), **options)
 
 
 class Part(NamedTuple):

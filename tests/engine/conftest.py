@@ -61,6 +61,8 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
             "block_size": 32,
             "num_gpu_blocks_override": 80,
             "dtype": "float32",
+            # For test_weight_updates.py; others do not notice.
+            "weight_transfer_config": {"backend": "safetensors"},
         } | options
         key = repr(sorted(options.items()))
         if key not in started:

@@ -137,10 +137,6 @@ class EngineRoller:
                 "running that are not the roll-outs'"
             )
 
-    def close(self) -> None:
-        """Stop the engine."""
-        self.llm.llm_engine.engine_core.shutdown()
-
     def _write(self, rows: RollOuts, row: int, first: int, write: Write) -> None:
         if write.token is None or write.position >= self.canvas:
             return

@@ -126,15 +126,25 @@ def read(method: Method, args: argparse.Namespace, learner: Learner) -> Run:
         tasks = args.tasks.split(",") if args.tasks else None
         questions = task_questions(args.num_rows, args.seed, tasks)
         held_out = task_questions(args.held_out, args.seed, tasks, "heldout")
-    decoder = decoder_of(args)
-    decoder.strategy(args.canvas_length, learner.device)
+    decoder_of(args).strategy(args.canvas_length, learner.device)
     needs_copy = args.beta > 0 and not method.against_old and not learner.has_adapter
     return Run(
         questions=questions,
         held_out=held_out,
         reward=load_reward(args.reward),
-        roller=TrainerRoller(learner, decoder, args.canvas_length, args.rollout_rows),
+        roller=_roller(args, learner),
         reference=_frozen(learner.network) if needs_copy else None,
+    )
+
+
+def _roller(args: argparse.Namespace, learner: Learner) -> Roller:
+    decoder, canvas = decoder_of(args), args.canvas_length
+    if args.rollouts == "trainer":
+        return TrainerRoller(learner, decoder, canvas, args.rollout_rows)
+    from vllm_dlm.training.engine_rollouts import EngineRoller, start_engine
+
+    return EngineRoller(
+        start_engine(learner, args.engine_config), learner, decoder, canvas
     )
 
 
@@ -160,13 +170,15 @@ def updates(
     )
     rewards = reward_answers(run.reward, learner, asked, rollouts)
     equal = policy.equal_groups(rewards, args.generations)
-    measures = {
+    measures: dict[str, float] = {
         "reward": float(rewards.mean()),
         "equal groups": float(equal.float().mean()),
         "forwards": rollouts.num_steps,
     }
     if rollouts.first_entropy is not None:
         measures["first entropy"] = float(rollouts.first_entropy.mean())
+    if step % args.measure_steps == 0:
+        measures |= measure(training)
     scored = Scored(
         rollouts,
         policy.advantages(rewards, args.generations, method.baseline),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.cli.arguments import count
@@ -44,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions that measure, and are not trained on: built-in ones, or the "
         "last of --data",
     )
+    data.add_argument(
+        "--measure-steps",
+        type=count,
+        default=25,
+        metavar="N",
+        help="steps between two measures with held-out questions",
+    )
     group = parser.add_argument_group("roll-outs")
     group.add_argument(
         "--generations", type=count, default=8, help="answers to each question"
@@ -74,6 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--rollout-rows", type=count, help="answers rolled out at once; by default all"
+    )
+    group.add_argument(
+        "--rollouts",
+        choices=("trainer", "engine"),
+        default="trainer",
+        help="by the network itself, or by an engine that gets its weights before each "
+        "step's roll-outs",
+    )
+    group.add_argument(
+        "--engine-config",
+        type=_parameters,
+        default={},
+        metavar="JSON",
+        help="arguments of that engine, as of vllm_dlm.LLM",
     )
     update = parser.add_argument_group("updates")
     update.add_argument(
@@ -131,6 +153,10 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one of them; the message says what could.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "recipes that roll out run in one process: start them without torchrun"
+        )
     if args.generations < 2:
         raise ValueError("--generations: answers are compared: 2 or more to a question")
     if args.temperature <= 0:
@@ -149,6 +175,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--prompt-length is of the prompts of --data")
     if args.held_out < 0:
         raise ValueError(f"--held-out: {args.held_out} is below 0")
+    if args.rollouts == "trainer" and args.engine_config:
+        raise ValueError("--engine-config is for --rollouts engine")
+    if args.rollouts == "engine" and args.rollout_rows is not None:
+        raise ValueError(
+            "--rollout-rows is for roll-outs in the trainer; an engine's is "
+            "max_num_seqs of --engine-config"
+        )
     if args.canvas_length is None:
         args.canvas_length = DEFAULT_CANVAS
     decoder_of(args)

@@ -21,9 +21,6 @@ class Roller(Protocol):
     ) -> RollOuts:
         """An answer to each prompt."""
 
-    def close(self) -> None:
-        """Let go of what it holds."""
-
 
 @dataclass
 class TrainerRoller:
@@ -69,6 +66,3 @@ class TrainerRoller:
         ]
         learner.network.train(was_training)
         return concatenate(parts, learner.end_id)
-
-    def close(self) -> None:
-        """Nothing is held."""
