@@ -46,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options_of(name: str, folder: Path, output: Path, *more: str) -> list[str]:
     return [
         *("train", name, str(folder), "--output-dir", str(output)),
-        *("--steps", "3", "--batch-size", "2", "--generations", "3"),
-        *("--canvas-length", "6", "--num-rows", "20", "--held-out", "2"),
+        *("--steps", "2", "--batch-size", "2", "--generations", "3"),
+        *("--canvas-length", "6", "--num-rows", "20", "--held-out", "0"),
         *("--num-problems", "0"),
         *("--reward", f"{folder / 'reward.py'}:varied", *more),
     ]
@@ -65,15 +65,23 @@ def largest_difference(one: dict, other: dict) -> float:
     ("name", "more"),
     [
         ("cj-grpo", ("--inner-updates", "2", "--beta", "0.1")),
-        ("coupled-grpo", ("--inner-updates", "2", "--lora-rank", "2", "--beta", ".1")),
-        ("tracerl", ("--shrink", "2", "--decoder", "threshold")),
+        pytest.param(
+            "coupled-grpo",
+            ("--inner-updates", "2", "--lora-rank", "2", "--beta", ".1"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "tracerl",
+            ("--shrink", "2", "--decoder", "threshold"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupted_run_ends_at_the_same_bits(
     folder: Path, tmp_path: Path, name: str, more: tuple[str, ...]
 ):
     assert main(options_of(name, folder, tmp_path / "whole", *more)) == 0
-    for _ in range(3):
+    for _ in range(2):
         stopped = options_of(name, folder, tmp_path / "parts", *more)
         assert main([*stopped, "--max-minutes", "1e-9"]) == 0
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
@@ -81,7 +89,9 @@ def test_an_interrupted_run_ends_at_the_same_bits(
     assert largest_difference(whole, weights_of(folder)) > 1e-5
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", ["cj-grpo", pytest.param("coupled-grpo", marks=pytest.mark.slow)]
+)
 def test_parts_of_a_step_add_up(folder: Path, tmp_path: Path, name: str):
     """--accumulate and --rollout-rows need less memory, and change nothing."""
     found = []
@@ -108,13 +118,15 @@ def make(
 
 
 def test_what_a_step_measures(folder: Path):
-    _, training = make("cj-grpo", folder)
+    _, training = make("cj-grpo", folder, "--held-out", "2", "--measure-steps", "2")
     (measures,) = cj_grpo.RECIPE.updates(training, 0)
+    (at_one,) = cj_grpo.RECIPE.updates(training, 1)
     assert measures["equal groups"] == 0 and measures["forwards"] == 2
     assert measures["reward"] > 0
     assert 0 < measures["first entropy"] < torch.tensor(128.0).log()
     held_out = reinforcement.measure(training)
     assert {"reward, static 4", "forwards, threshold .9"} <= held_out.keys()
+    assert held_out.keys() == measures.keys() - at_one.keys()
     assert held_out["forwards, static 4"] <= 2
     # Held-out questions are none of those that are trained on.
     known = {question.prompt for question in training.rows}
@@ -213,3 +225,30 @@ def test_built_in_questions():
     held_out = task_questions(40, 3, ["insert_any"], "heldout")
     assert not {q.prompt for q in questions} & {q.prompt for q in held_out}
     assert dataclasses.is_dataclass(questions[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("cj-grpo", 0.55), ("coupled-grpo", 0.7)])
+def test_llada_tiny_learns_four_questions(tmp_path: Path, name: str, least: float):
+    """Reward of answers drawn four tokens at a time: .17 at first, .75 and 1 were seen
+    after nine and six steps."""
+    recipe = RECIPES[name].RECIPE
+    rewards = []
+
+    def updates(training: command.Training, step: int):
+        for measures in recipe.updates(training, step):
+            rewards.append(measures["reward"])
+            yield measures
+
+    parser = argparse.ArgumentParser()
+    recipe.add_options(parser)
+    options = [
+        *("llada-tiny", "--output-dir", str(tmp_path), "--steps", "15"),
+        *("--tasks", "insert_any,replace_any", "--num-rows", "4"),
+        *("--batch-size", "4", "--generations", "12", "--canvas-length", "16"),
+        *("--learning-rate", "1e-3", "--held-out", "0", "--threads", "1"),
+    ]
+    args = parser.parse_args(options)
+    command.train(dataclasses.replace(recipe, updates=updates), args)
+    assert len(rewards) == 15 and rewards[0] < 0.35
+    assert sum(rewards[-4:]) / 4 >= least

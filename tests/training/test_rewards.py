@@ -50,13 +50,13 @@ def test_answers(name: str, text: str, answer: object, reward: float):
 
 
 FILE = """
-import torch
+import numpy
 
 def length(prompts, texts, records):
     return [len(text) for text in texts]
 
-def as_tensor(prompts, texts, records):
-    return torch.tensor([0.5] * len(texts))
+def as_array(prompts, texts, records):
+    return numpy.full(len(texts), 0.5)
 
 def too_few(prompts, texts, records):
     return [1.0]
@@ -93,7 +93,7 @@ def asked(file: Path, name: str) -> list[float]:
 
 def test_a_users_function(file: Path):
     assert asked(file, "length") == [1.0, 3.0]
-    assert asked(file, "as_tensor") == [0.5, 0.5]
+    assert asked(file, "as_array") == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,15 @@ def test_every_position_is_written_once(network, name: str, temperature: float):
     decoder = Decoder(
         name, temperature=temperature, tokens_per_step=3 if scheduled else None
     )
-    found = rolled(network, decoder)
+    found = rolled(network, decoder, canvas=10)
     assert torch.equal(found.steps >= 0, found.response)
     assert not (found.ids[found.response] == MASK).any()
-    assert found.response.sum(1).tolist() == [16] * 3
+    assert found.response.sum(1).tolist() == [10] * 3
     sizes = [int(found.written(s)[0].sum()) for s in range(found.num_steps)]
     if scheduled:
-        assert sizes == [3, 3, 3, 3, 2, 2]
+        assert sizes == [3, 3, 2, 2]
     elif "ass" in name:
-        assert sizes == [1, 2, 4, 9]
+        assert sizes == [1, 2, 7]
     check_record(network, found, decoder)
 
 
@@ -107,21 +107,21 @@ def test_draws_follow_the_tempered_distribution():
     decoder = Decoder("static", tokens_per_step=8, temperature=0.5)
     found = roll_out(
         logits_at,
-        [[1]] * 500,
+        [[1]] * 200,
         canvas=8,
         decoder=decoder,
         mask_id=MASK,
         end_id=9,
-        seeds=range(500),
+        seeds=range(200),
     )
     drawn = found.ids[found.response]
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     wanted = (torch.tensor([0.0, 1.0, -torch.inf, -1.0]) / 0.5).softmax(0)
-    torch.testing.assert_close(shares, wanted, atol=0.015, rtol=0)
+    torch.testing.assert_close(shares, wanted, atol=0.03, rtol=0)
     plain = torch.tensor([0.0, 1.0, -torch.inf, -1.0]).log_softmax(0)
     torch.testing.assert_close(found.logprobs[found.response], plain[drawn])
     entropy = torch.special.entr(plain.exp()).sum()
-    torch.testing.assert_close(found.first_entropy, entropy.expand(500))
+    torch.testing.assert_close(found.first_entropy, entropy.expand(200))
 
 
 def test_a_text_that_has_ended(network: LLaDAModel):

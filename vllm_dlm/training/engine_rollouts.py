@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,10 @@ from vllm_dlm.model_executor.weight_files import BACKEND
 from vllm_dlm.training.rollout_rows import RollOuts, empty_rows
 
 if TYPE_CHECKING:
+    from vllm import LLM
     from vllm.outputs import CompletionOutput
 
     from vllm_dlm.entrypoints.frames import CanvasFrame, Write
-    from vllm_dlm.entrypoints.llm import LLM
     from vllm_dlm.training.learner import Learner
     from vllm_dlm.training.rollouts import Decoder
 
@@ -82,6 +83,8 @@ class EngineRoller:
     ) -> RollOuts:
         from vllm import SamplingParams
 
+        from vllm_dlm.entrypoints.frames import FrameCalls, watching
+
         self.update()
         options = self.decoder.options(self.canvas) | {"step_map": True}
         sampling = [
@@ -100,12 +103,10 @@ class EngineRoller:
         def note(frame: CanvasFrame) -> None:
             writes[frame.prompt] += frame.writes
 
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            sampling,
-            use_tqdm=False,
-            on_frame=note if self.decoder.asks_for_ends else None,
-        )
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        asks_for_ends = self.decoder.asks_for_ends
+        with watching(FrameCalls(note)) if asks_for_ends else nullcontext():
+            outputs = self.llm.generate(asked, sampling, use_tqdm=False)
         learner = self.learner
         rows = empty_rows(
             prompts, self.canvas, learner.mask_id, learner.end_id, learner.device
