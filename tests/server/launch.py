@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +13,11 @@ from typing import Any
 import httpx
 import openai
 
+from vllm_dlm.cli.server_process import START_SECONDS as START_SECONDS
+from vllm_dlm.cli.server_process import VLLM, serving
+from vllm_dlm.cli.server_process import tail as tail
+
 MODEL = "llada-tiny"
-VLLM = str(Path(sys.executable).with_name("vllm"))
 SIZES = (
     # Float32: equal texts are compared. Eager: a start without compilation.
     *("--dtype", "float32", "--enforce-eager"),
@@ -33,7 +33,6 @@ COMMAND = [
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 ]
 
-START_SECONDS = 300
 REPLY_SECONDS = 120
 IDLE_SECONDS = 60
 """Limits against hanging, generous: cores may be shared."""
@@ -145,42 +144,8 @@ def running_server(
         log: file for what it prints.
         model: the name it serves its model under.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     # A user's server, not the in-process engine that the other tests ask for.
     environment = dict(os.environ)
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_for_health(url, process, log)
+    with serving(command, log, environment=environment) as url:
         yield Server(url, model, log)
-        assert process.poll() is None, f"the server died:\n{tail(log)}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_for_health(url: str, process: subprocess.Popen[Any], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        assert process.poll() is None, f"the server did not start:\n{tail(log)}"
-        assert time.monotonic() < deadline, f"the server is not up:\n{tail(log)}"
-        time.sleep(0.5)
-
-
-def tail(log: Path, num_lines: int = 60) -> str:
-    """The end of a server's log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])

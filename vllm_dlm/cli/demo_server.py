@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from urllib.error import URLError
+from typing import Any
 from urllib.request import Request, urlopen
 
 from rich.console import Console
 
-START_SECONDS = 300
+from vllm_dlm.cli.server_process import VLLM, ServerFailed, serving
+
 console = Console()
 
 
@@ -40,41 +37,24 @@ class Served:
 @contextlib.contextmanager
 def serve(model: str, *flags: str) -> Iterator[Served]:
     """A running `vllm serve`, stopped in the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", "--model", model, *flags),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait(url, process, log)
-            yield Served(url, model)
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            console.print("server stopped")
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: IO[str]) -> None:
+    command = [VLLM, "serve", "--model", model, *flags]
     started = time.monotonic()
-    with console.status("") as status:
-        while True:
-            seconds = time.monotonic() - started
-            status.update(f"starting the server, {seconds:.0f} s")
-            with contextlib.suppress(URLError, OSError), urlopen(f"{url}/health"):
-                break
-            if process.poll() is not None or seconds > START_SECONDS:
-                log.seek(0)
-                console.print(log.read()[-4000:], markup=False)
-                raise SystemExit("the server did not start; its log ends above")
-            time.sleep(0.5)
-    console.print(f"server up after {time.monotonic() - started:.0f} s at {url}")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        status = stack.enter_context(console.status("starting the server"))
+        server = serving(
+            command,
+            Path(folder, "log"),
+            waiting=lambda seconds: status.update(
+                f"starting the server, {seconds:.0f} s"
+            ),
+        )
+        try:
+            url = stack.enter_context(server)
+        except ServerFailed as error:
+            status.stop()
+            console.print(str(error), markup=False)
+            raise SystemExit("the server did not start; its log ends above") from None
+        status.stop()
+        console.print(f"server up after {time.monotonic() - started:.0f} s at {url}")
+        yield Served(url, model)
+    console.print("server stopped")
