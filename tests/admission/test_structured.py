@@ -18,7 +18,7 @@ from vllm.config.structured_outputs import StructuredOutputsConfig
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from vllm_dlm.admission import structured
+from vllm_dlm.admission import structured, waiting
 from vllm_dlm.admission.client_fields import CHAT
 from vllm_dlm.constraints.cache import Cache, Compiled, Job, Source
 from vllm_dlm.constraints.limits import ConstraintError
@@ -144,8 +144,8 @@ def test_a_handler_waits_for_a_thread_and_others_go_on(
     async def together() -> list[str]:
         body = Body(response_format={"type": "json_object"})
         return await asyncio.gather(
-            structured.with_constraints(body, answer),
-            structured.with_constraints(body, answer),
+            waiting.with_constraints(body, answer),
+            waiting.with_constraints(body, answer),
             other(),
         )
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_compiled_is_told_to_the_handler() -> None:
 
     body = Body(response_format={"type": "json_object"})
     with pytest.raises(ConstraintError, match="look-around"):
-        asyncio.run(structured.with_constraints(body, answer))
+        asyncio.run(waiting.with_constraints(body, answer))
 
 
 def test_the_servers_config_counts() -> None:
@@ -193,7 +193,7 @@ def test_the_servers_config_counts() -> None:
     params = SamplingParams(structured_outputs=asked)
     said = StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True)
     config: Any = SimpleNamespace(structured_outputs_config=said)
-    structured.add_the_servers(params, config)
+    waiting.add_the_servers(params, config)
     assert params.structured_outputs is not None
     assert params.structured_outputs.disable_any_whitespace
     assert not params.structured_outputs.disable_additional_properties

@@ -9,19 +9,15 @@ happens in a thread, while the handler of the request waits and others go on.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
 from functools import cache, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission.client_fields import field_of
 from vllm_dlm.admission.handover import note_pattern
+from vllm_dlm.admission.waiting import FIELD, NotCompiledYet, somebody_waits
 from vllm_dlm.config.canvas import Canvas
 from vllm_dlm.config.constraints import why_unconstrained
 from vllm_dlm.config.model import ModelDefaults
@@ -36,10 +32,9 @@ from vllm_dlm.constraints.vocabulary import Vocabulary
 from vllm_dlm.messages import OptionError, quote
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-FIELD = "structured_outputs"
 AT_ONCE = 2
 """Threads that compile: cores that constraints may take from everybody else."""
 
@@ -47,57 +42,6 @@ _cache = Cache()
 _lock = Lock()
 _shelf = Shelf()
 _running: dict[Any, Future[Any]] = {}
-
-
-class NotCompiledYet(BaseException):
-    """A constraint that somebody has to wait for.
-
-    It is no `Exception`, which vLLM's handlers would turn into an answer.
-    """
-
-    def __init__(self, job: Job) -> None:
-        super().__init__()
-        self.job = job
-
-
-_somebody_waits: ContextVar[bool] = ContextVar("vllm_dlm_waits", default=False)
-
-
-@contextmanager
-def _waited_for() -> Iterator[None]:
-    token = _somebody_waits.set(True)
-    try:
-        yield
-    finally:
-        _somebody_waits.reset(token)
-
-
-async def with_constraints(body: Any, answer: Callable[[Any], Awaitable[Any]]) -> Any:
-    """Answer a request, and again once its constraint is compiled.
-
-    Args:
-        body: of the request; each try gets one of its own, as parsers write into it.
-        answer: handles a body.
-    """
-    if not _may_constrain(body):
-        return await answer(body)
-    while True:
-        own = body.model_copy(deep=True)
-        try:
-            with _waited_for():
-                return await answer(own)
-        except NotCompiledYet as missing:
-            job = missing.job
-        await asyncio.wrap_future(_start(job))
-
-
-def _may_constrain(body: Any) -> bool:
-    """Whether a body has a field from which a constraint may come."""
-    names = (FIELD, "response_format", "tools", "text", "output_config")
-    if any(getattr(body, name, None) for name in names):
-        return True
-    inner = getattr(body, "sampling_params", None)
-    return getattr(inner, FIELD, None) is not None
 
 
 @cache
@@ -124,22 +68,6 @@ def _run(job: Job) -> Compiled | ConstraintError:
         _shelf.put(name, found.automaton)
     _cache.put(job, found)
     return found
-
-
-def add_the_servers(params: SamplingParams, vllm_config: VllmConfig) -> None:
-    """What `--structured-outputs-config` says of JSON, for a request's constraint.
-
-    Args:
-        params: of one request; the object with its constraint is replaced.
-    """
-    asked = params.structured_outputs
-    if asked is None:
-        return
-    server = vllm_config.structured_outputs_config
-    for name in ("disable_any_whitespace", "disable_additional_properties"):
-        if getattr(server, name) and not getattr(asked, name):
-            asked = replace(asked, **{name: True})
-    params.structured_outputs = asked
 
 
 def constrain(
@@ -173,8 +101,8 @@ def constrain(
 def _compiled(job: Job) -> Compiled:
     found = _cache.get(job)
     if found is None:
-        if _somebody_waits.get():
-            raise NotCompiledYet(job)
+        if somebody_waits():
+            raise NotCompiledYet(partial(_start, job))
         found = _run(job)
     if isinstance(found, ConstraintError):
         raise ConstraintError(str(found))

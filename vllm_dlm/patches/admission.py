@@ -31,6 +31,7 @@ from vllm_dlm.admission.handover import (
 )
 from vllm_dlm.admission.numbers import check_prompt
 from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
+from vllm_dlm.admission.waiting import add_the_servers, with_constraints
 from vllm_dlm.entrypoints import frames, step_maps
 from vllm_dlm.entrypoints.frame_streams import StreamWatcher
 from vllm_dlm.entrypoints.wings import wings
@@ -72,8 +73,6 @@ def handle(route: Route, *, has_frames: bool = False) -> Make:
             with sent_by(route, body) as is_first:
                 if not is_first:
                     return await original(self, *args, **kwargs)
-                from vllm_dlm.admission.structured import with_constraints
-
                 ours = request.is_ours(self.model_config.hf_config)
                 try:
                     await _refuse_unread(route, body, raw_request, ours)
@@ -234,8 +233,6 @@ def process_inputs(
     ) -> EngineCoreRequest:
         from vllm.sampling_params import SamplingParams
 
-        from vllm_dlm.admission.structured import add_the_servers
-
         ours = request.is_ours(self.model_config.hf_config)
         if ours and isinstance(params, SamplingParams):
             params = private_copy(params)
@@ -293,8 +290,6 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        from vllm_dlm.admission.structured import add_the_servers
-
         if request.is_ours(self.vllm_config.model_config.hf_config):
             sampling_params = private_copy(sampling_params)
             add_the_servers(sampling_params, self.vllm_config)
@@ -314,8 +309,6 @@ def checked_before_the_stream(original: Callable[..., Any]) -> Callable[..., Any
         sampling_params: SamplingParams,
         **kwargs: Any,
     ) -> Any:
-        from vllm_dlm.admission.structured import add_the_servers
-
         vllm_config = self.engine_client.vllm_config
         if request.is_ours(vllm_config.model_config.hf_config):
             # Made for this request alone.
