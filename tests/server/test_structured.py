@@ -76,7 +76,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         *("--dlm-block-length", "32"),
         # Pages for a few texts, which take more of them with each canvas.
         *("--max-model-len", "512", "--dlm-max-canvas", "64"),
-        *("--block-size", "16", "--num-gpu-blocks-override", "40"),
+        *("--num-gpu-blocks-override", "20"),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     log = tmp_path_factory.mktemp("server") / "log"
