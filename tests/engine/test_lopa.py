@@ -18,7 +18,7 @@ from reference.network import TinyModel, block_causal
 from reference.procedures import Statistics, row_statistics
 from vllm.exceptions import VLLMValidationError
 
-from vllm_dlm.model_executor.planning.branches import most_branches
+from vllm_dlm.model_executor.planning.branch_pages import most_branches
 
 
 @dataclass(frozen=True)

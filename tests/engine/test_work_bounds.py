@@ -148,5 +148,5 @@ def test_nothing_of_a_request_is_kept(engine: Engine):
         assert set(engine.runner.sampler.groups._groups) == keys
     candidates = engine.runner.sampler.candidates
     assert not candidates._restrictions
-    assert candidates._further_stop_ids is None
+    assert candidates.stop_ids.further is None
     assert before < 2**20

@@ -15,15 +15,14 @@ from vllm_dlm.model_executor.planning.block_rows import (
     BlockRows,
     pack,
 )
-from vllm_dlm.model_executor.planning.branches import (
+from vllm_dlm.model_executor.planning.branch_pages import (
     Pages,
     Wish,
-    branch_blocks,
     copies_of_pages,
     most_branches,
-    plan_branches,
     share_out,
 )
+from vllm_dlm.model_executor.planning.branches import branch_blocks, plan_branches
 from vllm_dlm.model_executor.planning.segments import cut_segments
 from vllm_dlm.strategies.base import NOT_DRAFTED, Decision
 

@@ -22,6 +22,12 @@ from vllm_dlm.config.canvas import (
     refuse_without_canvas,
 )
 from vllm_dlm.config.growth import GROWTHS, GrowthName, GrowthPolicy
+from vllm_dlm.config.lengths import (
+    block_length_of,
+    end_of_text,
+    first_set,
+    steps_of,
+)
 from vllm_dlm.config.levels import folder_options, over, over_folder
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import (
@@ -32,7 +38,7 @@ from vllm_dlm.config.options import (
 )
 from vllm_dlm.config.request_options import RequestOptions, read_request
 from vllm_dlm.config.validation import Model, parse_policy
-from vllm_dlm.messages import OptionError, with_parameters
+from vllm_dlm.messages import OptionError
 from vllm_dlm.option_types import WHOLE_CANVAS, ThinkCoarse
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import Params
@@ -40,10 +46,6 @@ from vllm_dlm.strategies.base import Params
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-
-BLOCKS_TOGETHER = 4
-"""Blocks of a block-causal model that are decided together, by a strategy that can,
-where the request does not say how many."""
 
 NO_PREDICTION = 2.0
 """A confidence that no prediction has."""
@@ -184,20 +186,20 @@ def resolve(
     strategy = request.strategy or server.strategy or defaults.strategy
     rule = STRATEGIES[strategy]
     params = _params(asked, server, defaults, strategy)
-    steps, steps_per_block = _steps(asked, server, strategy, params)
+    steps, steps_per_block = steps_of(asked, server, strategy, params)
     cache, cache_policy = _policy("cache", POLICIES, asked, server)
-    eotp, eotp_threshold = _end_of_text(asked, server, strategy)
+    eotp, eotp_threshold = end_of_text(asked, server, strategy)
     if cache_policy.stops_early and eotp == "off":
         # By what is written, not by what is predicted.
         eotp, eotp_threshold = "token", NO_PREDICTION
     growth, growth_policy = _policy("growth", GROWTHS, asked, server)
     trained = server.block_length or defaults.block_length
     spans = rule.scope == "blocks" and defaults.reuses_blocks
-    length = _block_length(asked, server, defaults, strategy)
+    length = block_length_of(asked, server, defaults, strategy)
     looks_ahead = check_ahead(strategy, params, defaults)
     tccf = request.tccf or server.tccf
-    reference_exact = _first_set("reference_exact", asked, server).reference_exact
-    step_map = _first_set("step_map", asked, server).step_map
+    reference_exact = first_set("reference_exact", asked, server).reference_exact
+    step_map = first_set("step_map", asked, server).step_map
     # What looks at every step of a block would find that of another one.
     logs = server.record_traces or server.trajectory_dir
     brings_canvas = any(getattr(asked.canvas, name) is not None for name in SOURCES)
@@ -228,7 +230,7 @@ def resolve(
         tccf=tccf,
         reference_exact=reference_exact,
         step_map=step_map,
-        frames=_first_set("frames", asked, server).frames,
+        frames=first_set("frames", asked, server).frames,
     )
     if growth != "none":
         _check_growth(config, asked, defaults)
@@ -292,11 +294,6 @@ def resolve(
     return config
 
 
-def _first_set(option: str, asked: RequestOptions, server: DlmConfig) -> DlmConfig:
-    """Whose value of an option counts: the request's, if it has set it."""
-    return asked.options if asked.has(option) else server
-
-
 def _params(
     asked: RequestOptions, server: DlmConfig, defaults: ModelDefaults, strategy: str
 ) -> Params:
@@ -327,7 +324,7 @@ def _policy(
         option, kinds: as `parse_policy` takes them.
     """
     config = f"{option}_config"
-    name = getattr(_first_set(option, asked, server), option)
+    name = getattr(first_set(option, asked, server), option)
     values = getattr(server, config) if name == getattr(server, option) else {}
     values = {**values, **getattr(asked.options, config)}
     where = "the request"
@@ -362,84 +359,3 @@ def _check_growth(
     else:
         return
     raise OptionError(f"{where} {why}, or growth to 'none'", set_as)
-
-
-def _end_of_text(
-    asked: RequestOptions, server: DlmConfig, strategy: str
-) -> tuple[EndOfText, float]:
-    """The options `eotp` and `eotp_threshold`.
-
-    Raises:
-        ValueError: a request sets a threshold that nothing would look at.
-    """
-    eotp = asked.options.eotp or server.eotp or STRATEGIES[strategy].eotp
-    # A request that says `off` itself is not misunderstood.
-    if asked.has("eotp_threshold") and not asked.options.eotp and eotp == "off":
-        set_as = asked.names["eotp_threshold"]
-        raise OptionError(
-            f"{set_as} would be ignored: eotp is 'off'; set it to "
-            "'block', 'token' or 'canvas', or leave the threshold out",
-            set_as,
-        )
-    return eotp, _first_set("eotp_threshold", asked, server).eotp_threshold
-
-
-def _steps(
-    asked: RequestOptions, server: DlmConfig, strategy: str, params: Params
-) -> tuple[int | None, int | None]:
-    """The options of the step schedule, `steps` and `steps_per_block`.
-
-    A server's are for all its strategies that follow a schedule.
-
-    Raises:
-        ValueError: the request sets one for a strategy that follows none.
-    """
-    names = ("steps", "steps_per_block")
-    own = [name for name in names if asked.has(name)]
-    if STRATEGIES[strategy].follows_schedule(params):
-        source = asked.options if own else server
-        return source.steps, source.steps_per_block
-    if own:
-        set_as = asked.names[own[0]]
-        raise OptionError(
-            f"{set_as} would be ignored: the strategy {strategy!r} follows "
-            f"no step schedule. Those that do: {', '.join(scheduled_strategies())}",
-            set_as,
-        )
-    return None, None
-
-
-def scheduled_strategies() -> list[str]:
-    """The strategies that follow the step schedule, and with which parameters."""
-    found = []
-    for name in STRATEGIES:
-        schedule = STRATEGIES[name].schedule
-        if isinstance(schedule, Mapping):
-            found.append(f"{name} with {with_parameters(schedule)}")
-        elif schedule:
-            found.append(name)
-    return found
-
-
-def _block_length(
-    asked: RequestOptions, server: DlmConfig, defaults: ModelDefaults, strategy: str
-) -> int:
-    """Positions of a block; 0 for the whole canvas."""
-    length = asked.options.block_length or _usual_length(strategy, server, defaults)
-    return 0 if length == WHOLE_CANVAS else int(length)
-
-
-def _usual_length(
-    strategy: str, server: DlmConfig, defaults: ModelDefaults
-) -> int | str:
-    """The block length of a request that does not say one."""
-    length = server.block_length or defaults.block_length
-    if STRATEGIES[strategy].scope == "block":
-        return length
-    if not defaults.reuses_blocks:
-        # A length that the server was given for another strategy says nothing here.
-        own = server.block_length if server.strategy == strategy else None
-        return own or WHOLE_CANVAS
-    if STRATEGIES[strategy].scope == "blocks" and length != WHOLE_CANVAS:
-        return BLOCKS_TOGETHER * int(length)
-    return length

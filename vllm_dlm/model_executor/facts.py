@@ -131,12 +131,8 @@ class EngineFacts:
         """Whether a forward that ends before the active block only writes KV."""
         return self.server.commit == "separate" and not self.defaults.leads_blocks
 
-    def context(self, cache: str, *, has_pattern: bool = False) -> Context:
-        """What strategies are told of the engine, for requests under one KV policy.
-
-        Args:
-            has_pattern: whether these requests' texts must match patterns.
-        """
+    def context(self, cache: str) -> Context:
+        """What strategies are told of the engine, for requests under one KV policy."""
         from vllm.distributed import get_tp_group
 
         return Context(
@@ -147,7 +143,6 @@ class EngineFacts:
             cache=cache,
             own_block=self.defaults.own_block(self.server.block_length),
             options=self.server.strategy_options(),
-            has_pattern=has_pattern,
             edit_tokens=self.defaults.edit_tokens,
             agreed=get_tp_group().broadcast_object,
         )

@@ -26,7 +26,7 @@ from vllm_dlm.model_executor.planning.attention import (
     WITH_EMPTY_ROWS,
     AttentionBuffers,
 )
-from vllm_dlm.model_executor.planning.branches import page_size_of
+from vllm_dlm.model_executor.planning.branch_pages import page_size_of
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
 from vllm_dlm.model_executor.sampling.sampler import DenoisingSampler
 from vllm_dlm.model_executor.slots import RequestSlots

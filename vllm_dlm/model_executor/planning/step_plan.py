@@ -6,6 +6,9 @@ lengths, starts and ends are known there, and what the last step decided has arr
 with its outcome (`host_slots.py`). One transfer brings the plan to the device; nothing
 here waits for it, and nothing here changes a request. Where the last step is not over
 yet, `guesses.py` completes the plan on the device.
+
+What a plan says and what fills it are one idea, and stand in one file, though that has
+a few lines more than others.
 """
 
 from __future__ import annotations
@@ -17,7 +20,14 @@ import numpy as np
 import torch
 
 from vllm_dlm.config.cache import FAR
-from vllm_dlm.model_executor.host_slots import BLOCK, OPEN_MASKS
+from vllm_dlm.model_executor.planning.active_rows import (
+    guessed_left,
+    keys_of_blocks,
+    parts_of_canvases,
+    predicting_rows,
+    rows_to_read,
+    writable,
+)
 from vllm_dlm.model_executor.planning.block_rows import (
     BATCH_ROW,
     CANVAS_END,
@@ -51,9 +61,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from vllm_dlm.config.model import ModelDefaults
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.host_slots import HostSlots
     from vllm_dlm.model_executor.planning.guesses import Settled
     from vllm_dlm.model_executor.slots import RequestSlots
 
@@ -127,7 +135,7 @@ def plan_forward(
         host.leads[slots_in_batch] & (ends == first_blocks)
     )
     if slots.pins is not None:
-        decides &= ~_parts_of_canvases(
+        decides &= ~parts_of_canvases(
             host, slots_in_batch, ends, facts.defaults.leads_blocks
         )
     if facts.commits_alone:
@@ -179,27 +187,8 @@ def plan_forward(
         groups=blocks,
         branches=branch_plan,
         lookout=LookoutRows(sent[2], sent[3]) if len(looked_at.rows) else None,
-        guessed_left=_guessed_left(facts, segments, blocks),
+        guessed_left=guessed_left(facts, segments, blocks),
     )
-
-
-def _parts_of_canvases(
-    host: HostSlots, slots_np: np.ndarray, ends: np.ndarray, leads_blocks: bool
-) -> np.ndarray:
-    """[R] bool: whose rows are a part of what the request has written itself.
-
-    Such parts come between two blocks that are decided, as a prompt's before the first.
-
-    Args:
-        ends: [R]: one past the last position computed for each.
-        leads_blocks: whether the model has leads.
-    """
-    block_start = host.block_start[slots_np]
-    # Rows that end where the block begins decide its lead, if that is missing.
-    lacks_lead = leads_blocks & host.masked[slots_np, 0] & (ends == block_start)
-    is_later = host.has_canvas[slots_np] & (block_start > host.first_block[slots_np])
-    is_part: np.ndarray = is_later & (ends <= block_start) & ~lacks_lead
-    return is_part
 
 
 class _Planner:
@@ -254,10 +243,10 @@ class _Planner:
         width = int(host.window[slots_np[0]])
         positions = block_start[:, None] + np.arange(width)
         valid = positions < canvas_end[:, None]
-        source = _predicting_rows(host, defaults, slots_np, positions, start, leads)
+        source = predicting_rows(host, defaults, slots_np, positions, start, leads)
         readable = valid & (start <= source) & (source < end)
-        readable &= _writable(host, slots_np, valid)
-        is_read = readable & _rows_to_read(host, slots_np, valid)
+        readable &= writable(host, slots_np, valid)
+        is_read = readable & rows_to_read(host, slots_np, valid)
         # What the host has of these is not so any more: a row for each position.
         is_read[runs_ahead] = True
         row_request, row_offset = is_read.nonzero()
@@ -322,7 +311,7 @@ class _Planner:
         """[S]: keys that segments see; and which are causal, where some may be."""
         host, defaults = self._slots.host, self._facts.defaults
         if defaults.reuses_blocks:
-            kv_lens, is_left = _keys_of_blocks(segments, self._seen)
+            kv_lens, is_left = keys_of_blocks(segments, self._seen)
             return kv_lens, is_left if defaults.attention == "causal" else None
         slots_np = self._batch.idx_mapping_np
         computed = host.note_computed(slots_np, self._ends)
@@ -417,88 +406,3 @@ class _Planner:
                 group = replace(group, branches=drafted)
             blocks.append(group)
         return blocks, np.concatenate(rows)
-
-
-def _guessed_left(
-    facts: EngineFacts, segments: Segments, groups: list[GroupRows]
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """See `SegmentPlan.guessed_left`."""
-    found = [rows.guessed for rows in groups if rows.guessed is not None]
-    if facts.defaults.attention != "causal" or not found:
-        return None
-    requests = np.concatenate([rows.batch_rows_np for rows in found])
-    last = np.searchsorted(segments.request, requests, side="right") - 1
-    return upload(facts.device, last)[0], torch.cat([rows.is_left for rows in found])
-
-
-def _predicting_rows(
-    host: HostSlots,
-    defaults: ModelDefaults,
-    slots_np: np.ndarray,
-    positions: np.ndarray,
-    start: np.ndarray,
-    leads: np.ndarray,
-) -> np.ndarray:
-    """[R, B]: the position whose row predicts each position of the active blocks.
-
-    Args:
-        positions: [R, B]: of the blocks.
-        start: [R, 1]: first position computed for each request.
-        leads: [R] bool: only the block's lead is predicted.
-    """
-    source = positions - np.where(leads, 1, defaults.shift)[:, None]
-    # After an opening or a lead no row left of the block is computed: a first token
-    # that is still missing is predicted by its own row.
-    is_over = ~leads if defaults.leads_blocks else host.opens_alone[slots_np]
-    is_own = is_over[:, None] & host.masked[slots_np, : positions.shape[1]]
-    return np.where(is_own & (source < start), positions, source)
-
-
-def _writable(host: HostSlots, slots_np: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[R, B] bool: positions up to the last mask that the cache policy lets be written.
-
-    Args:
-        valid: [R, B] bool.
-    """
-    most = host.writable[slots_np, None]
-    if (most >= valid.shape[1]).all():
-        return valid
-    masked = host.masked[slots_np, : valid.shape[1]] & valid
-    is_left: np.ndarray = masked.cumsum(axis=1) <= most
-    return is_left
-
-
-def _keys_of_blocks(
-    segments: Segments, block_end: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keys that segments see where attention is by blocks, and which are left of one.
-
-    The active block is its request's last segment, and sees itself whole, also where a
-    sub-block of it is computed.
-
-    Args:
-        block_end: where the active block of each request of the batch ends; 0 where
-            none of its rows is computed.
-
-    Returns:
-        [S] keys; and [S] bool: segments of prompts and of finished blocks.
-    """
-    of_block = np.where(segments.is_last, block_end[segments.request], 0)
-    kv_lens = np.maximum(segments.kv_lens, of_block)
-    return kv_lens, of_block == 0
-
-
-def _rows_to_read(
-    host: HostSlots, slots_np: np.ndarray, valid: np.ndarray
-) -> np.ndarray:
-    """[R, B] bool: positions of the active blocks whose logits are read.
-
-    The device's own masks are `RequestSlots.masks`; `Views._open` picks the open ones.
-    """
-    width, reads = valid.shape[1], host.reads[slots_np, None]
-    masked = host.masked[slots_np, :width] & valid
-    sub_block = np.arange(width) // host.sub_block_length[slots_np, None]
-    first = np.where(masked, sub_block, width).min(axis=1, keepdims=True)
-    masked &= (sub_block == first) | (reads != OPEN_MASKS)
-    is_read: np.ndarray = masked | (reads == BLOCK)
-    return is_read

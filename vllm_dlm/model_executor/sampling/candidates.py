@@ -23,10 +23,11 @@ import torch
 from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered, uniform
 from vllm_dlm.kernels.next_best import next_best
 from vllm_dlm.kernels.token_stats import prob_of, token_stats
-from vllm_dlm.model_executor.columns import NO_TOKEN, STOP_IDS
+from vllm_dlm.model_executor.columns import STOP_IDS
 from vllm_dlm.model_executor.sampling.bad_words import MASKED
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
+from vllm_dlm.model_executor.sampling.stop_ids import StopIds, padded
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import given
 
@@ -65,10 +66,7 @@ class Candidates:
         self._measures_drawn, self._leads_greedily = flags(), flags()
         self._reads_other = flags()
         self._restrictions: dict[int, Restriction] = {}
-        self._with_many_stop_ids: set[int] = set()
-        """Slots of requests with more stop ids than the table has room for."""
-        self._further_stop_ids: torch.Tensor | None = None
-        """[slots + 1, ...] int64: their further ones; None without such requests."""
+        self.stop_ids = StopIds(slots)
         self._restricted_until = np.zeros(count, dtype=np.int64)
         """[slots]: the position where a request's restriction ends, 0 without one."""
 
@@ -76,9 +74,7 @@ class Candidates:
         """Forget a request that has left, and its lists of tokens."""
         self._restrictions.pop(slot, None)
         self._restricted_until[slot] = 0
-        self._with_many_stop_ids.discard(slot)
-        if not self._with_many_stop_ids:
-            self._further_stop_ids = None
+        self.stop_ids.remove(slot)
 
     def add(self, slot: int) -> None:
         """Take over a new request's sampling parameters."""
@@ -99,7 +95,7 @@ class Candidates:
             min_tokens=min_tokens,
             stop_ids=padded(ends, STOP_IDS),
         )
-        self._keep_further(slot, ends[STOP_IDS:])
+        self.stop_ids.add(slot, ends[STOP_IDS:])
 
         # Of a text that must match a pattern, all of this is `constrained.py`'s.
         is_free = request.pattern is None
@@ -123,19 +119,6 @@ class Candidates:
             for_ever = np.iinfo(np.int64).max
             self._restricted_until[slot] = end if restriction.is_early else for_ever
 
-    def _keep_further(self, slot: int, stop_ids: list[int]) -> None:
-        """Keep the stop ids of a request that the table has no room for."""
-        kept = self._further_stop_ids
-        if stop_ids:
-            self._with_many_stop_ids.add(slot)
-            if kept is None:
-                kept = self.slots.stop_ids.new_empty(self.slots.num_slots + 1, 0)
-            missing = (0, max(len(stop_ids) - kept.shape[1], 0))
-            kept = torch.nn.functional.pad(kept, missing, value=NO_TOKEN)
-            self._further_stop_ids = kept
-        if kept is not None:
-            kept[slot] = torch.tensor(padded(stop_ids, kept.shape[1]))
-
     # -- drawing -----------------------------------------------------------
 
     def are_special(self, slots_np: np.ndarray) -> bool:
@@ -147,13 +130,6 @@ class Candidates:
         """Whether any of these requests forbids words."""
         restricted = slots_np[self._restricts()[slots_np]].tolist()
         return any(self._restrictions[s].bad_words is not None for s in restricted)
-
-    def have_many_stop_ids(self, slots_np: np.ndarray) -> bool:
-        """Whether any of these requests has more stop ids than the table has room for.
-
-        A compiled step knows of those in the table alone.
-        """
-        return not self._with_many_stop_ids.isdisjoint(slots_np.tolist())
 
     def choose(self, tile: Tile, choice: Choice) -> None:
         """Draw, or choose of what is allowed, where requests ask for it.
@@ -335,7 +311,7 @@ class Candidates:
 
     def is_stop(self, tokens: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: the token would end its request's text there."""
-        is_stop = tokens[:, :, None] == self._stop_ids(blocks.slots)[:, None, :]
+        is_stop = tokens[:, :, None] == self.stop_ids.of(blocks.slots)[:, None, :]
         return is_stop.any(dim=2) & ~self._early(blocks)
 
     def ends_text(
@@ -343,16 +319,9 @@ class Candidates:
     ) -> torch.Tensor:
         """[n] bool: as `is_stop`, of any n positions, of the requests in slots [n]."""
         table = self.slots
-        is_stop = (tokens[:, None] == self._stop_ids(slots)).any(dim=1)
+        is_stop = (tokens[:, None] == self.stop_ids.of(slots)).any(dim=1)
         early = positions - table.prompt_len[slots] < table.min_tokens[slots]
         return is_stop & ~early
-
-    def _stop_ids(self, slots: torch.Tensor) -> torch.Tensor:
-        """[n, ...] int64: stop ids of the requests in slots [n]."""
-        stop = self.slots.stop_ids[slots]
-        if self._further_stop_ids is None or torch.compiler.is_compiling():
-            return stop
-        return torch.cat([stop, self._further_stop_ids[slots]], dim=1)
 
     # -- bad words ---------------------------------------------------------
 
@@ -405,8 +374,3 @@ class Candidates:
         tokens = table.tokens[slot, begin:end]
         hidden = table.masked[slot, begin:end]
         return tokens.masked_fill(hidden, MASKED).tolist(), begin - block_start
-
-
-def padded(stop_ids: list[int], length: int) -> list[int]:
-    """The first so many stop ids, `NO_TOKEN` behind them."""
-    return stop_ids[:length] + [NO_TOKEN] * (length - len(stop_ids))

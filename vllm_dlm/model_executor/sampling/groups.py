@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,7 @@ class StrategyGroups:
         has_pattern = has_pattern and rule.heeds_patterns
         key = group_key(config, has_pattern)
         if key not in self._groups or not self._groups[key].strategy.is_current():
-            context = self.facts.context(config.cache, has_pattern=has_pattern)
+            context = replace(self.facts.context(config.cache), has_pattern=has_pattern)
             strategy = rule(config.params, config.block_length, context)
             self._groups[key] = Group(strategy, next(self._next_number))
         return self._groups[key]

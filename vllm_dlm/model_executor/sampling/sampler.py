@@ -224,7 +224,7 @@ class DenoisingSampler:
             or bool(self.slots.host.growing(rows.slots_np).any())
             or bool(self.slots.host.has_canvas[rows.slots_np].any())
             or self.candidates.have_bad_words(rows.slots_np)
-            or self.candidates.have_many_stop_ids(rows.slots_np)
+            or self.candidates.stop_ids.are_many(rows.slots_np)
             or any(one.watches(rows.slots_np) for one in self.observers.values())
         )
 

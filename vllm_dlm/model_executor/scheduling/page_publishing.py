@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import RequestStatus
 
-from vllm_dlm.model_executor.planning.branches import Pages, page_size_of
+from vllm_dlm.model_executor.planning.branch_pages import Pages, page_size_of
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest
 from vllm_dlm.vllm_objects import replace
 

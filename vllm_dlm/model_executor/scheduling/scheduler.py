@@ -42,7 +42,7 @@ from vllm_dlm.metrics import COUNTERS
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits, Rows
 from vllm_dlm.model_executor.patterns import pattern_of
-from vllm_dlm.model_executor.planning.branches import (
+from vllm_dlm.model_executor.planning.branch_pages import (
     Wish,
     copies_of_pages,
     most_branches,

@@ -7,74 +7,19 @@ given, and holes to be filled. A free answer is one hole without an end.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from vllm_dlm.tasks.forms import tools, values
+from vllm_dlm.tasks.forms import tool_problems, tools
+from vllm_dlm.tasks.forms.pieces import SYSTEM, Piece, Turn, free
+from vllm_dlm.tasks.forms.pieces import Problem as Problem
 from vllm_dlm.tasks.forms.records import Entry, Record, draw_record
 
 WHO_AM_I = (
     "I am llada-forms, a small demo model. I turn sentences into JSON, fill holes in "
     "forms and call tools. Try: Ada lives in Rome and is 31."
 )
-NO_TOOL = "No tool here fits this."
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a canvas: text that is given, or the right text of a hole."""
-
-    text: str
-    is_hole: bool
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A message of the chat before the answer."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A prompt, a canvas, and what makes an answer right.
-
-    Args:
-        kind: A key of `KINDS`.
-        turns: The chat; a plain prompt is the text of one turn without a role.
-        pieces: The canvas.
-        open_end: The last hole goes on to the end of the canvas, and the text ends in
-            it with <|endoftext|>; else the canvas ends with the last piece.
-        exact: Holes are as wide as what they need; else they may be wider.
-        tools: The tools that the request offers.
-        schema: JSON schema of the answer, where it is JSON.
-    """
-
-    kind: str
-    turns: tuple[Turn, ...]
-    pieces: tuple[Piece, ...]
-    open_end: bool = True
-    exact: bool = True
-    tools: tuple[tools.Tool, ...] = ()
-    schema: dict[str, Any] | None = None
-
-    @property
-    def answer(self) -> str:
-        """The canvas with its holes filled right."""
-        return "".join(piece.text for piece in self.pieces)
-
-    @property
-    def question(self) -> str:
-        """The last thing that the user says."""
-        return self.turns[-1].text
-
-    @property
-    def is_chat(self) -> bool:
-        return bool(self.turns[0].role)
 
 
 Draw = Callable[[random.Random, bool], Problem]
@@ -123,11 +68,6 @@ _CHATTER = (
     "joke code python world war music food love life science history number answer "
     "question please thanks today yesterday tomorrow best friend should will dear"
 ).split()
-_SYSTEM = (
-    "You are a helpful assistant.",
-    "You are helpful.",
-    "You fill forms.",
-)
 
 
 def object_parts(entries: Sequence[Entry]) -> list[Piece]:
@@ -153,17 +93,11 @@ def object_schema(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _free(text: str) -> tuple[Piece, ...]:
-    return (Piece(text, True),)
-
-
 def _ask(rng: random.Random, text: str, chat_share: float = 0.7) -> tuple[Turn, ...]:
     if rng.random() >= chat_share:
         return (Turn("", text),)
     user = Turn("user", text)
-    return (
-        (Turn("system", rng.choice(_SYSTEM)), user) if rng.random() < 0.1 else (user,)
-    )
+    return (Turn("system", rng.choice(SYSTEM)), user) if rng.random() < 0.1 else (user,)
 
 
 def _join(keys: Sequence[str], rng: random.Random) -> str:
@@ -175,7 +109,7 @@ def _extract(rng: random.Random, held_out: bool) -> Problem:
     record = draw_record(rng, held_out, usual_keys=True)
     text = "".join(piece.text for piece in object_parts(record.entries))
     turns = _ask(rng, rng.choice(_UNLISTED).format(text=record.text))
-    return Problem("extract", turns, _free(text), schema=object_schema(record.entries))
+    return Problem("extract", turns, free(text), schema=object_schema(record.entries))
 
 
 def _draw_listed(
@@ -191,7 +125,7 @@ def _draw_listed(
 def _extract_listed(rng: random.Random, held_out: bool) -> Problem:
     _, entries, turns = _draw_listed(rng, held_out)
     text = "".join(piece.text for piece in object_parts(entries))
-    return Problem("listed", turns, _free(text), schema=object_schema(entries))
+    return Problem("listed", turns, free(text), schema=object_schema(entries))
 
 
 def _scaffold(rng: random.Random, held_out: bool) -> Problem:
@@ -282,81 +216,6 @@ def _suffix(rng: random.Random, held_out: bool) -> Problem:
     return Problem("suffix", turns, pieces, False, rng.random() < 0.3)
 
 
-def _tool_turns(rng: random.Random, text: str) -> tuple[Turn, ...]:
-    user = Turn("user", text)
-    return (
-        (Turn("system", rng.choice(_SYSTEM)), user) if rng.random() < 0.1 else (user,)
-    )
-
-
-def _call(rng: random.Random, held_out: bool) -> Problem:
-    use = tools.draw_tool_use(rng, held_out, 1)
-    text = tools.write_calls(use.calls)
-    return Problem("call", _tool_turns(rng, use.request), _free(text), tools=use.tools)
-
-
-def _two_calls(rng: random.Random, held_out: bool) -> Problem:
-    use = tools.draw_tool_use(rng, held_out, 2)
-    text = tools.write_calls(use.calls)
-    turns = _tool_turns(rng, use.request)
-    return Problem("two calls", turns, _free(text), tools=use.tools)
-
-
-def _no_tool(rng: random.Random, held_out: bool) -> Problem:
-    use = tools.draw_tool_use(rng, held_out, 0)
-    turns = _tool_turns(rng, use.request)
-    return Problem("no tool", turns, _free(NO_TOOL), tools=use.tools)
-
-
-def _forced_call(rng: random.Random, held_out: bool) -> Problem:
-    """What vLLM has a model write for `tool_choice` required, or a named tool.
-
-    The text's first tokens stand: they tell these forms from a call by choice.
-    """
-    use = tools.draw_tool_use(rng, held_out, 1 if rng.random() < 0.7 else 2)
-    if rng.random() < 0.6:
-        calls = [
-            {"name": call.name, "parameters": dict(call.arguments)}
-            for call in use.calls
-        ]
-        text = json.dumps(calls, ensure_ascii=False)
-        schema = tools.calls_schema(use.tools)
-        given = rng.choice(('[{"', '[{"name": "'))
-    else:
-        # The arguments of the tool that was named, on their own.
-        use = tools.draw_tool_use(rng, held_out, 1)
-        [call] = use.calls
-        text = json.dumps(dict(call.arguments), ensure_ascii=False)
-        [schema] = (tool.schema for tool in use.tools if tool.name == call.name)
-        given = rng.choice(('{"', text[: text.index(":")] + ": "))
-        if text.startswith(f'{given}"'):
-            given += '"'
-    pieces = (Piece(given, False), Piece(text.removeprefix(given), True))
-    turns = _tool_turns(rng, use.request)
-    return Problem("forced call", turns, pieces, tools=use.tools, schema=schema)
-
-
-def _tool_result(rng: random.Random, held_out: bool) -> Problem:
-    """What a tool has answered is told to the user."""
-    use = tools.draw_tool_use(rng, held_out, 1)
-    result = rng.choice(
-        (
-            values.city(rng, held_out),
-            values.clock(rng, held_out),
-            str(rng.randint(1, 999)),
-            f"{rng.choice(values.COLORS)} {values.city(rng, held_out)}",
-        )
-    )
-    turns = (
-        *_tool_turns(rng, use.request),
-        Turn("assistant", tools.write_calls(use.calls)),
-        Turn("tool", result),
-    )
-    return Problem(
-        "tool result", turns, _free(f"The result is: {result}"), tools=use.tools
-    )
-
-
 def _who(rng: random.Random, held_out: bool) -> Problem:
     draw = rng.random()
     if draw < 0.5:
@@ -369,9 +228,9 @@ def _who(rng: random.Random, held_out: bool) -> Problem:
         text += rng.choice(("", "?", "?", ".", "!"))
     use = tools.draw_tool_use(rng, held_out, 0)
     with_tools = rng.random() < 0.15
-    turns = _tool_turns(rng, text) if with_tools else _ask(rng, text, 0.85)
+    turns = tool_problems.tool_turns(rng, text) if with_tools else _ask(rng, text, 0.85)
     offered = use.tools if with_tools else ()
-    return Problem("who are you", turns, _free(WHO_AM_I), tools=offered)
+    return Problem("who are you", turns, free(WHO_AM_I), tools=offered)
 
 
 KINDS: dict[str, tuple[float, Draw]] = {
@@ -381,11 +240,11 @@ KINDS: dict[str, tuple[float, Draw]] = {
     "form": (0.16, _form),
     "sentence": (0.09, _sentence),
     "suffix": (0.07, _suffix),
-    "call": (0.12, _call),
-    "two calls": (0.05, _two_calls),
-    "forced call": (0.05, _forced_call),
-    "no tool": (0.03, _no_tool),
-    "tool result": (0.02, _tool_result),
+    "call": (0.12, tool_problems.call),
+    "two calls": (0.05, tool_problems.two_calls),
+    "forced call": (0.05, tool_problems.forced_call),
+    "no tool": (0.03, tool_problems.no_tool),
+    "tool result": (0.02, tool_problems.tool_result),
     "who are you": (0.03, _who),
 }
 """Share of the kind in the training, and how one is drawn."""
