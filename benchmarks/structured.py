@@ -10,13 +10,17 @@ dashscope holds one of 151,643 tokens. No model is needed: logits are random. Al
 run on one core of the CPU, as those of one request do.
 
 With a model, of which the tokenizer can spell JSON, requests are decoded with a schema
-and without: forwards and seconds.
+and without: forwards, and tokens in a second of CPU time. `llada-forms` is asked what
+it was trained for, held-out problems, and its answers are checked; any other model gets
+the schemas below.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +43,9 @@ from vllm_dlm.constraints.schema import schema_pattern
 from vllm_dlm.constraints.vocabulary import Vocabulary
 from vllm_dlm.kernels.class_stats import TokenClasses, class_draws, class_stats
 from vllm_dlm.kernels.token_stats import token_stats
+from vllm_dlm.tasks.forms.evaluation import MAX_TOKENS, is_answer
+from vllm_dlm.tasks.forms.problems import held_out_problems
+from vllm_dlm.tasks.forms.rows import encode_row
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     if args.model:
-        decode(args.model, args.requests)
+        decode(args.model, args.requests, args.repeats)
         return
     torch.set_num_threads(1)
     tokens = [
@@ -158,35 +165,77 @@ def measured(automaton: Automaton, logits: torch.Tensor, repeats: int) -> list[f
     return [by_class, path, by_class + path, fastest(drawn, repeats)]
 
 
-def decode(model: str, count: int) -> None:
+Ask = tuple[Any, dict[str, Any] | None]
+"""A prompt of token ids or text, and the schema of its answer, if it has one."""
+
+
+def decode(model: str, count: int, repeats: int) -> None:
     """Print what requests take with each schema, and without one."""
+    # In this process, whose time is counted: that of others on the machine is not.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    torch.set_num_threads(1)
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
     from vllm_dlm import LLM
 
-    llm = LLM(model, max_model_len=1024, max_num_seqs=count, dlm_online_learning=False)
-    prompts = [f"Person {number} as JSON: " for number in range(count)]
-    print("| strategy | schema | forwards | tokens | tokens a forward | tokens/s |")
-    print("|---|---|---|---|---|---|")
+    is_forms = model == "llada-forms"
+    llm = LLM(
+        model,
+        max_model_len=512,
+        max_num_seqs=count,
+        dtype="float32",
+        enforce_eager=True,
+        dlm_online_learning=False,
+    )
+    problems = held_out_problems("listed", count, 1) if is_forms else []
+
+    def asks(schema: dict[str, Any] | None, *, is_held: bool) -> list[Ask]:
+        if not problems:
+            return [(f"Person {number} as JSON: ", schema) for number in range(count)]
+        rows = [encode_row(problem, random.Random(0)).prompt for problem in problems]
+        return [
+            ({"prompt_token_ids": row}, problem.schema if is_held else None)
+            for row, problem in zip(rows, problems, strict=True)
+        ]
+
+    kinds: dict[str, list[Ask]] = {"none": asks(None, is_held=False)}
+    if problems:
+        kinds["the answer's"] = asks(None, is_held=True)
+    else:
+        kinds |= {name: asks(each, is_held=True) for name, each in SCHEMAS.items()}
+    print("| strategy | schema | right | forwards | tokens | a forward | tokens/s |")
+    print("|---|---|---|---|---|---|---|")
     for strategy, options in SETTINGS.items():
-        for name, schema in ({"none": None} | SCHEMAS).items():
-            asked = None if schema is None else StructuredOutputsParams(json=schema)
-            sampling = SamplingParams(
-                temperature=0,
-                max_tokens=256,
-                structured_outputs=asked,
-                extra_args={"dlm": options | {"block_length": 32, "eotp": "block"}},
-            )
-            llm.generate(prompts, sampling, use_tqdm=False)
-            started = time.perf_counter()
-            results = llm.generate(prompts, sampling, use_tqdm=False)
-            seconds = time.perf_counter() - started
+        for name, asked in kinds.items():
+            sampling = [
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=MAX_TOKENS if problems else 256,
+                    structured_outputs=None
+                    if schema is None
+                    else StructuredOutputsParams(json=schema),
+                    extra_args={"dlm": options | {"block_length": 32, "eotp": "block"}},
+                )
+                for _, schema in asked
+            ]
+            prompts = [prompt for prompt, _ in asked]
+            seconds = float("inf")
+            for _ in range(1 + repeats):
+                started = time.process_time()
+                results = llm.generate(prompts, sampling, use_tqdm=False)
+                seconds = min(seconds, time.process_time() - started)
             outputs = [result.outputs[0] for result in results]
             forwards = sum(sum(o.spec_decode_metrics.histogram) for o in outputs)
             tokens = sum(len(output.token_ids) for output in outputs)
+            right = sum(
+                is_answer(problem, output.text)
+                for problem, output in zip(problems, outputs, strict=False)
+            )
             print(
-                f"| {strategy} | {name} | {forwards / count:.1f} "
+                f"| {strategy} | {name} "
+                f"| {f'{100 * right / count:.0f} %' if problems else '-'} "
+                f"| {forwards / count:.1f} "
                 f"| {tokens / count:.1f} | {tokens / forwards:.2f} "
                 f"| {tokens / seconds:.0f} |",
                 flush=True,
