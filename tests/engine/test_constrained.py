@@ -108,6 +108,9 @@ STRATEGIES: list[dict[str, Any]] = [
         "strategy_config": {"mask_threshold": 0.1, "edit_threshold": 0.0},
     },
     {"strategy": "joint", "strategy_config": {"preset": "speed", "penalty": 5.0}},
+    {"strategy": "lopa", "strategy_config": {"branches": 3, "threshold": 0.5}},
+    {"strategy": "freedave", "strategy_config": {"drafts": 4}},
+    {"strategy": "freedave", "strategy_config": {"drafts": 3, "threshold": 0.4}},
 ]
 
 
@@ -259,6 +262,28 @@ def test_a_text_without_a_match_ends_with_an_error(engine: Engine):
     }
     done = engine.drive(lambda step: None)
     assert done[name].outputs[0].finish_reason == "error"
+
+
+def test_drafts_lose_nothing_under_a_pattern(engine: Engine):
+    """`freedave` writes what one token a step does, in fewer forwards."""
+    choose = random.Random(21)
+    plain: list[Wanted] = []
+    for number in range(6):
+        heat = {"temperature": 0.7, "seed": number} if number % 2 else {}
+        dlm = {"strategy": "static", "block_length": 8, "eotp": "off"}
+        dlm["cache"] = ("none", "dual", "prefix")[number % 3]
+        plain.append(wanted(choose, dlm, 40, **heat))
+    drafted = []
+    for one in plain:
+        options = dict(one.sampling.extra_args["dlm"])
+        options |= {"strategy": "freedave", "strategy_config": {"drafts": 4}}
+        sampling = one.sampling.clone()
+        sampling.extra_args = {"dlm": options}
+        drafted.append(replace(one, sampling=sampling))
+    static, found = run(engine, plain), run(engine, drafted)
+    assert [one.tokens for one in found] == [one.tokens for one in static]
+    fewer = [a.forwards < b.forwards for a, b in zip(found, static, strict=True)]
+    assert all(fewer), "drafts were never right"
 
 
 def test_edits_keep_to_the_pattern(engine: Engine):

@@ -338,9 +338,9 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a strategy": (
         {
             "structured_outputs": {"regex": "a"},
-            "vllm_xargs": {"dlm_strategy": "lopa"},
+            "vllm_xargs": {"dlm_reference_exact": True},
         },
-        ["structured_outputs does not work with the strategy 'lopa'", "threshold"],
+        ["structured_outputs cannot be combined with reference_exact"],
     ),
 }
 

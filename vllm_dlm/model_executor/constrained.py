@@ -16,6 +16,9 @@ Of positions that are decided, where a strategy reads them, the candidate is the
 token that leaves the states of the path as they are: edits to it, and whatever is
 written of the path, go together.
 
+Of a request with branches (`planning/branches.py`), each branch has a path of its own,
+with its drafts in their places.
+
 A path covers the positions of the active block, as far as the text may reach. Right of
 it a text must still be possible (`Completions`): in the tokens that are left, or at
 once, where the canvas was cut inside the block. Positions behind the last one whose row
@@ -48,11 +51,13 @@ from vllm_dlm.model_executor.host_slots import ToHost
 from vllm_dlm.model_executor.patterns import pattern_of
 from vllm_dlm.model_executor.planning.block_rows import CANVAS_END, upload
 from vllm_dlm.model_executor.sampling.restrictions import known_ids
+from vllm_dlm.strategies.base import NOT_DRAFTED
 from vllm_dlm.strategies.probabilities import Probabilities, RowLogits
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.model_executor.planning.branches import BranchBlocks
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.choice import Choice
     from vllm_dlm.model_executor.sampling.logits import Logits
@@ -68,8 +73,8 @@ class Constrained:
         self._texts: dict[int, Text] = {}
         self._steps: list[Step] = []
         self._arriving: list[tuple[np.ndarray, np.ndarray, ToHost]] = []
-        """Of steps that are over: slots [n], first output positions [n], and what their
-        blocks hold, [n, W]."""
+        """Of steps that are over: slots [n], first positions [n], and what their blocks
+        hold, [n, 1, W], or [n, 3, W] with drafts and their ranks."""
 
     # -- requests ----------------------------------------------------------
 
@@ -118,6 +123,8 @@ class Constrained:
             completions=Completions(
                 automaton, pattern.graph, length, request.min_tokens, pins
             ),
+            draft_tokens=np.zeros(length, dtype=np.int64),
+            draft_rank=np.full(length, NOT_DRAFTED, dtype=np.int64),
             output=tokens,
             state=automaton.start,
             state_at=0,
@@ -156,9 +163,9 @@ class Constrained:
         for rows in plan.groups:
             for row, slot in enumerate(rows.slots_np.tolist()):
                 if slot in self._texts:
-                    step = self._step(self._texts[slot], rows, row)
-                    if step is not None:
-                        self._steps.append(step)
+                    self._add_step(self._texts[slot], rows, row)
+            if rows.branches is not None:
+                self._add_branches(rows.branches)
 
     def measure(
         self, rows: slice, values: torch.Tensor, logits: Logits, choice: Choice
@@ -179,9 +186,7 @@ class Constrained:
                 part = slice(own.start - rows.start, own.stop - rows.start)
                 step.rows.append(own)
                 step.measured.append(
-                    measure(
-                        self._slots, step, own, values[part], logits, choice.part(part)
-                    )
+                    measure(step, own, values[part], logits, choice.part(part))
                 )
 
     def choose(self, choice: Choice) -> None:
@@ -260,14 +265,17 @@ class Constrained:
         """Have what the step wrote sent to the host, behind its outcome."""
         if not self._steps:
             return
-        slots = np.array([step.text.slot for step in self._steps])
-        starts = np.array([step.block_start for step in self._steps])
+        # Once each: branches have steps of their own.
+        blocks = {step.text.slot: step.block_start for step in self._steps}
+        slots, starts = np.array([*blocks]), np.array([*blocks.values()])
         width = int(self._slots.host.window[slots].max())
         at, first = upload(self._slots.device, slots, starts)
         places = torch.arange(width, device=first.device)
         places = (first[:, None] + places).clamp(max=self._slots.length - 1)
-        written = ToHost(self._slots.tokens[at[:, None], places])
-        self._arriving.append((slots, starts, written))
+        parts = [self._slots.tokens[at[:, None], places]]
+        if any(step.text.has_branches for step in self._steps):
+            parts += self._slots.drafts.at(at[:, None], places)
+        self._arriving.append((slots, starts, ToHost(torch.stack(parts, dim=1))))
 
     # -- parts -------------------------------------------------------------
 
@@ -282,17 +290,35 @@ class Constrained:
                 if text is None:
                     continue
                 first = start - text.request.layout.prompt_len
-                own = block[max(-first, 0) :]
+                own = block[:, max(-first, 0) :]
                 first = max(first, 0)
-                own = own[: max(len(text.output) - first, 0)]
-                text.output[first : first + len(own)] = own
+                own = own[:, : max(len(text.output) - first, 0)]
+                there = slice(first, first + own.shape[1])
+                text.output[there] = own[0]
+                if text.has_branches:
+                    text.draft_tokens[there], text.draft_rank[there] = own[1:]
         self._arriving.clear()
 
-    def _step(self, text: Text, rows: BlockRows, row: int) -> Step | None:
+    def _add_branches(self, branches: BranchBlocks) -> None:
+        """The canvases with drafts: each has a path of its own."""
+        slots, last, number = branches.rows.slots_np.tolist(), -1, 0
+        for row, slot in enumerate(slots):
+            number = number + 1 if slot == last else 1
+            last = slot
+            if slot in self._texts:
+                self._add_step(self._texts[slot], branches.rows, row, number)
+
+    def _add_step(self, text: Text, rows: BlockRows, row: int, branch: int = 0) -> None:
+        step = self._step(text, rows, row, branch)
+        if step is not None:
+            self._steps.append(step)
+
+    def _step(self, text: Text, rows: BlockRows, row: int, branch: int) -> Step | None:
         """A request's active block; None where nothing of the text lies in it.
 
         Args:
-            row: of the group's requests.
+            row: of the group's requests, or branches.
+            branch: the number of the branch; 0 for the canvas itself.
         """
         host, layout = self._slots.host, text.request.layout
         prompt_len, limit = layout.prompt_len, len(text.output)
@@ -314,6 +340,15 @@ class Constrained:
         if text.state < 0 or (fixed[~masked] < 0).any():
             # Something outside of the pattern was written; no path follows from it.
             text.state = -1
+        noise = int(host.step[text.slot])
+        if text.has_branches:
+            noise = int((~masked).sum()) + branch
+        if branch:
+            rank = text.draft_rank[begin:end]
+            taken = np.where(rank < 0, rank == -branch, rank < branch) & masked
+            drafts = classes_of(text.automaton, text.draft_tokens[begin:end])
+            # Drafts are of a path, which the canvas has gone along.
+            fixed = np.where(taken, drafts, fixed)
         row_at = rows.row_at_np[row, own]
         canvas_end = int(rows.packed_np[row, CANVAS_END]) - prompt_len
         block_end = block_start + int(host.block_length[text.slot]) - prompt_len
@@ -334,4 +369,6 @@ class Constrained:
             text.request.min_tokens - begin - count,
             behind,
         )
-        return Step(text, block_start, begin, fixed[:count], row_at[:count], behind)
+        return Step(
+            text, block_start, begin, fixed[:count], row_at[:count], behind, noise
+        )

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.constrained_text import Step
     from vllm_dlm.model_executor.sampling.choice import Choice
     from vllm_dlm.model_executor.sampling.logits import Logits
-    from vllm_dlm.model_executor.slots import RequestSlots
 
 CUT = -1e4
 """Added to the score of a token that top-k, top-p or min-p cut: it is drawn only where
@@ -27,7 +26,6 @@ no path does without."""
 
 
 def measure(
-    slots: RequestSlots,
     step: Step,
     own: slice,
     values: torch.Tensor,
@@ -37,7 +35,6 @@ def measure(
     """What paths need of some rows of a request: [n, ...] each, float64.
 
     Args:
-        slots: of all requests.
         own: which rows of `logits` they are.
         values: [n, V]: this rank's part.
         choice: of these rows, each with its argmax.
@@ -71,11 +68,10 @@ def measure(
         + request.layout.prompt_len
         + np.array([offset.get(r, 0) for r in range(own.start, own.stop)]),
     )
-    host = slots.host
     noise = (
         torch.full_like(positions, request.seed),
         positions,
-        torch.full_like(positions, int(host.step[text.slot])),
+        torch.full_like(positions, step.noise),
     )
     if text.truncates:
         scores = _truncated(step, own, values, classes)

@@ -38,6 +38,10 @@ class Text:
     request: RequestFacts
     pattern: Pattern
     completions: Completions
+    draft_tokens: np.ndarray
+    """[max_tokens] int64: what its strategy has drafted."""
+    draft_rank: np.ndarray
+    """[max_tokens] int64: as in `Decision`."""
     output: np.ndarray
     """[max_tokens] int64: its tokens; of no meaning where it is masked. What follows a
     gap that the request has opened (`suffix`) is not of it."""
@@ -57,6 +61,12 @@ class Text:
         return self.request.params.temperature > 0
 
     @property
+    def has_branches(self) -> bool:
+        """Whether a forward may evaluate canvases with drafts beside its own."""
+        config = self.request.config
+        return STRATEGIES[config.strategy].branches(config.params) > 1
+
+    @property
     def in_order(self) -> bool:
         """Whether tokens are chosen from the left on; see `Problem`."""
         return STRATEGIES[self.request.config.strategy].verifies
@@ -69,7 +79,7 @@ class Text:
 
 @dataclass
 class Step:
-    """What a request's active block is in this step."""
+    """What a request's active block is in this step, or a branch of it."""
 
     text: Text
     block_start: int
@@ -82,6 +92,8 @@ class Step:
     """[n] int64: the row of logits of each, negative for none."""
     end: np.ndarray
     """[S] bool: states behind the last one from which the text can be completed."""
+    noise: int
+    """Which step's noise is drawn with: see `Views.drawn`."""
     rows: list[slice] = field(default_factory=list)
     """Rows of logits that were measured for it, tile by tile."""
     measured: list[dict[str, torch.Tensor]] = field(default_factory=list)

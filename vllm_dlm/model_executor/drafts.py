@@ -63,6 +63,10 @@ class Drafts:
         is_draft = in_branch(self._rank[slots, positions], branch)
         return torch.where(is_draft, self._tokens[slots, positions], tokens)
 
+    def at(self, slots: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+        """Draft tokens and ranks at any positions, in the shape of both, int32."""
+        return [self._tokens[slots, positions], self._rank[slots, positions]]
+
     def of(self, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft tokens and ranks of active blocks, both [R, B] int64."""
         where = blocks.slots[:, None], blocks.places

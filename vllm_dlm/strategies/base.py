@@ -370,7 +370,8 @@ class Strategy:
     a pattern cannot be decoded by it: their candidates belong together."""
     heeds_patterns: ClassVar[bool] = False
     """Whether it does nothing of the kind where `Context.has_pattern` says that texts
-    must match: requests with a pattern then get an object of their own."""
+    must match: requests with a pattern then get an object of their own. Of `branches`,
+    it writes what one branch holds and predicts, and drafts what that predicts."""
 
     @classmethod
     def why_unconstrained(cls, params: AnyParams) -> str | None:
@@ -380,7 +381,9 @@ class Strategy:
             params: of the request.
         """
         unaware = cls.needs_with(params) & {"branches", "other"}
-        if unaware:
+        if cls.looks_ahead(params):
+            return "it writes blocks before those to their left are final"
+        if unaware and not cls.heeds_patterns:
             return f"it reads View.{min(unaware)}, which knows nothing of patterns"
         if cls.own_tokens and not cls.heeds_patterns:
             return "it writes tokens of its own choice"

@@ -102,6 +102,7 @@ class FreeDave(Strategy):
     summary = "one token per step, several steps per forward: drafted, then verified"
     Params = FreeDaveParams
     needs = frozenset({"branches"})
+    heeds_patterns = True
 
     @classmethod
     def branches(cls, params: AnyParams) -> int:

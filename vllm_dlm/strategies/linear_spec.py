@@ -48,11 +48,7 @@ class LinearSpec(Strategy):
     Params = LinearSpecParams
     needs = frozenset({"branches"})
     verifies = True
-
-    @classmethod
-    def why_unconstrained(cls, params: AnyParams) -> str | None:
-        """Nothing: drafts are candidates, and are verified by candidates."""
-        return None
+    heeds_patterns = True
 
     def step_limit(self, params: AnyParams) -> int:
         """Of a token: it is drafted, then written."""

@@ -96,6 +96,7 @@ class Lopa(Strategy):
     Params = LopaParams
     needs = frozenset({"branches"})
     needs_branches = True
+    heeds_patterns = True
 
     @classmethod
     def branches(cls, params: AnyParams) -> int:
