@@ -208,7 +208,10 @@ def roll_out(
                 masks_at_first = masked.sum(1)
             where = torch.zeros_like(rows.valid)
             where[masked.nonzero()[:, 0], places[masked]] = True
-            logits = without_mask(logits_at(rows.ids, rows.valid, where), mask_id)
+            # Rows that are finished need no forward.
+            live = masked.any(1)
+            logits = logits_at(rows.ids[live], rows.valid[live], where[live])
+            logits = without_mask(logits, mask_id)
             found = _choose(logits, masked, decoder.temperature, noise)
             if first_entropy is None:
                 first_entropy = found.entropy.sum(1) / masked.sum(1)
