@@ -83,6 +83,10 @@ TRAINABLE = {
 summary."""
 
 TOOLS = {
+    "answers": (
+        "vllm_dlm.training.answers",
+        "record a model's own answers, to train it on",
+    ),
     "bench": (
         "vllm_dlm.bench.command",
         "measure speed and accuracy, and compare with other engines",

@@ -144,16 +144,29 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
         problems = sample_problems(args.num, args.seed, split="train")
         return [problem.question for problem in problems]
+    return read_prompt_file(args.prompts, args.num)
+
+
+def read_prompt_file(path: str | Path, most: int) -> list[str]:
+    """The prompts of a file: one a line, as a text or in a JSON object.
+
+    Args:
+        path: The file.
+        most: How many are read at most.
+
+    Raises:
+        ValueError: there is no such file, or an object has no prompt.
+    """
     prompts: list[str] = []
-    for number, line in enumerate(read_lines(args.prompts, "prompts"), 1):
-        if len(prompts) == args.num:
+    for number, line in enumerate(read_lines(path, "prompts"), 1):
+        if len(prompts) == most:
             break
         if line.strip():
-            prompts.append(_prompt(line.rstrip("\n"), args.prompts, number))
+            prompts.append(_prompt(line.rstrip("\n"), path, number))
     return prompts
 
 
-def _prompt(line: str, path: str, number: int) -> str:
+def _prompt(line: str, path: str | Path, number: int) -> str:
     if not line.lstrip().startswith("{"):
         return line
     fields = ("prompt", "question", "text")
