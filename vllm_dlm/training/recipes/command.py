@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ class Training:
         rows: The data, in the file's order; what `Recipe.read` returned.
         args: All options, the recipe's own among them.
         held_out: Rows of the data that are not trained on, but measured with.
+        notes: What `note` has added up.
+        kept: What a recipe keeps between steps, by name; no part of a checkpoint.
     """
 
     learner: Learner
@@ -75,6 +78,7 @@ class Training:
     args: argparse.Namespace
     held_out: Sequence[Row] = ()
     notes: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -102,6 +106,31 @@ class Training:
     def generator(self, step: int) -> torch.Generator:
         """Where the step's noise is drawn from, for the whole batch at once."""
         return step_generator(self.seed, step)
+
+    @contextmanager
+    def initial(self) -> Iterator[Learner]:
+        """The model before the training, as a teacher: no gradients, no dropout.
+
+        With an adapter it is the same network, the adapter off; else a copy that is
+        loaded from the model's folder, also where a run goes on.
+        """
+        import torch
+
+        from vllm_dlm.training.learner import load_learner
+
+        if self.learner.has_adapter:
+            self.learner.network.eval()
+            with torch.no_grad(), self.learner.without_adapter():
+                yield self.learner
+            self.learner.network.train()
+            return
+        if "initial" not in self.kept:
+            args = self.args
+            copy = load_learner(args.model, device=args.device, dtype=args.dtype)
+            copy.network.eval().requires_grad_(False)
+            self.kept["initial"] = copy
+        with torch.no_grad():
+            yield self.kept["initial"]
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +170,8 @@ class Recipe:
         updates: (training, step) -> the updates of a step, as of `run_updates`: in
             place of `corrupt` and `step_loss`, for recipes that roll out.
         read: (args, learner) -> the data; by default the rows of --data.
+        begin_step: (training, step) -> None, before a step's rows are drawn: a recipe
+            may give `training.rows` new ones, a function of the step alone.
         decoding: args -> options of a request that the trained model is for; they
             become the folder's defaults.
         settings: args -> ways to decode that the card compares, before and after.
@@ -155,6 +186,7 @@ class Recipe:
     step_loss: Callable[[Training, Any, int], torch.Tensor] | None = None
     updates: Callable[[Training, int], Iterator[Mapping[str, float]]] | None = None
     read: Callable[[argparse.Namespace, Learner], Sequence[Any]] = _read
+    begin_step: Callable[[Training, int], None] = lambda training, step: None
     decoding: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {}
     settings: Callable[[argparse.Namespace], Sequence[Setting]] = lambda args: ()
     add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
@@ -483,6 +515,7 @@ def _update(
     """The one update of a step of a recipe that has a loss."""
     if recipe.corrupt is None or recipe.step_loss is None:
         raise ValueError(f"{recipe.name} has neither updates nor corrupt and step_loss")
+    recipe.begin_step(training, step)
     batch = training.batch(step)
     example = recipe.corrupt(training, batch, training.generator(step), step)
     total = 0.0
