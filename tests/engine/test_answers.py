@@ -79,6 +79,7 @@ def test_the_file_of_an_unfinished_run(tmp_path):
     ("more", "message"),
     [
         (("--tasks", "copi"), "--tasks: .*copi.*copy"),
+        (("--strategy", "statik"), "--strategy: .*statik.*static"),
         (("--chat",), "--chat is for --prompts"),
         (("--prompts", "FILE", "--keep-wrong"), "--keep-wrong is for the built-in"),
         (("--prompts", "FILE", "--tasks", "copy"), "--tasks is for the built-in"),

@@ -54,6 +54,18 @@ TRAINABLE = {
         "vllm_dlm.training.drafters.specdec_head",
         "the acceptance head of a draft model (method specdec++)",
     ),
+    "certainty": (
+        "vllm_dlm.training.recipes.certainty",
+        "a diffusion model to be sure early, for the strategy entropy (dParallel)",
+    ),
+    "d3llm": (
+        "vllm_dlm.training.recipes.d3llm",
+        "the same on states of the model's own trajectories (d3LLM)",
+    ),
+    "dscd": (
+        "vllm_dlm.training.recipes.dscd",
+        "a diffusion model to predict from many masks as from few (CD4LM)",
+    ),
     "sft": (
         "vllm_dlm.training.recipes.sft",
         "a diffusion model on answers of your own (the objective of LLaDA)",

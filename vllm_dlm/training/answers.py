@@ -24,6 +24,7 @@ from vllm_dlm.cli.arguments import count, output_file
 from vllm_dlm.files.whole_files import parse_json, replacing
 from vllm_dlm.learn2pd.collect import read_prompt_file
 from vllm_dlm.messages import unknown
+from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.tasks.problems import TASKS, Problem, sample_problems
 from vllm_dlm.training.answer_log import Answer, append_answers, read_answers
@@ -131,6 +132,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an option that is not valid, or not beside another one.
     """
+    if args.strategy not in STRATEGIES:
+        raise ValueError(f"--strategy: {unknown(args.strategy, STRATEGIES)}")
     for name in args.tasks or ():
         if name not in TASKS:
             raise ValueError(f"--tasks: {unknown(name, TASKS)}")
