@@ -17,8 +17,9 @@ Checkpoints hold whole tensors, and are read by any number of processes.
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -48,13 +49,8 @@ class Processes:
     size: int
     device: torch.device
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one that writes files and talks."""
-        return self.rank == 0
-
     def share(self, example: Example) -> Example:
-        """This process's rows of a dataclass of tensors; there may be none."""
+        """This process's rows of a dataclass of tensors."""
         if self.size == 1:
             return example
         return take_rows(example, slice(self.rank, None, self.size))
@@ -66,6 +62,18 @@ class Processes:
         summed = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return float(summed)
+
+    def totals(self, values: Mapping[str, float]) -> dict[str, float]:
+        """As `total`, of each value by its name."""
+        return {name: self.total(value) for name, value in values.items()}
+
+    def of_first(self, value: float) -> float:
+        """The first process's value, such as its clock: what all decide by."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(told, 0)
+        return float(told)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of all processes, where FSDP2 has not yet done so.
@@ -88,11 +96,6 @@ class Processes:
             parts = flat.split([each.numel() for each in bucket])
             for gradient, part in zip(bucket, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
 
 
 def alone(device: str | torch.device) -> Processes:
@@ -130,6 +133,7 @@ def join(device: str) -> Processes:
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        atexit.register(leave)
     return Processes(dist.get_rank(), dist.get_world_size(), place)
 
 
@@ -139,12 +143,30 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def copy_from_first(network: nn.Module, processes: Processes) -> None:
-    """Give all processes the first one's values of what is trained."""
-    if processes.size > 1:
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                dist.broadcast(parameter.data, 0)
+def is_first() -> bool:
+    """Whether this process writes files and talks: the first, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def distribute(
+    network: nn.Module, processes: Processes, compute_dtype: torch.dtype
+) -> None:
+    """Make a network, loaded on the CPU by each process, theirs together; in place.
+
+    Args:
+        network: If only a part of it is trained, such as an adapter, every process
+            keeps the whole; else as of `shard`.
+        compute_dtype: As of `shard`.
+    """
+    if processes.size == 1:
+        return
+    if all(parameter.requires_grad for parameter in network.parameters()):
+        shard(network, processes, compute_dtype)
+        return
+    network.to(processes.device)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            dist.broadcast(parameter.data, 0)
 
 
 def shard(network: nn.Module, processes: Processes, compute_dtype: torch.dtype) -> None:
@@ -253,7 +275,7 @@ def scatter_optimizer(
 
 
 def _is_shard(value: Any) -> bool:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or not dist.is_initialized():
         return False
     from torch.distributed.tensor import DTensor
 

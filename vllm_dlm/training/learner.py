@@ -8,6 +8,7 @@ shift) and SDAR's (Qwen3, block-causal). A recipe never asks which it has.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from vllm_dlm.registry import load
 from vllm_dlm.training import lora
 from vllm_dlm.training.block_causal import load_block_causal
 from vllm_dlm.training.decoders import DecoderModel, load_decoder
+from vllm_dlm.training.distributed import gather_each, is_first
 from vllm_dlm.training.drafters.teacher import load_tokenizer
 from vllm_dlm.training.packing import hidden_at
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, load_llada
@@ -145,6 +147,10 @@ class Learner:
         if isinstance(network, DecoderModel):
             sizes = network.named_for_checkpoint(sizes)
             tensors = network.named_for_checkpoint(tensors)
+        tensors = gather_each(tensors)
+        if not is_first():
+            deque(tensors, maxlen=0)  # to take part in gathering each
+            return
         entries = config_entries(decoding or {})
         if self.attention_block is not None:
             # It may have grown, or have been a part of the old folder's name.

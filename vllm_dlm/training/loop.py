@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from vllm_dlm.training.distributed import Processes
+
 MUON_LEARNING_RATE = 3e-3
 ADAM_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 200
@@ -205,6 +207,7 @@ def run_updates(
     max_norm: float = 1.0,
     first_step: int = 0,
     record: Callable[[int, Mapping[str, float]], None] | None = None,
+    processes: Processes | None = None,
 ) -> bool:
     """Train a network to the last step; False if stopped before.
 
@@ -221,6 +224,8 @@ def run_updates(
         max_norm: Gradients are scaled down to this norm.
         first_step: Step to begin with where there is no checkpoint.
         record: Is told of each step's measures, the mean over its updates.
+        processes: Those that train together; each process's gradients and measures
+            are what its rows contribute. By default this one is alone.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another seed or network.
@@ -230,6 +235,7 @@ def run_updates(
     import torch
     from tqdm import tqdm
 
+    from vllm_dlm.training.distributed import alone, gather, is_first
     from vllm_dlm.training.progress import (
         CHECKPOINT,
         Progress,
@@ -238,10 +244,11 @@ def run_updates(
         write_progress,
     )
 
+    processes = processes or alone("cpu")
     checkpoint = Path(output_dir) / CHECKPOINT
     full_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, seconds, steps = first_step, 0.0, options.steps
-    if options.resume and checkpoint.exists():
+    if options.resume and processes.of_first(checkpoint.exists()):
         state = read_progress(checkpoint)
         if state.seed != options.seed:
             raise ValueError(
@@ -259,22 +266,30 @@ def run_updates(
 
     def save() -> None:
         state = Progress(
-            model=trained_state(model),
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            model=gather(trained_state(model)),
+            optimizers=[gather(optimizer.state_dict()) for optimizer in optimizers],
             step=step,
             seconds=seconds + time.monotonic() - started,
             seed=options.seed,
         )
-        write_progress(checkpoint, state)
+        if is_first():
+            write_progress(checkpoint, state)
 
-    started = last_save = time.monotonic()
-    progress = tqdm(total=steps, initial=step, unit="step", mininterval=10)
+    started = last_save = processes.of_first(time.monotonic())
+    progress = tqdm(
+        total=steps,
+        initial=step,
+        unit="step",
+        mininterval=10,
+        disable=not is_first(),
+    )
     mean_loss, accuracy = None, 0.0
     while step < steps:
         factor = rate(step, steps)
         measures: list[Mapping[str, float]] = []
         for measured in updates(step):
-            measures.append(measured)
+            measures.append(processes.totals(measured))
+            processes.sum_gradients(model.parameters())
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             for optimizer, full_rate in zip(optimizers, full_rates, strict=True):
                 optimizer.param_groups[0]["lr"] = factor * full_rate
@@ -299,7 +314,7 @@ def run_updates(
             progress.write(
                 f"step {step} loss {mean_loss:.4f} exact {accuracy:.3f}: {cells}"
             )
-        now = time.monotonic()
+        now = processes.of_first(time.monotonic())
         if now - last_save > 60 * options.checkpoint_minutes:
             save()
             last_save = now

@@ -16,6 +16,7 @@ from vllm_dlm.files.tensor_files import (
     write_checkpoint,
 )
 from vllm_dlm.files.whole_files import BadFile, checked
+from vllm_dlm.training.distributed import scatter_optimizer, scatter_weights
 
 CHECKPOINT = "training.pt"
 """Name of the checkpoint in the folder of the model that is trained."""
@@ -28,7 +29,8 @@ class Progress(BaseModel):
     """What the file holds."""
 
     model: dict[str, Any]
-    """State dict, of what is trained: of an adapter, not of what it adapts."""
+    """State dict, of what is trained: of an adapter, not of what it adapts. Whole
+    tensors, however many processes train."""
     optimizers: list[dict[str, Any]]
     """State dicts."""
     step: int = Field(ge=0)
@@ -43,7 +45,7 @@ class Progress(BaseModel):
         network: torch.nn.Module,
         optimizers: list[torch.optim.Optimizer],
     ) -> None:
-        """Put a run into this state.
+        """Put a run into this state, however many processes it has.
 
         Args:
             path: where this was read, for error messages.
@@ -57,9 +59,10 @@ class Progress(BaseModel):
         }
         check_tensors(self.model, rules, path, _WHAT)
         try:
-            network.load_state_dict(self.model, strict=False)
+            own = scatter_weights(self.model, network)
+            network.load_state_dict(own, strict=False)
             for optimizer, saved in zip(optimizers, self.optimizers, strict=True):
-                optimizer.load_state_dict(saved)
+                optimizer.load_state_dict(scatter_optimizer(saved, optimizer))
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
             raise BadFile(_WHAT, path, error) from None
         states = [each.state for each in optimizers]

@@ -41,6 +41,7 @@ from vllm_dlm.training.rows import (
 if TYPE_CHECKING:
     import torch
 
+    from vllm_dlm.training.distributed import Processes
     from vllm_dlm.training.learner import Learner
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -58,6 +59,12 @@ class Setting:
 
     name: str
     options: Mapping[str, Any]
+
+
+def _one_process() -> Processes:
+    from vllm_dlm.training.distributed import alone
+
+    return alone("cpu")
 
 
 @dataclass
@@ -79,6 +86,8 @@ class Training:
     held_out: Sequence[Row] = ()
     notes: dict[str, float] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
+    processes: Processes = field(default_factory=_one_process)
+    """Those that train together."""
 
     @property
     def seed(self) -> int:
@@ -200,7 +209,12 @@ class Recipe:
 
     def run(self, args: argparse.Namespace) -> None:
         """Train as the options say, export, measure and write the card."""
-        if train(self, args) is None:
+        done = train(self, args)
+        from vllm_dlm.training.distributed import is_first
+
+        if not is_first():
+            return
+        if done is None:
             print(
                 f"Stopped before the last step; run again to go on: {args.output_dir}"
             )
@@ -399,17 +413,31 @@ def start(recipe: Recipe, args: argparse.Namespace) -> Training:
         ValueError: they cannot be loaded, or do not fit together.
     """
     prepare(LoopOptions.from_args(args))
+    from vllm_dlm.training.distributed import distribute, join
     from vllm_dlm.training.learner import load_learner
 
+    processes = join(args.device)
+    on_cpu = processes.device.type == "cpu"
+    if processes.size > 1:
+        if recipe.updates is not None:
+            raise ValueError(f"{recipe.name} trains in one process, without torchrun")
+        if args.batch_size % processes.size:
+            raise ValueError(
+                f"{processes.size} processes share the rows of a step evenly: "
+                f"--batch-size is a multiple of {processes.size}, not "
+                f"{args.batch_size}"
+            )
     learner = load_learner(
         args.model,
         lora_rank=args.lora_rank,
         lora_targets=args.lora_targets,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        device=args.device,
-        dtype=args.dtype,
+        device=args.device if processes.size == 1 else "cpu",
+        dtype=args.dtype or ("float32" if on_cpu else "bfloat16"),
     )
+    distribute(learner.network, processes, learner.compute_dtype)
+    learner.device = processes.device
     learner.packed = args.packed
     learner.network.checkpointing = args.checkpointing
     rows = recipe.read(args, learner)
@@ -418,7 +446,7 @@ def start(recipe: Recipe, args: argparse.Namespace) -> Training:
         rows = _fit(args, rows)
         if args.data is not None:
             rows, held_out = _hold_out(args, rows)
-    return Training(learner, rows, args, held_out)
+    return Training(learner, rows, args, held_out, processes=processes)
 
 
 def _hold_out(
@@ -445,7 +473,9 @@ def _fit(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
             "no row fits into --canvas-length or --row-length; the shortest response "
             f"has {min(len(row.response_ids) for row in rows)} tokens"
         )
-    if len(fitting) < len(rows):
+    from vllm_dlm.training.distributed import is_first
+
+    if len(fitting) < len(rows) and is_first():
         print(f"{len(rows) - len(fitting)} of {len(rows)} rows are too long: left out")
     return fitting
 
@@ -474,7 +504,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
 
     def updates(step: int) -> Iterator[Mapping[str, float]]:
         # Dropout draws from the global generator: from the step alone, as all else.
-        torch.manual_seed(step_seed(training.seed, step))
+        # Another process has other rows, and so other noise.
+        torch.manual_seed(step_seed(training.seed, step) + training.processes.rank)
         chosen = recipe.updates or (
             lambda training, step: _update(recipe, training, step)
         )
@@ -499,6 +530,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
         rate=rate,
         max_norm=args.max_norm,
         record=record,
+        processes=training.processes,
     )
     metrics.close()
     if not done:
@@ -518,8 +550,10 @@ def _update(
     recipe.begin_step(training, step)
     batch = training.batch(step)
     example = recipe.corrupt(training, batch, training.generator(step), step)
+    example = training.processes.share(example)
+    rows = len(batch.ids) // training.processes.size
     total = 0.0
-    for part in split_rows(example, len(batch.ids), training.args.accumulate):
+    for part in split_rows(example, rows, training.args.accumulate):
         loss = recipe.step_loss(
             training, to_device(part, training.learner.device), step
         )
