@@ -17,7 +17,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+)
 
 from vllm_dlm.config.aliases import cached_folder, resolve
 from vllm_dlm.config.levels import config_entries
@@ -259,21 +264,29 @@ def model_folder(model: str) -> Path:
     return Path(folder)
 
 
-def _load(source: Path, dtype: torch.dtype | None) -> tuple[Network, ModelDefaults]:
-    """The network of a folder, and what its model declares."""
-    values = Config(source).values
-    named = values.get("architectures")
+def declared(source: Path) -> tuple[str, PretrainedConfig]:
+    """The architecture of a folder that can be trained, and its configuration.
+
+    Raises:
+        ValueError: it is none of `LAYOUTS`, or does not say what is needed.
+    """
+    named = Config(source).values.get("architectures")
     known = [name for name in LAYOUTS if isinstance(named, list) and name in named]
     if not known:
         raise ValueError(
             f"{source} is a model of the architecture {named}; what can be trained: "
             f"{', '.join(LAYOUTS)}"
         )
-    config = _config(source)
+    return known[0], _config(source)
+
+
+def _load(source: Path, dtype: torch.dtype | None) -> tuple[Network, ModelDefaults]:
+    """The network of a folder, and what its model declares."""
+    architecture, config = declared(source)
     network: Network
-    if known[0] == "LLaDAModelLM":
+    if architecture == "LLaDAModelLM":
         network = load_llada(source, dtype)
-    elif known[0] == "DreamModel":
+    elif architecture == "DreamModel":
         network = DecoderModel(load_decoder(Qwen2ForCausalLM, source, config, dtype))
     else:
         network = load_block_causal(source, dtype)

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("constant", "linear", "cosine")
 CANVAS_MULTIPLE = 32
+LONGEST_CANVAS = 256
+"""Tokens of a canvas, where a dry run is told of none."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ class Recipe:
         settings: args -> ways to decode that the card compares, before and after.
         add_arguments: Adds options of the recipe's own.
         defaults: Of the shared options, by their names in the namespace.
+        forwards: Of a step, with a backward pass in common; what each keeps for that
+            is in memory at once.
     """
 
     name: str
@@ -200,6 +204,7 @@ class Recipe:
     settings: Callable[[argparse.Namespace], Sequence[Setting]] = lambda args: ()
     add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    forwards: int = 1
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of `vllm-dlm train NAME`."""
@@ -209,6 +214,11 @@ class Recipe:
 
     def run(self, args: argparse.Namespace) -> None:
         """Train as the options say, export, measure and write the card."""
+        if args.dry_run:
+            print(dry_run(self, args))
+            return
+        if args.output_dir is None:
+            raise ValueError("--output-dir is missing: the folder of the trained model")
         done = train(self, args)
         from vllm_dlm.training.distributed import is_first
 
@@ -228,7 +238,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="the model to train: folder, hub id or alias"
     )
     parser.add_argument(
-        "--output-dir", type=output_folder, required=True, help="its folder afterwards"
+        "--output-dir", type=output_folder, help="its folder afterwards"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train nothing: tell what memory this training needs, from the model's "
+        "config.json alone, and what fits on which GPU",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -458,6 +474,35 @@ def _hold_out(
     kept = {*chosen}
     trained = [row for index, row in enumerate(rows) if index not in kept]
     return trained, [rows[index] for index in sorted(kept)]
+
+
+def dry_run(recipe: Recipe, args: argparse.Namespace) -> str:
+    """What memory the training would need, in words.
+
+    Raises:
+        ValueError: the model has no config.json, or cannot be trained.
+    """
+    import torch
+
+    from vllm_dlm.training.memory import (
+        LENGTHS,
+        build,
+        config_folder,
+        estimate,
+        report,
+    )
+
+    # On a CPU too, the question is what a GPU needs.
+    dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+    network = build(config_folder(args.model))
+    found = estimate(network, args.lora_rank, args.lora_targets, dtype)
+    return report(
+        found,
+        dtype=dtype,
+        masked=args.canvas_length or LONGEST_CANVAS,
+        forwards=recipe.forwards,
+        lengths=(args.row_length,) if args.row_length else LENGTHS,
+    )
 
 
 def _fit(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:

@@ -205,16 +205,7 @@ def load_llada(
         ValueError: its files are missing, or do not fit together.
     """
     config = Config(model_dir)
-    shape = LLaDAShape(
-        vocab_size=config.size("vocab_size"),
-        d_model=config.size("d_model"),
-        n_layers=config.layers("n_layers"),
-        n_heads=config.size("n_heads"),
-        mlp_hidden_size=config.size("mlp_hidden_size"),
-        rope_theta=config.number("rope_theta"),
-        rms_norm_eps=config.number("rms_norm_eps"),
-        max_sequence_length=config.size("max_sequence_length"),
-    )
+    shape = read_shape(config)
     tensors = read_all_weights(model_dir)
     check_room(shape.num_parameters, tensors, config)
     # Without memory for weights that are replaced at once.
@@ -224,6 +215,24 @@ def load_llada(
     state = {name: tensors.pop(name).to(dtype) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def read_shape(config: Config) -> LLaDAShape:
+    """The sizes that a config.json in LLaDA's layout says.
+
+    Raises:
+        ValueError: one is missing, or is no size.
+    """
+    return LLaDAShape(
+        vocab_size=config.size("vocab_size"),
+        d_model=config.size("d_model"),
+        n_layers=config.layers("n_layers"),
+        n_heads=config.size("n_heads"),
+        mlp_hidden_size=config.size("mlp_hidden_size"),
+        rope_theta=config.number("rope_theta"),
+        rms_norm_eps=config.number("rms_norm_eps"),
+        max_sequence_length=config.size("max_sequence_length"),
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
