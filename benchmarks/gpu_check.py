@@ -6,6 +6,8 @@
     steps      an engine eager, with piecewise and whole CUDA graphs, and asynchronous:
                does it start, which steps replay which graph, what does a step launch
     bandwidth  the statistics kernel, beside a copy on the device
+    training   a step of rows of different lengths, padded and packed, through SDPA and
+               xformers: time, memory, and the memory that a dry run tells
     speed      tokens/s at the shapes of an 8B and a 1.7B model, the same four ways,
                beside an autoregressive model; weights are dummies, nothing is loaded
 
@@ -42,7 +44,7 @@ from vllm_dlm.cli.arguments import output_file
 from vllm_dlm.files.whole_files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("kernels", "parity", "steps", "bandwidth", "speed")
+PARTS = ("kernels", "parity", "steps", "bandwidth", "training", "speed")
 MINUTES = {True: 8.0, False: 40.0}
 """For all parts, with a GPU and without: there the tests' cores are shared."""
 SLOWER_ON_A_CPU = 5
@@ -170,7 +172,7 @@ def jobs(parts: Sequence[str], quick: bool, cuda: bool) -> list[Job]:
         tests = ["tests/kernels/test_token_stats.py"]
         tests += [] if quick else ["tests/kernels/test_draw.py"]
         if cuda:
-            tests = ["tests/kernels", "-m", "gpu"]
+            tests = ["tests/kernels", "tests/training/test_packing.py", "-m", "gpu"]
         found.append(job("kernels", "", 90, "tests", "--", *tests))
     if "parity" in parts:
         tests = [f"{_PARITY}[dual-16]"]
@@ -183,6 +185,8 @@ def jobs(parts: Sequence[str], quick: bool, cuda: bool) -> list[Job]:
         found += [job("steps", name, 60, "steps", name) for name in VARIANTS]
     if "bandwidth" in parts:
         found.append(job("bandwidth", "", 40, "bandwidth"))
+    if "training" in parts:
+        found.append(job("training", "", 60, "training"))
     if "speed" in parts:
         large, small = ("8B", "1.7B") if cuda else ("tiny-llada", "tiny-sdar")
         for name in ("whole", "ar", "eager", "piecewise", "async"):

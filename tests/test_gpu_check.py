@@ -181,7 +181,15 @@ def test_its_tests_exist():
 def test_it_runs_through_on_a_cpu(tmp_path):
     file = tmp_path / "check.json"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--quick"]
-    command += ["--parts", "steps", "bandwidth", "speed", "--json", str(file)]
+    command += [
+        "--parts",
+        "steps",
+        "bandwidth",
+        "training",
+        "speed",
+        "--json",
+        str(file),
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True
@@ -195,6 +203,10 @@ def test_it_runs_through_on_a_cpu(tmp_path):
         assert one["status"] == ("skipped" if has_graphs else "ok"), one
         if has_graphs:
             assert one["reason"] == "a CPU has no CUDA graphs"
+    training = parts["training", ""]["numbers"]
+    losses = [training[way]["loss"] for way in ("padded", "packed, SDPA with a mask")]
+    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
+    assert training["told_bytes"] > 1e6
     steps = parts["steps", "eager"]["numbers"]
     # 64 tokens, two a step.
     assert steps["modes_1"] == {"NONE": 32}

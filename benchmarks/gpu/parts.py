@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.gpu.engines import run_speed, run_steps
 from benchmarks.gpu.findings import Findings, Skipped, has_cuda
+from benchmarks.gpu.training import run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,6 +156,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "steps": run_steps,
     "bandwidth": run_bandwidth,
     "speed": run_speed,
+    "training": run_training,
 }
 
 if __name__ == "__main__":

@@ -197,11 +197,12 @@ def test_a_step_on_two_layers_of_8bs_widths():
         max_sequence_length=4096,
     )
     with torch.device("meta"):
-        wanted = memory.estimate(LLaDAModel(shape), 128, "reference")
-        network = LLaDAModel(shape).bfloat16()
+        told, network = LLaDAModel(shape), LLaDAModel(shape).bfloat16()
+    wanted = memory.estimate(told, 128, "reference")
     torch.manual_seed(0)
     # Random bytes would be NaN in places: a few numbers, again and again.
     pattern = torch.randn(1 << 20).mul(0.02).bfloat16()
+    tables = network.cos, network.sin
     network.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -211,17 +212,7 @@ def test_a_step_on_two_layers_of_8bs_widths():
                 flat = parameter.view(-1)
                 for part in flat.split(len(pattern)):
                     part.copy_(pattern[: len(part)])
-    angles = LLaDAModel(
-        LLaDAShape(
-            8,
-            d_model=128,
-            n_heads=1,
-            n_layers=0,
-            rope_theta=500000.0,
-            max_sequence_length=4096,
-        )
-    )
-    network.cos, network.sin = angles.cos, angles.sin
+    network.cos, network.sin = tables
     lora.add_adapter(network, 128, targets="reference")
     learner = Learner(
         network=network.train(),

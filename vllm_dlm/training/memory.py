@@ -26,7 +26,7 @@ GPUS = (24, 40, 80)
 """GiB of the GPUs that the table speaks of."""
 RESERVED = 1.5 * GIB
 """Of a GPU: CUDA's context, kernels' workspaces, what the allocator cannot use."""
-_TRACED = (128, 256)
+_TRACED = (32, 64)
 """Tokens of the rows that are sent through: what they keep grows with a row's length,
 but for copies of an adapter's weights."""
 
@@ -328,7 +328,7 @@ def _trace(
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     casts = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with mode, casts, hooks:
-        ids = torch.zeros(1, tokens, dtype=torch.long)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="cpu")
         hidden = network.hidden(ids)
         row = total()
         logits = network.head(hidden[0]).float()
