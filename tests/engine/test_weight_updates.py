@@ -115,7 +115,8 @@ def test_drawn_tokens_belong_to_their_canvases(updated: Engine, learner: Learner
                 found.ids[where],
                 learner.mask_id,
             )
-        torch.testing.assert_close(found.logprobs[where], again, atol=2e-4, rtol=0)
+        # What is behind a text comes in frames, whose numbers are rounded.
+        torch.testing.assert_close(found.logprobs[where], again, atol=2e-3, rtol=0)
 
 
 def test_weights_that_are_given_back_are_the_same(

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.training.questions import Question, read_questions, task_questions
@@ -86,15 +85,12 @@ class Run(Sequence[Question]):
         held_out: To measure with.
         reward: Of an answer.
         roller: Rolls out.
-        reference: The network of before the training; None where nothing is compared
-            with it, or where it is the trained one without its adapter.
     """
 
     questions: Sequence[Question]
     held_out: Sequence[Question]
     reward: Reward
     roller: Roller
-    reference: torch.nn.Module | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -103,8 +99,8 @@ class Run(Sequence[Question]):
         return self.questions[index]
 
 
-def read(method: Method, args: argparse.Namespace, learner: Learner) -> Run:
-    """Questions, reward, and what a run needs of the network before it is trained."""
+def read(args: argparse.Namespace, learner: Learner) -> Run:
+    """The questions and the reward that the options name, and who rolls out."""
     check(args)
     if args.data is not None:
         found = read_questions(args.data, learner.tokenizer, args.prompt_length)
@@ -127,13 +123,11 @@ def read(method: Method, args: argparse.Namespace, learner: Learner) -> Run:
         questions = task_questions(args.num_rows, args.seed, tasks)
         held_out = task_questions(args.held_out, args.seed, tasks, "heldout")
     decoder_of(args).strategy(args.canvas_length, learner.device)
-    needs_copy = args.beta > 0 and not method.against_old and not learner.has_adapter
     return Run(
         questions=questions,
         held_out=held_out,
         reward=load_reward(args.reward),
         roller=_roller(args, learner),
-        reference=_frozen(learner.network) if needs_copy else None,
     )
 
 
@@ -146,10 +140,6 @@ def _roller(args: argparse.Namespace, learner: Learner) -> Roller:
     return EngineRoller(
         start_engine(learner, args.engine_config), learner, decoder, canvas
     )
-
-
-def _frozen(network: torch.nn.Module) -> torch.nn.Module:
-    return deepcopy(network).requires_grad_(False).eval()
 
 
 def updates(
@@ -212,23 +202,15 @@ def _reference(
     method: Method, training: Training
 ) -> Callable[[], AbstractContextManager[LogitsAt]] | None:
     """What makes the network of before the training; None where nobody asks for it."""
-    learner, run = training.learner, training.rows
-    assert isinstance(run, Run)
     if training.args.beta == 0 or method.against_old:
         return None
-    copy = run.reference
-    if copy is not None:
-        from dataclasses import replace
-
-        frozen = replace(learner, network=copy)
-        return lambda: nullcontext(frozen.logits_at)
 
     @contextmanager
-    def without_adapter() -> Iterator[LogitsAt]:
-        with learner.without_adapter():
+    def initial() -> Iterator[LogitsAt]:
+        with training.initial() as learner:
             yield learner.logits_at
 
-    return without_adapter
+    return initial
 
 
 def reward_answers(
@@ -295,7 +277,7 @@ def make_recipe(
         summary=summary,
         paper=paper,
         updates=lambda training, step: updates(method, training, step),
-        read=lambda args, learner: read(method, args, learner),
+        read=read,
         decoding=lambda args: decoder_of(args).options(args.canvas_length),
         settings=lambda args: [
             Setting(name, decoder.options(args.canvas_length))
