@@ -302,8 +302,11 @@ def run_updates(
         value = means["loss"]
         mean_loss = value if mean_loss is None else 0.98 * mean_loss + 0.02 * value
         progress.update()
-        if step % 20 == 0:
+        reward = means.get("reward")
+        if step % 20 == 0 or reward is not None:
             shown = {"loss": f"{mean_loss:.4f}"}
+            if reward is not None:
+                shown["reward"] = f"{reward:.3f}"
             if evaluate is not None:
                 shown["exact"] = f"{accuracy:.2f}"
             progress.set_postfix(shown, refresh=False)
