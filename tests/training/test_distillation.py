@@ -365,7 +365,15 @@ def training_of(folder, recipe, *more):
     recipe.add_arguments(parser)
     model = str(tiny_folder(folder / "model"))
     data = write_rows(folder / "rows.jsonl")
-    args = [model, "--output-dir", str(folder / "out"), "--data", str(data)]
+    args = [
+        model,
+        "--output-dir",
+        str(folder / "out"),
+        "--data",
+        str(data),
+        "--num-problems",
+        "0",
+    ]
     return start(recipe.RECIPE, parser.parse_args([*args, *more]))
 
 
@@ -523,7 +531,8 @@ def test_a_batch_s_loss_is_that_of_its_rows_alone(tmp_path, recipe, more):
 def options_of(recipe, folder, data, output, *more):
     return [
         *("train", recipe, str(folder), "--output-dir", str(output)),
-        *("--steps", "3", "--batch-size", "4", "--data", str(data), *more),
+        *("--steps", "3", "--batch-size", "4", "--data", str(data)),
+        *("--num-problems", "0", *more),
     ]
 
 
@@ -667,7 +676,7 @@ def test_certainty_cuts_forwards(tmp_path):
     command = ["train", "certainty", "llada-tiny", "--output-dir", str(tmp_path)]
     options = "--steps 40 --rounds 2 --num-rows 500 --batch-size 16 --beta 0.5"
     options += " --mask-ratio 0.3 1 --full-mask 0.3 --padding-weight 0.05"
-    options += " --learning-rate 3e-4 --threads 1 --max-minutes"
+    options += " --learning-rate 3e-4 --threads 1 --num-problems 0 --max-minutes"
     # Stopped in the midst of a round, or not: the same weights and rows follow.
     stopped = [*command, *options.split(), "1e-9"]
     for _ in range(3):
@@ -690,7 +699,7 @@ def test_the_student_comes_nearer_to_its_teacher(tmp_path):
 
     options = ["llada-tiny", "--output-dir", str(tmp_path), "--steps", "50"]
     options += ["--num-rows", "500", "--short-caps", "off", "--batch-size", "16"]
-    options += ["--learning-rate", "3e-4", "--threads", "1"]
+    options += ["--learning-rate", "3e-4", "--threads", "1", "--num-problems", "0"]
     assert main(["train", "dscd", *options]) == 0
     parser = argparse.ArgumentParser()
     dscd.add_arguments(parser)

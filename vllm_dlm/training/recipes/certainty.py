@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_dlm.cli.arguments import count
+from vllm_dlm.tasks.problems import FREE_TASKS
 from vllm_dlm.training.recipes import self_made
 from vllm_dlm.training.recipes.command import Recipe, Training
 from vllm_dlm.training.recipes.two_ways import (
@@ -281,6 +282,8 @@ RECIPE = Recipe(
     begin_step=self_made.begin_step,
     decoding=entropy_decoding,
     settings=entropy_settings,
+    # Where several answers are right, tokens depend on each other.
+    tasks=FREE_TASKS,
     add_arguments=_add_arguments,
     defaults={"learning_rate": 1e-4, "num_rows": 5000},
 )

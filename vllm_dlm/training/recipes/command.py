@@ -186,6 +186,7 @@ class Recipe:
         decoding: args -> options of a request that the trained model is for; they
             become the folder's defaults.
         settings: args -> ways to decode that the card compares, before and after.
+        tasks: Built-in tasks that are asked for it, all of them by default.
         add_arguments: Adds options of the recipe's own.
         defaults: Of the shared options, by their names in the namespace.
         forwards: Of a step, with a backward pass in common; what each keeps for that
@@ -202,6 +203,7 @@ class Recipe:
     begin_step: Callable[[Training, int], None] = lambda training, step: None
     decoding: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {}
     settings: Callable[[argparse.Namespace], Sequence[Setting]] = lambda args: ()
+    tasks: Sequence[str] | None = None
     add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
     defaults: Mapping[str, Any] = field(default_factory=dict)
     forwards: int = 1

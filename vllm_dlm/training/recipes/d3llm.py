@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from vllm_dlm import trajectories
 from vllm_dlm.cli.arguments import count
+from vllm_dlm.tasks.problems import FREE_TASKS
 from vllm_dlm.training.recipes import self_made
 from vllm_dlm.training.recipes.command import Recipe, Training
 from vllm_dlm.training.recipes.two_ways import (
@@ -238,6 +239,8 @@ RECIPE = Recipe(
     read=_read,
     decoding=entropy_decoding,
     settings=entropy_settings,
+    # Where several answers are right, tokens depend on each other.
+    tasks=FREE_TASKS,
     add_arguments=_add_arguments,
     defaults={"learning_rate": 1e-4, "num_rows": 5000, "threshold": 0.4},
 )

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_dlm.tasks.problems import FREE_TASKS
 from vllm_dlm.training.recipes import self_made
 from vllm_dlm.training.recipes.command import Recipe, Setting, Training
 from vllm_dlm.training.recipes.two_ways import (
@@ -343,6 +344,8 @@ RECIPE = Recipe(
     read=_read,
     decoding=_decoding,
     settings=_settings,
+    # Where several answers are right, tokens depend on each other.
+    tasks=FREE_TASKS,
     add_arguments=_add_arguments,
     defaults={"learning_rate": 1e-4, "num_rows": 5000},
 )

@@ -138,6 +138,7 @@ class Report:
             self._canvas,
             training.args.num_problems,
             training.held_out,
+            self._recipe.tasks,
         )
         setattr(self._measures, when, found)
         if found:
@@ -163,6 +164,7 @@ def measure(
     canvas: int,
     count: int,
     held_out: Sequence[Row] = (),
+    tasks: Sequence[str] | None = None,
 ) -> list[Measure]:
     """Decode held-out questions in several ways, with a progress bar.
 
@@ -173,6 +175,7 @@ def measure(
         count: Problems of the built-in tasks, which are asked of a model that has
             llada-tiny's tokens if there are no rows.
         held_out: Rows; an answer is right if it is the row's response.
+        tasks: Names of the built-in tasks, all of them by default.
 
     Raises:
         ValueError: a setting takes an engine to decode.
@@ -186,7 +189,7 @@ def measure(
     if held_out:
         prompts = [row.prompt_ids for row in held_out]
     else:
-        problems = sample_problems(count, _SEED, "heldout")
+        problems = sample_problems(count, _SEED, "heldout", tasks)
         prompts = [
             tasks_tokenizer.encode_prompt(problem.question, index % 2 == 0)
             for index, problem in enumerate(problems)
