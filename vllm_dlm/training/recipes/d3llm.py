@@ -5,7 +5,7 @@ d3LLM (hao-ai-lab/d3LLM). As certainty forcing (`certainty.py`), with three
 differences: a block's masks are those of a canvas on the way of the teacher's own
 decoding, one token per step, in place of random ones; the other way to mask is their
 complement, and has no entropy term; blocks and the share of masks grow while training.
-Decoded afterwards by `entropy`, several blocks at once.
+Decoded afterwards by `multi_block`, several blocks at once.
 
 The published size of a block is given for each of six epochs, and grows within an
 epoch; here it grows linearly to the next epoch's. A row whose trajectory leaves the
@@ -15,22 +15,21 @@ block without a mask at that point has random ones, as a row without a trajector
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_dlm import trajectories
 from vllm_dlm.cli.arguments import count
 from vllm_dlm.tasks.problems import FREE_TASKS
 from vllm_dlm.training.recipes import self_made
-from vllm_dlm.training.recipes.command import Recipe, Training
+from vllm_dlm.training.recipes.command import Recipe, Setting, Training
 from vllm_dlm.training.recipes.two_ways import (
     Example,
     add_certainty_arguments,
     check_certainty_arguments,
     check_full_attention,
-    entropy_decoding,
     entropy_settings,
     forward,
     padding_weights,
@@ -217,6 +216,20 @@ def _step_loss(training: Training, example: Example, step: int) -> torch.Tensor:
     return loss(missed, unsure).sum() / args.batch_size
 
 
+def _decoding(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Blocks of the model's own length, several at once, by entropy."""
+    return {
+        "strategy": "multi_block",
+        "strategy_config": {"threshold": args.threshold},
+        "block_length": "canvas",
+    }
+
+
+def _settings(args: argparse.Namespace) -> Sequence[Setting]:
+    name = f"multi_block {args.threshold:g}"
+    return (Setting(name, _decoding(args)), *entropy_settings(args))
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_certainty_arguments(parser)
     parser.add_argument(
@@ -237,8 +250,8 @@ RECIPE = Recipe(
     corrupt=_corrupt,
     step_loss=_step_loss,
     read=_read,
-    decoding=entropy_decoding,
-    settings=entropy_settings,
+    decoding=_decoding,
+    settings=_settings,
     # Where several answers are right, tokens depend on each other.
     tasks=FREE_TASKS,
     add_arguments=_add_arguments,
