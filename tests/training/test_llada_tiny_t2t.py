@@ -119,6 +119,5 @@ def test_an_interrupted_training_ends_at_the_same_bits(
     one, other = load_llada(whole).state_dict(), load_llada(parts).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     values = Config(whole).values
-    assert values["dlm_strategy"] == "joint"
-    assert values["dlm_strategy_config"] == llada_tiny_t2t.DECODING
+    assert values["dlm_options"] == llada_tiny_t2t.DECODING
     assert values["dlm_max_canvas"] == llada_tiny_t2t.MAX_CANVAS

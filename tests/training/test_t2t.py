@@ -224,6 +224,20 @@ def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, more):
     assert not all(torch.equal(whole[name], before[name]) for name in whole)
 
 
+def test_the_folder_s_defaults_are_joint_s(tmp_path):
+    from training.tiny_learner import tiny_folder
+
+    from vllm_dlm.files.model_folders import Config
+
+    folder = tiny_folder(tmp_path / "model")
+    more = ("--steps", "1", "--mask-threshold", "0.4", "--edit-threshold", "0.1")
+    assert main(options_of(folder, tmp_path / "out", *more)) == 0
+    assert Config(tmp_path / "out").values["dlm_options"] == {
+        "strategy": "joint",
+        "strategy_config": {"mask_threshold": 0.4, "edit_threshold": 0.1},
+    }
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -33,14 +33,14 @@ from vllm_dlm.training.tiny.masking import Batch
 
 # Tokens of a step: rows with masks alone, so that nothing is forgotten, and rows to
 # edit; what they count.
-MASK_TOKENS, EDIT_TOKENS = 640, 1152
+MASK_TOKENS, EDIT_TOKENS = 640, 1408
 MASK_SHARE = 0.2
 LENGTHS = (*SHORT_ROWS, *SHORT_ROWS, 80)
 MIDDLE_SHARE = 0.1
 BLOCK_LENGTH = 32
 # Of the rows to edit: how many ask a task with several right answers; begin with
 # nothing but masks; are written by the model; and then edited by it once.
-FREE_SHARE, ALL_MASKED, ON_POLICY, EDITED = 0.6, 0.6, 0.8, 0.35
+FREE_SHARE, ALL_MASKED, ON_POLICY, EDITED = 0.7, 0.6, 0.8, 0.35
 # Of the rows that the model writes: how many it writes whole, the rest where its
 # probability is above one drawn up to a limit; how many with drawn tokens, the rest
 # with the best ones; how many beyond the first block.

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from vllm_dlm.training.tiny.llada_modeling import LLaDAModel
 
 NAME, START = "llada-tiny-t2t", "llada-tiny"
-STEPS = 500
-SCALE = 1.0
+STEPS = 4000
+SCALE = 0.7
 MAX_CANVAS = 256
-DECODING = {"mask_threshold": 0.0, "edit_threshold": 0.0}
+DECODING: dict[str, Any] = {
+    "strategy": "joint",
+    "strategy_config": {"mask_threshold": 0.0, "edit_threshold": 0.0},
+}
 # While training: held-out problems of each evaluation, and steps between two.
-NUM_PROGRESS_PROBLEMS, EVAL_STEPS = 120, 100
+NUM_PROGRESS_PROBLEMS, EVAL_STEPS = 120, 250
 
 
 def train(
@@ -49,7 +52,10 @@ def train(
         ValueError: the model in `start` cannot be read.
     """
     prepare(options)
+    import torch
+
     from vllm_dlm.config.aliases import resolve
+    from vllm_dlm.config.levels import config_entries
     from vllm_dlm.tasks.evaluation import exact_match
     from vllm_dlm.training.tiny.edit_data import make_batches
     from vllm_dlm.training.tiny.export import export
@@ -75,15 +81,12 @@ def train(
 
     done = run_steps(output_dir, options, model, step_loss, evaluate_step, scale=SCALE)
     if done:
-        import torch
-
-        decoding = {"dlm_strategy": "joint", "dlm_strategy_config": DECODING}
         export(
             model,
             output_dir,
             max_canvas=MAX_CANVAS,
             dtype=torch.bfloat16,
-            more=decoding,
+            more=config_entries(DECODING),
         )
     return done
 

@@ -96,7 +96,7 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
         tags="diffusion-language-model, masked-diffusion, llada",
         name=llada_tiny_t2t.NAME,
     ) + _CARD.format(
-        **llada_tiny_t2t.DECODING,
+        **llada_tiny_t2t.DECODING["strategy_config"],
         all_table=all_table,
         block=edit_data.BLOCK_LENGTH,
         bos_id=tokenizer.BOS_ID,
