@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission.canvases import Named, taken_apart
+from vllm_dlm.admission.sampling_params import is_ours
 from vllm_dlm.config.request_options import read_request
 from vllm_dlm.entrypoints.results import watched
 from vllm_dlm.entrypoints.step_maps import has_step_map
@@ -166,6 +167,8 @@ def _holes_of(request: Any, model_config: ModelConfig) -> _NamedHoles | None:
     """The named holes of an HTTP request; None if there are none."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
+    if not (request.vllm_xargs and is_ours(model_config.hf_config)):
+        return None
     tokenizer = cached_tokenizer_from_config(model_config)
     if tokenizer is None:
         return None

@@ -121,9 +121,8 @@ def completion_stream(original: Callable[..., Any]) -> Callable[..., Any]:
             "model": model_name,
         }
         nothing = {"text": "", "logprobs": None}
-        if is_ours(self.model_config.hf_config):
-            answer = canvas_fields.with_fields(answer, request, self.model_config)
-        return _with_frames(answer, results, about, nothing, kwargs.get("tokenizer"))
+        made = canvas_fields.with_fields(answer, request, self.model_config)
+        return _with_frames(made, results, about, nothing, kwargs.get("tokenizer"))
 
     return stream
 
@@ -156,9 +155,8 @@ def chat_stream(original: Callable[..., Any]) -> Callable[..., Any]:
             "created": int(time.time()),
             "model": model_name,
         }
-        if is_ours(self.model_config.hf_config):
-            answer = canvas_fields.with_fields(answer, request, self.model_config)
-        return _with_frames(answer, results, about, {"delta": {}}, tokenizer)
+        made = canvas_fields.with_fields(answer, request, self.model_config)
+        return _with_frames(made, results, about, {"delta": {}}, tokenizer)
 
     return stream
 
