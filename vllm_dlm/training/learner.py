@@ -264,7 +264,7 @@ def model_folder(model: str) -> Path:
     return Path(folder)
 
 
-def declared(source: Path) -> tuple[str, PretrainedConfig]:
+def trainable(source: Path) -> tuple[str, PretrainedConfig]:
     """The architecture of a folder that can be trained, and its configuration.
 
     Raises:
@@ -282,7 +282,7 @@ def declared(source: Path) -> tuple[str, PretrainedConfig]:
 
 def _load(source: Path, dtype: torch.dtype | None) -> tuple[Network, ModelDefaults]:
     """The network of a folder, and what its model declares."""
-    architecture, config = declared(source)
+    architecture, config = trainable(source)
     network: Network
     if architecture == "LLaDAModelLM":
         network = load_llada(source, dtype)

@@ -165,10 +165,10 @@ def build(folder: str | Path) -> Any:
     from vllm_dlm.files.model_folders import Config
     from vllm_dlm.training.block_causal import BlockCausalModel
     from vllm_dlm.training.decoders import DecoderModel
-    from vllm_dlm.training.learner import declared
+    from vllm_dlm.training.learner import trainable
     from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, read_shape
 
-    architecture, config = declared(Path(folder))
+    architecture, config = trainable(Path(folder))
     with torch.device("meta"):
         if architecture == "LLaDAModelLM":
             return LLaDAModel(read_shape(Config(folder)))
