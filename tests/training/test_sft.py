@@ -164,7 +164,7 @@ def test_a_run_measures_before_and_after_and_writes_a_card(tmp_path, capsys):
     assert all(line["learning_rate"] == 5e-4 for line in lines)
     assert lines[-1]["seconds"] >= lines[0]["seconds"] > 0
     card = (output / "README.md").read_text()
-    assert "static, 1 token per step" in card and "0.05 million weights" in card
+    assert "static, 1 token per step" in card and "0.03 million weights" in card
     assert "| decoding | forwards before |" in capsys.readouterr().out
 
 
