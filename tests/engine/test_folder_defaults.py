@@ -14,6 +14,7 @@ OPTIONS = {
     "steps_per_block": 4,
     "block_length": 8,
 }
+PROMPT = [1, 20, 21, 22]
 
 
 def with_options(checkpoint: Path, folder: Path, options: object) -> Path:
@@ -25,10 +26,21 @@ def with_options(checkpoint: Path, folder: Path, options: object) -> Path:
 
 
 def test_the_folder_s_are_used_and_a_request_s_win(
-    checkpoint: Path, tmp_path: Path, engines: Callable[..., Engine]
+    checkpoint: Path,
+    tmp_path: Path,
+    engines: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    folder = with_options(checkpoint, tmp_path / "model", OPTIONS)
-    engine = engines({"cache": "dual"}, model=str(folder))
+    from vllm_dlm.training import weights
+    from vllm_dlm.training.decoding import decode
+    from vllm_dlm.training.learner import load_learner
+
+    # As a training exports it, in shards.
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    learner, folder = load_learner(checkpoint), tmp_path / "model"
+    learner.save(folder, decoding=OPTIONS)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    engine = engines(model=str(folder))
     requests = {
         # Two blocks of eight positions.
         "the folder's": ({}, 2 * 4),
@@ -37,7 +49,7 @@ def test_the_folder_s_are_used_and_a_request_s_win(
         "another strategy": ({"strategy": "threshold", "strategy_config": {}}, None),
     }
     found = engine.run(
-        [[1, 20, 21, 22]] * len(requests),
+        [PROMPT] * len(requests),
         [params(16, dlm=dlm, ignore_eos=True) for dlm, _ in requests.values()],
     )
     forwards = {
@@ -48,6 +60,10 @@ def test_the_folder_s_are_used_and_a_request_s_win(
     assert all(ours == wanted for ours, wanted in counted), forwards
     # Its steps are by confidence: of this random model, one token each.
     assert other[0] != 8
+    # The trainer decodes as this engine does.
+    [ours] = decode(learner, [PROMPT], OPTIONS, 16)
+    [served] = engine.run([PROMPT], params(16))
+    assert tuple(ours) == (served.tokens, served.forwards)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,15 @@ from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 from vllm_dlm.strategies.learn2pd_filter import Filter, load_filter
 from vllm_dlm.strategies.token_frequencies import load_frequencies, save_frequencies
 from vllm_dlm.training.counts.token_counts import read_texts
-from vllm_dlm.training.drafters.teacher import RecordedAnswers, read_answers
+from vllm_dlm.training.drafters.teacher import (
+    RecordedAnswers,
+    load_tokenizer,
+    read_answers,
+)
+from vllm_dlm.training.metrics import read_metrics
 from vllm_dlm.training.progress import Progress, read_progress, write_progress
+from vllm_dlm.training.recipes.report import Measure, Measures
+from vllm_dlm.training.rows import read_rows
 
 # What is written, and how it is read ---------------------------------------------
 
@@ -143,6 +150,23 @@ def write_prompts(path: Path) -> None:
     write_text(path, '{"prompt": "Copy [Ada]", "text": "x"}\n')
 
 
+def write_rows(path: Path) -> None:
+    write_text(path, '{"prompt_ids": [1, 9], "response_ids": [20, 0]}\n')
+
+
+def read_some_rows(path: Path) -> Any:
+    return read_rows(path, load_tokenizer("llada-tiny"))
+
+
+def write_metrics(path: Path) -> None:
+    write_text(path, '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+
+
+def write_measures(path: Path) -> None:
+    one = Measure(name="static", options={}, problems=4, right=0.5, forwards=8.0)
+    Measures(canvas=32, before=[one]).write(path)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file."""
@@ -171,13 +195,16 @@ KINDS = {
     "prompts": Kind(
         write_prompts, lambda path: read_prompts(str(path), None, False), ".jsonl"
     ),
+    "rows": Kind(write_rows, read_some_rows, ".jsonl"),
+    "metrics": Kind(write_metrics, read_metrics, ".jsonl"),
+    "measures": Kind(write_measures, Measures.read, ".json"),
     "texts": Kind(
         write_prompts, lambda path: list(read_texts([path], "text")), ".jsonl"
     ),
 }
 TENSORS = [name for name, kind in KINDS.items() if kind.suffix == ".safetensors"]
 OF_JSON = ("results", "answers")
-LINES = ("log", "texts", "prompts")
+LINES = ("log", "texts", "prompts", "rows", "metrics")
 
 
 def file_of(kind: str, folder: Path) -> Path:

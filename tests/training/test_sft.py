@@ -63,11 +63,12 @@ def test_the_loss_is_the_naive_one(tmp_path):
     assert abs(found - wanted) < 1e-4 * wanted
 
 
-def test_a_batch_s_loss_is_that_of_its_rows_alone(tmp_path):
+@pytest.mark.parametrize("layout", ["llada", "sdar"])
+def test_a_batch_s_loss_is_that_of_its_rows_alone(tmp_path, layout):
     """No row sees another one's padding; parts of a batch add up to it."""
     from vllm_dlm.training.recipes.sft import corrupt, loss
 
-    learner = make(tmp_path)
+    learner = make(tmp_path, layout=layout)
     masked = corrupt(some_batch(), MASK, step_generator(1, 0))
     whole = loss(learner, masked)
     for parts in (2, 4, 6):
@@ -111,9 +112,13 @@ def test_accumulation_does_not_change_the_result(tmp_path):
 def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, adapter):
     from training.tiny_learner import tiny_folder
 
+    from vllm_dlm.training.progress import read_progress
+
     folder = tiny_folder(tmp_path / "model")
     more = ("--schedule", "cosine", "--warmup", "0.5", *adapter)
     assert main(options_of(folder, tmp_path / "whole", *more)) == 0
+    kept = read_progress(tmp_path / "whole/training.pt").model
+    assert all("lora_" in name for name in kept) == bool(adapter)
     stopped = options_of(folder, tmp_path / "parts", *more)
     # Every run stops after one step.
     for _ in range(4):
@@ -147,19 +152,19 @@ def test_a_run_measures_before_and_after_and_writes_a_card(tmp_path, capsys):
     folder, output = tiny_folder(tmp_path / "model"), tmp_path / "out"
     stopped = options_of(folder, output, "--num-problems", "4")
     assert main([*stopped, "--max-minutes", "1e-9"]) == 0
-    first = Measures.read(output)
+    first = Measures.read(output / "measures.json")
     assert [each.problems for each in first.before] == [4, 4] and not first.after
     # A line behind the checkpoint, as of a run that was killed.
     with (output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss": 1.0}\n{"step": 3')
     assert main(stopped) == 0
-    measures = Measures.read(output)
+    measures = Measures.read(output / "measures.json")
     assert measures.before == first.before
     assert [each.name for each in measures.after] == [
         each.name for each in measures.before
     ]
     assert all(each.forwards > 0 for each in measures.after)
-    lines = read_metrics(output)
+    lines = read_metrics(output / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["learning_rate"] == 5e-4 for line in lines)
     assert lines[-1]["seconds"] >= lines[0]["seconds"] > 0

@@ -48,7 +48,8 @@ class Metrics:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._folder = Path(output_dir)
-        self._known = read_metrics(self._folder)
+        path = self._folder / METRICS
+        self._known = read_metrics(path) if path.exists() else []
         self._reporters = [
             _open_reporter(name, self._folder, config or {}) for name in report_to
         ]
@@ -87,17 +88,14 @@ class Metrics:
             reporter.close()
 
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a folder's metrics; none if there is no such file.
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a file of metrics.
 
     The last line may be cut short, where a run was killed: it is left out.
 
     Raises:
-        ValueError: another line is no object with a step.
+        ValueError: it cannot be read, or another line is no object with a step.
     """
-    path = Path(folder) / METRICS
-    if not path.is_file():
-        return []
     lines = list(read_lines(path, "metrics"))
     found = []
     for number, line in enumerate(lines, 1):

@@ -60,18 +60,17 @@ class Measures(BaseModel):
     after: list[Measure] = []
 
     @classmethod
-    def read(cls, folder: str | Path) -> Measures | None:
-        """Those of a folder; None if there are none.
+    def read(cls, path: str | Path) -> Measures:
+        """Those of a file.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: there is none, or it is damaged.
         """
-        path = Path(folder) / MEASURES
-        return read_json(path, _WHAT, cls) if path.is_file() else None
+        return read_json(path, _WHAT, cls)
 
-    def write(self, folder: str | Path) -> None:
-        """Keep them in a folder."""
-        write_json(Path(folder) / MEASURES, self.model_dump())
+    def write(self, path: str | Path) -> None:
+        """Keep them in a file."""
+        write_json(path, self.model_dump())
 
 
 class Report:
@@ -93,10 +92,12 @@ class Report:
             canvas = args.row_length - max(len(row.prompt_ids) for row in rows)
         self._canvas = max(canvas or 0, 1)
         self._settings = self._measured_settings()
-        known = Measures.read(self._folder) if args.resume else None
-        if known is None or known.canvas != self._canvas:
-            known = Measures(canvas=self._canvas)
-        self._measures = known
+        self._file = self._folder / MEASURES
+        self._measures = Measures(canvas=self._canvas)
+        if args.resume and self._file.exists():
+            known = Measures.read(self._file)
+            if known.canvas == self._canvas:
+                self._measures = known
 
     def _measured_settings(self) -> list[Setting]:
         """Those that can be measured; says of the others why they cannot."""
@@ -142,7 +143,7 @@ class Report:
         )
         setattr(self._measures, when, found)
         if found:
-            self._measures.write(self._folder)
+            self._measures.write(self._file)
 
     def write_card(self, seconds: float) -> None:
         """Write the card and the curve, and print the table.
