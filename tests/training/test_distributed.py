@@ -29,6 +29,7 @@ def command(folder, output, steps, *more):
         *("train", "sft", str(folder), "--output-dir", str(output)),
         *("--steps", str(steps), "--batch-size", "8", "--num-rows", "64"),
         *("--canvas-length", "24", "--learning-rate", "0.01", "--threads", "1"),
+        *("--num-problems", "4"),
         *more,
     ]
 
@@ -67,6 +68,9 @@ def test_two_processes_train_what_one_trains(tmp_path):
     from training.tiny_learner import tiny_folder
     from training.two_processes import measure
 
+    from vllm_dlm.training.metrics import read_metrics
+    from vllm_dlm.training.recipes.report import Measures
+
     llada = tiny_folder(tmp_path / "llada")
     sdar = tiny_folder(tmp_path / "sdar", "sdar")
     # Also with a step in parts, with every layer computed twice, and packed.
@@ -96,6 +100,15 @@ def test_two_processes_train_what_one_trains(tmp_path):
         assert not alike.pop("sharded")
         torch.testing.assert_close(found, alike, atol=1e-6, rtol=1e-4)
     for name, (folder, more) in runs.items():
+        # What was measured and decoded on the way is the same too.
+        first, second = (
+            [{**line, "seconds": 0} for line in read_metrics(tmp_path / name / each)]
+            for each in ("one", "two")
+        )
+        assert [line["step"] for line in first] == [1, 2, 3, 4]
+        assert second == [pytest.approx(line, rel=1e-4) for line in first]
+        measures = [Measures.read(tmp_path / name / each) for each in ("one", "two")]
+        assert measures[0] == measures[1] and measures[0].after
         one, before = weights(tmp_path / name / "one"), weights(folder)
         assert any(not torch.equal(one[each], before[each]) for each in one)
         for output in ("two", "resumed"):

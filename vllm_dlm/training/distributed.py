@@ -194,7 +194,9 @@ def shard(network: nn.Module, processes: Processes, compute_dtype: torch.dtype) 
     )
     parts: list[Any] = [*layers_of(network), network]
     for part in parts:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        # Also what is outside of the layers: as long as it is whole, `parameters()`
+        # gives tensors that no optimizer may keep.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         part.set_gradient_divide_factor(1.0)
         # Gloo has no sum with a factor.
         part.set_force_sum_reduction_for_comms(True)

@@ -216,14 +216,14 @@ class Recipe:
 
     def run(self, args: argparse.Namespace) -> None:
         """Train as the options say, export, measure and write the card."""
+        from vllm_dlm.training.distributed import is_first
+
         if args.dry_run:
             print(dry_run(self, args))
             return
         if args.output_dir is None:
             raise ValueError("--output-dir is missing: the folder of the trained model")
         done = train(self, args)
-        from vllm_dlm.training.distributed import is_first
-
         if not is_first():
             return
         if done is None:
@@ -494,6 +494,7 @@ def dry_run(recipe: Recipe, args: argparse.Namespace) -> str:
         report,
     )
 
+    check_recipe_arguments(args)
     # On a CPU too, the question is what a GPU needs.
     dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
     network = build(config_folder(args.model))
@@ -537,6 +538,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
     training = start(recipe, args)
     import torch
 
+    from vllm_dlm.training.distributed import is_first
+
     report = Report(recipe, training)
     report.measure("before")
 
@@ -561,7 +564,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
             training.notes.clear()
 
     rate = rate_of(args)
-    metrics = Metrics(args.output_dir, args.report_to, vars(args))
+    reporters = args.report_to if is_first() else ()
+    metrics = Metrics(args.output_dir, reporters, vars(args))
 
     def record(step: int, measures: Mapping[str, float]) -> None:
         now = args.learning_rate * rate(step - 1, args.steps)
@@ -576,7 +580,7 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
         optimizers=[optimizer],
         rate=rate,
         max_norm=args.max_norm,
-        record=record,
+        record=record if is_first() else None,
         processes=training.processes,
     )
     metrics.close()
@@ -584,7 +588,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
         return None
     learner.save(args.output_dir, decoding=recipe.decoding(args))
     report.measure("after")
-    report.write_card(metrics.seconds)
+    if is_first():
+        report.write_card(metrics.seconds)
     return training
 
 

@@ -132,6 +132,8 @@ class Report:
         wanted = [(each.name, dict(each.options)) for each in self._settings]
         if when == "before" and [(m.name, m.options) for m in known] == wanted:
             return
+        from vllm_dlm.training.distributed import is_first
+
         training = self._training
         found = measure(
             training.learner,
@@ -142,7 +144,8 @@ class Report:
             self._recipe.tasks,
         )
         setattr(self._measures, when, found)
-        if found:
+        # All processes that train together decode, and one writes.
+        if found and is_first():
             self._measures.write(self._file)
 
     def write_card(self, seconds: float) -> None:
