@@ -136,9 +136,12 @@ class Training:
             self.learner.network.train()
             return
         if "initial" not in self.kept:
-            args = self.args
-            copy = load_learner(args.model, device=args.device, dtype=args.dtype)
-            copy.network.eval().requires_grad_(False)
+            copy = load_learner(self.args.model, dtype=self.args.dtype)
+            # Every process has one of its own, whole.
+            copy.network.to(self.learner.device).eval().requires_grad_(False)
+            copy.device = self.learner.device
+            copy.compute_dtype = self.learner.compute_dtype
+            copy.packed = self.learner.packed
             self.kept["initial"] = copy
         with torch.no_grad():
             yield self.kept["initial"]
