@@ -161,11 +161,11 @@ def _table(
     columns: dict[str, Mapping[str, str]] = {}
     for title, folder in (("", str(model_dir.resolve())), ("llada-tiny, ", None)):
         measured = _measure(folder or "llada-tiny", num_problems, tasks, canvases)
-        for canvas, cells in measured.items():
-            columns[f"{title}canvas {canvas}: forwards, right"] = cells
+        for canvas, column in measured.items():
+            columns[f"{title}canvas {canvas}: forwards, right"] = column
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in settings():
-        cells = " | ".join(column[name] for column in columns.values())
+        cells = " | ".join(each[name] for each in columns.values())
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
 
