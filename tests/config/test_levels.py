@@ -39,6 +39,10 @@ def test_parameters_are_for_the_strategy_that_they_were_set_for():
     config = merged(ENTROPY, strategy="threshold")
     assert resolve(config, None, DEFAULTS).params.threshold == 0.9
     assert config.strategy_config == {}
+    # Nor do its blocks count for another one, which may want the whole canvas.
+    assert resolve(config, None, DEFAULTS).block_length == 32
+    config = resolve(merged(ENTROPY, strategy="ass"), None, DEFAULTS)
+    assert config.sized(64, 1024).block_length == 64
     # A server's parameters without a strategy are for the folder's.
     config = merged(ENTROPY, strategy_config={"threshold": 0.1})
     assert resolve(config, None, DEFAULTS).params.threshold == 0.1

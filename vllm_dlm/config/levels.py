@@ -61,10 +61,14 @@ def over_folder(server: DlmConfig, folder: DlmConfig) -> DlmConfig:
     """A server's options, and behind what it leaves open those of the model's folder.
 
     Parameters count only for the strategy or policy that they were set for, and one
-    step schedule stands in place of another.
+    step schedule stands in place of another. So of a folder whose strategy the server
+    does not use, blocks and schedule do not count either.
     """
     given = _set(server)
     levels = _set(folder)
+    if given.get("strategy", levels.get("strategy")) != levels.get("strategy"):
+        for name in ("block_length", "sub_block_length", "steps", "steps_per_block"):
+            levels.pop(name, None)
     if {"steps", "steps_per_block"} & given.keys():
         levels.pop("steps", None)
         levels.pop("steps_per_block", None)
