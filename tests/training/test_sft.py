@@ -230,7 +230,7 @@ def test_options_that_cannot_work_are_refused(tmp_path, capsys, options, reason)
 def test_schedules(schedule, wanted):
     from types import SimpleNamespace
 
-    from vllm_dlm.training.recipes.command import rate_of
+    from vllm_dlm.training.recipes.options import rate_of
 
     args = SimpleNamespace(schedule=schedule, warmup=1 / 3, lowest_rate=0.2)
     rate = rate_of(args)

@@ -22,7 +22,7 @@ from vllm_dlm.tasks.problems import sample_problems
 
 if TYPE_CHECKING:
     from vllm_dlm.training.learner import Learner
-    from vllm_dlm.training.recipes.command import Recipe, Setting, Training
+    from vllm_dlm.training.recipes.recipe import RecipeParts, Setting, Training
     from vllm_dlm.training.rows import Row
 
 When: TypeAlias = Literal["before", "after"]
@@ -81,7 +81,7 @@ class Report:
         training: The run.
     """
 
-    def __init__(self, recipe: Recipe, training: Training) -> None:
+    def __init__(self, recipe: RecipeParts, training: Training) -> None:
         self._recipe, self._training = recipe, training
         args = training.args
         self._folder = Path(args.output_dir)
@@ -285,7 +285,7 @@ def draw_curve(measures: Measures, path: str | Path) -> bool:
 
 
 def write_card(
-    recipe: Recipe,
+    recipe: RecipeParts,
     args: argparse.Namespace,
     learner: Learner,
     measures: Measures | None,
