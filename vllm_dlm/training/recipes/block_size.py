@@ -220,6 +220,7 @@ RECIPE = Recipe(
     name="block-size",
     summary="a block-causal model for longer blocks (TDAR's extension of SDAR)",
     paper="SDAR, arXiv 2510.06303; TDAR",
+    forwards=2,  # each row twice, noisy and clean
     corrupt=_corrupt,
     step_loss=_loss,
     read=_read,

@@ -276,6 +276,7 @@ RECIPE = Recipe(
     name="certainty",
     summary="be sure early, for parallel decoding by `entropy` (dParallel)",
     paper="dParallel, arXiv 2509.26488",
+    forwards=2,
     corrupt=_corrupt,
     step_loss=_step_loss,
     read=_read,

@@ -247,6 +247,7 @@ RECIPE = Recipe(
     name="d3llm",
     summary="be sure early, on states of the model's own trajectories (d3LLM)",
     paper="d3LLM (hao-ai-lab/d3LLM)",
+    forwards=2,
     corrupt=_corrupt,
     step_loss=_step_loss,
     read=_read,

@@ -172,8 +172,8 @@ class RecipeParts:
         tasks: Built-in tasks that are asked for it, all of them by default.
         add_arguments: Adds options of the recipe's own.
         defaults: Of the shared options, by their names in the namespace.
-        forwards: Of a step, with a backward pass in common; what each keeps for that
-            is in memory at once.
+        forwards: Of each row in a step, with a backward pass in common; what each
+            keeps for that is in memory at once.
     """
 
     name: str
