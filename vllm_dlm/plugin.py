@@ -8,6 +8,7 @@ logged and the rest goes on, so that an unfit vLLM keeps serving its own models;
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -137,11 +138,13 @@ def _register_config_hooks() -> None:
 def _register_weight_transfer() -> None:
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    WeightTransferEngineFactory.register_engine(
-        "safetensors",
-        "vllm_dlm.model_executor.weight_files",
-        "FileWeightTransferEngine",
-    )
+    # Of a name that nobody else has: it is known where this has run before.
+    with contextlib.suppress(ValueError):
+        WeightTransferEngineFactory.register_engine(
+            "dlm_safetensors",
+            "vllm_dlm.model_executor.weight_files",
+            "FileWeightTransferEngine",
+        )
 
 
 def _wrap_front_end() -> None:

@@ -62,7 +62,7 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
             "num_gpu_blocks_override": 80,
             "dtype": "float32",
             # For test_weight_updates.py; others do not notice.
-            "weight_transfer_config": {"backend": "safetensors"},
+            "weight_transfer_config": {"backend": "dlm_safetensors"},
         } | options
         key = repr(sorted(options.items()))
         if key not in started:

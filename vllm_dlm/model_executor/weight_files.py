@@ -4,14 +4,14 @@
 vLLM's own backends carry weights between GPUs. This one reads what a trainer has
 written, on any device and in any number of processes:
 
-    llm = LLM(model, weight_transfer_config={"backend": "safetensors"})
+    llm = LLM(model, weight_transfer_config={"backend": "dlm_safetensors"})
     llm.init_weight_transfer_engine({"init_info": {}})
     llm.start_weight_update()
     llm.update_weights({"update_info": {"path": "new/model.safetensors"}})
     llm.finish_weight_update()
     llm.reset_prefix_cache()
 
-A server with `--weight-transfer-config '{"backend": "safetensors"}'` has the same calls
+A server with `--weight-transfer-config '{"backend": "dlm_safetensors"}'` has the same calls
 as routes, where vLLM offers these (`VLLM_SERVER_DEV_MODE=1`).
 """
 
@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-BACKEND = "safetensors"
+BACKEND = "dlm_safetensors"
 
 
 @dataclass
