@@ -11,8 +11,8 @@ written, on any device and in any number of processes:
     llm.finish_weight_update()
     llm.reset_prefix_cache()
 
-A server with `--weight-transfer-config '{"backend": "dlm_safetensors"}'` has the same calls
-as routes, where vLLM offers these (`VLLM_SERVER_DEV_MODE=1`).
+A server with `--weight-transfer-config '{"backend": "dlm_safetensors"}'` has the same
+calls as routes, where vLLM offers these (`VLLM_SERVER_DEV_MODE=1`).
 """
 
 from __future__ import annotations
