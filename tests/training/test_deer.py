@@ -185,7 +185,7 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["deer", "llama-tiny-draft", "llada-tiny", "llada-forms"]
+    "name", ["deer", "llama-tiny-draft", "llada-tiny", "llada-forms", "sdar-tiny"]
 )
 def test_the_command_refuses_before_it_trains(tmp_path, capsys, name):
     from vllm_dlm.cli.command import main

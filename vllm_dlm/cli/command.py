@@ -38,6 +38,10 @@ TRAINABLE = {
         "vllm_dlm.training.tiny.llada_forms",
         "the built-in diffusion model for JSON, forms and tools",
     ),
+    "sdar-tiny": (
+        "vllm_dlm.training.tiny.sdar_tiny",
+        "the built-in diffusion model that is block-causal",
+    ),
     "llama-tiny": (
         "vllm_dlm.training.tiny.llama_tiny",
         "the built-in autoregressive model, for speculative decoding",

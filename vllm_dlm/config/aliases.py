@@ -111,6 +111,12 @@ ALIASES: dict[str, Alias] = {
         for size in ("1.7B", "4B", "8B")
         for suffix in ("", "-b8", "-b16", "-b32", "-b64")
     },
+    "sdar-tiny": Alias(
+        SDAR,
+        "sdar-tiny",
+        "built in: small tasks, block-causal, chats of several turns",
+        built_in=True,
+    ),
     "deer-tiny-block": Alias(
         SDAR,
         "deer-tiny-block",

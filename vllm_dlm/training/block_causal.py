@@ -81,10 +81,20 @@ def load_block_causal(
     return BlockCausalModel(load_decoder(Qwen3ForCausalLM, model_dir, config, dtype))
 
 
-def export_block_causal(model: BlockCausalModel, output_dir: str | Path) -> None:
-    """Write a model of `make_block_causal` as a folder of an `SDARForCausalLM`."""
+def export_block_causal(
+    model: BlockCausalModel,
+    output_dir: str | Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a model of `make_block_causal` as a folder of an `SDARForCausalLM`.
+
+    Args:
+        model: The model.
+        output_dir: Its folder.
+        dtype: Type of the weights in the file; the engine computes in float32.
+    """
     config = make_sdar_config(model.shape, model.config.dlm_block_length)
-    write_folder(output_dir, model.tensors(), config)
+    write_folder(output_dir, model.tensors(), config, dtype=dtype)
 
 
 def export_block_causal_like(

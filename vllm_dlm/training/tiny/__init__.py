@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in models llada-tiny, llada-forms, llama-tiny and llama-tiny-draft."""
+"""The built-in models: how each is made, measured and described."""
