@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make demo`: serve llada-tiny, ask it over HTTP, compare its strategies offline.
 
-Then the same with llada-forms: schemas, text with holes, tools (`demo_forms.py`).
+Then sdar-tiny, which is block-causal (`demo_blocks.py`), and llada-forms: schemas, text
+with holes, tools (`demo_forms.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 
 from rich.table import Table
 
-from vllm_dlm.cli import demo_forms
+from vllm_dlm.cli import demo_blocks, demo_forms
 from vllm_dlm.cli.demo_server import Served, console, serve
 from vllm_dlm.tasks.problems import Problem, sample_problems
 
@@ -36,9 +37,11 @@ def main() -> int:
         _ask(served)
     console.rule(f"2. {args.num_problems} held-out problems offline, per strategy")
     _compare(sample_problems(args.num_problems, 0, split="heldout"))
-    console.rule("3. vllm serve --model llada-forms: schema, holes, tools")
+    console.rule("3. vllm serve --model sdar-tiny: blocks, and a chat's cached prefix")
+    demo_blocks.show()
+    console.rule("4. vllm serve --model llada-forms: schema, holes, tools")
     demo_forms.show()
-    console.rule("4. held-out sentences to JSON, with their schemas and without")
+    console.rule("5. held-out sentences to JSON, with their schemas and without")
     demo_forms.compare(args.num_problems // 4)
     return 0
 
