@@ -283,7 +283,6 @@ RECIPE = Recipe(
     begin_step=self_made.begin_step,
     decoding=entropy_decoding,
     settings=entropy_settings,
-    forwards=2,
     # Where several answers are right, tokens depend on each other.
     tasks=FREE_TASKS,
     add_arguments=_add_arguments,

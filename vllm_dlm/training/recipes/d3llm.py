@@ -253,7 +253,6 @@ RECIPE = Recipe(
     read=_read,
     decoding=_decoding,
     settings=_settings,
-    forwards=2,
     # Where several answers are right, tokens depend on each other.
     tasks=FREE_TASKS,
     add_arguments=_add_arguments,
