@@ -299,7 +299,11 @@ class _Canvases:
             progress=(before + decided.sum(1)) / self.canvas,
             state={name: value[rows] for name, value in self.state.items()},
             num_masks=masks,
-            **spread,
+            candidate=spread["candidate"],
+            confidence=spread["confidence"],
+            entropy=spread.get("entropy"),
+            margin=spread.get("margin"),
+            other=spread.get("other"),
         )
 
     def _logits(self, rows: Tensor, block: _Step, read: Tensor) -> Tensor:

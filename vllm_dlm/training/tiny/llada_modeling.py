@@ -109,9 +109,11 @@ class LLaDAModel(nn.Module):
         head_dim = size // shape.n_heads
         # Tables that no checkpoint has: they are on the CPU even where the weights are
         # on the meta device.
-        real = {"dtype": torch.float32, "device": "cpu"}
-        steps = torch.arange(0, head_dim, 2, **real) / head_dim
-        positions = torch.arange(shape.max_sequence_length, **real)
+        steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        steps = steps / head_dim
+        positions = torch.arange(
+            shape.max_sequence_length, dtype=torch.float32, device="cpu"
+        )
         angles = torch.outer(positions, shape.rope_theta**-steps).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
