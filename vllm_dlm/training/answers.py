@@ -44,6 +44,10 @@ class Question:
     prompt: str | list[int]
     problem: Problem | None = None
 
+    def is_right(self, text: str) -> bool | None:
+        """Whether an answer is right; None where no program can say so."""
+        return None if self.problem is None else self.problem.check(text)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `vllm-dlm answers`."""
@@ -211,7 +215,7 @@ def ask(
                 Answer(
                     list(result.prompt_token_ids),
                     list(result.outputs[0].token_ids),
-                    question.problem and question.problem.check(result.outputs[0].text),
+                    question.is_right(result.outputs[0].text),
                 )
                 for question, result in zip(asked, results, strict=True)
             ]
