@@ -184,8 +184,8 @@ def fitting_rows(
 
 
 def rows_of_step(
-    rows: Sequence[Row], batch_size: int, seed: int, step: int
-) -> list[Row]:
+    rows: Sequence[Example], batch_size: int, seed: int, step: int
+) -> list[Example]:
     """The rows that a step learns from: a function of seed and step alone.
 
     All rows come once, in a drawn order, before one comes again.

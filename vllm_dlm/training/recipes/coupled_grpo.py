@@ -148,7 +148,8 @@ def terms(
         counted = scored[some]
         own = Masks(masks.share, masks.first[some], masks.prompt[some])
         score = partial(
-            ESTIMATES[estimate],
+            _estimated,
+            estimate=ESTIMATES[estimate],
             rollouts=rollouts.take(some),
             scored=counted,
             masks=own,
@@ -157,6 +158,17 @@ def terms(
         of_row = advantage[some][:, None].expand(counted.shape)
         found.append(Term(score, of_row[counted], weights, beta * weights))
     return found
+
+
+def _estimated(
+    logits_at: LogitsAt,
+    *,
+    estimate: Estimate,
+    rollouts: RollOuts,
+    scored: Tensor,
+    masks: Masks,
+) -> Tensor:
+    return estimate(logits_at, rollouts, scored, masks)
 
 
 def _score(
