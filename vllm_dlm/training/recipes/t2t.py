@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_dlm.tasks.problems import FREE_TASKS
 from vllm_dlm.training.recipes.command import Recipe, Setting, Training
 from vllm_dlm.training.rows import Batch
 
@@ -335,6 +336,7 @@ RECIPE = Recipe(
     name="t2t",
     summary="correct tokens that are written (strategy joint; LLaDA2.1, DMax)",
     paper="LLaDA2.1, arXiv 2602.08676; on-policy: DMax",
+    forwards=2,  # on-policy, each row twice
     corrupt=_corrupt,
     step_loss=_loss,
     decoding=_decoding,
@@ -352,6 +354,8 @@ RECIPE = Recipe(
         ),
     ),
     add_arguments=_add_arguments,
+    # Where several answers are right, what is written at once has to be edited.
+    tasks=FREE_TASKS,
 )
 add_arguments = RECIPE.add_options
 

@@ -145,4 +145,5 @@ def run(args: argparse.Namespace) -> None:
         return
     from vllm_dlm.training.tiny.t2t_card import write_card
 
-    print(write_card(args.output_dir, args.num_problems))
+    recipe = {"max_canvas": MAX_CANVAS, "scale": SCALE, **DECODING["strategy_config"]}
+    print(write_card(args.output_dir, args.num_problems, recipe))

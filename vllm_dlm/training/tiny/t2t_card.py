@@ -73,18 +73,19 @@ block is looked at once more in any case.
 """
 
 
-def write_card(model_dir: str | Path, num_problems: int) -> str:
+def write_card(
+    model_dir: str | Path, num_problems: int, recipe: Mapping[str, object]
+) -> str:
     """Measure the model in a folder and write README.md there.
 
     Args:
         model_dir: Folder of the exported model, with `training.pt` beside it.
         num_problems: Held-out problems of each table.
+        recipe: What the card names of the training and of the model's defaults.
 
     Returns:
         Both tables in Markdown.
     """
-    from vllm_dlm.training.tiny import llada_tiny_t2t
-
     model_dir = Path(model_dir)
     model = load_llada(model_dir)
     state = read_progress(model_dir / CHECKPOINT)
@@ -94,9 +95,8 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
     card = HEAD.format(
         pipeline="pipeline_tag: text-generation\n",
         tags="diffusion-language-model, masked-diffusion, llada",
-        name=llada_tiny_t2t.NAME,
+        name="llada-tiny-t2t",
     ) + _CARD.format(
-        **llada_tiny_t2t.DECODING["strategy_config"],
         all_table=all_table,
         block=edit_data.BLOCK_LENGTH,
         bos_id=tokenizer.BOS_ID,
@@ -114,7 +114,6 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
         layers=shape.n_layers,
         mask_id=tokenizer.MASK_ID,
         mask_tokens=edit_data.MASK_TOKENS,
-        max_canvas=llada_tiny_t2t.MAX_CANVAS,
         megabytes=megabytes(model_dir),
         millions=millions(model),
         minutes=state.seconds / 60,
@@ -122,10 +121,10 @@ def write_card(model_dir: str | Path, num_problems: int) -> str:
         num_problems=num_problems,
         own=100 * edit_data.ON_POLICY,
         replaced=100 * edit_data.REPLACED,
-        scale=llada_tiny_t2t.SCALE,
         seed=state.seed,
         steps=state.step,
         width=shape.d_model,
+        **recipe,
     )
     write_text(model_dir / "README.md", card)
     return f"{free_table}\n\n{all_table}"
