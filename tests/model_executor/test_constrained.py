@@ -31,6 +31,7 @@ from vllm_dlm.model_executor.planning.block_rows import (
 from vllm_dlm.model_executor.sampling.choice import Choice
 from vllm_dlm.model_executor.sampling.logits import Logits
 from vllm_dlm.model_executor.slots import RequestSlots
+from vllm_dlm.strategies.joint import JointParams
 
 CPU = torch.device("cpu")
 TEXTS = [bytes([byte]) for byte in range(97, 103)] + [
@@ -99,7 +100,7 @@ class Decoder:
         usual: dict[str, Any] = {
             "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
             "logit_bias": None, "bad_words_token_ids": None, "allowed_token_ids": None,
-            "min_tokens": 0, "max_tokens": length,
+            "min_tokens": 0, "max_tokens": length, "extra_args": None,
         }  # fmt: skip
         params = SimpleNamespace(**usual | sampling)
         text_end = self.begin + -(-(self.end - self.begin) // block) * block
@@ -112,6 +113,7 @@ class Decoder:
         self.table.requests[0] = SimpleNamespace(  # type: ignore[assignment]
             id="", params=params, layout=self.layout, pattern=text, stop_ids=(EOS,),
             seed=choose.randrange(1000), measures_drawn=False, min_tokens=least,
+            config=SimpleNamespace(strategy="joint", params=JointParams()),
         )  # fmt: skip
         self.params = params
         self.written = np.zeros(text_end, dtype=bool)
@@ -120,6 +122,8 @@ class Decoder:
             at = slice(self.prompt_len, self.end)
             self.written[at] = ~canvas.is_hole
             self.table.tokens[0, at] = torch.tensor(canvas.tokens, dtype=torch.int32)
+        self.may_change = np.arange(text_end) >= self.prompt_len
+        self.may_change &= ~self.written
         self.constrained = Constrained(self.table, facts)
         self.constrained.add(0, [MASK] * self.prompt_len)
         self.steps = 0
@@ -147,6 +151,10 @@ class Decoder:
         (open_,) = masked.nonzero()
         if choose.random() < 0.3:
             open_ = open_[: choose.randrange(1, len(open_) + 1)]
+        if choose.random() < 0.5:
+            # And what the model thinks of what is written.
+            decided = (self.may_change[start:stop] & ~masked).nonzero()[0]
+            open_ = np.union1d(open_, decided)
         row_at = np.full((1, self.block), NOT_VALID)
         row_at[0, : stop - start] = NOT_READ
         row_at[0, open_] = np.arange(len(open_))
@@ -154,7 +162,7 @@ class Decoder:
         packed[0, CANVAS_END] = self.layout.text_end
         rows: Any = SimpleNamespace(
             slots_np=np.array([0]), row_at_np=row_at, packed_np=packed,
-            valid_np=row_at > NOT_VALID,
+            valid_np=row_at > NOT_VALID, branches=None,
         )  # fmt: skip
         values = torch.from_numpy(
             np.random.default_rng(choose.randrange(1 << 30))

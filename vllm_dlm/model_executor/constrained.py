@@ -215,9 +215,10 @@ class Constrained:
                 lost.append(step.row_at[read])
                 continue
             step.solved = problem.parts, found.classes
-            read = read & (found.tokens >= 0)
             rows.append(step.row_at[read])
-            tokens.append(found.tokens[read])
+            # What nothing can take the place of stays, with confidence 0.
+            written = step.text.output[step.begin :][: len(read)]
+            tokens.append(np.where(found.tokens < 0, written, found.tokens)[read])
             numbers.append(
                 np.stack([found.confidence, found.entropy, found.margin])[:, read]
             )
