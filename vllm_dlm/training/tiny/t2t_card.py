@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm_dlm.files.whole_files import write_text
 from vllm_dlm.tasks import tokenizer
@@ -23,6 +23,9 @@ JOINT = (
     *((0.0, 0.0, post) for post in (1, 2, 3, 16)),
     *((mask, edit, 16) for mask in (0.3, 0.5) for edit in (0.0, 0.5)),
 )
+
+Measured: TypeAlias = dict[tuple[str, int], dict[str, str]]
+"""Tasks and canvas -> way to decode -> forwards and right answers."""
 
 _CARD = """\
 A masked-diffusion language model of {millions:.2f} million parameters \
@@ -89,8 +92,9 @@ def write_card(
     model_dir = Path(model_dir)
     model = load_llada(model_dir)
     state = read_progress(model_dir / CHECKPOINT)
-    free_table = _table(model_dir, num_problems, FREE_TASKS, CANVASES)
-    all_table = _table(model_dir, num_problems, tuple(TASKS), CANVASES[:1])
+    own = _measure(str(model_dir.resolve()), num_problems)
+    before = _measure("llada-tiny", num_problems)
+    free_table, all_table = (_table(own, before, title) for title in ("free", "all"))
     shape = model.shape
     card = HEAD.format(
         pipeline="pipeline_tag: text-generation\n",
@@ -150,43 +154,43 @@ def settings() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _table(
-    model_dir: Path,
-    num_problems: int,
-    tasks: tuple[str, ...],
-    canvases: tuple[int, ...],
-) -> str:
+def _table(own: Measured, before: Measured, title: str) -> str:
     """A row for each way to decode, and cells for both models and each canvas."""
-    columns: dict[str, Mapping[str, str]] = {}
-    for title, folder in (("", str(model_dir.resolve())), ("llada-tiny, ", None)):
-        measured = _measure(folder or "llada-tiny", num_problems, tasks, canvases)
-        for canvas, column in measured.items():
-            columns[f"{title}canvas {canvas}: forwards, right"] = column
+    columns = {
+        f"{name}canvas {canvas}: forwards, right": cells
+        for name, measured in (("", own), ("llada-tiny, ", before))
+        for (tasks, canvas), cells in measured.items()
+        if tasks == title
+    }
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in settings():
-        cells = " | ".join(each[name] for each in columns.values())
+        cells = " | ".join(column[name] for column in columns.values())
         lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
 
 
-def _measure(
-    model: str, num_problems: int, tasks: tuple[str, ...], canvases: tuple[int, ...]
-) -> dict[int, dict[str, str]]:
-    """Canvas -> way to decode -> "forwards, right", by an engine of a model."""
+def _measure(model: str, num_problems: int) -> Measured:
+    """Ask an engine of a model, in all ways to decode."""
     from vllm_dlm.entrypoints.llm import LLM
 
-    problems = sample_problems(num_problems, EVALUATION_SEED, "heldout", tasks)
     llm = LLM(model, dtype="float32", max_num_seqs=64)
-    found: dict[int, dict[str, str]] = {}
-    for canvas in canvases:
-        found[canvas] = {}
-        for name, options in settings().items():
-            options = {**options, "block_length": edit_data.BLOCK_LENGTH}
-            served = evaluate_served(
-                llm, problems, options, max_tokens=canvas, progress=False
-            )
-            found[canvas][name] = (
-                f"{served.forwards_per_request:.2f}, {100 * served.accuracy:.1f} %"
-            )
+    found: Measured = {}
+    for title, tasks, canvases in (
+        ("free", FREE_TASKS, CANVASES),
+        ("all", tuple(TASKS), CANVASES[:1]),
+    ):
+        problems = sample_problems(num_problems, EVALUATION_SEED, "heldout", tasks)
+        for canvas in canvases:
+            column = found[title, canvas] = {}
+            for name, options in settings().items():
+                served = evaluate_served(
+                    llm,
+                    problems,
+                    {**options, "block_length": edit_data.BLOCK_LENGTH},
+                    max_tokens=canvas,
+                    progress=False,
+                )
+                forwards = f"{served.forwards_per_request:.2f}"
+                column[name] = f"{forwards}, {100 * served.accuracy:.1f} %"
     llm.llm_engine.engine_core.shutdown()
     return found
