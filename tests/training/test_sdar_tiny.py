@@ -10,7 +10,7 @@ from vllm_dlm.config.aliases import resolve
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.tasks.problems import TASKS, sample_problems
 from vllm_dlm.training.loop import LoopOptions
-from vllm_dlm.training.tiny import sdar_data, sdar_tiny
+from vllm_dlm.training.tiny import sdar_data, sdar_stages, sdar_tiny
 
 torch = pytest.importorskip("torch")
 
@@ -92,11 +92,11 @@ def test_chats_have_several_turns_and_fit_into_their_rows():
 
 
 def test_the_stages_are_the_steps():
-    steps = sdar_tiny.stage_steps(sdar_tiny.STEPS)
+    steps = sdar_stages.stage_steps(sdar_tiny.STEPS)
     assert list(steps) == [2, 4, 8] and sum(steps.values()) == sdar_tiny.STEPS
-    found = [sdar_tiny.block_length_at(step, 90) for step in range(90)]
+    found = [sdar_stages.block_length_at(step, 90) for step in range(90)]
     counts = {length: found.count(length) for length in (2, 4, 8)}
-    assert counts == sdar_tiny.stage_steps(90) and found == sorted(found)
+    assert counts == sdar_stages.stage_steps(90) and found == sorted(found)
 
 
 def test_training_exports_blocks_of_eight(

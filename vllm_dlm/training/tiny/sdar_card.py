@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.files.whole_files import write_text
 from vllm_dlm.tasks import tokenizer
@@ -21,13 +22,13 @@ from vllm_dlm.training.cards import (
 from vllm_dlm.training.progress import CHECKPOINT, read_progress
 from vllm_dlm.training.tiny.sdar_data import BATCH_TOKENS, LEAST_MASKED
 from vllm_dlm.training.tiny.sdar_served import answer_chats, answer_questions
-from vllm_dlm.training.tiny.sdar_tiny import stage_steps
+from vllm_dlm.training.tiny.sdar_stages import stage_steps
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 # Titles of the columns -> options of the requests.
-SETTINGS = {
+SETTINGS: dict[str, Mapping[str, Any]] = {
     "static, 1 a step": {"strategy": "static"},
     "static, 2 a step": {"strategy": "static", "steps_per_block": 4},
     "threshold 0.9": {"strategy": "threshold"},

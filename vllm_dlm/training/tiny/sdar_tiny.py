@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
 from vllm_dlm.training.loop import LoopOptions, add_loop_arguments, prepare, run_steps
+from vllm_dlm.training.tiny.sdar_stages import BLOCK_LENGTH, block_length_at
 
 if TYPE_CHECKING:
     import torch
@@ -25,28 +26,8 @@ if TYPE_CHECKING:
 
 NAME = "sdar-tiny"
 STEPS = 7500
-BLOCK_LENGTH = 8
-# Block length -> share of the steps at which its stage ends.
-STAGES = {2: 2 / 15, 4: 1 / 3, BLOCK_LENGTH: 1.0}
 MAX_LENGTH = 1024
 NUM_PROGRESS_PROBLEMS = 64
-
-
-def block_length_at(step: int, total_steps: int) -> int:
-    """Tokens per block in a step of so many."""
-    return next(
-        length for length, end in STAGES.items() if step < round(end * total_steps)
-    )
-
-
-def stage_steps(total_steps: int) -> dict[int, int]:
-    """Tokens per block of each stage of so many steps -> its steps."""
-    ends = {length: round(end * total_steps) for length, end in STAGES.items()}
-    begins = [0, *ends.values()]
-    return {
-        length: end - begin
-        for (length, end), begin in zip(ends.items(), begins, strict=False)
-    }
 
 
 def make_model() -> BlockCausalModel:
