@@ -32,7 +32,7 @@ TRAINABLE = {
     "llada-tiny": ("vllm_dlm.training.tiny.llada_tiny", "the built-in diffusion model"),
     "llada-tiny-t2t": (
         "vllm_dlm.training.tiny.llada_tiny_t2t",
-        "the built-in diffusion model that edits what it has written",
+        "llada-tiny further, to edit what it has written (strategy joint)",
     ),
     "llada-forms": (
         "vllm_dlm.training.tiny.llada_forms",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the built-in model llada-tiny-t2t: `vllm-dlm train llada-tiny-t2t`.
+"""Train llada-tiny further, to edit: `vllm-dlm train llada-tiny-t2t`.
 
-llada-tiny goes on and learns to edit (`edit_data`), for the strategy `joint`.
+It learns from what it has written itself (`edit_data`), for the strategy `joint`.
 """
 
 from __future__ import annotations
