@@ -68,8 +68,8 @@ def test_two_processes_train_what_one_trains(tmp_path):
     from training.tiny_learner import tiny_folder
     from training.two_processes import measure
 
-    from vllm_dlm.training.metrics import read_metrics
-    from vllm_dlm.training.recipes.report import Measures
+    from vllm_dlm.training.metrics import METRICS, read_metrics
+    from vllm_dlm.training.recipes.report import MEASURES, Measures
 
     llada = tiny_folder(tmp_path / "llada")
     sdar = tiny_folder(tmp_path / "sdar", "sdar")
@@ -102,12 +102,17 @@ def test_two_processes_train_what_one_trains(tmp_path):
     for name, (folder, more) in runs.items():
         # What was measured and decoded on the way is the same too.
         first, second = (
-            [{**line, "seconds": 0} for line in read_metrics(tmp_path / name / each)]
+            [
+                {**line, "seconds": 0}
+                for line in read_metrics(tmp_path / name / each / METRICS)
+            ]
             for each in ("one", "two")
         )
         assert [line["step"] for line in first] == [1, 2, 3, 4]
         assert second == [pytest.approx(line, rel=1e-4) for line in first]
-        measures = [Measures.read(tmp_path / name / each) for each in ("one", "two")]
+        measures = [
+            Measures.read(tmp_path / name / each / MEASURES) for each in ("one", "two")
+        ]
         assert measures[0] == measures[1] and measures[0].after
         one, before = weights(tmp_path / name / "one"), weights(folder)
         assert any(not torch.equal(one[each], before[each]) for each in one)
