@@ -69,6 +69,13 @@ def test_targets_are_right_answers_to_questions_that_are_left_as_they_are(
         assert wrong.sum() > 20
 
 
+def test_a_batch_may_have_no_row_that_the_model_edits(
+    network: LLaDAModel, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(edit_data, "EDITED", 0.0)
+    assert edit_data.edit_batch(network, random.Random(1), 4, 64).weights.any()
+
+
 def test_what_is_written_are_the_network_s_own_tokens(network: LLaDAModel):
     """With nothing drawn and no threshold, every mask becomes the best token."""
     rows = edit_data.draw_rows(random.Random(1), 8, 48)

@@ -126,7 +126,8 @@ def edit_batch(
         generator,
     )
     twice = (own & some(EDITED))[:, 0]
-    written[twice] = edit(forward, written[twice], rows.in_canvas[twice])
+    if twice.any():
+        written[twice] = edit(forward, written[twice], rows.in_canvas[twice])
     inputs = torch.where(own, written, _replace(inputs, rows, generator))
     targets = nearest_targets(rows, inputs, rng)
     weights = torch.where(rows.in_answer, 1.0, PADDING_WEIGHT) * rows.in_canvas
