@@ -15,11 +15,11 @@ from engine.block_engines import BlockEngines
 from engine.cases import make_prompt
 from engine.harness import Engine, params
 
-from vllm_dlm.training.engine_rollouts import EngineRoller
 from vllm_dlm.training.learner import Learner, load_learner
-from vllm_dlm.training.policy import token_log_probabilities
-from vllm_dlm.training.rollout_rows import RollOuts
-from vllm_dlm.training.rollouts import Decoder, roll_out
+from vllm_dlm.training.reinforcement.engine_rollouts import EngineRoller
+from vllm_dlm.training.reinforcement.policy import token_log_probabilities
+from vllm_dlm.training.reinforcement.rollout_rows import RollOuts
+from vllm_dlm.training.reinforcement.rollouts import Decoder, roll_out
 
 CANVAS = 20
 PROMPTS = [make_prompt(length) for length in (5, 12, 9, 30)]

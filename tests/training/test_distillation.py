@@ -608,7 +608,7 @@ def test_the_network_makes_its_own_data(tmp_path):
 
     from vllm_dlm.training.answer_log import read_answers
     from vllm_dlm.training.learner import load_learner
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
     learner = load_learner("llada-tiny")
     args = argparse.Namespace(
@@ -648,7 +648,7 @@ def measured(folder, count=96):
     from vllm_dlm.tasks import tokenizer
     from vllm_dlm.tasks.problems import FREE_TASKS, sample_problems
     from vllm_dlm.training.learner import load_learner
-    from vllm_dlm.training.rollouts import Decoder, roll_out
+    from vllm_dlm.training.reinforcement.rollouts import Decoder, roll_out
 
     learner = load_learner(folder)
     learner.network.eval()

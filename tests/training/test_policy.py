@@ -14,10 +14,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from vllm_dlm.training import policy  # noqa: E402
-from vllm_dlm.training.policy import Term  # noqa: E402
 from vllm_dlm.training.recipes import cj_grpo, coupled_grpo, trace_rl  # noqa: E402
-from vllm_dlm.training.rollout_rows import RollOuts  # noqa: E402
+from vllm_dlm.training.reinforcement import policy  # noqa: E402
+from vllm_dlm.training.reinforcement.policy import Term  # noqa: E402
+from vllm_dlm.training.reinforcement.rollout_rows import RollOuts  # noqa: E402
 
 MASK, V = 3, 4
 PROMPTS, CANVAS = [1, 2, 1, 1], 3

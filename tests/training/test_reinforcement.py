@@ -16,14 +16,14 @@ from training.tiny_learner import tiny_folder  # noqa: E402
 
 from vllm_dlm.cli.command import main  # noqa: E402
 from vllm_dlm.files.model_folders import read_weights  # noqa: E402
-from vllm_dlm.training import reinforcement  # noqa: E402
-from vllm_dlm.training.questions import read_questions, task_questions  # noqa: E402
 from vllm_dlm.training.recipes import (  # noqa: E402
     cj_grpo,
     command,
     coupled_grpo,
     trace_rl,
 )
+from vllm_dlm.training.reinforcement import loop  # noqa: E402
+from vllm_dlm.training.reinforcement.questions import read_questions, task_questions  # noqa: E402
 
 RECIPES = {"cj-grpo": cj_grpo, "coupled-grpo": coupled_grpo, "tracerl": trace_rl}
 
@@ -106,14 +106,14 @@ def test_parts_of_a_step_add_up(folder: Path, tmp_path: Path, name: str):
 
 def make(
     name: str, folder: Path, *more: str, layout: str = "llada"
-) -> tuple[reinforcement.Method, command.Training]:
+) -> tuple[loop.Method, command.Training]:
     recipe = RECIPES[name].RECIPE
     parser = argparse.ArgumentParser()
     recipe.add_options(parser)
     _, _, *options = options_of(name, folder, folder / "out", *more)
     training = command.start(recipe, parser.parse_args(options))
     method = recipe.updates.__closure__[0].cell_contents
-    assert isinstance(method, reinforcement.Method)
+    assert isinstance(method, loop.Method)
     return method, training
 
 
@@ -124,7 +124,7 @@ def test_what_a_step_measures(folder: Path):
     assert measures["equal groups"] == 0 and measures["forwards"] == 2
     assert measures["reward"] > 0
     assert 0 < measures["first entropy"] < torch.tensor(128.0).log()
-    held_out = reinforcement.measure(training)
+    held_out = loop.measure(training)
     assert {"reward, static 4", "forwards, threshold .9"} <= held_out.keys()
     assert held_out.keys() == measures.keys() - at_one.keys()
     assert held_out["forwards, static 4"] <= 2
@@ -153,7 +153,7 @@ def test_the_reference_stays_what_the_model_was(folder: Path, adapter):
             if parameter.requires_grad:
                 parameter += 0.1
         after = training.learner.logits_at(*asked)
-        with reinforcement._reference(method, training)() as logits_at:
+        with loop._reference(method, training)() as logits_at:
             reference = logits_at(*asked)
     torch.testing.assert_close(reference, before)
     assert (after - before).abs().max() > 0.01

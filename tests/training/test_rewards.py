@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_dlm.tasks.problems import sample_problem
-from vllm_dlm.training.rewards import Reward, load_reward
+from vllm_dlm.training.reinforcement.rewards import Reward, load_reward
 
 
 def rewards(name: str, text: str, record: dict) -> float:

@@ -7,8 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from vllm_dlm.training.rollout_rows import RollOuts  # noqa: E402
-from vllm_dlm.training.rollouts import (  # noqa: E402
+from vllm_dlm.training.reinforcement.rollout_rows import RollOuts  # noqa: E402
+from vllm_dlm.training.reinforcement.rollouts import (  # noqa: E402
     DECODERS,
     Decoder,
     roll_out,

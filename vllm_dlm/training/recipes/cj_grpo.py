@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vllm_dlm.training.reinforcement import Method, Scored, make_recipe
+from vllm_dlm.training.reinforcement.loop import Method, Scored, make_recipe
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vllm_dlm.training.policy import Term
-    from vllm_dlm.training.rollout_rows import RollOuts
+    from vllm_dlm.training.reinforcement.policy import Term
+    from vllm_dlm.training.reinforcement.rollout_rows import RollOuts
 
 
 def terms(
@@ -44,7 +44,7 @@ def terms(
             behind the end of a text too.
         rows_at_once: Rows that go through the network at once.
     """
-    from vllm_dlm.training.policy import trajectory_terms
+    from vllm_dlm.training.reinforcement.policy import trajectory_terms
 
     counts = rollouts.steps >= 0
     if scored is not None:

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from vllm_dlm.training.reinforcement import Method, Scored, make_recipe
+from vllm_dlm.training.reinforcement.loop import Method, Scored, make_recipe
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vllm_dlm.training.policy import Term
-    from vllm_dlm.training.rollout_rows import RollOuts
-    from vllm_dlm.training.rollouts import LogitsAt
+    from vllm_dlm.training.reinforcement.policy import Term
+    from vllm_dlm.training.reinforcement.rollout_rows import RollOuts
+    from vllm_dlm.training.reinforcement.rollouts import LogitsAt
 
 LEAST_SHARE, MOST_SHARE = 0.2, 0.8
 """Between which the share r of the first part is drawn."""
@@ -137,7 +137,7 @@ def terms(
         kept: [R] bool: rows to score; the others count in the mean all the same.
         rows_at_once: Rows that go through the network at once.
     """
-    from vllm_dlm.training.policy import Term, parts_of
+    from vllm_dlm.training.reinforcement.policy import Term, parts_of
 
     weight = 1 / scored.sum().clamp(min=1)
     rows = scored.any(1) if kept is None else scored.any(1) & kept
@@ -174,7 +174,7 @@ def _estimated(
 def _score(
     logits_at: LogitsAt, rollouts: RollOuts, masked: Tensor, scored: Tensor
 ) -> Tensor:
-    from vllm_dlm.training.policy import token_log_probabilities
+    from vllm_dlm.training.reinforcement.policy import token_log_probabilities
 
     return token_log_probabilities(
         logits_at,

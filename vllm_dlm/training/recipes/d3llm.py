@@ -177,7 +177,7 @@ def read_log(path: str | Path, end_id: int) -> list[TrajectoryRow]:
 
 
 def _read(args: argparse.Namespace, learner: Learner) -> Sequence[Row]:
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
     check_full_attention(args, learner, "d3llm")
     check_certainty_arguments(args)

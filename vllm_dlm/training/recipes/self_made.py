@@ -24,7 +24,7 @@ from vllm_dlm.training.rows import Row, read_rows
 if TYPE_CHECKING:
     from vllm_dlm.training.learner import Learner
     from vllm_dlm.training.recipes.command import Training
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
 FILE = "answers-{}.jsonl"
 """Its answers of a round, in the output folder."""
@@ -105,7 +105,7 @@ def rows_of_round(
 
     That is nearly what one token per step gives, at a sixth of the forwards.
     """
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
     block = learner.attention_block
     decoder = Decoder("threshold", {"threshold": 0.99}, block_length=block)
@@ -185,7 +185,7 @@ def _answer(
     numbers: range,
 ) -> list[Answer]:
     """Answers to some problems, which follow from the seed and their numbers alone."""
-    from vllm_dlm.training.rollouts import roll_out
+    from vllm_dlm.training.reinforcement.rollouts import roll_out
 
     problems, prompts = [], []
     certain = [task for task in TASKS if task not in FREE_TASKS]

@@ -15,14 +15,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_dlm.cli.arguments import count
-from vllm_dlm.training.reinforcement import Method, Scored, make_recipe
+from vllm_dlm.training.reinforcement.loop import Method, Scored, make_recipe
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vllm_dlm.training.policy import Term
-    from vllm_dlm.training.rollout_rows import RollOuts
+    from vllm_dlm.training.reinforcement.policy import Term
+    from vllm_dlm.training.reinforcement.rollout_rows import RollOuts
 
 
 def shrunk(rollouts: RollOuts, shrink: int) -> RollOuts:
@@ -55,7 +55,7 @@ def terms(
         scored: [R, L] bool: tokens that count; by default all that were written.
         rows_at_once: Rows that go through the network at once.
     """
-    from vllm_dlm.training.policy import trajectory_terms
+    from vllm_dlm.training.reinforcement.policy import trajectory_terms
 
     states = shrunk(rollouts, shrink)
     counts = states.steps >= 0

@@ -9,10 +9,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.cli.arguments import count
-from vllm_dlm.training.rewards import REWARDS
+from vllm_dlm.training.reinforcement.rewards import REWARDS
 
 if TYPE_CHECKING:
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
 DECODER_NAMES = ("static", "eoser", "ass", "eoser-ass", "threshold", "entropy")
 DEFAULT_CANVAS = 32
@@ -133,7 +133,7 @@ def _parameters(text: str) -> dict[str, Any]:
 
 def decoder_of(args: argparse.Namespace) -> Decoder:
     """The decoder of the roll-outs."""
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
     tokens = args.tokens_per_step
     if tokens is None and args.decoder == "static":
@@ -189,7 +189,7 @@ def check(args: argparse.Namespace) -> None:
 
 def evaluated_decoders() -> dict[str, Decoder]:
     """Name -> the decoders that held-out questions are answered by."""
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
     return {
         "static 4": Decoder("static", tokens_per_step=4),

@@ -17,8 +17,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from vllm_dlm.training.rollout_rows import RollOuts
-from vllm_dlm.training.rollouts import LogitsAt, without_mask
+from vllm_dlm.training.reinforcement.rollout_rows import RollOuts
+from vllm_dlm.training.reinforcement.rollouts import LogitsAt, without_mask
 
 Baseline: TypeAlias = Literal["mean", "leave-one-out", "z-score"]
 

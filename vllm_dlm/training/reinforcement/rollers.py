@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vllm_dlm.training.learner import Learner
-    from vllm_dlm.training.rollout_rows import RollOuts
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollout_rows import RollOuts
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
 
 class Roller(Protocol):
@@ -42,9 +42,9 @@ class TrainerRoller:
     def __call__(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
     ) -> RollOuts:
-        from vllm_dlm.training.policy import parts_of
-        from vllm_dlm.training.rollout_rows import concatenate
-        from vllm_dlm.training.rollouts import roll_out
+        from vllm_dlm.training.reinforcement.policy import parts_of
+        from vllm_dlm.training.reinforcement.rollout_rows import concatenate
+        from vllm_dlm.training.reinforcement.rollouts import roll_out
 
         learner = self.learner
         was_training = learner.network.training

@@ -24,7 +24,7 @@ from vllm_dlm.strategies.base import (
     best_masked,
     numeric_fields,
 )
-from vllm_dlm.training.rollout_rows import RollOuts, empty_rows
+from vllm_dlm.training.reinforcement.rollout_rows import RollOuts, empty_rows
 
 LogitsAt: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(ids [R, L], valid [R, L] bool, where [R, L] bool) -> logits [N, V] float32 of the N

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.model_executor.weight_files import BACKEND
-from vllm_dlm.training.rollout_rows import RollOuts, empty_rows
+from vllm_dlm.training.reinforcement.rollout_rows import RollOuts, empty_rows
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vllm_dlm.entrypoints.frames import CanvasFrame, Write
     from vllm_dlm.training.learner import Learner
-    from vllm_dlm.training.rollouts import Decoder
+    from vllm_dlm.training.reinforcement.rollouts import Decoder
 
 CPU_CACHE = 1 << 28
 """Bytes of keys and values that an engine on a CPU keeps, if nobody says otherwise."""

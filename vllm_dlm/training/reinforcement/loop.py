@@ -14,25 +14,29 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.training.questions import Question, read_questions, task_questions
 from vllm_dlm.training.recipes.command import Recipe, Setting, Training
-from vllm_dlm.training.rewards import Reward, load_reward
-from vllm_dlm.training.rl_options import (
+from vllm_dlm.training.reinforcement.options import (
     add_arguments,
     check,
     decoder_of,
     evaluated_decoders,
 )
-from vllm_dlm.training.rollers import Roller, TrainerRoller
+from vllm_dlm.training.reinforcement.questions import (
+    Question,
+    read_questions,
+    task_questions,
+)
+from vllm_dlm.training.reinforcement.rewards import Reward, load_reward
+from vllm_dlm.training.reinforcement.rollers import Roller, TrainerRoller
 from vllm_dlm.training.rows import rows_of_step, step_generator, step_seed
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_dlm.training.learner import Learner
-    from vllm_dlm.training.policy import Baseline, Term
-    from vllm_dlm.training.rollout_rows import RollOuts
-    from vllm_dlm.training.rollouts import LogitsAt
+    from vllm_dlm.training.reinforcement.policy import Baseline, Term
+    from vllm_dlm.training.reinforcement.rollout_rows import RollOuts
+    from vllm_dlm.training.reinforcement.rollouts import LogitsAt
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,10 @@ def _roller(args: argparse.Namespace, learner: Learner) -> Roller:
     decoder, canvas = decoder_of(args), args.canvas_length
     if args.rollouts == "trainer":
         return TrainerRoller(learner, decoder, canvas, args.rollout_rows)
-    from vllm_dlm.training.engine_rollouts import EngineRoller, start_engine
+    from vllm_dlm.training.reinforcement.engine_rollouts import (
+        EngineRoller,
+        start_engine,
+    )
 
     return EngineRoller(
         start_engine(learner, args.engine_config), learner, decoder, canvas
@@ -146,7 +153,7 @@ def updates(
     method: Method, training: Training, step: int
 ) -> Iterator[Mapping[str, float]]:
     """The updates of a step, as of `loop.run_updates`: gradients, then measures."""
-    from vllm_dlm.training import policy
+    from vllm_dlm.training.reinforcement import policy
 
     args, learner = training.args, training.learner
     run = training.rows

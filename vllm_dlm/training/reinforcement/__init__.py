@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training by rewards: roll-outs, what they earn, and the updates that follow."""
