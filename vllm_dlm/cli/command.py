@@ -213,11 +213,12 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="train a built-in model, or a drafter for a model of your own",
-        description="Train a built-in model from scratch, or what drafts for an "
-        "autoregressive model; an interrupted run resumes.",
+        help="train a model of your own by a recipe, a drafter, or a built-in model",
+        description="Train a built-in model from scratch, what drafts for an "
+        "autoregressive model, or a diffusion model of your own by a recipe; an "
+        "interrupted run resumes. docs/training.md has the recipes.",
     )
-    trainable = train.add_subparsers(metavar="MODEL", required=True)
+    trainable = train.add_subparsers(metavar="WHAT", required=True)
     for name, (module, summary) in TRAINABLE.items():
         is_chosen = argv[:2] == ["train", name]
         _add_tool(trainable, name, module, f"train {summary}", is_chosen)

@@ -267,7 +267,7 @@ def report(
         "",
         "Most rows at once on each GPU (--batch-size / --accumulate / GPUs), without",
         "and with --checkpointing; 0: it does not fit",
-        "  GPUs    tokens  " + "".join(f"{f'{gpu} GiB':>14}" for gpu in GPUS),
+        "  GPUs    tokens  " + "".join(f"{f'{gpu} GiB':>18}" for gpu in GPUS),
     ]
     # An adapter's weights are not split: more GPUs have the same room.
     for count in processes[:1] if adapter else processes:
@@ -279,7 +279,7 @@ def report(
                     found.rows(gpu, length, least, checkpointing, forwards, count)
                     for checkpointing in (False, True)
                 )
-                cells += f"{f'{without:,} / {again:,}':>14}"
+                cells += f"{f'{without:,} / {again:,}':>18}"
             lines.append(f"{count:6}{length:10,}  {cells}")
     return "\n".join(lines)
 
