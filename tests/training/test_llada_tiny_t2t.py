@@ -4,12 +4,16 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from vllm_dlm.files.model_folders import Config
 from vllm_dlm.tasks import tokenizer
+from vllm_dlm.tasks.problems import FREE_TASKS, sample_problems
+from vllm_dlm.training.decoding import decode
+from vllm_dlm.training.learner import load_learner
 from vllm_dlm.training.loop import LoopOptions
 from vllm_dlm.training.tiny import edit_data, llada_tiny_t2t
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape, load_llada
@@ -128,3 +132,26 @@ def test_an_interrupted_training_ends_at_the_same_bits(
     values = Config(whole).values
     assert values["dlm_options"] == llada_tiny_t2t.DECODING
     assert values["dlm_max_canvas"] == llada_tiny_t2t.MAX_CANVAS
+
+
+def test_the_shipped_model_edits_better_than_llada_tiny_waits():
+    """Of as many forwards or fewer, where several answers are right."""
+    problems = sample_problems(24, 7, "heldout", FREE_TASKS)
+    prompts = [tokenizer.encode_prompt(problem.question, True) for problem in problems]
+
+    def measure(model: str, **options: Any) -> tuple[float, float]:
+        answers = decode(load_learner(model), prompts, options, canvas=32)
+        rights = [
+            problem.check(tokenizer.decode(answer.tokens))
+            for problem, answer in zip(problems, answers, strict=True)
+        ]
+        forwards = sum(answer.forwards for answer in answers)
+        return forwards / len(problems), sum(rights) / len(problems)
+
+    joint = {"mask_threshold": 0.0, "edit_threshold": 0.0, "max_post_steps": 2}
+    edited = measure("llada-tiny-t2t", strategy="joint", strategy_config=joint)
+    waited = measure(
+        "llada-tiny", strategy="threshold", strategy_config={"threshold": 0.6}
+    )
+    assert edited[0] <= min(3, waited[0])
+    assert edited[1] >= 0.75 > waited[1]

@@ -71,6 +71,12 @@ ALIASES: dict[str, Alias] = {
     "llada-tiny": Alias(
         LLADA, "llada-tiny", "built in: small tasks, no network", built_in=True
     ),
+    "llada-tiny-t2t": Alias(
+        LLADA,
+        "llada-tiny-t2t",
+        "built in: llada-tiny, trained to edit what it has written",
+        built_in=True,
+    ),
     "llada-forms": Alias(
         LLADA,
         "llada-forms",

@@ -312,7 +312,7 @@ def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
         AutoTokenizer.register(
             load(HF_CONFIGS[model_type]), tokenizer_class=load(target), exist_ok=True
         )
-    return load_tokenizer(str(source))
+    return load_tokenizer(str(source), _config(source))
 
 
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]

@@ -27,7 +27,11 @@ from vllm_dlm.tasks.tokenizer import TOKEN_IDS, encode_prompt
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,13 @@ class Answered:
     answers: list[list[int]]
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
     """Tokenizer of a folder, hub id or alias.
+
+    Args:
+        config: The model's, where transformers does not know its type.
 
     Raises:
         ValueError: there is none that transformers can load.
@@ -49,7 +58,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from vllm_dlm.config.aliases import resolve
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(model))
+        return AutoTokenizer.from_pretrained(resolve(model), config=config)
     except Exception as error:  # damaged files raise the tokenizers' own, of no class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load the tokenizer of {model}: {reason}") from error
