@@ -17,7 +17,6 @@ from vllm_dlm.model_executor.models.tables import (
     ARCHITECTURES,
     CONFIG_HOOK,
     HF_CONFIGS,
-    TOKENIZERS,
 )
 from vllm_dlm.registry import load
 
@@ -120,12 +119,9 @@ def _register_hf_configs() -> None:
 
 
 def _register_tokenizers() -> None:
-    from transformers import AutoTokenizer
+    from vllm_dlm.model_executor.models.tokenizers import register_tokenizers
 
-    for model_type, target in TOKENIZERS.items():
-        AutoTokenizer.register(
-            load(HF_CONFIGS[model_type]), tokenizer_class=load(target), exist_ok=True
-        )
+    register_tokenizers()
 
 
 def _register_config_hooks() -> None:

@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
@@ -29,7 +28,8 @@ from vllm_dlm.config.levels import config_entries
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.files.model_folders import Config
 from vllm_dlm.model_executor.models.declarations import check_declarations
-from vllm_dlm.model_executor.models.tables import HF_CONFIGS, TOKENIZERS
+from vllm_dlm.model_executor.models.tables import HF_CONFIGS
+from vllm_dlm.model_executor.models.tokenizers import register_tokenizers
 from vllm_dlm.registry import load
 from vllm_dlm.training import lora
 from vllm_dlm.training.block_causal import load_block_causal
@@ -218,7 +218,8 @@ def load_learner(
     except (RuntimeError, AssertionError) as error:
         # PyTorch asserts that it was built for a device.
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
-    tokenizer = _load_tokenizer(source)
+    register_tokenizers()
+    tokenizer = load_tokenizer(str(source), _config(source))
     end_id = Config(source).values.get("eos_token_id")
     if not isinstance(end_id, int):
         end_id = tokenizer.eos_token_id
@@ -304,15 +305,6 @@ def _config(source: Path) -> Any:
     config = config_class.from_pretrained(source, name_or_path=str(source))
     check_declarations(config)
     return config
-
-
-def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, also where transformers would need remote code."""
-    for model_type, target in TOKENIZERS.items():
-        AutoTokenizer.register(
-            load(HF_CONFIGS[model_type]), tokenizer_class=load(target), exist_ok=True
-        )
-    return load_tokenizer(str(source), _config(source))
 
 
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
