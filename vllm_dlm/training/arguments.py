@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from vllm_dlm.cli.arguments import count, output_folder
@@ -28,6 +29,27 @@ def add_model_arguments(parser: argparse.ArgumentParser, output_dir: str) -> Non
         action="store_true",
         help="only evaluate the model in the folder and write its card",
     )
+
+
+def trained(args: argparse.Namespace, train: Callable[[], bool]) -> bool:
+    """Train, unless only the card is asked for; False if stopped before the last step.
+
+    Args:
+        train: Returns whether it has come to the last step.
+
+    Raises:
+        ValueError: as `check_model_arguments`, and what `train` raises.
+    """
+    check_model_arguments(args)
+    done = args.skip_training or train()
+    if not done:
+        say_stopped(args.output_dir)
+    return done
+
+
+def say_stopped(output_dir: str | Path) -> None:
+    """Tell how a training goes on that was stopped before its last step."""
+    print(f"Stopped before the last step; run again to go on: {output_dir}")
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
+from vllm_dlm.training.arguments import add_model_arguments, trained
 from vllm_dlm.training.drafters.deer_data import (
     ALPHA,
     STAGE_ONE_SHARE,
@@ -213,23 +213,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, export, measure the acceptance and write the model card."""
-    check_model_arguments(args)
-    done = args.skip_training or train(
-        args.output_dir,
-        LoopOptions.from_args(args),
-        target=args.target,
-        drafter=args.drafter,
-        attention_block=args.attention_block,
-        prompts=args.prompts,
-        num_prompts=args.num_prompts,
-        max_tokens=args.max_tokens,
-        block_length=args.block_length,
-        alpha=args.alpha,
-        scale=args.learning_rate_scale,
-        device=args.device,
-    )
-    if not done:
-        print(f"Stopped before the last step; run again to go on: {args.output_dir}")
+
+    def go_on() -> bool:
+        return train(
+            args.output_dir,
+            LoopOptions.from_args(args),
+            target=args.target,
+            drafter=args.drafter,
+            attention_block=args.attention_block,
+            prompts=args.prompts,
+            num_prompts=args.num_prompts,
+            max_tokens=args.max_tokens,
+            block_length=args.block_length,
+            alpha=args.alpha,
+            scale=args.learning_rate_scale,
+            device=args.device,
+        )
+
+    if not trained(args, go_on):
         return
     from vllm_dlm.training.drafters.deer_card import write_card
 

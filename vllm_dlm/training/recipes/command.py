@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from vllm_dlm.training.arguments import say_stopped
 from vllm_dlm.training.loop import (
     LoopOptions,
     prepare,
@@ -63,9 +64,7 @@ class Recipe(RecipeParts):
         if not is_first():
             return
         if done is None:
-            print(
-                f"Stopped before the last step; run again to go on: {args.output_dir}"
-            )
+            say_stopped(args.output_dir)
             return
         print(f"The trained model and its card are in {args.output_dir}")
 

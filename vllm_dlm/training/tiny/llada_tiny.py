@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.tasks.problems import sample_problem
-from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
+from vllm_dlm.training.arguments import add_model_arguments, trained
 from vllm_dlm.training.loop import (
     LoopOptions,
     add_loop_arguments,
@@ -231,14 +231,12 @@ def run(args: argparse.Namespace) -> None:
     """Train, export, evaluate and write the model card."""
     from vllm_dlm.training.tiny.llada_card import write_card
 
-    check_model_arguments(args)
     if args.skip_training and args.start:
         raise ValueError("--start: with --skip-training nothing is trained")
-    done = args.skip_training or train(
-        args.output_dir, LoopOptions.from_args(args), args.start
-    )
-    if not done:
-        print(f"Stopped before the last step; run again to go on: {args.output_dir}")
+    if not trained(
+        args,
+        lambda: train(args.output_dir, LoopOptions.from_args(args), args.start),
+    ):
         return
     short = short_steps(args.steps)
     recipe = {

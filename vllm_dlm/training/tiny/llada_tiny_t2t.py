@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.tasks.problems import FREE_TASKS
-from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
+from vllm_dlm.training.arguments import add_model_arguments, trained
 from vllm_dlm.training.loop import (
     LoopOptions,
     add_loop_arguments,
@@ -137,11 +137,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, export, evaluate and write the model card."""
-    check_model_arguments(args)
-    options = replace(LoopOptions.from_args(args), eval_steps=EVAL_STEPS)
-    done = args.skip_training or train(args.output_dir, options, args.start)
-    if not done:
-        print(f"Stopped before the last step; run again to go on: {args.output_dir}")
+
+    def go_on() -> bool:
+        options = replace(LoopOptions.from_args(args), eval_steps=EVAL_STEPS)
+        return train(args.output_dir, options, args.start)
+
+    if not trained(args, go_on):
         return
     from vllm_dlm.training.tiny.t2t_card import write_card
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.tasks import tokenizer
-from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
+from vllm_dlm.training.arguments import add_model_arguments, trained
 from vllm_dlm.training.loop import (
     LoopOptions,
     add_loop_arguments,
@@ -158,16 +158,17 @@ def train_and_describe(
     args: argparse.Namespace, *, name: str, shape: LLaDAShape, exit_weight: float
 ) -> None:
     """Train a causal model, export it, evaluate it and write its card."""
-    check_model_arguments(args)
-    done = args.skip_training or train(
-        args.output_dir,
-        LoopOptions.from_args(args),
-        name=name,
-        shape=shape,
-        exit_weight=exit_weight,
-    )
-    if not done:
-        print(f"Stopped before the last step; run again to go on: {args.output_dir}")
+
+    def go_on() -> bool:
+        return train(
+            args.output_dir,
+            LoopOptions.from_args(args),
+            name=name,
+            shape=shape,
+            exit_weight=exit_weight,
+        )
+
+    if not trained(args, go_on):
         return
     from vllm_dlm.training.tiny.llama_card import write_card
 

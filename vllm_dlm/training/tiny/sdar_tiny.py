@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.tasks import tokenizer
-from vllm_dlm.training.arguments import add_model_arguments, check_model_arguments
+from vllm_dlm.training.arguments import add_model_arguments, trained
 from vllm_dlm.training.loop import LoopOptions, add_loop_arguments, prepare, run_steps
 from vllm_dlm.training.tiny.sdar_stages import BLOCK_LENGTH, block_length_at
 
@@ -99,9 +99,6 @@ def run(args: argparse.Namespace) -> None:
     """Train, export, evaluate and write the model card."""
     from vllm_dlm.training.tiny.sdar_card import write_card
 
-    check_model_arguments(args)
-    done = args.skip_training or train(args.output_dir, LoopOptions.from_args(args))
-    if not done:
-        print(f"Stopped before the last step; run again to go on: {args.output_dir}")
+    if not trained(args, lambda: train(args.output_dir, LoopOptions.from_args(args))):
         return
     print(write_card(args.output_dir, args.num_problems))
