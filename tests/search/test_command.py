@@ -84,6 +84,7 @@ def test_lines_for_lines(folder: Path, capsys: pytest.CaptureFixture[str]):
         (["best_of_n", "--scorer", "{f}/none.py:check"], "there is no file"),
         (["best_of_n", "--scorer", "check"], "expected FILE.py:NAME"),
         (["best_of_n", "--scorer", "{f}/questions.txt:check"], "is no Python file"),
+        (["best_of_n", "--scorer", "{f}/broken.py:check"], "cannot be imported: Name"),
         (["best_of_n", "--n", "0"], "n: .*greater than or equal to 1, got 0"),
         (["best_of_n", "--n", "many"], "n: .*valid integer.*got 'many'"),
         (["best_of_n", "--budget-tokens", "0"], "budget: tokens: .*greater than 0"),
@@ -99,6 +100,7 @@ def test_errors_before_a_model_is_loaded(
 ):
     (folder / "bad.jsonl").write_text('{"answer": 3}\n')
     (folder / "empty.txt").write_text("\n")
+    (folder / "broken.py").write_text("check = missing\n")
     argv = [each.format(f=folder) if "{f}" in each else each for each in argv]
     driver, *rest = argv
     prompts = ["--prompts", str(folder / "questions.txt")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import IO, Any
 from pydantic.fields import FieldInfo
 
 from vllm_dlm.cli.arguments import count, output_file
+from vllm_dlm.files.python_files import functions_in, load_file
 from vllm_dlm.files.whole_files import BadFile, parse_json, read_lines, replacing
 from vllm_dlm.messages import metavar_of, quote
 from vllm_dlm.search.base import Budget, Driver, Result
@@ -341,24 +341,11 @@ def load_object(target: str, what: str) -> Callable[..., Any]:
     path, _, name = target.rpartition(":")
     if not path or not name:
         raise ValueError(f"--{what} {quote(target)}: expected FILE.py:NAME")
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"--{what}: there is no file {quote(path)}")
-    spec = importlib.util.spec_from_file_location(f"_search_{what}", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--{what}: {quote(path)} is no Python file (FILE.py:NAME)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_file(Path(path), f"--{what}")
     found = getattr(module, name, None)
     if found is None:
-        names = [
-            each
-            for each, value in vars(module).items()
-            if callable(value) and getattr(value, "__module__", None) == spec.name
-        ]
-        raise ValueError(
-            f"--{what}: {path} has no {name!r}; it has: {', '.join(names) or 'nothing'}"
-        )
+        names = ", ".join(functions_in(module)) or "nothing"
+        raise ValueError(f"--{what}: {path} has no {name!r}; it has: {names}")
     return found  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,6 @@ of answers: the text of each up to its end, the prompt that it answers, and the 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,9 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias
 
+from vllm_dlm.files.python_files import functions_in, load_file
 from vllm_dlm.messages import quote, unknown
 from vllm_dlm.tasks.problems import TASKS, Problem
 
@@ -110,35 +109,14 @@ def load_reward(name: str) -> Reward:
     file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py"):
         raise ValueError(f"--reward: {unknown(name, REWARDS)}, or FILE.py:NAME")
-    module = _load_file(Path(file))
+    module = load_file(Path(file), "--reward")
     found = getattr(module, function, None)
     if not callable(found):
-        known = [
-            key
-            for key, value in vars(module).items()
-            if callable(value) and getattr(value, "__module__", "") == module.__name__
-        ]
         raise ValueError(
             f"--reward: {file} has no function {function!r}; it has "
-            f"{', '.join(known) or 'none'}, and {_INTERFACE}"
+            f"{', '.join(functions_in(module)) or 'none'}, and {_INTERFACE}"
         )
     return Reward(name, found)
-
-
-def _load_file(file: Path) -> ModuleType:
-    if not file.is_file():
-        raise ValueError(f"--reward: there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"--reward: {file} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(
-            f"--reward: {file} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    return module
 
 
 def _for_each(right: Callable[[str, Record], bool]) -> Function:
