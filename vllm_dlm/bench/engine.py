@@ -9,12 +9,13 @@ is one, for any server that speaks OpenAI's HTTP API.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+from vllm_dlm.files.python_files import callables_in, load_file
 
 
 class Unsupported(ValueError):
@@ -152,20 +153,11 @@ def load_adapter(spec: str) -> type[Engine]:
     path, _, name = spec.rpartition(":")
     if not path or not name:
         raise ValueError(f"adapter {spec!r}: expected FILE.py:Class")
-    if not Path(path).is_file():
-        raise ValueError(f"adapter {spec!r}: there is no file {path}")
-    found = importlib.util.spec_from_file_location(f"vllm_dlm_adapter_{name}", path)
-    if found is None or found.loader is None:
-        raise ValueError(f"adapter {spec!r}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    module = load_file(Path(path), f"adapter {spec!r}")
     adapter = getattr(module, name, None)
     if not isinstance(adapter, type):
-        classes = sorted(
-            known
-            for known, value in vars(module).items()
-            if isinstance(value, type) and value.__module__ == module.__name__
-        )
+        own = ((known, getattr(module, known)) for known in callables_in(module))
+        classes = sorted(known for known, value in own if isinstance(value, type))
         raise ValueError(
             f"adapter {spec!r}: {path} has no class {name}; it has "
             f"{', '.join(classes) or 'none'}"

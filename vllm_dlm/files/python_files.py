@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of a user's own, in a file that an option names as FILE.py:NAME."""
+"""What a user's own file holds, where an option names it as FILE.py:NAME."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load_file(file: Path, option: str) -> ModuleType:
 
     Args:
         file: The file.
-        option: That names it, for error messages ("--scorer").
+        option: What names it, for error messages ("--scorer").
 
     Raises:
         ValueError: there is none, it is no Python file, or it raises an error.
@@ -38,7 +38,7 @@ def load_file(file: Path, option: str) -> ModuleType:
     return module
 
 
-def functions_in(module: ModuleType) -> list[str]:
+def callables_in(module: ModuleType) -> list[str]:
     """Names of what can be called and is a file's own, not imported there."""
     return [
         name

@@ -16,7 +16,7 @@ from typing import IO, Any
 from pydantic.fields import FieldInfo
 
 from vllm_dlm.cli.arguments import count, output_file
-from vllm_dlm.files.python_files import functions_in, load_file
+from vllm_dlm.files.python_files import callables_in, load_file
 from vllm_dlm.files.whole_files import BadFile, parse_json, read_lines, replacing
 from vllm_dlm.messages import metavar_of, quote
 from vllm_dlm.search.base import Budget, Driver, Result
@@ -344,7 +344,7 @@ def load_object(target: str, what: str) -> Callable[..., Any]:
     module = load_file(Path(path), f"--{what}")
     found = getattr(module, name, None)
     if found is None:
-        names = ", ".join(functions_in(module)) or "nothing"
+        names = ", ".join(callables_in(module)) or "nothing"
         raise ValueError(f"--{what}: {path} has no {name!r}; it has: {names}")
     return found  # type: ignore[no-any-return]
 

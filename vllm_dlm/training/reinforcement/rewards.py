@@ -20,7 +20,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vllm_dlm.files.python_files import functions_in, load_file
+from vllm_dlm.files.python_files import callables_in, load_file
 from vllm_dlm.messages import quote, unknown
 from vllm_dlm.tasks.problems import TASKS, Problem
 
@@ -114,7 +114,7 @@ def load_reward(name: str) -> Reward:
     if not callable(found):
         raise ValueError(
             f"--reward: {file} has no function {function!r}; it has "
-            f"{', '.join(functions_in(module)) or 'none'}, and {_INTERFACE}"
+            f"{', '.join(callables_in(module)) or 'none'}, and {_INTERFACE}"
         )
     return Reward(name, found)
 
