@@ -10,12 +10,17 @@ from vllm_dlm.training.rows import Row, lay_out, split_rows, step_generator, tas
 
 torch = pytest.importorskip("torch")
 
+from training.tiny_learner import (  # noqa: E402
+    tiny_folder,
+    tiny_learner,
+    train_command,
+    weights_of,
+)
+
 END, MASK, BLOCK = 0, 2, 4
 
 
 def make(folder, **options):
-    from training.tiny_learner import tiny_learner
-
     return tiny_learner(folder, "sdar", **options)
 
 
@@ -185,33 +190,10 @@ def test_blocks_double():
 
 
 def options_of(folder, output, *more):
-    return [
-        *("train", "block-size", str(folder), "--output-dir", str(output)),
-        *(
-            "--steps",
-            "4",
-            "--batch-size",
-            "6",
-            "--num-rows",
-            "40",
-            "--num-problems",
-            "0",
-            "--to",
-            "16",
-        ),
-        *more,
-    ]
-
-
-def weights_of(folder):
-    from vllm_dlm.files.model_folders import read_weights
-
-    return read_weights(folder / "model.safetensors")
+    return train_command("block-size", folder, output, "--to", "16", *more)
 
 
 def test_an_interrupted_run_ends_at_the_same_bits(tmp_path):
-    from training.tiny_learner import tiny_folder
-
     folder = tiny_folder(tmp_path / "model", "sdar")
     assert main(options_of(folder, tmp_path / "whole")) == 0
     # Every run stops after one step; two steps have blocks of 8, two of 16.
@@ -230,8 +212,6 @@ def test_an_interrupted_run_ends_at_the_same_bits(tmp_path):
 
 
 def test_what_cannot_grow_is_refused(tmp_path, capsys):
-    from training.tiny_learner import tiny_folder
-
     folder = tiny_folder(tmp_path / "sdar", "sdar")
     assert main(options_of(folder, tmp_path / "out", "--from", "6")) == 2
     assert "--from 6 by doubling" in capsys.readouterr().err

@@ -12,10 +12,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from training.tiny_learner import tiny_folder  # noqa: E402
+from training.tiny_learner import (  # noqa: E402
+    largest_difference,
+    tiny_folder,
+    weights_of,
+)
 
 from vllm_dlm.cli.command import main  # noqa: E402
-from vllm_dlm.files.model_folders import read_weights  # noqa: E402
 from vllm_dlm.training.recipes import (  # noqa: E402
     cj_grpo,
     command,
@@ -51,14 +54,6 @@ def options_of(name: str, folder: Path, output: Path, *more: str) -> list[str]:
         *("--num-problems", "0"),
         *("--reward", f"{folder / 'reward.py'}:varied", *more),
     ]
-
-
-def weights_of(folder: Path) -> dict:
-    return read_weights(folder / "model.safetensors")
-
-
-def largest_difference(one: dict, other: dict) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.parametrize(

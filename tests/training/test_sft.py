@@ -2,6 +2,7 @@
 """Supervised fine-tuning: masks, loss, and the frame that all recipes share."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -10,12 +11,18 @@ from vllm_dlm.training.rows import Row, lay_out, split_rows, step_generator, tas
 
 torch = pytest.importorskip("torch")
 
+from training.tiny_learner import (  # noqa: E402
+    largest_difference,
+    tiny_folder,
+    tiny_learner,
+    train_command,
+    weights_of,
+)
+
 END, MASK = 0, 2
 
 
 def make(folder, **options):
-    from training.tiny_learner import tiny_learner
-
     return tiny_learner(folder, **options)
 
 
@@ -76,28 +83,10 @@ def test_a_batch_s_loss_is_that_of_its_rows_alone(tmp_path, layout):
         torch.testing.assert_close(alone, whole)
 
 
-def options_of(folder, output, *more):
-    return [
-        *("train", "sft", str(folder), "--output-dir", str(output)),
-        *("--steps", "4", "--batch-size", "6", "--num-rows", "40"),
-        *(() if "--num-problems" in more else ("--num-problems", "0")),
-        *more,
-    ]
-
-
-def weights_of(folder):
-    from vllm_dlm.files.model_folders import read_weights
-
-    return read_weights(folder / "model.safetensors")
-
-
-def largest_difference(one, other):
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+options_of = partial(train_command, "sft")
 
 
 def test_accumulation_does_not_change_the_result(tmp_path):
-    from training.tiny_learner import tiny_folder
-
     folder = tiny_folder(tmp_path / "model")
     found = []
     for parts in ("1", "3"):
@@ -110,8 +99,6 @@ def test_accumulation_does_not_change_the_result(tmp_path):
 
 @pytest.mark.parametrize("adapter", [(), ("--lora-rank", "2", "--lora-dropout", "0.3")])
 def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, adapter):
-    from training.tiny_learner import tiny_folder
-
     from vllm_dlm.training.progress import read_progress
 
     folder = tiny_folder(tmp_path / "model")
@@ -129,8 +116,6 @@ def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, adapter):
 
 
 def test_data_from_a_file_and_what_does_not_fit(tmp_path, capsys):
-    from training.tiny_learner import tiny_folder
-
     folder = tiny_folder(tmp_path / "model")
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt_ids": [1, 9], "response_ids": [20] * n + [0]} for n in (2, 9)]
@@ -144,8 +129,6 @@ def test_data_from_a_file_and_what_does_not_fit(tmp_path, capsys):
 
 
 def test_a_run_measures_before_and_after_and_writes_a_card(tmp_path, capsys):
-    from training.tiny_learner import tiny_folder
-
     from vllm_dlm.training.metrics import read_metrics
     from vllm_dlm.training.recipes.report import Measures
 
@@ -174,8 +157,6 @@ def test_a_run_measures_before_and_after_and_writes_a_card(tmp_path, capsys):
 
 
 def test_rows_to_measure_with_are_not_trained_on(tmp_path):
-    from training.tiny_learner import tiny_folder
-
     from vllm_dlm.cli.command import make_parser
     from vllm_dlm.training.recipes.command import start
     from vllm_dlm.training.recipes.sft import RECIPE

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on wrong tokens: what is replaced, the model's own tokens, and the loss."""
 
+from functools import partial
+
 import pytest
 
 from vllm_dlm.cli.command import main
@@ -8,12 +10,17 @@ from vllm_dlm.training.rows import Row, lay_out, split_rows, step_generator, tas
 
 torch = pytest.importorskip("torch")
 
+from training.tiny_learner import (  # noqa: E402
+    tiny_folder,
+    tiny_learner,
+    train_command,
+    weights_of,
+)
+
 END, MASK, VOCABULARY = 0, 2, 100
 
 
 def make(folder, layout="llada", **options):
-    from training.tiny_learner import tiny_learner
-
     return tiny_learner(folder, layout, **options)
 
 
@@ -185,33 +192,11 @@ def test_learning_from_wrong_tokens_alone_forgets_the_right_ones(tmp_path):
     assert (edits.inputs[taught] != edits.ids[:, None][taught]).all()
 
 
-def options_of(folder, output, *more):
-    return [
-        *("train", "t2t", str(folder), "--output-dir", str(output)),
-        *(
-            "--steps",
-            "4",
-            "--batch-size",
-            "6",
-            "--num-rows",
-            "40",
-            "--num-problems",
-            "0",
-        ),
-        *more,
-    ]
-
-
-def weights_of(folder):
-    from vllm_dlm.files.model_folders import read_weights
-
-    return read_weights(folder / "model.safetensors")
+options_of = partial(train_command, "t2t")
 
 
 @pytest.mark.parametrize("more", [(), ("--on-policy",)])
 def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, more):
-    from training.tiny_learner import tiny_folder
-
     folder = tiny_folder(tmp_path / "model")
     assert main(options_of(folder, tmp_path / "whole", *more)) == 0
     stopped = options_of(folder, tmp_path / "parts", *more)
@@ -225,8 +210,6 @@ def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, more):
 
 
 def test_the_folder_s_defaults_are_joint_s(tmp_path):
-    from training.tiny_learner import tiny_folder
-
     from vllm_dlm.files.model_folders import Config
 
     folder = tiny_folder(tmp_path / "model")

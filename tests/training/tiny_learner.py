@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_dlm.files.model_folders import read_weights
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.block_causal import export_block_causal, make_block_causal
 from vllm_dlm.training.learner import Learner, load_learner
@@ -37,3 +38,25 @@ def tiny_folder(folder: Path, layout: str = "llada", block_length: int = 4) -> P
 def tiny_learner(folder: Path, layout: str = "llada", **options: Any) -> Learner:
     """The network of `tiny_folder`, loaded with the options of `load_learner`."""
     return load_learner(tiny_folder(folder, layout), **options)
+
+
+def train_command(recipe: str, folder: Path, output: Path, *more: str) -> list[str]:
+    """A few small steps of a recipe, nothing measured but where `more` asks for it."""
+    return [
+        *("train", recipe, str(folder), "--output-dir", str(output)),
+        *("--steps", "4", "--batch-size", "6", "--num-rows", "40"),
+        *(() if "--num-problems" in more else ("--num-problems", "0")),
+        *more,
+    ]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that a training has written, by name."""
+    return read_weights(folder / "model.safetensors")
+
+
+def largest_difference(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> float:
+    """Between tensors of the same name, of all of them."""
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
