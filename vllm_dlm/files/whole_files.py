@@ -231,6 +231,37 @@ def read_lines(path: str | os.PathLike[str], what: str) -> Iterator[str]:
             raise BadFile(what, path, f"behind line {number}: {error}") from None
 
 
+def parse_lines(
+    path: str | os.PathLike[str],
+    what: str,
+    parse: Callable[[str], T],
+    most: int | None = None,
+) -> list[T]:
+    """What the lines of a text file say; blank lines say nothing.
+
+    Args:
+        path: the file.
+        what: it is, for error messages ("rows").
+        parse: what a line says, without its line break. Its ValueError gets the line's
+            number.
+        most: how many are read at most; None reads all.
+
+    Raises:
+        BadFile: as `read_lines`, or a line cannot be parsed.
+    """
+    found: list[T] = []
+    for number, line in enumerate(read_lines(path, what), 1):
+        if len(found) == most:
+            break
+        if not line.strip():
+            continue
+        try:
+            found.append(parse(line.rstrip("\r\n")))
+        except ValueError as error:
+            raise BadFile(what, path, f"line {number}: {error}") from None
+    return found
+
+
 def read_json(
     path: str | os.PathLike[str],
     what: str,

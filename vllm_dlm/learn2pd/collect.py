@@ -24,7 +24,7 @@ from vllm_dlm.files.tensor_files import (
     read_safetensors,
     write_safetensors,
 )
-from vllm_dlm.files.whole_files import MIB, BadFile, parse_json, path_part, read_lines
+from vllm_dlm.files.whole_files import MIB, BadFile, parse_json, parse_lines, path_part
 from vllm_dlm.learn2pd.oracle import Oracle, register_oracle
 from vllm_dlm.learn2pd.recorder import IGNORED, WRONG, Traces
 
@@ -157,27 +157,18 @@ def read_prompt_file(path: str | Path, most: int) -> list[str]:
     Raises:
         ValueError: there is no such file, or an object has no prompt.
     """
-    prompts: list[str] = []
-    for number, line in enumerate(read_lines(path, "prompts"), 1):
-        if len(prompts) == most:
-            break
-        if line.strip():
-            prompts.append(_prompt(line.rstrip("\n"), path, number))
-    return prompts
+    return parse_lines(path, "prompts", _prompt, most)
 
 
-def _prompt(line: str, path: str | Path, number: int) -> str:
+def _prompt(line: str) -> str:
     if not line.lstrip().startswith("{"):
         return line
     fields = ("prompt", "question", "text")
-    try:
-        record = parse_json(line)
-        found = [record[field] for field in fields if field in record]
-        if not found or not isinstance(found[0], str):
-            raise ValueError(f"expected a text as {' or '.join(fields)}")
-        return found[0]
-    except ValueError as error:
-        raise BadFile("prompts", path, f"line {number}: {error}") from None
+    record = parse_json(line)
+    found = [record[field] for field in fields if field in record]
+    if not found or not isinstance(found[0], str):
+        raise ValueError(f"expected a text as {' or '.join(fields)}")
+    return found[0]
 
 
 def save_traces(path: Path, traces: Traces, facts: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_dlm.cli.arguments import count, output_file
 from vllm_dlm.files.python_files import callables_in, load_file
-from vllm_dlm.files.whole_files import BadFile, parse_json, read_lines, replacing
+from vllm_dlm.files.whole_files import BadFile, parse_json, parse_lines, replacing
 from vllm_dlm.messages import metavar_of, quote
 from vllm_dlm.search.base import Budget, Driver, Result
 from vllm_dlm.search.prompts import FORMS
@@ -302,16 +302,7 @@ def read_prompts(path: str, most: int | None, chat: bool) -> list[Any]:
     Raises:
         BadFile: a line holds no prompt, or none does.
     """
-    prompts: list[Any] = []
-    for number, line in enumerate(read_lines(path, "prompts"), 1):
-        if len(prompts) == most:
-            break
-        if not line.strip():
-            continue
-        try:
-            prompts.append(_prompt(line.rstrip("\r\n"), chat))
-        except ValueError as error:
-            raise BadFile("prompts", path, f"line {number}: {error}") from None
+    prompts = parse_lines(path, "prompts", lambda line: _prompt(line, chat), most)
     if not prompts:
         raise BadFile("prompts", path, "it holds none")
     return prompts

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_dlm.files.whole_files import BadFile, checked, parse_json, read_lines
+from vllm_dlm.files.whole_files import BadFile, checked, parse_json, parse_lines
 from vllm_dlm.tasks import tokenizer as tasks_tokenizer
 from vllm_dlm.tasks.problems import sample_problem
 
@@ -83,14 +83,7 @@ def read_rows(
             outside the vocabulary; the error names the line.
     """
     end = tokenizer.eos_token_id if end_id is None else end_id
-    rows = []
-    for number, line in enumerate(read_lines(path, _WHAT), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_parse(line, tokenizer, int(end)))
-        except ValueError as error:
-            raise BadFile(_WHAT, path, f"line {number}: {error}") from None
+    rows = parse_lines(path, _WHAT, lambda line: _parse(line, tokenizer, int(end)))
     if not rows:
         raise BadFile(_WHAT, path, "it has no rows")
     return rows

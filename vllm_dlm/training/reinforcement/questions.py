@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.files.whole_files import BadFile, parse_json, read_lines
+from vllm_dlm.files.whole_files import BadFile, parse_json, parse_lines
 from vllm_dlm.messages import quote, unknown
 from vllm_dlm.tasks import tokenizer as tasks_tokenizer
 from vllm_dlm.tasks.problems import TASKS, sample_problem
@@ -58,16 +58,13 @@ def read_questions(
     Raises:
         ValueError: a line has none of the forms; the error names the line.
     """
-    questions = []
-    for number, line in enumerate(read_lines(path, _WHAT), 1):
-        if not line.strip():
-            continue
-        try:
-            ids, prompt, record = _parse(line, tokenizer)
-        except ValueError as error:
-            raise BadFile(_WHAT, path, f"line {number}: {error}") from None
+
+    def parse(line: str) -> Question:
+        ids, prompt, record = _parse(line, tokenizer)
         cut = ids if prompt_length is None else ids[-prompt_length:]
-        questions.append(Question(cut, prompt, record))
+        return Question(cut, prompt, record)
+
+    questions = parse_lines(path, _WHAT, parse)
     if not questions:
         raise BadFile(_WHAT, path, "it has no questions")
     return questions
