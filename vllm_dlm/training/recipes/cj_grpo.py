@@ -54,8 +54,6 @@ def terms(
     written.scatter_add_(0, steps[counts], written.new_ones(int(counts.sum())))
     num_steps = (written > 0).sum()
     weights = counts / (num_steps * written.clamp(min=1)[steps])
-    if kept is None:
-        kept = counts.any(1)
     return trajectory_terms(
         rollouts, advantage, weights, beta * weights, kept, rows_at_once
     )

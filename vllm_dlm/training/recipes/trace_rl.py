@@ -67,8 +67,6 @@ def terms(
     ).scatter_add_(1, steps, counts.to(advantage.dtype))
     pairs = (written > 0).sum()
     weights = counts / (pairs * written.clamp(min=1).gather(1, steps))
-    if kept is None:
-        kept = counts.any(1)
     return trajectory_terms(
         states,
         advantage,

@@ -173,7 +173,7 @@ def trajectory_terms(
     advantage: Tensor,
     weights: Tensor,
     reference_weights: Tensor,
-    kept: Tensor,
+    kept: Tensor | None = None,
     rows_at_once: int | None = None,
     against_old: bool = False,
 ) -> list[Term]:
@@ -185,13 +185,16 @@ def trajectory_terms(
         advantage: [R].
         weights: [R, L], 0 at tokens that are not scored.
         reference_weights: [R, L].
-        kept: [R] bool: the others are left out.
+        kept: [R] bool: the others are left out; None keeps all.
         rows_at_once: Rows of a term; None takes all.
         against_old: as of `Term`.
     """
+    counted = weights > 0
+    if kept is not None:
+        counted = counted & kept[:, None]
     terms = []
     for step in range(rollouts.num_steps):
-        scored = rollouts.written(step) & (weights > 0) & kept[:, None]
+        scored = rollouts.written(step) & counted
         rows = scored.any(1).nonzero()[:, 0]
         for part in parts_of(len(rows), rows_at_once):
             some = rollouts.take(rows[part])
