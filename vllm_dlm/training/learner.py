@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,9 @@ from vllm_dlm.training.weights import sizes_of, write_like
 Network: TypeAlias = LLaDAModel | DecoderModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files of a model that a training needs."""
 
 LAYOUTS = ("LLaDAModelLM", "DreamModel", "SDARForCausalLM")
 """What can be trained, as `architectures` in config.json names it."""
@@ -236,11 +239,12 @@ def load_learner(
     )
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, fetched: Sequence[str] = FETCHED) -> Path:
     """The folder of a model; one of the hub is fetched, if the cache does not have it.
 
     Args:
         model: Folder, hub id or alias.
+        fetched: Patterns of the files that are fetched.
 
     Raises:
         ValueError: there is no such folder, and the hub has or gives none.
@@ -252,7 +256,7 @@ def model_folder(model: str) -> Path:
 
         try:
             folder = cached_folder(found) or snapshot_download(
-                found, allow_patterns=_FETCHED
+                found, allow_patterns=list(fetched)
             )
         except Exception as error:  # of the hub's client and of its network
             reason = str(error).strip().partition("\n")[0]
@@ -305,6 +309,3 @@ def _config(source: Path) -> Any:
     config = config_class.from_pretrained(source, name_or_path=str(source))
     check_declarations(config)
     return config
-
-
-_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]

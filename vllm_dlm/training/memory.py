@@ -177,32 +177,6 @@ def build(folder: str | Path) -> Any:
         return BlockCausalModel(Qwen3ForCausalLM(config))
 
 
-def config_folder(model: str) -> Path:
-    """A folder with a model's config.json; of the hub, only that file is fetched.
-
-    Args:
-        model: Folder, hub id or alias.
-
-    Raises:
-        ValueError: there is none, and the hub gives none.
-    """
-    from vllm_dlm.config.aliases import resolve
-
-    found = resolve(model)
-    if not Path(found).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(found, "config.json")).parent
-        except Exception as error:  # of the hub's client and of its network
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"model {model}: there is no such folder, and the hub does not give "
-                f"its config.json ({reason})"
-            ) from error
-    return Path(found)
-
-
 def report(
     found: Estimate,
     *,

@@ -131,18 +131,13 @@ def dry_run(recipe: Recipe, args: argparse.Namespace) -> str:
     """
     import torch
 
-    from vllm_dlm.training.memory import (
-        LENGTHS,
-        build,
-        config_folder,
-        estimate,
-        report,
-    )
+    from vllm_dlm.training.learner import model_folder
+    from vllm_dlm.training.memory import LENGTHS, build, estimate, report
 
     check_recipe_arguments(args)
     # On a CPU too, the question is what a GPU needs.
     dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
-    network = build(config_folder(args.model))
+    network = build(model_folder(args.model, fetched=("config.json",)))
     found = estimate(network, args.lora_rank, args.lora_targets, dtype)
     return report(
         found,
