@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from vllm_dlm.files.model_folders import WEIGHTS, check_weights
 from vllm_dlm.files.whole_files import BadFile
 from vllm_dlm.training.attention import Seen, attend, combine
+from vllm_dlm.training.network import TrainedNetwork
 
 Network = TypeVar("Network", bound=PreTrainedModel)
 
@@ -25,7 +26,7 @@ _ATTENTION = "dlm_training"
 """Name of `_attend` among transformers' ways to compute attention."""
 
 
-class DecoderModel(nn.Module):
+class DecoderModel(TrainedNetwork):
     """A causal language model of transformers under another mask.
 
     Args:
@@ -60,15 +61,6 @@ class DecoderModel(nn.Module):
         else:
             self.network.gradient_checkpointing_disable()
 
-    def forward(self, input_ids: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits [rows, length, vocab] of token ids [rows, length].
-
-        Args:
-            input_ids: Token ids, the rows left-aligned.
-            valid: Bool [rows, length], False at padding that nobody may attend to.
-        """
-        return self.head(self.hidden(input_ids, valid))
-
     def hidden(
         self,
         input_ids: Tensor,
@@ -77,16 +69,6 @@ class DecoderModel(nn.Module):
         seen: Seen = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """What the last layer hands on, [rows, length, d_model].
-
-        Args:
-            input_ids: Token ids [rows, length].
-            valid: As of `forward`.
-            seen: Bool [rows or 1, length, length], True at the keys that a query may
-                see, or segments of packed rows; by default those of the model's own
-                attention.
-            positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
-        """
         if seen is None and self.attention_block is not None:
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
             block = places // self.attention_block
@@ -101,7 +83,6 @@ class DecoderModel(nn.Module):
         ).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocab] of what the last layer hands on [..., d_model]."""
         head: Any = self.network.get_output_embeddings()
         return head(hidden)
 

@@ -23,6 +23,7 @@ from vllm_dlm.files.model_folders import (
     read_all_weights,
 )
 from vllm_dlm.training.attention import Seen, attend, combine
+from vllm_dlm.training.network import TrainedNetwork
 
 # Wider than the 0.02 of large models: with 128 dimensions that learns slowly.
 INIT_STD = 0.06
@@ -81,7 +82,7 @@ class LLaDABlock(nn.Module):
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
 
-class LLaDAModel(nn.Module):
+class LLaDAModel(TrainedNetwork):
     """The whole model; `forward` gives the logits of every position."""
 
     cos: Tensor
@@ -134,15 +135,6 @@ class LLaDAModel(nn.Module):
                     parameter, std=INIT_STD * (residual_scale if into_residual else 1.0)
                 )
 
-    def forward(self, input_ids: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits [rows, length, vocab] of token ids [rows, length].
-
-        Args:
-            input_ids: Token ids, the rows left-aligned.
-            valid: Bool [rows, length], False at padding that nobody may attend to.
-        """
-        return self.head(self.hidden(input_ids, valid))
-
     def hidden(
         self,
         input_ids: Tensor,
@@ -151,15 +143,6 @@ class LLaDAModel(nn.Module):
         seen: Seen = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """What the last layer hands on, [rows, length, d_model].
-
-        Args:
-            input_ids: Token ids [rows, length].
-            valid: As of `forward`.
-            seen: Bool [rows or 1, length, length], True at the keys that a query may
-                see, or segments of packed rows; by default all.
-            positions: Position ids [rows or 1, length]; by default 0, 1, 2, ...
-        """
         return self.hidden_states(input_ids, combine(seen, valid), positions)[-1]
 
     def hidden_states(
@@ -189,7 +172,6 @@ class LLaDAModel(nn.Module):
         return states
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocab] of what a layer hands on [..., d_model]."""
         transformer: Any = self.model["transformer"]
         return transformer["ff_out"](transformer["ln_f"](hidden))
 
