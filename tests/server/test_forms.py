@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 from server.launch import SIZES, VLLM, Server, running_server
 
+from vllm_dlm.cli import demo_forms
+from vllm_dlm.cli.demo_server import Served
 from vllm_dlm.tasks.forms.problems import WHO_AM_I
 from vllm_dlm.tasks.forms.tools import Tool
 
@@ -89,3 +91,12 @@ def test_tools(server: Server):
     )
     (call,) = forced.choices[0].message.tool_calls
     assert list(json.loads(call.function.arguments)) == ["city"]
+
+
+def test_what_make_demo_asks(server: Server):
+    with demo_forms.console.capture() as printed:
+        demo_forms.ask(Served(server.url, "llada-forms"))
+    shown = printed.get()
+    for how in ("chat", "response_format", "canvas_text", "suffix", "tools"):
+        assert f"{how}\n  Q: " in shown
+    assert "fields: {'name': " in shown and "get_weather(" in shown

@@ -37,18 +37,23 @@ FORM = "Name: {{name:8}}\nCity: {{city:8}}"
 
 
 def show() -> None:
-    """Ask a server of llada-forms: who it is, a schema, a form, a gap, a tool."""
+    """Start a server of llada-forms, and ask it."""
     flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     with serve(MODEL, *flags) as served:
-        _print("chat", "Hello, who are you?", _chat(served, "Hello, who are you?"))
-        schema = {"name": "person", "schema": SCHEMA, "strict": True}
-        held = {"response_format": {"type": "json_schema", "json_schema": schema}}
-        _print("response_format", SENTENCE, _chat(served, SENTENCE, **held))
-        form = {"dlm_canvas_text": FORM, "dlm_holes": "shrink"}
-        _print("canvas_text", f"{SENTENCE}  {FORM!r}", _form(served, form))
-        _print_gap(served)
-        asked = "What is the weather in Oslo?"
-        _print("tools", asked, _chat(served, asked, tools=[WEATHER]))
+        ask(served)
+
+
+def ask(served: Served) -> None:
+    """Ask a server of llada-forms: who it is, a schema, a form, a gap, a tool."""
+    _print("chat", "Hello, who are you?", _chat(served, "Hello, who are you?"))
+    schema = {"name": "person", "schema": SCHEMA, "strict": True}
+    held = {"response_format": {"type": "json_schema", "json_schema": schema}}
+    _print("response_format", SENTENCE, _chat(served, SENTENCE, **held))
+    form = {"dlm_canvas_text": FORM, "dlm_holes": "shrink"}
+    _print("canvas_text", f"{SENTENCE}  {FORM!r}", _form(served, form))
+    _print_gap(served)
+    asked = "What is the weather in Oslo?"
+    _print("tools", asked, _chat(served, asked, tools=[WEATHER]))
 
 
 def compare(num_problems: int) -> None:
@@ -92,7 +97,7 @@ def _chat(served: Served, text: str, **more: Any) -> str:
 def _form(served: Served, xargs: dict[str, str]) -> str:
     # The canvas says how long the answer is.
     choice = _reply(served, SENTENCE, vllm_xargs=xargs, max_tokens=None)
-    return f"{choice['message']['content']!r}  fields: {choice['fields']}"
+    return f"{choice['message']['content']!r}  fields: {choice['canvas_fields']}"
 
 
 def _print_gap(served: Served) -> None:
