@@ -14,7 +14,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from constraints.test_paths import automaton, parts_of
+from constraints.path_cases import automaton, parts_of
 
 from vllm_dlm.constraints.automaton import Automaton
 from vllm_dlm.constraints.paths import OPEN, Graph, Problem, feasible, solve, walk
