@@ -280,7 +280,7 @@ def test_short_of_pages_and_of_rows(engines: Callable[..., Engine]):
     options: dict[str, Any] = {
         "dlm": {"max_canvas": 32},
         "max_model_len": 128,
-        "num_gpu_blocks_override": 13,
+        "num_gpu_blocks_override": 8,
         "max_num_batched_tokens": 128,
     }
     usual, ahead = engines(**options), engines(**options, async_scheduling=True)
