@@ -164,14 +164,13 @@ def test_a_workers_gate_opens_for_diffusion_models_only(monkeypatch):
     # vLLM 0.32 has no gate there.
     monkeypatch.setattr(gpu_worker, "HAS_TRITON", False, raising=False)
     cpu_runner.apply_worker_patches()
-    diffusion, other = (
-        SimpleNamespace(model_config=SimpleNamespace(is_diffusion=is_diffusion))
-        for is_diffusion in (True, False)
+    second, first = (
+        SimpleNamespace(use_v2_model_runner=is_v2) for is_v2 in (True, False)
     )
-    gpu_worker.Worker(diffusion)
-    gpu_worker.Worker(vllm_config=other, rank=0)
+    gpu_worker.Worker(second)
+    gpu_worker.Worker(vllm_config=first, rank=0)
     with pytest.raises(ValueError, match="no such rank"):
-        gpu_worker.Worker(diffusion, 1)
+        gpu_worker.Worker(second, 1)
     assert seen == [True, False, True] and gpu_worker.HAS_TRITON is False
 
 
@@ -240,10 +239,19 @@ def config(is_diffusion):
     config._get_v2_model_runner_unsupported_features = lambda: []
     return config
 config(True)._validate_v2_model_runner()
+other = config(False)
+other.model_config.is_hybrid = other.model_config.uses_mrope = True
+other.watermark_config = other.speculative_config = None
+other.parallel_config = SimpleNamespace(
+    decode_context_parallel_size=1, enable_batch_sharded_sampling=False
+)
 try:
-    config(False)._validate_v2_model_runner()
+    other._validate_v2_model_runner()
 except ValueError as error:
-    assert "Triton" in str(error)
+    assert "models with a recurrent state, positions of" in str(error), error
+    assert "on a CPU without Triton: unset it" in str(error), error
+else:
+    raise AssertionError
 print([config(True).use_v2_model_runner, config(False).use_v2_model_runner])
 """
     assert run_python(code) == "[True, False]"

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import (
     destroy_model_parallel,
@@ -48,10 +49,31 @@ def write_llama(
     return folder
 
 
+@contextmanager
+def model_runner(version: int) -> Iterator[None]:
+    """Have engines that start inside run on model runner V1 or V2.
+
+    As the variable does of which vLLM, in an engine's process, reads only the first
+    value.
+    """
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    setattr(envs, name, version == 2)
+    try:
+        yield
+    finally:
+        delattr(envs, name)
+
+
 class Engine:
     """A vLLM engine whose drafter a test may look at."""
 
-    def __init__(self, model: Path, speculative: dict[str, Any] | None, **options: Any):
+    def __init__(
+        self,
+        model: Path,
+        speculative: dict[str, Any] | None,
+        runner: int = 1,
+        **options: Any,
+    ):
         # Groups are made by a process's first engine.
         destroy_model_parallel()
         options = {
@@ -64,7 +86,8 @@ class Engine:
             "block_size": 32,
             "num_gpu_blocks_override": 48,
         } | options
-        self.llm = LLM(str(model), speculative_config=speculative, **options)
+        with model_runner(runner):
+            self.llm = LLM(str(model), speculative_config=speculative, **options)
 
     def run(
         self,

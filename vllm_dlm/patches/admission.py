@@ -36,6 +36,7 @@ from vllm_dlm.entrypoints import frames, step_maps
 from vllm_dlm.entrypoints.frame_streams import StreamWatcher
 from vllm_dlm.entrypoints.wings import wings
 from vllm_dlm.messages import OptionError, name_of
+from vllm_dlm.model_executor.cpu_runner_limits import refuse_thinking_budget
 from vllm_dlm.patches.ledger import Make, Where, patch
 
 if TYPE_CHECKING:
@@ -337,6 +338,7 @@ def _check(
     model_config = vllm_config.model_config
     if not request.is_ours(model_config.hf_config):
         _refuse_dlm_options(sampling_params.extra_args or {})
+        refuse_thinking_budget(sampling_params, vllm_config)
         for wing in wings():
             wing.check_request(sampling_params, vllm_config.speculative_config)
         return

@@ -3,6 +3,8 @@
 
 vLLM picks V2 only where Triton works. Our platform replaces the kernels that V2
 launches (`kernels/runner_cpu/`) and can say so nowhere, so the gates are wrapped.
+Diffusion models always run on V2, autoregressive ones where a user asks for it
+(VLLM_USE_V2_MODEL_RUNNER=1).
 """
 
 from __future__ import annotations
@@ -87,19 +89,25 @@ def needs_kv_cache_zeroing(
 def validate_v2_model_runner(
     original: Callable[[VllmConfig], None],
 ) -> Callable[[VllmConfig], None]:
-    """For diffusion models: keeps the check for unsupported features, skips the one
-    for Triton."""
+    """Keeps the check for unsupported features, and skips the one for Triton: it adds
+    the features whose kernels are not replaced."""
 
     def check(self: VllmConfig) -> None:
-        if not _is_diffusion(self):
-            return original(self)
-        unsupported = self._get_v2_model_runner_unsupported_features()
+        if _is_diffusion(self):
+            whose, why = "diffusion models need", ""
+            unsupported = self._get_v2_model_runner_unsupported_features()
+        else:
+            from vllm_dlm.model_executor.cpu_runner_limits import unreplaced_features
+
+            whose = "VLLM_USE_V2_MODEL_RUNNER=1 asks for"
+            why = " on a CPU without Triton: unset it to use V1"
+            unsupported = self._get_v2_model_runner_unsupported_features()
+            unsupported += unreplaced_features(self)
         if unsupported:
             raise ValueError(
-                "Model Runner V2, which diffusion models need, does not yet "
-                f"support: {', '.join(unsupported)}"
+                f"Model Runner V2, which {whose}, does not yet "
+                f"support: {', '.join(unsupported)}{why}"
             )
-        return None
 
     return check
 
@@ -161,13 +169,13 @@ def next_power_of_2(_: None) -> Callable[[int], int]:
     where=Where.CPU_WORKER,
 )
 def worker_init(original: Callable[..., None]) -> Callable[..., None]:
-    """For diffusion models on a CPU the module takes Triton to be there while the
-    worker is made; it looks at nothing but this check."""
+    """For engines on V2 the module takes Triton to be there while the worker is made;
+    it looks at nothing but this check."""
     from vllm.triton_utils import HAS_TRITON
     from vllm.v1.worker import gpu_worker
 
     def make(self: Worker, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        replace(gpu_worker, "HAS_TRITON", _is_diffusion(vllm_config))
+        replace(gpu_worker, "HAS_TRITON", vllm_config.use_v2_model_runner)
         try:
             original(self, vllm_config, *args, **kwargs)
         finally:
@@ -177,7 +185,7 @@ def worker_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def apply_cpu_patches() -> None:
-    """Let diffusion models use model runner V2 on a CPU build without Triton.
+    """Let engines use model runner V2 on a CPU build without Triton.
 
     Call it once `vllm.config` is fully imported. Where Triton works there is little
     to do.
@@ -190,7 +198,7 @@ def apply_cpu_patches() -> None:
 
 
 def apply_worker_patches() -> None:
-    """Let workers of diffusion models be made on a CPU build without Triton.
+    """Let workers on model runner V2 be made on a CPU build without Triton.
 
     Call it in a worker, before its class is resolved. vLLM 0.32 has no such check.
     """

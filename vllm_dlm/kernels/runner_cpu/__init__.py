@@ -18,11 +18,20 @@ from vllm_dlm.kernels.runner_cpu.block_table import (
     _gather_block_tables_kernel,
     _zero_kv_blocks_kernel,
 )
+from vllm_dlm.kernels.runner_cpu.constraints import (
+    _bad_words_kernel,
+    _bias_kernel,
+    _bincount_kernel,
+    _min_p_kernel,
+    _penalties_kernel,
+    _temperature_kernel,
+)
 from vllm_dlm.kernels.runner_cpu.fitting import (
     FittedKernels,
     kernel_parameters,
     refusal,
 )
+from vllm_dlm.kernels.runner_cpu.gumbel import _gumbel_sample_kernel
 from vllm_dlm.kernels.runner_cpu.input_batch import (
     _combine_sampled_and_draft_tokens_kernel,
     _expand_idx_mapping_kernel,
@@ -31,6 +40,14 @@ from vllm_dlm.kernels.runner_cpu.input_batch import (
     _post_update_num_computed_tokens_kernel,
     _prepare_pos_seq_lens_kernel,
     _prepare_prefill_inputs_kernel,
+)
+from vllm_dlm.kernels.runner_cpu.verification import (
+    _compute_local_logits_stats_kernel,
+    _flatten_sampled_kernel,
+    _gather_draft_sampled_kernel,
+    _insert_resampled_kernel,
+    _rejection_kernel,
+    _resample_kernel,
 )
 from vllm_dlm.kernels.runner_cpu.vocabulary import (
     _apply_grammar_bitmask_kernel,
@@ -58,12 +75,27 @@ _BY_MODULE: dict[str, tuple[Callable[..., None], ...]] = {
         _post_update_num_computed_tokens_kernel,
     ),
     "gpu.metrics.logits": (_num_nans_kernel,),
+    "gpu.sample.bad_words": (_bad_words_kernel,),
+    "gpu.sample.gumbel": (_gumbel_sample_kernel, _temperature_kernel),
+    "gpu.sample.logit_bias": (_bias_kernel,),
     "gpu.sample.logprob": (
         _topk_log_softmax_kernel,
         _ranks_kernel,
         _fill_logprob_token_ids_kernel,
     ),
+    "gpu.sample.min_p": (_min_p_kernel,),
+    "gpu.sample.penalties": (_bincount_kernel, _penalties_kernel),
     "gpu.sample.prompt_logprob": (_prompt_logprobs_token_ids_kernel,),
+    "gpu.spec_decode.rejection_sampler": (
+        _flatten_sampled_kernel,
+        _gather_draft_sampled_kernel,
+    ),
+    "gpu.spec_decode.rejection_sampler_utils": (
+        _compute_local_logits_stats_kernel,
+        _insert_resampled_kernel,
+        _rejection_kernel,
+        _resample_kernel,
+    ),
     "gpu.structured_outputs": (_apply_grammar_bitmask_kernel,),
 }
 
