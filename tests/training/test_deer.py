@@ -131,6 +131,8 @@ def test_a_fresh_drafter_learns_and_loads(tmp_path):
     assert all(END not in row[:-1] for row in kept["answers"])
     before, after = losses(tmp_path)
     assert after < before - 0.3
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dlm_draft_length"] == 32
 
 
 @pytest.mark.parametrize("drafter", ["llada-tiny", "deer-tiny-block"])
@@ -144,9 +146,12 @@ def test_an_existing_drafter_goes_on(tmp_path, drafter):
         tmp_path, options(2), drafter=drafter, num_prompts=20, max_tokens=24
     )
     source = resolve(drafter)
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         with open(f"{source}/{name}") as file:
             assert (tmp_path / name).read_text() == file.read()
+    with open(f"{source}/config.json") as file:
+        wanted = json.load(file) | {"dlm_draft_length": 32}
+    assert json.loads((tmp_path / "config.json").read_text()) == wanted
     old = load_file(f"{source}/model.safetensors")
     new = load_file(tmp_path / "model.safetensors")
     assert old.keys() == new.keys()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -320,13 +321,14 @@ def _show_speculation(method: str | None) -> None:
     fields = kind.model_fields
     console.print(Text(f"{method}: {kind.summary}\nSource: {kind.paper}\n"))
     console.print(_table_of(fields, "option"))
-    drafter = '"model": "DRAFTER", ' if "model" in fields else ""
+    example = {"method": method}
+    if "model" in fields:
+        example["model"] = "DRAFTER"
+    length = fields["num_speculative_tokens"].default
+    if length is not None:
+        example["num_speculative_tokens"] = length
     console.print(
-        Text(
-            "\nvllm serve TARGET --speculative-config "
-            f'\'{{"method": "{method}", {drafter}'
-            f'"num_speculative_tokens": {fields["num_speculative_tokens"].default}}}\''
-        )
+        Text(f"\nvllm serve TARGET --speculative-config '{json.dumps(example)}'")
     )
 
 

@@ -75,6 +75,9 @@ class ModelDefaults:
     """Parameters of `strategy` that differ from its own defaults."""
     other_strategies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The same of further strategies, by name, as published for the family."""
+    draft_length: int | None = None
+    """Masks behind a text that it was trained to fill in one step, as a drafter
+    (`vllm-dlm train deer`); None where that is not known."""
     edit_tokens: EditTokens | None = None
     """By which the model deletes and inserts positions; None if it does neither."""
 
@@ -137,6 +140,7 @@ class ModelDefaults:
             ),
             strategy_config=getattr(hf_config, "dlm_strategy_config", {}),
             other_strategies=getattr(hf_config, "dlm_other_strategies", {}),
+            draft_length=getattr(hf_config, "dlm_draft_length", None),
             edit_tokens=edit_tokens_of(hf_config),
         )
 
@@ -185,6 +189,7 @@ def declare(
     dlm_strategy_config: Mapping[str, Any] | None = None,
     dlm_other_strategies: Mapping[str, Mapping[str, Any]] | None = None,
     dlm_max_canvas: int | None = None,
+    dlm_draft_length: int | None = None,
     dlm_options: Mapping[str, Any] | None = None,
     dlm_stop_ids: tuple[int, ...] = (),
     delete_token_id: int | None = None,
@@ -211,6 +216,7 @@ def declare(
         "dlm_strategy_config": dict(dlm_strategy_config or {}),
         "dlm_other_strategies": dict(dlm_other_strategies or {}),
         "dlm_max_canvas": dlm_max_canvas,
+        "dlm_draft_length": dlm_draft_length,
         "dlm_options": dict(dlm_options or {}),
         "dlm_stop_ids": list(dlm_stop_ids),
         "delete_token_id": delete_token_id,

@@ -167,6 +167,7 @@ KINDS: dict[str, Kind] = {
             "dlm_block_length",
             "dlm_sub_block_length",
             "dlm_max_canvas",
+            "dlm_draft_length",
         ),
         COUNT,
     ),

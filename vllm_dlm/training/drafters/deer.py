@@ -151,7 +151,7 @@ def train(
 
     done = run_steps(output_dir, options, model, step_loss, evaluate, scale=scale)
     if done:
-        learner.save(output_dir, like=drafter)
+        learner.save(output_dir, drafter, block_length)
     return done
 
 

@@ -15,6 +15,7 @@ import torch
 
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.files.model_folders import Config
+from vllm_dlm.files.whole_files import write_json
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.block_causal import (
     BlockCausalModel,
@@ -65,13 +66,20 @@ class Drafter:
             logits[:, :, self.mask_id] = float("-inf")
             return logits.argmax(-1).gather(1, columns).tolist()
 
-    def save(self, output_dir: str | Path, like: str | None = None) -> None:
+    def save(
+        self,
+        output_dir: str | Path,
+        like: str | None = None,
+        draft_length: int | None = None,
+    ) -> None:
         """Write it as a folder.
 
         Args:
             output_dir: The folder.
             like: Folder or alias of the model that it was loaded from, whose tokenizer
                 and configuration stay; None for a fresh one.
+            draft_length: Masks behind a text that it was trained for, by which it
+                drafts unless a user says otherwise.
         """
         network = self.network
         if isinstance(network, BlockCausalModel):
@@ -84,6 +92,10 @@ class Drafter:
         else:
             tensors = network.state_dict()
             write_like(tensors.items(), sizes_of(tensors), resolve(like), output_dir)
+        if draft_length is not None:
+            config = dict(Config(Path(output_dir)).values)
+            config["dlm_draft_length"] = draft_length
+            write_json(Path(output_dir) / "config.json", config)
 
 
 def make_drafter(target: str, attention_block: int | None = None) -> Drafter:
