@@ -257,7 +257,8 @@ print([config(True).use_v2_model_runner, config(False).use_v2_model_runner])
     assert run_python(code) == "[True, False]"
 
 
-def test_our_speculative_methods_get_runner_v1_where_v2_is_usual():
+def test_our_engines_get_the_runner_that_they_were_made_for():
+    """Where V2 is usual."""
     code = """
 import vllm.config.vllm as vllm_config
 from types import SimpleNamespace
@@ -272,9 +273,10 @@ def config(additional):
     config.additional_config = additional
     config._get_v2_model_runner_unsupported_features = lambda: []
     return config.use_v2_model_runner
-print([config({}), config({"dlm_speculation": {}}), config({"dlm_switching": {}})])
+asked = {}, {"dlm_runner": 1}, {"dlm_runner": 2}, {"dlm_switching": {}}
+print([config(keys) for keys in asked])
 """
-    assert run_python(code) == "[True, False, False]"
+    assert run_python(code) == "[True, False, True, False]"
 
 
 def test_engine_core_applies_the_patches_before_its_scheduler():

@@ -47,7 +47,7 @@ def _make_platform_class() -> "type[CpuPlatform]":
     base: Any = _cpu_platform_class()
 
     class DlmCpuPlatform(base):
-        """vLLM's CPU platform with model runner V2 for diffusion models."""
+        """vLLM's CPU platform with model runner V2."""
 
         # vLLM's Ray executor refuses a platform without a device key. On a CPU
         # cluster start Ray with logical GPUs: `ray start --num-gpus=<ranks>`.
@@ -83,7 +83,11 @@ def _make_platform_class() -> "type[CpuPlatform]":
             from vllm_dlm.patches.cpu_verification import require_verification
 
             _apply_patches()
-            if vllm_config is not None and vllm_config.speculative_config is not None:
+            if (
+                vllm_config is not None
+                and vllm_config.speculative_config is not None
+                and not vllm_config.use_v2_model_runner
+            ):
                 require_verification()
             super().register_custom_kv_cache_specs(vllm_config)
 

@@ -51,17 +51,19 @@ def write_llama(
 
 @contextmanager
 def model_runner(version: int) -> Iterator[None]:
-    """Have engines that start inside run on model runner V1 or V2.
+    """Have engines that start inside run on model runner V1, vLLM's choice, or V2.
 
     As the variable does of which vLLM, in an engine's process, reads only the first
     value.
     """
     name = "VLLM_USE_V2_MODEL_RUNNER"
-    setattr(envs, name, version == 2)
+    if version == 2:
+        setattr(envs, name, True)
     try:
         yield
     finally:
-        delattr(envs, name)
+        if version == 2:
+            delattr(envs, name)
 
 
 class Engine:
@@ -118,6 +120,9 @@ class Engine:
 
     @property
     def drafter(self) -> Any:
+        """Ours, on either model runner."""
+        if self.worker.use_v2_model_runner:
+            return self.runner.speculator
         return self.runner.drafter
 
 

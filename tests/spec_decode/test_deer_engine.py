@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DEER on real engines: right texts, and drafts as a plain network makes them."""
+"""DEER on real engines: right texts, and drafts as a plain network makes them.
+
+On both of vLLM's model runners: V1, and V2, on a CPU with our kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference import checkpoints
 from reference.checkpoints import write_checkpoint
+from spec_decode import deer_reference
 from spec_decode.deer_reference import (
     BLOCK,
     IDS,
@@ -32,6 +37,7 @@ from spec_decode.harness import (
 )
 from vllm.v1.sample.rejection_sampler import rejection_sample
 
+from vllm_dlm.spec_decode.options import REQUEST_KEY
 from vllm_dlm.spec_decode.sampling import draw_drafts
 
 SHORT = [prompt[-length:] for length, prompt in enumerate(ragged_prompts(8)[2:], 4)]
@@ -67,32 +73,43 @@ def wanted(plain: Engine) -> list[list[int]]:
 
 
 CASES = [
-    ("llada", "auto", "recompute"),
-    ("sdar", "auto", "cached"),
-    ("nemotron", "auto", "cached"),
+    ("llada", "auto", "recompute", 1),
+    ("sdar", "auto", "cached", 1),
+    ("nemotron", "auto", "cached", 1),
+    ("llada", "auto", "recompute", 2),
+    ("sdar", "auto", "cached", 2),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
-            ("sdar", "recompute", "recompute"),
-            ("nemotron", "recompute", "recompute"),
-            ("dream", "auto", "recompute"),
-            ("fast_dllm_v2", "auto", "cached"),
-            ("llada2", "auto", "cached"),
+            ("nemotron", "auto", "cached", 2),
+            *(
+                (*case, runner)
+                for case in [
+                    ("sdar", "recompute", "recompute"),
+                    ("nemotron", "recompute", "recompute"),
+                    ("dream", "auto", "recompute"),
+                    ("fast_dllm_v2", "auto", "cached"),
+                    ("llada2", "auto", "cached"),
+                ]
+                for runner in (1, 2)
+            ),
         ]
     ),
 ]
 
 
-@pytest.mark.parametrize(("family", "asked", "context"), CASES)
+@pytest.mark.parametrize(("family", "asked", "context", "runner"), CASES)
 def test_texts_and_drafts(
     family: str,
     asked: str,
     context: str,
+    runner: int,
     wanted: list[list[int]],
     deer: Callable[..., Engine],
     references: Callable[..., Reference],
 ):
-    engine = deer(family, asked)
+    engine = deer(family, asked, runner=runner)
+    assert engine.worker.use_v2_model_runner == (runner == 2)
     assert engine.drafter.context == context
     assert engine.run(PROMPTS[:1], TO_THE_END[:1]) == wanted[:1]
     assert engine.run(PROMPTS, TO_THE_END) == wanted
@@ -109,13 +126,19 @@ def test_texts_and_drafts(
 
 
 @pytest.mark.parametrize(
-    ("family", "context"),
-    [("llada", "recompute"), ("sdar", "cached"), ("nemotron", "cached")],
+    ("family", "context", "runner"),
+    [
+        ("llada", "recompute", 1),
+        ("sdar", "cached", 1),
+        ("nemotron", "cached", 1),
+        ("llada", "recompute", 2),
+        ("sdar", "cached", 2),
+    ],
 )
 def test_rows_are_those_that_are_new(
-    family: str, context: str, deer: Callable[..., Engine]
+    family: str, context: str, runner: int, deer: Callable[..., Engine]
 ):
-    engine = deer(family)
+    engine = deer(family, runner=runner)
     # Unlike all other prompts: nothing of it is in the prefix cache.
     prompt = [7, *PROMPTS[2][::-1]]
     steps = Steps(engine.drafter)
@@ -132,9 +155,11 @@ CROWDED = {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 13}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("runner", [1, 2])
 @pytest.mark.parametrize("family", ["sdar", "nemotron", "llada"])
 def test_chunks_preemption_and_shared_pages(
     family: str,
+    runner: int,
     plain: Engine,
     deer: Callable[..., Engine],
     references: Callable[..., Reference],
@@ -143,7 +168,7 @@ def test_chunks_preemption_and_shared_pages(
     prompts = [[*prefix, *prompt[:12]] for prompt in PROMPTS]
     ends = [params(MAX_MODEL_LEN - len(prompt)) for prompt in prompts]
     wanted = plain.run(prompts, ends)
-    engine = deer(family, **CROWDED)
+    engine = deer(family, runner=runner, **CROWDED)
     scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
     preempted = []
     preempt = scheduler._preempt_request
@@ -204,8 +229,11 @@ def test_a_drafter_of_a_shorter_context_drafts_as_far_as_it_goes(
     assert not any(width for text, width in every if text >= 60)
 
 
-def test_seeded_texts_do_not_depend_on_the_batch(deer: Callable[..., Engine]):
-    engine = deer("llada")
+@pytest.mark.parametrize("runner", [1, 2])
+def test_seeded_texts_do_not_depend_on_the_batch(
+    runner: int, deer: Callable[..., Engine]
+):
+    engine = deer("llada", runner=runner)
     own = [
         params(16, temperature=0.9, top_k=20, top_p=0.9, seed=number)
         for number in range(len(SHORT))
@@ -217,11 +245,23 @@ def test_seeded_texts_do_not_depend_on_the_batch(deer: Callable[..., Engine]):
         assert engine.run([prompt], request) == [text]
 
 
+def test_a_request_may_ask_for_shorter_drafts_or_none(deer: Callable[..., Engine]):
+    """On runner V2; `test_drafter.py` has V1, where all methods share it."""
+    engine = deer("llada", runner=2)
+    own = [params(12, extra_args={REQUEST_KEY: n}) for n in (0, 2, MASKS)]
+    wanted = engine.run(SHORT[:3], params(12, extra_args={REQUEST_KEY: 0}))
+    rounds = Rounds(engine.drafter)
+    assert engine.run(SHORT[:3], own) == wanted
+    rounds.close()
+    assert [max(len(draft) for _, draft in r) for r in rounds.of.values()] == [2, MASKS]
+
+
+@pytest.mark.parametrize("runner", [1, 2])
 def test_drawn_drafts_are_those_of_their_distributions(
-    deer: Callable[..., Engine], references: Callable[..., Reference]
+    runner: int, deer: Callable[..., Engine], references: Callable[..., Reference]
 ):
     """Tokens and attached probabilities, in a batch with a greedy request."""
-    engine, found = deer("sdar"), []
+    engine, found = deer("sdar", runner=runner), []
     draft = engine.drafter.draft
 
     def record(batch: Any) -> Any:
@@ -295,10 +335,11 @@ def test_verification_is_the_papers(plain: Engine):
     assert (frequency - p).abs().max() < 0.015
 
 
+@pytest.mark.parametrize("runner", [1, 2])
 def test_a_drafter_that_fails_leaves_plain_decoding(
-    deer: Callable[..., Engine], wanted: list[list[int]]
+    runner: int, deer: Callable[..., Engine], wanted: list[list[int]]
 ):
-    engine = deer("sdar")
+    engine = deer("sdar", runner=runner)
     drafter, calls = engine.drafter, []
     draw = drafter._draw
 
@@ -346,6 +387,52 @@ def test_wrong_drafters_are_refused(
         Engine(target, speculative(folder, context))
 
 
+OTHER_LAYOUTS: dict[str, dict[str, Any]] = {
+    "a2d_qwen3": {"dlm_class": "full"},
+    "a2d_qwen2": {"dlm_class": "full"},
+    "a2d_llama": {"dlm_class": "block"},
+    "llada2_2": {"delete_token_id": 58, "split_token_id": 59},
+    "dream_reasoner": {"block_size": BLOCK},
+    "stable_diffcoder": {},
+}
+"""Of those that the engine serves, besides `FAMILIES` and those that are refused."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", [1, 2])
+@pytest.mark.parametrize("family", OTHER_LAYOUTS)
+def test_every_layout_drafts(
+    family: str,
+    runner: int,
+    tmp_path: Path,
+    plain: Engine,
+    target: Path,
+):
+    ids = IDS | {"pad_token_id": 61}
+    folder = write_checkpoint(
+        family, tmp_path / family, seed=2, **ids, **OTHER_LAYOUTS[family]
+    )
+    prompts, ends = PROMPTS[:4], params(24)
+    wanted = plain.run(prompts, ends)
+    engine = Engine(target, {"method": "deer", "model": str(folder)}, runner=runner)
+    defaults = engine.drafter.defaults
+    assert engine.drafter.most_masks == defaults.block_length
+    rounds = Rounds(engine.drafter)
+    assert engine.run(prompts, ends) == wanted
+    rounds.close()
+    assert not engine.drafter.failed and engine.drafter.counts["head_rows"] > 24
+    drafted = {t for r in rounds.of.values() for _, draft in r for t in draft}
+    assert len(drafted) > 5 and defaults.mask_token_id not in drafted
+
+
+def test_every_layout_is_tested():
+    refused = {"llada_moe", "sdar_moe", "rnd1"}
+    assert {*OTHER_LAYOUTS, *deer_reference.FAMILIES, *refused} == {
+        "llada",
+        *checkpoints.FAMILIES,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_engine_left")
 def test_wrong_pairs_are_refused(
@@ -357,8 +444,9 @@ def test_wrong_pairs_are_refused(
     Reference("llada", tmp_path / "wide", vocab_size=128)
     with pytest.raises(ValueError, match="vocab"):
         Engine(target, speculative(tmp_path / "wide"))
-    experts = write_checkpoint(
-        "sdar_moe", tmp_path / "experts", seed=0, **IDS, pad_token_id=61
-    )
-    with pytest.raises(ValueError, match="drafts only for a mixture of experts"):
-        Engine(target, speculative(experts))
+    for family in ("llada_moe", "sdar_moe", "rnd1"):
+        experts = write_checkpoint(
+            family, tmp_path / family, seed=0, **IDS, pad_token_id=61
+        )
+        with pytest.raises(ValueError, match="drafts only for a mixture of experts"):
+            Engine(target, speculative(experts))

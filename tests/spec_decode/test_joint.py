@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,19 +165,49 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "runner"), [*((method, 1) for method in METHODS), ("deer", 2)]
+)
 def test_each_method(
     small: Path,
     engines: Callable[..., Engine],
     configs: dict[str, dict[str, Any]],
     probability: Any,
     method: str,
+    runner: int,
 ):
     config = {"method": method, "num_speculative_tokens": 3, **configs[method]}
-    engine = engines(config, model=small, **MANY)
+    engine = engines(config, model=small, runner=runner, **MANY)
     observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)
     assert engine.drafter.counts["rows"] and not engine.drafter.failed
     p = joint.p_value(observed, probability)
+    assert p > joint.PASSES, p
+
+
+@pytest.mark.slow
+def test_structured_outputs_on_runner_v2(
+    small: Path,
+    engines: Callable[..., Engine],
+    configs: dict[str, dict[str, Any]],
+    tmp_path: Path,
+):
+    """The scheduler's cut of a draft does not bias texts there either."""
+    drafter = tmp_path / "drafter"
+    shutil.copytree(configs["deer"]["model"], drafter)
+    for file in small.glob("*token*"):
+        shutil.copy(file, drafter)
+    config = {"method": "deer", "num_speculative_tokens": 3, "model": str(drafter)}
+    engine = engines(config, model=small, runner=2, skip_tokenizer_init=False, **MANY)
+    options = {
+        "temperature": 2.0,
+        "structured_outputs": StructuredOutputsParams(regex="[ad]{3}"),
+    }
+    observed = joint.counts(engine, joint.PROMPT, 1500, **options)
+    assert engine.drafter.counts["rows"] and not engine.drafter.failed
+    probability = joint.probabilities(small, joint.PROMPT, 2.0, forbidden=[1, 2, 4, 5])
+    allowed = probability > 0
+    assert not observed[~allowed].any()
+    p = joint.p_value(observed[allowed], probability[allowed])
     assert p > joint.PASSES, p
 
 

@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.transformers_utils.config import get_config
 
 from vllm_dlm.config.aliases import resolve
+from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.spec_decode import front_end
 from vllm_dlm.spec_decode.options import (
     METHODS,
     REQUEST_KEY,
@@ -34,6 +37,7 @@ def test_options_travel_to_the_worker(method: str):
     given = {"method": method, "num-speculative-tokens": 5}
     if issubclass(kind, WithDrafter):
         given["model"] = "folder"
+    assert bool(kind.speculator) != bool(kind.why_not_v2)
     options = parse(given)
     assert options.num_speculative_tokens == 5
     assert from_plain(to_plain(method, options)) == options
@@ -97,17 +101,90 @@ def test_options_of_vllm_that_do_not_go_with_it(
         start(target, {"method": "aded"}, **options)
 
 
-def test_another_model_runner_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch):
-    # Its environment is read once a process.
-    monkeypatch.setattr("vllm.envs.VLLM_USE_V2_MODEL_RUNNER", True, raising=False)
-    with pytest.raises(ValueError, match="runs on model runner V1"):
-        start(target, {"method": "aded"})
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("aded", "custom_class, which V2 does not have"),
+        ("del", "reads the target's layers between steps"),
+        ("specdec++", "steers V1's draft model token by token"),
+    ],
+)
+def test_methods_of_model_runner_v1_say_why(target: Path, method: str, reason: str):
+    config = {"method": method}
+    if method == "specdec++":
+        config["model"] = str(target)
+    with pytest.raises(ValueError, match="runs on model runner V1: ") as error:
+        start(target, config, runner=2)
+    assert reason in str(error.value)
+    assert str(error.value).endswith("unset VLLM_USE_V2_MODEL_RUNNER")
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_triton", "gone", "runner"),
+    [
+        (None, False, 0, 1),
+        (None, True, 0, 2),
+        (False, True, 0, 1),
+        (True, False, 0, 2),
+        (None, False, 1, 2),
+        (True, True, 2, 1),
+    ],
+)
+def test_the_runner_is_what_the_host_has(
+    monkeypatch: pytest.MonkeyPatch,
+    asked: bool | None,
+    has_triton: bool,
+    gone: int,
+    runner: int,
+):
+    monkeypatch.setattr("vllm.envs.VLLM_USE_V2_MODEL_RUNNER", asked, raising=False)
+    monkeypatch.setattr(front_end, "HAS_TRITON", has_triton)
+    modules = {**front_end.RUNNERS, gone: "vllm.v1.there_is_no_such_module"}
+    modules.pop(0, None)
+    monkeypatch.setattr(front_end, "RUNNERS", modules)
+    deer = parse({"method": "deer", "model": "x"})
+    assert front_end._runner("deer", deer) == runner
+    if gone == 1:
+        with pytest.raises(ValueError, match="custom_class.*; use 'deer'"):
+            front_end._runner("aded", parse({"method": "aded"}))
+
+
+def config_of(drafter: str, **options: Any) -> Any:
+    """The finished configuration of llama-tiny with this drafter."""
+    speculative = {"method": "deer", "model": drafter, **options}
+    return EngineArgs(
+        "llama-tiny", speculative_config=speculative
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize("drafter", ["deer-tiny", "deer-tiny-block"])
+def test_drafts_are_as_long_as_the_drafter_was_trained_for(
+    drafter: str, caplog: pytest.LogCaptureFixture
+):
+    assert config_of(drafter).speculative_config.num_speculative_tokens == 32
+    assert "was trained for" not in caplog.text
+    config = config_of(drafter, num_speculative_tokens=33)
+    assert config.speculative_config.num_speculative_tokens == 33
+    assert "was trained for 32 masks behind a text" in caplog.text
+
+
+def test_drafts_of_a_block_model_are_its_blocks(caplog: pytest.LogCaptureFixture):
+    # sdar-tiny has the vocabulary of llama-tiny.
+    blocks = ModelDefaults.from_hf_config(
+        get_config(resolve("sdar-tiny"), trust_remote_code=False)
+    ).block_length
+    config = config_of("sdar-tiny")
+    assert config.speculative_config.num_speculative_tokens == blocks
+    assert "was trained for" not in caplog.text
+    config_of("sdar-tiny", num_speculative_tokens=blocks + 1)
+    assert f"was trained for {blocks} masks" in caplog.text
 
 
 def test_a_vocabulary_of_another_size_is_refused(target: Path, tmp_path: Path):
     other = write_llama(tmp_path, seed=5, num_layers=1, vocab_size=96)
     with pytest.raises(ValueError, match="vocab"):
-        start(target, {"method": "deer", "model": str(other)})
+        config = {"method": "deer", "model": str(other), "num_speculative_tokens": 4}
+        start(target, config)
 
 
 def test_a_tokenizer_of_the_same_size_with_other_ids_is_refused(tmp_path: Path):

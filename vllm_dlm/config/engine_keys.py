@@ -10,5 +10,8 @@ SPECULATION = "dlm_speculation"
 SWITCHING = "dlm_switching"
 """Which of a pair's two models the engine runs: "small" or "large"."""
 
-NEED_RUNNER_V1 = frozenset({SPECULATION, SWITCHING})
+RUNNER = "dlm_runner"
+"""1 or 2: the model runner of vLLM's for which the engine was made ready."""
+
+NEED_RUNNER_V1 = frozenset({SWITCHING})
 """Engines with one of these run on vLLM's model runner V1."""

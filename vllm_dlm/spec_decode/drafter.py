@@ -11,20 +11,26 @@ wait for it for ever.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from vllm_dlm.config.engine_keys import SPECULATION
-from vllm_dlm.spec_decode.options import Options, from_plain, request_limit
+from vllm_dlm.spec_decode.drafts import (
+    Drafts,
+    FailSafe,
+    clip,
+    limit_of,
+    make_certain,
+    options_of,
+    seed_of,
+    share_of,
+)
+from vllm_dlm.spec_decode.options import Options, request_limit
 from vllm_dlm.vllm_objects import replace
 
 if TYPE_CHECKING:
@@ -34,8 +40,6 @@ if TYPE_CHECKING:
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-logger = init_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,52 +81,31 @@ class Batch:
 
         For those who draw: greedy rounds need none.
         """
-        return np.array([_seed(request) for request in self.requests], np.int64)
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """R drafts of different lengths."""
-
-    tokens: list[list[int]]
-    probs: torch.Tensor | None = None
-    """[R, K, V] float32, what each token was drawn from, K at least the longest draft;
-    None where tokens are verified as if they had been certain."""
-
-
-class FailSafe:
-    """Base of all drafters: one that fails is switched off, requests go on."""
-
-    options: Options
-    runner: GPUModelRunner
-    failed = False
+        return np.array(
+            [
+                seed_of(request.sampling_params, request.req_id)
+                for request in self.requests
+            ],
+            np.int64,
+        )
 
     @property
-    def computes_with_others(self) -> bool:
-        """Whether other ranks wait, in a collective operation, for this one's part."""
-        return False
+    def computed(self) -> np.ndarray:
+        """[R] int64: tokens whose keys the target has, the step's included."""
+        found: np.ndarray = self.attention.seq_lens_cpu_upper_bound.numpy()
+        return found.astype(np.int64)
 
-    def draft_or_nothing(self, draft: Callable[[], list[list[int]]]) -> list[list[int]]:
-        """What `draft` returns; R empty drafts if it fails, and from then on.
+    @property
+    def computed_before(self) -> np.ndarray:
+        """[R] int64: those of them that it had before the step."""
+        starts: np.ndarray = self.attention.query_start_loc_cpu.numpy()
+        return self.computed - np.diff(starts)
 
-        Raises:
-            Exception: what `draft` raises, where other ranks would wait for it.
-        """
-        if not self.failed:
-            try:
-                return draft()
-            except Exception:
-                if self.computes_with_others:
-                    raise
-                self.failed = True
-                logger.warning(
-                    "Drafting failed (%s). The engine goes on without drafts: texts "
-                    "stay right, and come as slowly as without speculation. Restart it "
-                    "to draft again.",
-                    type(self.options).__name__,
-                    exc_info=True,
-                )
-        return [[] for _ in self.runner.input_batch.req_ids]
+    @property
+    def all_greedy(self) -> bool:
+        """Whether no request draws."""
+        greedy: bool = self.sampling.all_greedy
+        return greedy
 
 
 class Drafter(FailSafe, DraftModelProposer):
@@ -191,73 +174,26 @@ class Drafter(FailSafe, DraftModelProposer):
         return self.draft_or_nothing(draft)
 
 
-def options_of(vllm_config: VllmConfig) -> Options:
-    """The options that the front end left for the worker."""
-    return from_plain(vllm_config.additional_config[SPECULATION])
-
-
 def limits(runner: GPUModelRunner, most: int) -> np.ndarray:
     """[R] int64: most tokens that each request's draft may have.
 
-    Nothing while a prompt is being computed, or a preempted text anew; no token behind
-    the last one that the request may still get (verification adds one of its own), or
-    that may not be the last; what the request says; and an equal share of a step's
-    token budget, beyond which vLLM would leave drafts out.
+    Nothing while a prompt is being computed, or a preempted text anew; else an equal
+    share of a step's token budget, and what `limit_of` says.
     """
     batch = runner.input_batch
     budget = runner.scheduler_config.max_num_batched_tokens
-    most = min(most, budget // max(len(batch.req_ids), 1) - 1)
+    most = share_of(budget, len(batch.req_ids), most)
     going_on = runner.discard_request_mask.np
     found = np.zeros(len(batch.req_ids), np.int64)
     for row, request_id in enumerate(batch.req_ids):
         request = runner.requests[request_id]
         params = request.sampling_params
-        if params is None or going_on[row]:
-            continue
-        output = len(request.output_token_ids)
-        room = runner.max_model_len - request.num_prompt_tokens
-        if params.max_tokens is not None:
-            room = min(room, params.max_tokens)
-        own = min(request_limit(params.extra_args, runner.num_spec_tokens), most)
-        if output < params.min_tokens:
-            # Behind a draft that is accepted, vLLM forbids an end of text by the
-            # number of tokens before it.
-            room = min(room, params.min_tokens)
-        found[row] = max(0, min(own, room - output - 1))
+        if params is not None and not going_on[row]:
+            found[row] = limit_of(
+                params,
+                request.num_prompt_tokens,
+                len(request.output_token_ids),
+                runner.max_model_len,
+                min(request_limit(params.extra_args, runner.num_spec_tokens), most),
+            )
     return found
-
-
-def _seed(request: CachedRequestState) -> int:
-    params = request.sampling_params
-    if params is not None and params.seed is not None:
-        return params.seed
-    digest = hashlib.blake2b(request.req_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def clip(tokens: Sequence[Sequence[int]], most: np.ndarray) -> list[list[int]]:
-    """Drafts, cut to what each request may take (vLLM's statistics fail on more)."""
-    return [list(row[:limit]) for row, limit in zip(tokens, most, strict=True)]
-
-
-def make_certain(
-    probs: torch.Tensor,
-    tokens: Sequence[Sequence[int]],
-    parameters: Sequence[SamplingParams],
-) -> None:
-    """Have drafts of structured outputs verified as point masses.
-
-    The scheduler cuts such a draft before its first token that the grammar forbids:
-    whether a token is submitted depends on its own draw, and verification against the
-    distribution that it was drawn from would be biased.
-
-    Args:
-        probs: [R, K, V], written.
-        tokens: R drafts.
-        parameters: R.
-    """
-    for row, (draft, params) in enumerate(zip(tokens, parameters, strict=True)):
-        if params.structured_outputs is not None and draft:
-            places = torch.arange(len(draft), device=probs.device)
-            probs[row, places] = 0
-            probs[row, places, torch.tensor(draft, device=probs.device)] = 1

@@ -2,22 +2,25 @@
 """From a user's speculative config to what vLLM knows: called before its own check.
 
 DEER, SpecDec++ and DEL go as vLLM's "draft_model", whose KV pages and verification they
-use, ADED as its "custom_class"; the worker class puts our drafter in. All run on model
-runner V1 (`patches/cpu_runner.py`), synchronously: the length of a draft depends on its
-tokens. The core finds this module by its name (`entrypoints/wings.py`).
+use, ADED as its "custom_class"; the worker class puts our drafter in. All run
+synchronously: the length of a draft depends on its tokens. Which model runner serves
+them is decided here, and kept (`patches/cpu_runner.py`). The core finds this module by
+its name (`entrypoints/wings.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 from vllm.logger import init_logger
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_dlm.config import aliases
-from vllm_dlm.config.engine_keys import SPECULATION
+from vllm_dlm.config.engine_keys import RUNNER, SPECULATION
 from vllm_dlm.spec_decode import options as spec
 
 if TYPE_CHECKING:
@@ -28,6 +31,12 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 WORKER = "vllm_dlm.spec_decode.worker.SpeculativeWorker"
+
+RUNNERS = {
+    1: "vllm.v1.worker.gpu_model_runner",
+    2: "vllm.v1.worker.gpu.model_runner",
+}
+"""vLLM's model runners: version -> module."""
 
 REQUEST_KEYS = {spec.REQUEST_KEY: "--speculative-config"}
 """See `entrypoints/wings.py`."""
@@ -58,23 +67,71 @@ def translate(args: EngineArgs) -> bool:
     if isinstance(options, spec.WithDrafter):
         folder = aliases.resolve(options.model, options.revision, args.hf_token)
         options = options.model_copy(update={"model": folder})
+        options = _with_length(options, args)
     _refuse(args, method)
-    args.speculative_config = _vllm_config(args, method, options)
+    runner = _runner(method, options)
+    args.speculative_config = _vllm_config(args, method, options, runner)
     args.additional_config = {
         **(args.additional_config or {}),
         SPECULATION: spec.to_plain(method, options),
+        RUNNER: runner,
     }
     args.worker_cls = WORKER
     args.async_scheduling = False
     logger.info(
         "Speculative decoding by %s (%s): vLLM's %s path with the worker class %s, "
-        "model runner V1, synchronous scheduling.",
+        "model runner V%d, synchronous scheduling.",
         method,
         options.paper,
         args.speculative_config["method"],
         WORKER.rpartition(".")[2],
+        runner,
     )
     return True
+
+
+def _with_length(options: spec.WithDrafter, args: EngineArgs) -> spec.WithDrafter:
+    """The same with the length of drafts that DEER's drafter was trained for.
+
+    Raises:
+        ValueError: the drafter is no diffusion model.
+    """
+    if options.num_speculative_tokens is not None:
+        return options
+    from vllm.transformers_utils.config import get_config
+
+    from vllm_dlm.spec_decode.deer.drafting import check_drafter, draft_length
+
+    trusts = args.trust_remote_code
+    config = get_config(options.model, trusts, revision=options.revision)
+    length = draft_length(check_drafter(config, num_masks=1), spec.MAX_DRAFT)
+    logger.info("%s was trained to draft %d tokens at once.", options.model, length)
+    return options.model_copy(update={"num_speculative_tokens": length})
+
+
+def _runner(method: str, options: spec.Options) -> int:
+    """Which of vLLM's model runners serves the method here, 1 or 2.
+
+    The one that the user asks for (VLLM_USE_V2_MODEL_RUNNER), or that vLLM would pick:
+    V2 where Triton works. A method that knows only V1 runs there; and where a vLLM has
+    only one of the two, that one is taken.
+
+    Raises:
+        ValueError: the user, or this vLLM, has only V2 for a method that knows V1.
+    """
+    asked = envs.VLLM_USE_V2_MODEL_RUNNER
+    there = {version: find_spec(name) is not None for version, name in RUNNERS.items()}
+    if options.speculator is None:
+        if asked or not there[1]:
+            say = "unset VLLM_USE_V2_MODEL_RUNNER" if there[1] else "use 'deer'"
+            raise ValueError(
+                f"speculative method {method!r} runs on model runner V1: "
+                f"{options.why_not_v2}; {say}"
+            )
+        return 1
+    if not all(there.values()):
+        return 1 if there[1] else 2
+    return 2 if (HAS_TRITON if asked is None else asked) else 1
 
 
 def _refuse(args: EngineArgs, method: str) -> None:
@@ -87,11 +144,6 @@ def _refuse(args: EngineArgs, method: str) -> None:
         raise ValueError(
             f"speculative method {method!r} drafts when a step's tokens are known: "
             "leave out --async-scheduling"
-        )
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise ValueError(
-            f"speculative method {method!r} runs on model runner V1: unset "
-            "VLLM_USE_V2_MODEL_RUNNER"
         )
     if args.pipeline_parallel_size > 1:
         raise ValueError(
@@ -106,16 +158,16 @@ def _refuse(args: EngineArgs, method: str) -> None:
 
 
 def _vllm_config(
-    args: EngineArgs, method: str, options: spec.Options
+    args: EngineArgs, method: str, options: spec.Options, runner: int
 ) -> dict[str, Any]:
     """The dict that vLLM's `SpeculativeConfig` takes."""
     most = options.num_speculative_tokens
-    config: dict[str, Any] = {
-        "num_speculative_tokens": most,
+    config: dict[str, Any] = {"num_speculative_tokens": most}
+    if runner == 1:
         # "Verification is not of one length": no padding by tokens that nobody
-        # drafted, and no CUDA graph of one length.
-        "num_speculative_tokens_per_batch_size": [(1, 1, most)],
-    }
+        # drafted, and no CUDA graph of one length. V2 needs no such word: it takes
+        # whole graphs for the steps whose drafts are of one length.
+        config["num_speculative_tokens_per_batch_size"] = [(1, 1, most)]
     if method == "aded":
         path = options.proposer.replace(":", ".")
         return {**config, "method": "custom_class", "model": path}
@@ -146,10 +198,12 @@ def check(config: VllmConfig) -> None:
     speculative = config.speculative_config
     _warn_of_cut_drafts(config.scheduler_config, speculative.num_speculative_tokens)
     if config.additional_config[SPECULATION]["method"] == "deer":
-        from vllm_dlm.spec_decode.deer.drafting import check_drafter
+        from vllm_dlm.spec_decode.deer.drafting import check_drafter, untrained_masks
 
-        hf_config = speculative.draft_model_config.hf_config
-        check_drafter(hf_config, speculative.num_speculative_tokens)
+        masks = speculative.num_speculative_tokens
+        defaults = check_drafter(speculative.draft_model_config.hf_config, masks)
+        if warning := untrained_masks(defaults, masks):
+            logger.warning("Speculative method 'deer': %s.", warning)
     target, draft = config.model_config, speculative.draft_model_config
     if target.skip_tokenizer_init or draft.model == target.model:
         return

@@ -37,7 +37,11 @@ class Options(BaseModel):
     summary: ClassVar[str]
     paper: ClassVar[str]
     proposer: ClassVar[str]
-    """`module:class` of the vLLM glue."""
+    """`module:class` of what faces vLLM's model runner V1."""
+    speculator: ClassVar[str | None] = None
+    """The same for model runner V2, if the method runs there."""
+    why_not_v2: ClassVar[str] = ""
+    """Why it does not, for the user."""
 
     num_speculative_tokens: Count = Field(
         default=8,
@@ -70,12 +74,15 @@ class Deer(WithDrafter):
     summary = "a diffusion language model drafts a block in one denoising step"
     paper = "DEER, arXiv 2512.15176 (a reconstruction: no code is public)"
     proposer = "vllm_dlm.spec_decode.deer.proposer:DeerProposer"
+    speculator = "vllm_dlm.spec_decode.deer.speculator:DeerSpeculator"
 
-    num_speculative_tokens: Count = Field(
-        default=32,
+    num_speculative_tokens: Count | None = Field(  # type: ignore[assignment]
+        default=None,
         ge=1,
         le=MAX_DRAFT,
-        description="Masks behind the text, all drafted at once.",
+        description="Masks behind the text, all drafted at once. Default: as many as "
+        "the drafter was trained for, its dlm_draft_length or the length of its "
+        "blocks.",
     )
     context: Literal["auto", "recompute", "cached"] = Field(
         default="auto",
@@ -91,6 +98,7 @@ class SpecDecPlusPlus(WithDrafter):
     summary = "a small model drafts until a trained head expects a rejection"
     paper = "SpecDec++, arXiv 2405.19715"
     proposer = "vllm_dlm.spec_decode.specdec_pp.proposer:SpecDecPlusPlusProposer"
+    why_not_v2 = "it steers V1's draft model token by token, which V2 runs as a whole"
 
     num_speculative_tokens: Count = Field(
         default=20,
@@ -131,6 +139,9 @@ class Del(Options):
     summary = "the model's own lower layers draft; exit and length adapt to the text"
     paper = "DEL, arXiv 2504.05598"
     proposer = "vllm_dlm.spec_decode.del_exit.proposer:DelProposer"
+    why_not_v2 = (
+        "it reads the target's layers between steps, which V2's whole CUDA graphs hide"
+    )
 
     num_speculative_tokens: Count = Field(
         default=18,
@@ -161,6 +172,7 @@ class Aded(Options):
 
     summary = "tri-grams of a corpus and of the text itself draft; no model is needed"
     paper = "ADED, arXiv 2407.12021"
+    why_not_v2 = "it is a proposer of vLLM's class custom_class, which V2 does not have"
     proposer = "vllm_dlm.spec_decode.aded.proposer:AdedProposer"
 
     corpus: str | None = Field(

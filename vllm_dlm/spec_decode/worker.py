@@ -48,7 +48,10 @@ class SpeculativeWorker(_PlatformWorker):
     def init_device(self) -> None:
         """Build the model runner, then replace its drafter."""
         super().init_device()
-        install(self.model_runner)
+        if self.use_v2_model_runner:
+            install_speculator(self.model_runner)
+        else:
+            install(self.model_runner)
 
     def determine_available_memory(self) -> int:
         """Bytes that keys and values may take: vLLM's measure, less our distributions.
@@ -62,6 +65,8 @@ class SpeculativeWorker(_PlatformWorker):
         available: int = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
+        if self.use_v2_model_runner:
+            return available  # there they stand in a buffer that vLLM has measured
         reserved = probability_bytes(self.vllm_config)
         about = (
             f"{format_gib(reserved)} GiB for the distributions of a step's drafts "
@@ -98,7 +103,7 @@ def probability_bytes(config: VllmConfig) -> int:
 
 
 def install(runner: GPUModelRunner) -> None:
-    """Replace a model runner's drafter by the one that the options ask for."""
+    """Replace the drafter of a model runner V1 by the one that the options ask for."""
     config = runner.vllm_config
     proposer = load(METHODS[config.additional_config[SPECULATION]["method"]].proposer)
     if config.speculative_config.method == "draft_model":
@@ -113,6 +118,17 @@ def install(runner: GPUModelRunner) -> None:
     # drafters look at each request alone.
     longest = runner.max_model_len + runner.num_spec_tokens
     replace(runner, "effective_drafter_max_model_len", longest)
+
+
+def install_speculator(runner: Any) -> None:
+    """The same for model runner V2, whose drafters are speculators."""
+    config = runner.vllm_config
+    method = METHODS[config.additional_config[SPECULATION]["method"]]
+    assert method.speculator is not None, "the front end has chosen the runner"
+    replace(runner, "speculator", None)  # its buffers may be large
+    speculator = load(method.speculator)(config, runner.device, runner)
+    replace(runner, "speculator", speculator)
+    replace(runner, "draft_tokens_handler", speculator.handler)
 
 
 def draft_probs(

@@ -72,6 +72,32 @@ def check_drafter(hf_config: Any, num_masks: int) -> ModelDefaults:
     return defaults
 
 
+def draft_length(defaults: ModelDefaults, most: int) -> int:
+    """Masks that a drafter was trained to fill in one step, at most `most`.
+
+    What its training has written down, else its blocks; a model that attends in both
+    directions and says nothing gets the usual block.
+    """
+    return min(defaults.draft_length or defaults.block_length, most)
+
+
+def untrained_masks(defaults: ModelDefaults, num_masks: int) -> str:
+    """Why k masks are more than the drafter was trained for; "" where they are not."""
+    trained = defaults.draft_length
+    if trained is None and defaults.attention == "full":
+        # The whole canvas is one block to it.
+        trained = defaults.max_canvas
+    elif trained is None:
+        trained = defaults.block_length
+    if num_masks <= trained:
+        return ""
+    return (
+        f"the drafter was trained for {trained} masks behind a text, and "
+        f"num_speculative_tokens asks for {num_masks}: texts stay right, and the masks "
+        f"behind the first {trained} may be guessed badly"
+    )
+
+
 def why_not_cached(defaults: ModelDefaults, page_size: int, shares_pages: bool) -> str:
     """Why a text's keys cannot be kept between rounds; "" where they can.
 

@@ -11,16 +11,19 @@ largest forward needs. All else is the same for both.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.compilation.backends import set_model_tag
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.utils import replace
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -39,6 +42,7 @@ from vllm.v1.worker.utils import (
     select_common_block_size,
 )
 
+from vllm_dlm.config.engine_keys import RUNNER
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.model_executor.models.tables import ARCHITECTURES
 from vllm_dlm.model_executor.planning.block_rows import upload
@@ -49,8 +53,6 @@ from vllm_dlm.spec_decode.deer.drafting import (
     context_of,
     why_not_cached,
 )
-from vllm_dlm.spec_decode.drafter import Drafter
-from vllm_dlm.spec_decode.options import Deer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,108 +60,146 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 
-class DiffusionDrafter(Drafter):
-    """Base of `DeerProposer`: all that is about the network, nothing about drafts.
+class DiffusionNetwork:
+    """The part of a drafter that is about the network, on either model runner.
+
+    The class beside it (`proposer.py`, `speculator.py`) sets what is declared here
+    before it calls `set_up`, and says which pages requests have.
 
     `counts`: "forwards"; their "rows"; "head_rows", those whose logits are read.
     """
 
-    options: Deer
+    vllm_config: VllmConfig
+    device: torch.device
+    options: Any
+    counts: Counter[str]
+    max_num_tokens: int
+    """Of a step of the target."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, runner: Any
-    ) -> None:
-        draft = vllm_config.speculative_config.draft_model_config
-        self.defaults = check_drafter(
-            draft.hf_config, vllm_config.speculative_config.num_speculative_tokens
-        )
+    model: Any
+    """The drafter, once it is loaded."""
+
+    def reserved(self) -> np.ndarray:
+        """[R]: positions for which the requests of the step have pages."""
+        raise NotImplementedError
+
+    def page_table(self, requests: np.ndarray, width: int) -> np.ndarray:
+        """[R, width] int32: the first pages of these rows of the batch."""
+        raise NotImplementedError
+
+    def set_up(self, vllm_config: VllmConfig) -> None:
+        """Check that the drafter can draft here; called before anything is loaded.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        speculative = vllm_config.speculative_config
+        draft = speculative.draft_model_config
+        self.most_masks: int = speculative.num_speculative_tokens
+        self.most_requests: int = vllm_config.scheduler_config.max_num_seqs
+        self.defaults = check_drafter(draft.hf_config, self.most_masks)
         check_declarations(draft.hf_config)
         _refuse_parallelism(vllm_config, draft)
-        super().__init__(vllm_config, device, runner)
         reason = self._why_not_cached(vllm_config.cache_config.block_size)
         self.context = context_of(self.options.context, reason)
         logger.info(
             "DEER: %s drafts up to %d tokens at once; context %r%s",
             draft.model,
-            self.num_speculative_tokens,
+            self.most_masks,
             self.context,
             f": {reason}." if reason else ".",
         )
         self.vocab_size = draft.get_vocab_size()
-        self.longest = min(self.max_model_len, draft.max_model_len)
+        longest = vllm_config.model_config.max_model_len
+        self.longest = min(longest, draft.max_model_len)
         """Positions that the drafter knows."""
         self.most_rows = max(
             self.max_num_tokens,
             self.longest
             if self.context == "recompute"
-            else self.defaults.block_length + self.num_speculative_tokens,
+            else self.defaults.block_length + self.most_masks,
         )
         """Rows of a forward; a request with more goes alone."""
+        self.page_group = -1
+        """Which group of KV pages is the drafter's; -1 for none."""
 
     @cached_property
     def draft_config(self) -> VllmConfig:
         """The configuration that the drafter is built and run with."""
+        target, speculative = self.vllm_config, self.vllm_config.speculative_config
+        draft = speculative.draft_model_config
         # vLLM's mark. Our hook (`config_hook.py`) is for models that are served: it
         # would put our scheduler into the target's configuration.
-        self.draft_model_config.config_updated = True
-        base = super()._create_draft_vllm_config()
-        attention = replace(base.attention_config, use_non_causal=True)
+        draft.config_updated = True
+        # The backend is the drafter's own: it attends otherwise than the target.
+        backend = None
         if self.defaults.attention == "causal" and current_platform.is_cuda_alike():
             # Text and masks differ in causality.
-            attention.backend = attention.backend or AttentionBackendEnum.TRITON_ATTN
+            backend = AttentionBackendEnum.TRITON_ATTN
         # Layers and experts are found by name in these, and experts also by order.
-        compilation = copy.copy(base.compilation_config)
+        compilation = copy.copy(target.compilation_config)
         compilation.static_forward_context = {}
         compilation.static_all_moe_layers = []
-        return replace(base, attention_config=attention, compilation_config=compilation)
-
-    def _create_draft_vllm_config(self) -> VllmConfig:
-        return self.draft_config
+        return replace(
+            target,
+            model_config=draft,
+            quant_config=None,
+            parallel_config=replace(
+                speculative.draft_parallel_config, rank=target.parallel_config.rank
+            ),
+            attention_config=replace(
+                target.attention_config, backend=backend, use_non_causal=True
+            ),
+            compilation_config=compilation,
+            # vLLM refuses a diffusion model on V1, and knows nothing of this one.
+            additional_config={**target.additional_config, RUNNER: 2},
+        )
 
     @cached_property
     def layers(self) -> dict[str, Attention]:
         """The drafter's attention layers, by name."""
         return get_layers_from_vllm_config(self.draft_config, Attention)
 
-    def load_model(self, target_model: torch.nn.Module) -> None:
-        """Load the drafter; called by vLLM once the target is loaded."""
-        self.model = self._get_model()
-        self.supports_mm_inputs = False
-        self._draft_attn_layer_names = set()
+    def load_network(self) -> None:
+        """Load the drafter, and enter its layers where they need pages of requests."""
+        with set_model_tag("draft_model"):
+            self.model = get_model(vllm_config=self.draft_config, prefix="draft_model")
         if self.context == "cached":
-            self._draft_attn_layer_names = set(self.layers)
-            self.vllm_config.compilation_config.static_forward_context.update(
-                self.layers
-            )
+            context = self.vllm_config.compilation_config.static_forward_context
+            context.update(self.layers)
 
-    def initialize_attn_backend(
-        self,
-        kv_cache_config: KVCacheConfig,
-        kernel_block_sizes: list[int] | None = None,
-    ) -> None:
-        """Prepare attention over the drafter's pages; called when vLLM has sized them.
+    @property
+    def paged_layers(self) -> set[str]:
+        """Names of the layers whose keys outlive a forward."""
+        return set(self.layers) if self.context == "cached" else set()
+
+    def use_pages(
+        self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None
+    ) -> AttentionGroup:
+        """Prepare attention over the drafter's pages, which vLLM has sized.
 
         Raises:
             ValueError: pages of a size that the drafter's blocks do not fit into.
         """
         if self.context == "recompute":
-            self.draft_attn_groups = [self._scratch]
-            return
+            self.group = self._scratch
+            return self.group
         groups = kv_cache_config.kv_cache_groups
-        self.kv_cache_gid = next(
+        self.page_group = next(
             index
             for index, group in enumerate(groups)
-            if not self._draft_attn_layer_names.isdisjoint(group.layer_names)
+            if not self.paged_layers.isdisjoint(group.layer_names)
         )
-        spec = groups[self.kv_cache_gid].kv_cache_spec
+        spec = groups[self.page_group].kv_cache_spec
         if isinstance(spec, UniformTypeKVCacheSpecs):
             spec = spec.kv_cache_specs[min(self.layers)]
         # vLLM may have changed its mind about the size of pages since the start.
         context_of("cached", self._why_not_cached(spec.block_size))
         kernel_block_size = None
         if kernel_block_sizes is not None:
-            kernel_block_size = kernel_block_sizes[self.kv_cache_gid]
-        self.draft_attn_groups = [self._attention_group(spec, kernel_block_size)]
+            kernel_block_size = kernel_block_sizes[self.page_group]
+        self.group = self._attention_group(spec, kernel_block_size)
+        return self.group
 
     def _why_not_cached(self, page_size: int) -> str:
         shares_pages = bool(self.vllm_config.cache_config.enable_prefix_caching)
@@ -172,7 +212,7 @@ class DiffusionDrafter(Drafter):
             backend=self._backend,
             layer_names=sorted(self.layers),
             kv_cache_spec=spec,
-            kv_cache_group_id=self.kv_cache_gid,
+            kv_cache_group_id=self.page_group,
         )
         group.create_metadata_builders(
             self.draft_config, self.device, kernel_block_size
@@ -193,7 +233,7 @@ class DiffusionDrafter(Drafter):
         spec = spec.copy_with_new_block_size(
             select_common_block_size(spec.block_size, [backend], [spec])
         )
-        pages = -(-self.most_rows // spec.block_size) + self.max_batch_size
+        pages = -(-self.most_rows // spec.block_size) + self.most_requests
         layout = self.draft_config.cache_config.get_resolved_kv_cache_layout()
         supported = backend.supported_kv_cache_layouts()
         if supported is not None and layout not in supported:
@@ -217,16 +257,8 @@ class DiffusionDrafter(Drafter):
         return self._attention_group(spec, None)
 
     @torch.inference_mode()
-    def dummy_run(
-        self,
-        num_tokens: int,
-        use_cudagraphs: bool = True,
-        is_graph_capturing: bool = False,
-        slot_mappings: Any = None,
-    ) -> None:
+    def profile(self, num_tokens: int) -> None:
         """A forward without attention, for vLLM's memory profile and compilation."""
-        if is_graph_capturing:
-            return  # rows of a round differ too much for graphs
         if num_tokens >= self.max_num_tokens:
             num_tokens = self.most_rows
         if self.context == "recompute":
@@ -243,7 +275,7 @@ class DiffusionDrafter(Drafter):
         Returns:
             [M, H]: hidden states of the rows that predict the masks.
         """
-        group, segments = self.draft_attn_groups[0], plan.segments
+        group, segments = self.group, plan.segments
         page_size = group.kv_cache_spec.block_size
         ids = token_ids[plan.requests[plan.owners], plan.positions]
         pages = self._pages(plan, page_size)
@@ -281,9 +313,7 @@ class DiffusionDrafter(Drafter):
         """[R, W] int32: the pages that hold each request's keys and values."""
         width = -(-int(plan.segments.kv_lens.max()) // page_size)
         if self.context == "cached":
-            table = self.runner.input_batch.block_table[self.kv_cache_gid]
-            own: np.ndarray = table.get_numpy_array()[plan.requests, :width]
-            return own
+            return self.page_table(plan.requests, width)
         ends = np.zeros(len(plan.requests), np.int64)
         np.maximum.at(ends, plan.segments.request, plan.segments.kv_lens)
         counts = -(-ends // page_size)

@@ -1,133 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DEER in vLLM: a batch's texts in, a block of drafts for each out, in one step.
-
-`drafting.py` plans the drafter's forward, and `network.py` runs it.
-"""
+"""DEER on vLLM's model runner V1, in place of vLLM's draft model."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
-import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_dlm.model_executor.planning.block_rows import upload
-from vllm_dlm.model_executor.planning.segments import ragged
-from vllm_dlm.model_executor.sampling.logits import tile_rows
-from vllm_dlm.spec_decode.deer.drafting import (
-    first_rows,
-    greedy_drafts,
-    plan_forward,
-    split,
-)
-from vllm_dlm.spec_decode.deer.network import DiffusionDrafter
-from vllm_dlm.spec_decode.drafter import Batch, Drafts
-from vllm_dlm.spec_decode.sampling import draw_drafts
+from vllm_dlm.spec_decode.deer.rounds import DeerRounds
+from vllm_dlm.spec_decode.drafter import Drafter
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-class DeerProposer(DiffusionDrafter):
-    """Drafts k tokens in one denoising step of a diffusion model."""
+class DeerProposer(DeerRounds, Drafter):
+    """What vLLM's runner asks of a drafter, answered by the network."""
 
-    def draft(self, batch: Batch) -> Drafts:
-        """Draft by one denoising step for all requests, in few forwards."""
-        starts, ends, widths = self._work(batch)
-        rows = np.flatnonzero(ends > starts)
-        tokens: list[list[int]] = [[] for _ in batch.request_ids]
-        probs = None
-        if not batch.sampling.all_greedy and widths.any():
-            shape = (len(widths), int(widths.max()), self.vocab_size)
-            probs = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        drawn = []
-        for part in split((ends + widths - starts)[rows], self.most_rows):
-            some = rows[part]
-            plan = plan_forward(
-                self.defaults, some, starts[some], ends[some], widths[some]
-            )
-            hidden = self.denoise(plan, batch.token_ids)
-            if len(plan.logits_rows):
-                drawn.append(self._draw(batch, hidden, some, widths[some], probs))
-        if drawn:
-            flat = torch.cat(drawn).tolist()
-            for row, last in zip(rows, np.cumsum(widths[rows]), strict=True):
-                tokens[row] = flat[last - widths[row] : last]
-        return Drafts(tokens, probs)
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, runner: GPUModelRunner
+    ) -> None:
+        Drafter.__init__(self, vllm_config, device, runner)
+        self.supports_mm_inputs = False
+        self.set_up(vllm_config)
 
-    def _work(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[R] each: first position to compute, end of the text, masks behind it."""
-        attention = batch.attention
-        # Tokens that the target has computed, and those of them in this step.
-        computed = attention.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        new = np.diff(attention.query_start_loc_cpu.numpy()).astype(np.int64)
-        # Only the token just sampled may be missing: else it is a part of a prompt.
-        is_last = computed == batch.num_tokens - 1
-        widths = np.where(is_last, batch.limits, 0)
-        widths = np.clip(self.longest - batch.num_tokens, 0, widths)
-        if self.context == "recompute":
-            ends = np.where(widths > 0, batch.num_tokens, 0)
-            return np.zeros_like(ends), ends, widths
-        # vLLM reserves a page less than the masks need where they end behind one.
-        table = self.runner.input_batch.block_table[self.kv_cache_gid]
-        reserved = table.num_blocks_per_row[: len(widths)] * table.block_size
-        widths = np.clip(reserved - batch.num_tokens, 0, widths)
-        ends = np.where(widths > 0, batch.num_tokens, computed)
-        ends = np.minimum(ends, self.longest)
-        return first_rows(self.defaults, computed - new), ends, widths
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        """Load the drafter; called by vLLM once the target is loaded."""
+        self.load_network()
+        self._draft_attn_layer_names = self.paged_layers
 
-    def _draw(
+    def initialize_attn_backend(
         self,
-        batch: Batch,
-        hidden: torch.Tensor,
-        rows: np.ndarray,
-        widths: np.ndarray,
-        probs: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[M] int64: a token for each row of hidden states [M, H]; fills in `probs`.
+        kv_cache_config: KVCacheConfig,
+        kernel_block_sizes: list[int] | None = None,
+    ) -> None:
+        """Prepare attention over the drafter's pages; called when vLLM has sized them.
 
-        Args:
-            rows: [R] rows of the batch, whose `widths` [R] add up to M.
+        Raises:
+            ValueError: pages of a size that the drafter's blocks do not fit into.
         """
-        mask_id = self.defaults.mask_token_id
-        step = tile_rows(self.vocab_size, hidden.dtype, hidden.device)
-        tiles = [slice(i, i + step) for i in range(0, len(hidden), step)]
-        if probs is None:
-            return torch.cat(
-                [greedy_drafts(self._logits(hidden[tile]), mask_id) for tile in tiles]
-            )
-        owners, places = ragged(widths)
-        requests = rows[owners]
-        of_row, offsets, positions, seeds, top_k = upload(
-            self.device,
-            requests,
-            places,
-            batch.num_tokens[requests] + places,
-            batch.seeds[requests],
-            self._parameters(batch, "top_k")[requests],
-        )
-        temperature, top_p = (
-            torch.from_numpy(self._parameters(batch, name)[requests])
-            .float()
-            .to(self.device)
-            for name in ("temperature", "top_p")
-        )
-        drawn = []
-        for tile in tiles:
-            tokens, q = draw_drafts(
-                self._logits(hidden[tile]),
-                temperature[tile],
-                top_k[tile],
-                top_p[tile],
-                seeds[tile],
-                positions[tile],
-                banned_ids=[mask_id],
-            )
-            probs[of_row[tile], offsets[tile]] = q
-            drawn.append(tokens)
-        return torch.cat(drawn)
+        group = self.use_pages(kv_cache_config, kernel_block_sizes)
+        self.draft_attn_groups, self.kv_cache_gid = [group], self.page_group
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, V] of hidden states [n, H]; on all ranks the same."""
-        logits: torch.Tensor = self.model.gathered(self.model.logits(hidden))
-        return logits
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: Any = None,
+    ) -> None:
+        """A forward without attention, for vLLM's memory profile and compilation."""
+        if not is_graph_capturing:  # rows of a round differ too much for graphs
+            self.profile(num_tokens)
 
-    @staticmethod
-    def _parameters(batch: Batch, name: str) -> np.ndarray:
-        """[R]: a sampling parameter of each request."""
-        return np.array([getattr(row, name) for row in batch.parameters])
+    def reserved(self) -> np.ndarray:
+        """[R]: positions for which the requests of the step have pages."""
+        table = self.runner.input_batch.block_table[self.kv_cache_gid]
+        rows = len(self.runner.input_batch.req_ids)
+        reserved: np.ndarray = table.num_blocks_per_row[:rows] * table.block_size
+        return reserved
+
+    def page_table(self, requests: np.ndarray, width: int) -> np.ndarray:
+        """[R, width] int32: the first pages of these rows of the batch."""
+        table = self.runner.input_batch.block_table[self.kv_cache_gid]
+        pages: np.ndarray = table.get_numpy_array()[requests, :width]
+        return pages
