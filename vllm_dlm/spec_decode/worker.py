@@ -65,13 +65,14 @@ class SpeculativeWorker(_PlatformWorker):
         available: int = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
+        reserved, often = probability_bytes(self.vllm_config), "twice"
         if self.use_v2_model_runner:
-            return available  # there they stand in a buffer that vLLM has measured
-        reserved = probability_bytes(self.vllm_config)
+            # What is kept stands in a buffer there, which vLLM has measured.
+            reserved, often = reserved // 2, "once"
         about = (
             f"{format_gib(reserved)} GiB for the distributions of a step's drafts "
             "(max_num_seqs times num_speculative_tokens, at most "
-            "max_num_batched_tokens, times the vocabulary, 4 bytes each, twice)"
+            f"max_num_batched_tokens, times the vocabulary, 4 bytes each, {often})"
         )
         if reserved >= available:
             raise ValueError(
