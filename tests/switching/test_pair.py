@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_dlm.switching import sampling
 from vllm_dlm.switching.entropy import LARGE, SMALL
+from vllm_dlm.switching.entropy_stop import class_name
 from vllm_dlm.switching.pair import MEMORY_SHARES, plan_pair
 
 
@@ -42,7 +43,9 @@ def test_every_sampling_parameter_is_decided_upon():
     assert sorted(decided) == sorted(fields)
 
 
-def test_what_both_engines_get(folders):
+@pytest.mark.parametrize("is_v2", [False, True])
+def test_what_both_engines_get(folders, monkeypatch, is_v2):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(is_v2)))
     small, large = folders
     pair = plan(folders, ENGINE, ENGINE | {"max_model_len": 128})
     assert pair.max_model_len == 128
@@ -52,7 +55,14 @@ def test_what_both_engines_get(folders):
         assert args.max_model_len == 128
         assert args.additional_config == {"dlm_switching": model}
         config = args.create_engine_config()
-        assert not config.use_v2_model_runner
+        assert config.use_v2_model_runner == is_v2
+        assert config.model_config.logits_processors == [class_name(config)]
+
+
+def test_the_plugin_must_be_on(folders, monkeypatch):
+    monkeypatch.setenv("VLLM_DLM_DISABLE", "1")
+    with pytest.raises(ValueError, match="VLLM_DLM_DISABLE=1 .* unset it"):
+        plan(folders)
 
 
 def test_memory_is_shared_unless_it_is_given(folders, monkeypatch):

@@ -12,6 +12,3 @@ SWITCHING = "dlm_switching"
 
 RUNNER = "dlm_runner"
 """1 or 2: the model runner of vLLM's for which the engine was made ready."""
-
-NEED_RUNNER_V1 = frozenset({SWITCHING})
-"""Engines with one of these run on vLLM's model runner V1."""

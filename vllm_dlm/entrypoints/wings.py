@@ -41,7 +41,8 @@ class Wing(Protocol):
         """
 
     def check(self, config: VllmConfig) -> None:
-        """Refuse a finished configuration of an engine that asked for this wing.
+        """Refuse a finished configuration of an engine that asked for this wing, or add
+        what depends on its model runner.
 
         Raises:
             ValueError: models do not fit together.
@@ -57,7 +58,7 @@ class Wing(Protocol):
         """
 
 
-_MODULES = ("vllm_dlm.spec_decode.front_end",)
+_MODULES = ("vllm_dlm.spec_decode.front_end", "vllm_dlm.switching.front_end")
 
 
 def wings() -> list[Wing]:

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.config.engine_keys import NEED_RUNNER_V1, RUNNER
+from vllm_dlm.config.engine_keys import RUNNER
 from vllm_dlm.model_executor import clean_pages
 from vllm_dlm.patches.ledger import Where, apply, entries, patch
 from vllm_dlm.vllm_objects import replace
@@ -31,8 +31,8 @@ _GATE = "docs/upstream.md#a-platform-cannot-say-that-it-replaces-kernels"
     "vllm.config.vllm:VllmConfig.use_v2_model_runner",
     why=(
         "Diffusion models run only on model runner V2, which vLLM does not pick where "
-        "Triton is missing, as on the CPU wheel. All our speculative methods but one, "
-        "and entropy switching, run only on V1, which vLLM picks nowhere else."
+        "Triton is missing, as on the CPU wheel. All our speculative methods but one "
+        "run only on V1, which vLLM picks nowhere else."
     ),
     upstream=_GATE,
     drop_when="vLLM asks the platform instead of HAS_TRITON, and V2 takes drafters",
@@ -41,7 +41,7 @@ def use_v2_model_runner(
     original: Callable[[VllmConfig], bool],
 ) -> Callable[[VllmConfig], bool]:
     """True for diffusion models on a CPU whose kernels we replace; what a speculative
-    method was made ready for; False for switching. Every other engine, and an explicit
+    method was made ready for. Every other engine, and an explicit
     VLLM_USE_V2_MODEL_RUNNER, is untouched."""
     from vllm import envs
     from vllm.triton_utils import HAS_TRITON
@@ -50,11 +50,9 @@ def use_v2_model_runner(
         own = self.additional_config
         if isinstance(own, dict) and RUNNER in own:
             return bool(own[RUNNER] == 2)
-        if envs.VLLM_USE_V2_MODEL_RUNNER is None:
-            if not HAS_TRITON and _is_diffusion(self):
-                return True
-            if isinstance(own, dict) and NEED_RUNNER_V1 & own.keys():
-                return False
+        is_free = envs.VLLM_USE_V2_MODEL_RUNNER is None
+        if is_free and not HAS_TRITON and _is_diffusion(self):
+            return True
         return original(self)
 
     return decide

@@ -30,6 +30,10 @@ PREFIX = "ead_"
 """Begins the rule's names in a request: `ead_tau`, `ead_window`, `ead_min_tokens`."""
 
 
+MAX_WINDOW = 1024
+"""Most entropies in a mean: an engine keeps as many of each turn."""
+
+
 class SwitchRule(BaseModel):
     """When the models take turns."""
 
@@ -40,7 +44,7 @@ class SwitchRule(BaseModel):
         description="entropy at which they change; 0: the large model writes all but "
         "the first tokens, inf: the small one writes everything",
     )
-    window: Count = Field(5, ge=1, description="entropies in the mean")
+    window: Count = Field(5, ge=1, le=MAX_WINDOW, description="entropies in the mean")
     min_tokens: Count = Field(10, ge=1, description="fewest tokens of a turn")
     unit: Literal["bits", "nats"] = Field("bits", description="of tau")
 

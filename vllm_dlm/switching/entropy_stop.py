@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logits processor that ends a model's turn (model runner V1).
+"""What ends a model's turn inside its engine: a logits processor, for either runner.
 
 A request of a pair carries `extra_args["ead"]`: the rule, the model that writes, and a
 reserved token. When the rule fires, that token becomes the only possible one, and ends
 the request, being one of its `stop_token_ids`. At all other steps it is impossible, so
-that it can mean nothing else.
+that it can mean nothing else. Requests without the key are untouched.
 
-vLLM calls processors after masks (allowed tokens, bad words, minimum length, bias) and
-before penalties and temperature: that is where the entropy is taken. Requests without
-the key are untouched. It cannot run under speculative decoding; vLLM refuses that.
+The entropy is of the row behind masks (allowed tokens, bad words, minimum length, bias)
+and before penalties and temperature. vLLM's model runner V1 calls processors just
+there; V2 calls them behind the penalties (`entropy_stop_v2.py`). `EntropyStop`, here,
+is for V1. It cannot run under speculative decoding; vLLM refuses that.
 """
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from vllm_dlm.messages import explain
+from vllm_dlm.option_types import Count
 from vllm_dlm.switching.entropy import Model, SwitchRule, Turn, entropy_bits
 
 if TYPE_CHECKING:
@@ -27,13 +32,49 @@ if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
 
 KEY = "ead"
-CLASS_NAME = f"{__name__}:EntropyStop"
-"""The processor's name in an engine's `logits_processors`."""
+
+_turns = count()
+
+
+class Stop(BaseModel):
+    """What a turn's request says to the processor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    rule: SwitchRule
+    model: Model = Field(description="who writes")
+    token_id: Count = Field(ge=0, description="the reserved token")
+    turn: Count = Field(
+        ge=0, description="the turn's number, by which it is known after a preemption"
+    )
 
 
 def stop_options(rule: SwitchRule, model: Model, token_id: int) -> dict[str, Any]:
-    """What a request says to `EntropyStop`, for its `extra_args`."""
-    return {KEY: {"rule": rule.model_dump(), "model": model, "token_id": token_id}}
+    """What the request of a new turn says to the processor, for its `extra_args`."""
+    stop = Stop(rule=rule, model=model, token_id=token_id, turn=next(_turns))
+    return {KEY: stop.model_dump()}
+
+
+def stop_of(params: SamplingParams) -> Stop | None:
+    """What a request says to the processor; None where switching does not concern it.
+
+    Raises:
+        ValueError: it says something that is not valid.
+    """
+    options = (params.extra_args or {}).get(KEY)
+    if options is None:
+        return None
+    try:
+        return Stop.model_validate(options)
+    except ValidationError as error:
+        raise ValueError(f"{KEY}: {explain(error)}") from None
+
+
+def class_name(vllm_config: VllmConfig) -> str:
+    """The processor for an engine's model runner, as `logits_processors` names it."""
+    if vllm_config.use_v2_model_runner:
+        return "vllm_dlm.switching.entropy_stop_v2:EntropyStopV2"
+    return f"{__name__}:{EntropyStop.__name__}"
 
 
 class _Row:
@@ -53,6 +94,15 @@ class EntropyStop(LogitsProcessor):
         self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool
     ) -> None:
         self._rows: dict[int, _Row] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse a request whose key `ead` is not valid.
+
+        Raises:
+            ValueError: it says what is valid.
+        """
+        stop_of(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         """False: the processor replaces the most likely token."""
@@ -87,13 +137,12 @@ class EntropyStop(LogitsProcessor):
     def _add(
         params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
     ) -> _Row | None:
-        options = (params.extra_args or {}).get(KEY)
-        if options is None:
+        stop = stop_of(params)
+        if stop is None:
             return None
         # A request that waits for memory leaves the batch and comes back with the same
         # parameters: they keep its entropies meanwhile.
         turn = vars(params).get("_ead_turn")
         if turn is None:
-            turn = Turn(SwitchRule(**options["rule"]), options["model"])
-            vars(params)["_ead_turn"] = turn
-        return _Row(turn, options["token_id"], output_ids)
+            turn = vars(params)["_ead_turn"] = Turn(stop.rule, stop.model)
+        return _Row(turn, stop.token_id, output_ids)

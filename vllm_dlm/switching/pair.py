@@ -2,8 +2,8 @@
 """Two engines that can share a text: checked, sized and configured before they start.
 
 The models must have one tokenizer. Both get the same context length, a share of the
-memory, and `EntropyStop` with a reserved token; model runner V1 follows from the key in
-`additional_config`, as `EntropyStop` is written for it.
+memory, and a reserved token. By the key in `additional_config` each engine gets the
+logits processor that ends turns (`front_end.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm_dlm.config import aliases
 from vllm_dlm.config.engine_keys import SWITCHING
 from vllm_dlm.switching.entropy import LARGE, SMALL, Model
-from vllm_dlm.switching.entropy_stop import CLASS_NAME
 
 logger = init_logger(__name__)
 
@@ -58,6 +57,11 @@ def plan_pair(
     Raises:
         ValueError: options that are not valid, or models that do not fit together.
     """
+    if os.environ.get("VLLM_DLM_DISABLE") == "1":
+        raise ValueError(
+            "VLLM_DLM_DISABLE=1 switches off the plugin, and with it what ends a "
+            "model's turn: unset it"
+        )
     args = {
         model: _engine_args(model, models[model], options[model], args_class)
         for model in (SMALL, LARGE)
@@ -83,8 +87,7 @@ def plan_pair(
         stop_token_id,
     )
     logger.info(
-        "Two models, one text: small %s, large %s; context %d, reserved token %d, "
-        "model runner V1",
+        "Two models, one text: small %s, large %s; context %d, reserved token %d",
         models[SMALL],
         models[LARGE],
         shortest,
@@ -98,15 +101,14 @@ def _engine_args(
 ) -> EngineArgs:
     if any(options.get(key) for key in ("speculative_config", "spec_method")):
         raise ValueError(
-            f"the {model} engine is given speculative decoding, which vLLM does not "
-            "combine with logits processors, and switching is one; remove "
+            f"the {model} engine is given speculative decoding, which does not go with "
+            "logits processors on vLLM's model runner V1, and switching is one; remove "
             "`speculative_config`"
         )
     if options.get("skip_tokenizer_init"):
         raise ValueError("skip_tokenizer_init: a pair needs its tokenizers")
     options = dict(options)
     additional = {**(options.pop("additional_config", None) or {}), SWITCHING: model}
-    processors = [*(options.pop("logits_processors", None) or ()), CLASS_NAME]
     defaults: dict[str, Any] = {"served_model_name": [name]}
     sized = ("gpu_memory_utilization", "kv_cache_memory_bytes")
     legacy_size = current_platform.is_cpu() and os.environ.get("VLLM_CPU_KVCACHE_SPACE")
@@ -127,7 +129,6 @@ def _engine_args(
         return args_class(
             model=folder,
             additional_config=additional,
-            logits_processors=processors,
             **{**defaults, **options},
         )
     except TypeError as error:
