@@ -2,7 +2,8 @@
 """Compare ways to draft for an autoregressive model: forwards saved, work done, time.
 
 The built-in llama-tiny answers held-out questions, greedily unless told otherwise:
-plain, with vLLM's own methods at fixed lengths, and with ours. With --model, a model of
+plain, with vLLM's own methods at fixed lengths, and with ours. vLLM's suffix decoding
+takes part where the package arctic-inference is installed. With --model, a model of
 yours answers the questions of a file, as chats, with the methods that need no drafter.
 Counts do not depend on the machine but for rounding; seconds do.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +86,13 @@ class Row:
 
 
 def settings(
-    fixed: Sequence[int], corpus: Path, has_drafters: bool, deer: Config
+    fixed: Sequence[int], folder: Path, corpus: Path, has_drafters: bool, deer: Config
 ) -> list[Setting]:
     """All that is compared.
 
     Args:
         fixed: lengths of vLLM's own methods.
+        folder: for what is made only to be measured.
         corpus: ADED's tri-grams.
         has_drafters: whether the model is llama-tiny.
         deer: options of the method `deer`, its drafter among them.
@@ -108,16 +112,53 @@ def settings(
             )
             for k in fixed
         ),
-        *(with_drafters(fixed, deer) if has_drafters else ()),
+        *([suffix()] if find_spec("arctic_inference") else ()),
+        *(with_drafters(fixed, folder, deer) if has_drafters else ()),
         Setting("aded", "own text", {"method": "aded"}),
         Setting("aded", "corpus", {"method": "aded", "corpus": str(corpus)}),
     ]
 
 
-def with_drafters(fixed: Sequence[int], deer: Config) -> list[Setting]:
+def suffix() -> Setting:
+    """vLLM's suffix decoding: it remembers the answers of earlier requests."""
+    return Setting("suffix", "as it is", {"method": "suffix"})
+
+
+def parallel_drafter(folder: Path) -> Path:
+    """llama-tiny-draft as vLLM's parallel drafting takes it, which is PARD's way.
+
+    It was not trained for that: its mask token has never been read. So this shows what
+    parallel drafting computes, and not what a PARD checkpoint would gain.
+    """
+    copy = folder / "parallel"
+    if not copy.exists():
+        shutil.copytree(resolve(DRAFT), copy)
+        config = copy / "config.json"
+        mask = json.loads((copy / "tokenizer_config.json").read_text())["mask_token"]
+        tokens = json.loads((copy / "tokenizer.json").read_text())["added_tokens"]
+        [number] = [token["id"] for token in tokens if token["content"] == mask]
+        options = json.loads(config.read_text()) | {"pard_token": number}
+        config.write_text(json.dumps(options))
+    return copy
+
+
+def with_drafters(fixed: Sequence[int], folder: Path, deer: Config) -> list[Setting]:
     """What needs a drafter, or exits, that llama-tiny has."""
     draft = resolve(DRAFT)
     return [
+        *(
+            Setting(
+                "parallel",
+                f"K={k}",
+                {
+                    "method": "draft_model",
+                    "model": str(parallel_drafter(folder)),
+                    "num_speculative_tokens": k,
+                    "parallel_drafting": True,
+                },
+            )
+            for k in fixed
+        ),
         *(
             Setting(
                 "draft_model",
@@ -272,13 +313,15 @@ def main() -> int:
     deer = {"model": args.drafter, "context": args.context}
     rows: list[Row] = []
     plain = None
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = corpus = Path(name)
         if "aded" in (args.methods or ["aded"]):
-            corpus = count_corpus(workload, Path(folder))
+            corpus = count_corpus(workload, folder)
         chosen = [
             setting
-            for setting in settings(args.fixed, corpus, workload.has_drafters, deer)
+            for setting in settings(
+                args.fixed, folder, corpus, workload.has_drafters, deer
+            )
             if setting.method in ("plain", *(args.methods or [setting.method]))
         ]
         with tqdm(chosen, unit="setting") as progress:
@@ -327,7 +370,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=["ngram", "draft_model", "specdec++", "deer", "del", "aded"],
+        choices=[
+            *("ngram", "suffix", "draft_model", "parallel"),
+            *("specdec++", "deer", "del", "aded"),
+        ],
         metavar="NAME",
         help="only these, beside plain decoding",
     )

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tiny random Llamas; one router and one server over them that all tests share."""
+"""Two tiny random Llamas; routers and servers over them that all tests share."""
 
 from __future__ import annotations
 
 import gc
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,48 @@ def networks(folders: tuple[Path, Path]) -> dict[str, Any]:
     return {name: load(folder) for name, folder in zip("sl", folders, strict=True)}
 
 
-@pytest.fixture(scope="session")
-def router(folders: tuple[Path, Path]) -> Iterator[Any]:
-    """tau 2 bits; eight texts at a time, context 256."""
+def make_router(folders: tuple[Path, Path], runner: str, **options: Any) -> Any:
+    """A router of the tiny pair, tau 2 bits, on model runner "V1" or "V2"."""
     from vllm.distributed.parallel_state import destroy_model_parallel
 
     from vllm_dlm.switching.router import EntropyRouter
 
     destroy_model_parallel()
-    small, large = map(str, folders)
-    router = EntropyRouter(
-        small, large, tau=2, small_options=ENGINE, large_options=ENGINE
-    )
+    options = ENGINE | options
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "V2")))
+        router = EntropyRouter(
+            *map(str, folders), tau=2, small_options=options, large_options=options
+        )
+    for llm in router.llms.values():
+        core = llm.llm_engine.engine_core.engine_core
+        model_runner = core.model_executor.driver_worker.worker.model_runner
+        assert (".cpu." in type(model_runner).__module__) == (runner == "V2")
+    return router
+
+
+@pytest.fixture(scope="session")
+def routers(folders: tuple[Path, Path]) -> Iterator[Callable[[str], Any]]:
+    """`routers(runner)`: that router, started once; eight texts at a time, context 256.
+
+    vLLM 0.32's V2 for CPUs lies in a folder of its own.
+    """
+    started: dict[str, Any] = {}
+
+    def router(runner: str) -> Any:
+        if runner not in started:
+            started[runner] = make_router(folders, runner)
+        return started[runner]
+
     yield router
-    del router
+    started.clear()
     gc.collect()
+
+
+@pytest.fixture(scope="session", params=["V1", "V2"])
+def router(request: pytest.FixtureRequest, routers: Callable[[str], Any]) -> Any:
+    """A router on either model runner."""
+    return routers(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +95,19 @@ def pair(
     folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A server of the tiny pair, tau 2, with all that vLLM's environment turns on."""
+    with running_pair(folders, tmp_path_factory.mktemp("pair") / "log") as server:
+        yield server
+
+
+@contextmanager
+def running_pair(
+    folders: tuple[Path, Path], log: Path, **variables: str
+) -> Iterator[Server]:
+    """See `pair`.
+
+    Args:
+        variables: further variables of its environment.
+    """
     program = Path(sys.executable).with_name("vllm-dlm")
     http = {
         "uvicorn_log_level": "warning",
@@ -78,13 +119,14 @@ def pair(
         *("--served-model-name", "pair", "--engine-args", json.dumps(ENGINE)),
         *("--serve-args", json.dumps(http)),
     ]
-    log = tmp_path_factory.mktemp("pair") / "log"
     with pytest.MonkeyPatch.context() as environment:
         # The last test looks at a server whose engine is gone.
         environment.setenv("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1")
         environment.setenv("VLLM_SERVER_DEV_MODE", "1")
         environment.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
         environment.setenv("OMP_NUM_THREADS", "1")
+        for name, value in variables.items():
+            environment.setenv(name, value)
         with running_server(command, log, model="pair") as server:
             yield server
 

@@ -316,10 +316,10 @@ def test_a_repetition_penalty_does_not_change_the_entropy():
     penalty = 1.7
     seen = torch.zeros(6, VOCAB, dtype=torch.bool)
     seen[:, ids] = True
-    # Two rows of drafts 7 and 1 behind the text, twice.
-    drafts = [0, 7, 1, 0, 7, 1]
+    # Two rows of drafts 7 and 1 behind the text; the same with one draft, and none.
+    drafts = [0, 7, 1, 0, 7, -1]
     seen[[1, 2, 4, 5], 7] = True
-    seen[[2, 5], 1] = True
+    seen[2, 1] = True
     scaled = torch.where(plain > 0, plain / penalty, plain * penalty)
     batch = OnV2(num_drafts=2)
     for row in (0, 1):

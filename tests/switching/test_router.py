@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router's texts and switch points beside a reference in plain transformers."""
+"""The router's texts and switch points beside a reference in plain transformers.
+
+On both model runners of vLLM.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from switching.conftest import ENGINE
+from switching.conftest import make_router
 from switching.reference import EOS, VOCAB, write
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -193,6 +196,17 @@ def test_a_seed_gives_one_text(router):
     assert other.token_ids != batch[0].token_ids
 
 
+def test_both_runners_take_the_entropy_before_a_repetition_penalty(routers):
+    """V2 applies the penalty first; the same texts, which plain ones are not."""
+    params = greedy(repetition_penalty=1.3)
+    one, two = (generate(routers(runner), PROMPTS, params) for runner in ("V1", "V2"))
+    assert [each.token_ids for each in one] == [each.token_ids for each in two]
+    assert [each.models for each in one] == [each.models for each in two]
+    plain = generate(routers("V2"), PROMPTS, greedy())
+    assert sum(a.token_ids != b.token_ids for a, b in zip(one, plain, strict=True)) > 4
+    assert sum(len(each.switches) for each in one) > 8
+
+
 def test_turns_do_not_repeat_their_noise(router):
     """Uniform logits: a turn with the first turn's noise would repeat its tokens."""
     flat = greedy(
@@ -323,22 +337,18 @@ def test_prompts_and_parameters_of_different_number(router):
 
 
 @pytest.mark.slow
-def test_small_memory_and_prompts_in_parts(router, folders, networks):
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_small_memory_and_prompts_in_parts(routers, folders, networks, runner):
     """Requests that wait, lose their memory and come back write the same texts."""
-    from vllm.distributed.parallel_state import destroy_model_parallel
-
-    from vllm_dlm.switching.router import EntropyRouter
-
-    destroy_model_parallel()
+    router = routers(runner)
     # Pages for about three of eight texts, and forwards of at most 32 tokens.
-    tight = ENGINE | {
-        "num_gpu_blocks_override": 13,
-        "enable_chunked_prefill": True,
-        "max_num_batched_tokens": 32,
-        "disable_log_stats": False,
-    }
-    small = EntropyRouter(
-        *map(str, folders), tau=2, small_options=tight, large_options=tight
+    small = make_router(
+        folders,
+        runner,
+        num_gpu_blocks_override=13,
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=32,
+        disable_log_stats=False,
     )
     outputs = generate(small, PROMPTS, greedy(max_tokens=80))
     for prompt, output in zip(PROMPTS, outputs, strict=True):

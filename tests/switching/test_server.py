@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from server.launch import until
-from switching.conftest import PROMPT, ask
+from switching.conftest import PROMPT, ask, running_pair
 from switching.reference import write
 
 pytestmark = pytest.mark.slow
@@ -149,6 +149,25 @@ def test_leaving_ends_both_engines_work(pair):
     stream.close()
     pair.wait_until_idle()
     assert pair.metrics("generation_tokens_total")[0] - before < 240
+
+
+def test_a_server_on_the_other_runner(folders, networks, tmp_path):
+    variables = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    with running_pair(folders, tmp_path / "log", **variables) as pair:
+        reply = ask(pair, PROMPTS, return_token_ids=True)
+        for prompt, choice in zip(PROMPTS, reply.choices, strict=True):
+            expected = write(networks, prompt, 40, 2)
+            assert choice.token_ids == expected.token_ids
+            assert letters(choice) == expected.models
+        sampled = {"temperature": 1, "seed": 3, "n": 2}
+        texts = [each.text for each in ask(pair, PROMPTS[:3], **sampled).choices]
+        alone = [
+            each.text
+            for prompt in PROMPTS[:3]
+            for each in ask(pair, prompt, **sampled).choices
+        ]
+        assert texts == alone
+        assert "Using V2 Model Runner" in pair.log.read_text()
 
 
 def test_a_dead_engine_ends_requests_and_health(pair):

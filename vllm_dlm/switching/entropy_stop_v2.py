@@ -192,7 +192,8 @@ class EntropyStopV2(LogitsProcessor):
         # A draft is in no other request's rows: the row's offset says how many precede.
         for back in range(self._num_drafts):
             drafted = ctx.input_ids.roll(back).long()
-            is_drafted = ctx.expanded_local_pos > back
+            # -1 is no token.
+            is_drafted = (ctx.expanded_local_pos > back) & (drafted >= 0)
             drafted = torch.where(is_drafted, drafted, vocabulary)
             seen.scatter_(1, drafted[:, None], True)
         penalty = penalty[:, None]
