@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from server.launch import Server, running_server
+from spec_decode.harness import model_runner
 from switching.reference import load, write_llama
 
 PROMPT = [40, 9, 20, 33]
@@ -54,24 +55,21 @@ def make_router(folders: tuple[Path, Path], runner: str, **options: Any) -> Any:
 
     destroy_model_parallel()
     options = ENGINE | options
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "V2")))
+    with model_runner(int(runner[1:])):
         router = EntropyRouter(
             *map(str, folders), tau=2, small_options=options, large_options=options
         )
     for llm in router.llms.values():
         core = llm.llm_engine.engine_core.engine_core
-        model_runner = core.model_executor.driver_worker.worker.model_runner
-        assert (".cpu." in type(model_runner).__module__) == (runner == "V2")
+        kind = type(core.model_executor.driver_worker.worker.model_runner)
+        # V2 for CPUs lies in a folder of its own.
+        assert (".cpu." in kind.__module__) == (runner == "V2")
     return router
 
 
 @pytest.fixture(scope="session")
 def routers(folders: tuple[Path, Path]) -> Iterator[Callable[[str], Any]]:
-    """`routers(runner)`: that router, started once; eight texts at a time, context 256.
-
-    vLLM 0.32's V2 for CPUs lies in a folder of its own.
-    """
+    """`routers(runner)`: that router, started once; eight texts, context 256."""
     started: dict[str, Any] = {}
 
     def router(runner: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spec_decode.harness import model_runner
 from switching.conftest import ENGINE
 from switching.reference import write_llama
 from vllm.sampling_params import SamplingParams
@@ -43,9 +44,8 @@ def test_every_sampling_parameter_is_decided_upon():
     assert sorted(decided) == sorted(fields)
 
 
-@pytest.mark.parametrize("is_v2", [False, True])
-def test_what_both_engines_get(folders, monkeypatch, is_v2):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(is_v2)))
+@pytest.mark.parametrize("runner", [1, 2])
+def test_what_both_engines_get(folders, runner):
     small, large = folders
     pair = plan(folders, ENGINE, ENGINE | {"max_model_len": 128})
     assert pair.max_model_len == 128
@@ -54,9 +54,11 @@ def test_what_both_engines_get(folders, monkeypatch, is_v2):
         assert args.model == str(folder)
         assert args.max_model_len == 128
         assert args.additional_config == {"dlm_switching": model}
-        config = args.create_engine_config()
-        assert config.use_v2_model_runner == is_v2
-        assert config.model_config.logits_processors == [class_name(config)]
+        with model_runner(runner):
+            config = args.create_engine_config()
+            assert config.use_v2_model_runner == (runner == 2)
+            processor = class_name(config)
+        assert config.model_config.logits_processors == [processor]
 
 
 def test_the_plugin_must_be_on(folders, monkeypatch):
