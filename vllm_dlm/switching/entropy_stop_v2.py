@@ -153,7 +153,7 @@ class EntropyStopV2(LogitsProcessor):
         rows = logits
         if (facts_np[:, 6] != 1).any():
             rows = self._without_penalty(logits, ctx, slots, penalty.float())
-        # Not so the rows of a prompt that is computed in parts.
+        # Rows inside a prompt that is computed in parts judge no token.
         is_next = ctx.pos + 1 >= self._requests.total_len.gpu[slots]
         place = torch.where(is_next, place, -1).long()
         written = ctx.pos + 1 - self._requests.prompt_len.gpu[slots]
@@ -189,7 +189,8 @@ class EntropyStopV2(LogitsProcessor):
         seen = torch.zeros(
             num_rows, vocabulary + 1, dtype=torch.bool, device=logits.device
         ).scatter_(1, torch.where(is_known, ids, vocabulary), True)
-        # A draft is in no other request's rows: the row's offset says how many precede.
+        # The drafts that a row follows are its own input and those of the rows above
+        # it, as many as its offset says.
         for back in range(self._num_drafts):
             drafted = ctx.input_ids.roll(back).long()
             # -1 is no token.
