@@ -36,8 +36,8 @@ FLOORS = (
     ("cli",),
     # The wings. Training is above the rest: it makes what they use.
     (
-        *("bench", "learn2pd", "search", "spec_decode", "switching", "testing"),
-        "watching",
+        *("bench", "layer_skip", "learn2pd", "search", "spec_decode", "switching"),
+        *("testing", "watching"),
     ),
     ("training",),
     # The package's own __init__.py: the public names.

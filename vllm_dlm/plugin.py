@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from vllm_dlm.model_executor.models.tables import (
     ARCHITECTURES,
+    AUTOREGRESSIVE,
     CONFIG_HOOK,
     HF_CONFIGS,
 )
@@ -106,7 +107,7 @@ def version_problem() -> str | None:
 def _register_models() -> None:
     from vllm import ModelRegistry
 
-    for architecture, target in ARCHITECTURES.items():
+    for architecture, target in (ARCHITECTURES | AUTOREGRESSIVE).items():
         ModelRegistry.register_model(architecture, target)
 
 

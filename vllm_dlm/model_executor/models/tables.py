@@ -29,6 +29,15 @@ ARCHITECTURES = {
 }
 """HF architecture -> model class."""
 
+_LAYER_SKIP = "vllm_dlm.layer_skip.models"
+
+AUTOREGRESSIVE = {
+    "LayerSkipLlamaForCausalLM": f"{_LAYER_SKIP}:LayerSkipLlamaForCausalLM",
+    "LayerSkipQwen2ForCausalLM": f"{_LAYER_SKIP}:LayerSkipQwen2ForCausalLM",
+    "LayerSkipQwen3ForCausalLM": f"{_LAYER_SKIP}:LayerSkipQwen3ForCausalLM",
+}
+"""The same of models of the wings, which are no diffusion models: no hook of ours."""
+
 HF_CONFIGS = {
     "llada": f"{_MODELS}.llada_config:LLaDAConfig",
     # As dllm's trainer calls LLaDA-MoE, and dFactory's LLaDA2 with stacked experts.
