@@ -162,6 +162,8 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "specdec++": {"model": str(draft), "min_tokens": 1, "stop_threshold": 0.4},
         "del": {},
         "aded": {"corpus": str(folder / "trigrams.safetensors")},
+        "lud": {"pad_token_id": 5, "threshold": 0.3},
+        "jacobi": {},
     }
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a user's speculative config to what vLLM knows: called before its own check.
 
-DEER, SpecDec++ and DEL go as vLLM's "draft_model", whose KV pages and verification they
-use, ADED as its "custom_class"; the worker class puts our drafter in. All run
-synchronously: the length of a draft depends on its tokens. Which model runner serves
-them is decided here, and kept (`patches/cpu_runner.py`). The core finds this module by
-its name (`entrypoints/wings.py`).
+A method goes as vLLM's "draft_model", whose KV pages and verification it uses, or as
+its "custom_class" (`Options.vllm_method`); the worker class puts our drafter in. All
+run synchronously: the length of a draft depends on its tokens. Which model runner
+serves them is decided here, and kept (`patches/cpu_runner.py`). The core finds this
+module by its name (`entrypoints/wings.py`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def translate(args: EngineArgs) -> bool:
         options = _with_length(options, args)
     _refuse(args, method)
     runner = _runner(method, options)
-    args.speculative_config = _vllm_config(args, method, options, runner)
+    args.speculative_config = _vllm_config(args, options, runner)
     args.additional_config = {
         **(args.additional_config or {}),
         SPECULATION: spec.to_plain(method, options),
@@ -158,7 +158,7 @@ def _refuse(args: EngineArgs, method: str) -> None:
 
 
 def _vllm_config(
-    args: EngineArgs, method: str, options: spec.Options, runner: int
+    args: EngineArgs, options: spec.Options, runner: int
 ) -> dict[str, Any]:
     """The dict that vLLM's `SpeculativeConfig` takes."""
     most = options.num_speculative_tokens
@@ -168,7 +168,7 @@ def _vllm_config(
         # drafted, and no CUDA graph of one length. V2 needs no such word: it takes
         # whole graphs for the steps whose drafts are of one length.
         config["num_speculative_tokens_per_batch_size"] = [(1, 1, most)]
-    if method == "aded":
+    if options.vllm_method == "custom_class":
         path = options.proposer.replace(":", ".")
         return {**config, "method": "custom_class", "model": path}
     config |= {"method": "draft_model", "model": args.model}
@@ -177,8 +177,7 @@ def _vllm_config(
         config |= options.model_dump(include=shared, exclude_none=True)
     config.setdefault("draft_tensor_parallel_size", args.tensor_parallel_size)
     # Each token's distribution is attached: more are accepted at temperature > 0.
-    # DEL's stop rule looks at the token it may drop, which is lossless only without.
-    if method != "del":
+    if options.attaches_probs:
         config["draft_sample_method"] = "probabilistic"
     return config
 

@@ -42,6 +42,11 @@ class Options(BaseModel):
     """The same for model runner V2, if the method runs there."""
     why_not_v2: ClassVar[str] = ""
     """Why it does not, for the user."""
+    vllm_method: ClassVar[str] = "draft_model"
+    """The method of vLLM's in whose place the drafter stands; or "custom_class"."""
+    attaches_probs: ClassVar[bool] = True
+    """Whether drafts are verified against what they were drawn from, at temperature >
+    0; else as point masses."""
 
     num_speculative_tokens: Count = Field(
         default=8,
@@ -142,6 +147,8 @@ class Del(Options):
     why_not_v2 = (
         "it reads the target's layers between steps, which V2's whole CUDA graphs hide"
     )
+    # Its stop rule looks at the token that it may drop: lossless only without.
+    attaches_probs = False
 
     num_speculative_tokens: Count = Field(
         default=18,
@@ -174,6 +181,8 @@ class Aded(Options):
     paper = "ADED, arXiv 2407.12021"
     why_not_v2 = "it is a proposer of vLLM's class custom_class, which V2 does not have"
     proposer = "vllm_dlm.spec_decode.aded.proposer:AdedProposer"
+    vllm_method = "custom_class"
+    attaches_probs = False
 
     corpus: str | None = Field(
         default=None,
@@ -204,11 +213,62 @@ class Aded(Options):
     seed: Count = Field(default=0, ge=0, description="Of the search's roll-outs.")
 
 
+class Lud(Options):
+    """The model itself drafts, behind pad tokens that it was trained for."""
+
+    summary = "a model trained for it drafts for itself behind appended pad tokens"
+    paper = "LUD, arXiv 2405.15208 (a reconstruction: no code is public)"
+    proposer = "vllm_dlm.spec_decode.lud.proposer:LudProposer"
+    why_not_v2 = "it lays pads behind a text in the inputs of V1's draft model"
+    # The rule that ends a draft looks at the token that it may drop.
+    attaches_probs = False
+
+    num_speculative_tokens: Count = Field(
+        default=8,
+        ge=1,
+        le=MAX_DRAFT,
+        description="Most tokens that one draft may have: one more than pads.",
+    )
+    pad_token_id: Count | None = Field(
+        default=None,
+        ge=0,
+        description="The token that is appended. Default: what `vllm-dlm train lud` "
+        "has written into config.json.",
+    )
+    threshold: Number = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="A draft ends before its first token, but for the first of all, "
+        "that is not more probable than this. 0: by its length only.",
+    )
+
+
+class Jacobi(Options):
+    """The target's own last guesses behind a rejection draft."""
+
+    summary = "the model's own guesses behind the last rejection are its next draft"
+    paper = "Jacobi decoding as in CEED-VLA, arXiv 2506.13725, kept lossless"
+    proposer = "vllm_dlm.spec_decode.jacobi.proposer:JacobiProposer"
+    why_not_v2 = "it reads what V1 samples at each drafted position"
+    vllm_method = "custom_class"
+    attaches_probs = False
+
+    num_speculative_tokens: Count = Field(
+        default=16,
+        ge=1,
+        le=MAX_DRAFT,
+        description="Tokens of a block, all of which are guessed anew in each forward.",
+    )
+
+
 METHODS: dict[str, type[Options]] = {
     "deer": Deer,
     "specdec++": SpecDecPlusPlus,
     "del": Del,
     "aded": Aded,
+    "lud": Lud,
+    "jacobi": Jacobi,
 }
 """Value of "method" -> its options."""
 
