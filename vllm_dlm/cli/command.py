@@ -59,6 +59,14 @@ TRAINABLE = {
         "vllm_dlm.training.drafters.specdec_head",
         "the acceptance head of a draft model (method specdec++)",
     ),
+    "lud": (
+        "vllm_dlm.training.drafters.lud",
+        "an autoregressive model to draft for itself behind pads (method lud)",
+    ),
+    "layer-skip": (
+        "vllm_dlm.training.layer_skip",
+        "an autoregressive model to do without some of its layers",
+    ),
     "certainty": (
         "vllm_dlm.training.recipes.certainty",
         "a diffusion model to be sure early, for the strategy entropy (dParallel)",
