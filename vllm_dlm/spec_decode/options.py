@@ -248,7 +248,7 @@ class Jacobi(Options):
     """The target's own last guesses behind a rejection draft."""
 
     summary = "the model's own guesses behind the last rejection are its next draft"
-    paper = "Jacobi decoding as in CEED-VLA, arXiv 2506.13725, kept lossless"
+    paper = "CEED-VLA, arXiv 2506.13725, without its early exit; CLLM, 2403.00835"
     proposer = "vllm_dlm.spec_decode.jacobi.proposer:JacobiProposer"
     why_not_v2 = "it reads what V1 samples at each drafted position"
     vllm_method = "custom_class"

@@ -7,9 +7,10 @@ are the model's own text. vLLM's verification is that forward: up to the first r
 the guesses were right, and what the model says behind it is the next draft. The rest of
 a block are tokens of the prompt, which nobody has guessed yet.
 
-The blocks are those of CEED-VLA (arXiv 2506.13725), whose models are trained to come to
-rest in few forwards. Its early exit, which takes a block that has not come to rest, is
-left out: the text would not be the model's. Drafts are verified as point masses.
+Models gain by it that were trained to come to rest in few forwards: CLLM (arXiv
+2403.00835), and CEED-VLA (2506.13725), whose early exit, which takes a block that has
+not come to rest, is left out: the text would not be the model's. Drafts are verified as
+point masses.
 """
 
 from __future__ import annotations
