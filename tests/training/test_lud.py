@@ -35,7 +35,7 @@ def rows() -> Rows:
     ids = torch.randint(0, 9, (3, WIDTH), generator=generator)
     ends = torch.tensor(ENDS)
     valid = torch.arange(WIDTH) < ends[:, None]
-    return Rows(ids * valid, valid, torch.tensor(STARTS), ends)
+    return Rows(ids * valid, torch.tensor(STARTS), ends)
 
 
 def test_pads_see_what_they_will_see_when_served(rows: Rows):

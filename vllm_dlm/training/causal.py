@@ -24,7 +24,6 @@ from vllm_dlm.training.causal_options import CausalOptions
 from vllm_dlm.training.drafters.deer_data import kept_prompts
 from vllm_dlm.training.drafters.teacher import (
     Answered,
-    end_token_ids,
     generate_answers,
     load_causal_lm,
     load_tokenizer,
@@ -62,11 +61,10 @@ class Task:
             prompt + self.taught.answers[index]
             for prompt, index in zip(prompts, chosen, strict=True)
         ]
-        ids, valid = pad_right(texts)
+        ids, _ = pad_right(texts)
         device = self.network.device
         return Rows(
             ids.to(device),
-            valid.to(device),
             torch.tensor([len(prompt) for prompt in prompts], device=device),
             torch.tensor([len(text) for text in texts], device=device),
         )
@@ -98,9 +96,7 @@ class Rows:
     """R answered prompts, left-aligned, T tokens wide."""
 
     ids: torch.Tensor
-    """[R, T] int64."""
-    valid: torch.Tensor
-    """[R, T] bool: where there are tokens."""
+    """[R, T] int64, 0 behind a text."""
     starts: torch.Tensor
     """[R] int64: tokens of the prompt."""
     ends: torch.Tensor
@@ -202,8 +198,3 @@ def in_evaluation(network: PreTrainedModel, measure: Callable[[], Any]) -> Any:
         return measure()
     finally:
         network.train()
-
-
-def end_of(network: PreTrainedModel) -> int:
-    """An id that ends an answer; 0 where the model has none."""
-    return min(end_token_ids(network), default=0)

@@ -228,15 +228,13 @@ def draft(
 
 def measure(task: Task, pad_id: int, tokens: int) -> tuple[Acceptance, float]:
     """How far the network follows its own drafts, and the teacher's answers."""
-    from vllm_dlm.training.causal import agreement, end_of, plain_answers
+    from vllm_dlm.training.causal import agreement, plain_answers
 
     answers = plain_answers(task.network, task.shown)
     own = Answered(task.shown.prompts, answers)
-    end = end_of(task.network)
 
     def drafts(prefixes: list[list[int]]) -> list[list[int]]:
-        found = draft(task.network, prefixes, pad_id, tokens)
-        return [row[: row.index(end) + 1] if end in row else row for row in found]
+        return draft(task.network, prefixes, pad_id, tokens)
 
     return measure_acceptance(drafts, own), agreement(answers, task.shown)
 
