@@ -94,6 +94,7 @@ def test_neighbours_pages_and_limits(
     assert preempted and not tight.drafter.failed
 
 
+@pytest.mark.slow
 def test_a_threshold_shortens_drafts(plain: Engine, engines: Callable[..., Engine]):
     engine = engines({**LUD, "threshold": 0.5})
     prompts = ragged_prompts(4)
