@@ -65,14 +65,21 @@ def main() -> int:
         default=1,
         help="requests at a time (default: %(default)s)",
     )
-    parser.add_argument("--plain", action="store_true", help="plain decoding only")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=["jacobi", "lud"],
+        choices=["jacobi", "lud"],
+        help="beside plain decoding (default: both)",
+    )
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     workload = replace(built_in(args.num_problems, "float32"), model=args.model)
     rows: list[Row] = []
     plain = None
-    chosen = settings(args.model)[: 1 if args.plain else None]
+    methods = ("plain", *args.methods)
+    chosen = [one for one in settings(args.model) if one.method in methods]
     for setting in tqdm(chosen, unit="setting"):
         row, tokens = measure(setting, workload, plain, args.requests, 0.0)
         plain = tokens if plain is None else plain
