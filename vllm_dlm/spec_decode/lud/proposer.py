@@ -54,6 +54,11 @@ class LudProposer(Drafter):
         """
         if self.vllm_config.lora_config is not None:
             raise ValueError("speculative method 'lud' does not support LoRA adapters")
+        if self.vllm_config.parallel_config.data_parallel_size > 1:
+            raise ValueError(
+                "speculative method 'lud' does not go with data parallel ranks, which "
+                "compute together: one may draft while another has nothing to do"
+            )
         config = self.vllm_config.model_config.hf_text_config
         self.pad_token_id = pad_token(self.options, config)
         layers: dict[str, Any] = get_layers_from_vllm_config(
