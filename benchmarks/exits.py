@@ -3,7 +3,8 @@
 
 One engine answers questions of one task after the other, one at a time, and each
 round's choice is written down. A table says what the rounds of each task did; --plot
-draws all rounds: each exit's acceptance, the chosen exit, the chosen length.
+draws all rounds: each exit's acceptance, the chosen exit, the chosen length. With
+several rules after --stop, each answers the same questions, and a table compares them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ from benchmarks.speculation import counting
 from benchmarks.tables import hardware
 from vllm_dlm.bench.report import check_plotting
 from vllm_dlm.config.aliases import resolve
+from vllm_dlm.spec_decode.options import Del
 from vllm_dlm.tasks.problems import TASKS, sample_problems
 
 if TYPE_CHECKING:
@@ -133,6 +135,33 @@ def table(phases: Sequence[Phase], num_layers: int) -> str:
     return "\n".join(lines)
 
 
+def comparison(phases: Mapping[str, Sequence[Phase]], num_layers: int) -> str:
+    """Markdown: a row per rule that stopped drafts, over all of its phases."""
+    heads = [
+        "`stop`",
+        "tokens per forward",
+        "drafted per forward",
+        "drafts accepted",
+        f"tokens per {num_layers} layers",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|"]
+    for stop, own in phases.items():
+        rounds = [entry for phase in own for entry in phase.rounds]
+        drafted = sum(len(entry.tokens) for entry, _ in rounds)
+        tokens = sum(phase.tokens for phase in own)
+        forwards = sum(phase.target_forwards for phase in own)
+        layers = num_layers * forwards + sum(phase.draft_layers for phase in own)
+        cells = [
+            f"`{stop}`",
+            f"{tokens / forwards:.2f}",
+            f"{drafted / forwards:.2f}",
+            f"{sum(count for _, count in rounds) / drafted:.0%}" if drafted else "",
+            f"{tokens / layers * num_layers:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _shares(exits: Iterable[int]) -> str:
     counts = {exit: len(list(same)) for exit, same in groupby(sorted(exits))}
     total = sum(counts.values())
@@ -210,18 +239,24 @@ def main() -> int:
     config = {"method": "del", "statistics": args.statistics, "decay": args.decay}
     if args.exits:
         config["exits"] = args.exits
+    phases = {}
     with engine(config, requests=1, model=resolve(args.model)) as llm:
-        phases = measure(llm, args.tasks, args.num_problems)
         drafter = _drafter(llm)
         exits, num_layers = drafter.exits, drafter.num_layers
+        for stop in args.stop:
+            drafter.options = drafter.options.model_copy(update={"stop": stop})
+            drafter.forget()
+            phases[stop] = measure(llm, args.tasks, args.num_problems)
     print(
         f"{args.model}, {num_layers} layers, {args.num_problems} questions per task, "
         f"one at a time, greedy; {args.statistics} statistics, decay {args.decay:g}; "
         f"{hardware()}\n"
     )
-    print(table(phases, num_layers))
+    for stop, own in phases.items():
+        print(f"stop: {stop}\n\n{table(own, num_layers)}\n")
+    print(comparison(phases, num_layers))
     if args.plot:
-        plot(phases, exits, num_layers, args.plot)
+        plot(phases[args.stop[0]], exits, num_layers, args.plot)
         print(f"\npicture: {args.plot}")
     return 0
 
@@ -267,11 +302,21 @@ def _arguments() -> argparse.Namespace:
         "--exits", type=int, nargs="+", metavar="LAYER", help="default: DEL's own"
     )
     parser.add_argument(
+        "--stop",
+        nargs="+",
+        choices=get_args(Del.model_fields["stop"].annotation),
+        default=[Del.model_fields["stop"].default],
+        metavar="RULE",
+        help="what ends a draft: both, confidence, length or gain (default: DEL's own)",
+    )
+    parser.add_argument(
         "--plot", type=Path, help="file for the picture; its ending says which kind"
     )
     args = parser.parse_args()
     if args.num_problems < 1:
         parser.error("--num-problems: at least 1")
+    if args.plot and len(args.stop) > 1:
+        parser.error("--plot: a picture is of one rule, and --stop names several")
     if args.plot:
         try:
             check_plotting()

@@ -15,10 +15,13 @@ from vllm_dlm.spec_decode.del_exit.exits import ExitStatistics
 class Oracle:
     """DEL for one greedy request: every prefix computed anew by transformers."""
 
-    def __init__(self, folder: Path, exits: list[int], num_layers: int) -> None:
+    def __init__(
+        self, folder: Path, exits: list[int], num_layers: int, stop: str
+    ) -> None:
         self.network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.exits = exits
         self.num_layers = num_layers
+        self.stop = stop
 
     def logits(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """[E, n, V] of the exits and [n, V] of the whole model."""
@@ -60,10 +63,19 @@ class Oracle:
 
     def draft(self, tokens: list[int], choice: Any) -> list[int]:
         draft: list[int] = []
-        for _ in range(choice.length):
+        product = 1.0
+        while choice.length and len(draft) < choice.most:
             early, _ = self.logits(tokens + draft)
             last = early[self.exits.index(choice.exit), -1].softmax(-1)
             draft.append(int(last.argmax()))
-            if last.max() < choice.threshold:
+            product *= float(last.max())
+            unsure = bool(last.max() < choice.threshold)
+            full = len(draft) == choice.length
+            if {
+                "both": unsure or full,
+                "confidence": unsure,
+                "length": full,
+                "gain": product < choice.least_product,
+            }[self.stop]:
                 break
         return draft

@@ -20,6 +20,13 @@ from vllm.distributed.parallel_state import (
 
 MAX_MODEL_LEN = 128
 
+TIGHT: dict[str, Any] = {
+    "num_gpu_blocks_override": 14,
+    "max_num_batched_tokens": 32,
+    "enable_prefix_caching": False,
+}
+"""Prompts are cut into chunks, and there is room for few requests."""
+
 
 def write_llama(
     folder: Path,
@@ -64,6 +71,15 @@ def model_runner(version: int) -> Iterator[None]:
     finally:
         if version == 2:
             delattr(envs, name)
+
+
+def fade(model: Any, base: float = 0.5) -> Any:
+    """Let each layer write less than the one below, as early-exit training does."""
+    with torch.no_grad():
+        for depth, layer in enumerate(model.model.layers):
+            layer.self_attn.o_proj.weight *= base**depth
+            layer.mlp.down_proj.weight *= base**depth
+    return model
 
 
 class Engine:
@@ -162,3 +178,18 @@ class Rounds:
 
     def close(self) -> None:
         self._drafter.draft = self._draft
+
+
+@contextmanager
+def preemptions(engine: Engine) -> Iterator[list[Any]]:
+    """The requests that the scheduler preempts while the context is open."""
+    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    preempt, found = scheduler._preempt_request, []
+
+    def record(request: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(request)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = record
+    yield found
+    scheduler._preempt_request = preempt

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,8 +14,11 @@ from spec_decode import joint
 from spec_decode.del_reference import Oracle
 from spec_decode.harness import (
     MAX_MODEL_LEN,
+    TIGHT,
     Engine,
+    fade,
     params,
+    preemptions,
     ragged_prompts,
     write_llama,
 )
@@ -31,21 +33,13 @@ from transformers import (
 
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.spec_decode.del_exit.proposer import EarlyExit, Round
-from vllm_dlm.spec_decode.options import REQUEST_KEY
+from vllm_dlm.spec_decode.options import REQUEST_KEY, Del
 from vllm_dlm.tasks.problems import sample_problems
 from vllm_dlm.tasks.tokenizer import encode_prompt
 
 NUM_LAYERS = 6
+STOPS = get_args(Del.model_fields["stop"].annotation)
 DEL: dict[str, Any] = {"method": "del"}
-
-
-def fade(model: Any, base: float = 0.5) -> Any:
-    """Let each layer write less than the one below, as early-exit training does."""
-    with torch.no_grad():
-        for depth, layer in enumerate(model.model.layers):
-            layer.self_attn.o_proj.weight *= base**depth
-            layer.mlp.down_proj.weight *= base**depth
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +109,43 @@ def test_the_cache_holds_the_layers_of_the_target_only(pair: tuple[Engine, Engin
     assert sum(len(group.layer_names) for group in groups[1]) == NUM_LAYERS
 
 
-@pytest.mark.parametrize("prompt", [0, 2, 5])
+@pytest.fixture
+def stop(pair: tuple[Engine, Engine], request: pytest.FixtureRequest) -> Iterator[str]:
+    """Another rule for the engine with DEL; the worker reads it in each round."""
+    drafter = pair[1].drafter
+    own = drafter.options
+    drafter.options = own.model_copy(update={"stop": request.param})
+    yield request.param
+    drafter.options = own
+
+
+@pytest.mark.parametrize(
+    ("stop", "prompt"),
+    [
+        *(("confidence", prompt) for prompt in (0, 2, 5)),
+        *((stop, 2) for stop in STOPS if stop != "confidence"),
+    ],
+    indirect=["stop"],
+)
 def test_choices_and_drafts_are_the_oracles(
-    model: Path, pair: tuple[Engine, Engine], prompt: int
+    model: Path, pair: tuple[Engine, Engine], stop: str, prompt: int
 ):
     tokens = ragged_prompts(8)[prompt]
-    _, [rounds] = run(pair[1], [tokens], params(60))
-    assert shape(rounds) == Oracle(model, [1, 2, 3, 4, 5], NUM_LAYERS).rounds(
-        tokens, 60
-    )
+    texts, [rounds] = run(pair[1], [tokens], params(60))
+    oracle = Oracle(model, [1, 2, 3, 4, 5], NUM_LAYERS, stop)
+    assert shape(rounds) == oracle.rounds(tokens, 60)
+    assert texts == pair[0].run([tokens], params(60))
+
+
+@pytest.mark.parametrize("stop", STOPS, indirect=True)
+def test_texts_of_a_batch_with_each_rule(pair: tuple[Engine, Engine], stop: str):
+    prompts = ragged_prompts(8)
+    texts, rounds = run(pair[1], prompts, params(MAX_MODEL_LEN))
+    assert texts == pair[0].run(prompts, params(MAX_MODEL_LEN))
+    every = [entry for request in rounds for entry in request]
+    beyond = [r for r in every if len(r.tokens) > r.choice.length]
+    assert bool(beyond) == (stop in ("confidence", "gain"))
+    assert all(len(r.tokens) <= r.choice.most for r in every)
 
 
 def test_neighbours_change_nothing(pair: tuple[Engine, Engine]):
@@ -133,32 +155,9 @@ def test_neighbours_change_nothing(pair: tuple[Engine, Engine]):
     assert [shape(rounds) for rounds in together] == [shape(r) for r in alone]
 
 
-TIGHT: dict[str, Any] = {
-    "num_gpu_blocks_override": 14,
-    "max_num_batched_tokens": 32,
-    "enable_prefix_caching": False,
-}
-"""Prompts are cut into chunks, and there is room for few requests."""
-
-
 @pytest.fixture
 def tight(model: Path, engines: Callable[..., Engine]) -> Engine:
     return engines(DEL, model=model, **TIGHT)
-
-
-@contextmanager
-def preemptions(engine: Engine) -> Iterator[list[Any]]:
-    """The requests that the scheduler preempts while the context is open."""
-    scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
-    preempt, found = scheduler._preempt_request, []
-
-    def record(request: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append(request)
-        return preempt(request, *args, **kwargs)
-
-    scheduler._preempt_request = record
-    yield found
-    scheduler._preempt_request = preempt
 
 
 def test_prompts_in_chunks(pair: tuple[Engine, Engine], tight: Engine):
@@ -346,13 +345,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
 def test_sampled_texts_have_the_targets_distribution(
-    small: Path, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    small: Path,
+    engines: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    stop: str,
 ):
     """Although a draft ends where its own token is improbable."""
     monkeypatch.setattr(joint, "LENGTH", 4)
     engine = engines(
-        {**DEL, "num_speculative_tokens": 2}, model=small, max_num_seqs=256
+        {**DEL, "num_speculative_tokens": 2, "stop": stop},
+        model=small,
+        max_num_seqs=256,
     )
     engine.drafter.rounds = []
     observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.exits import Phase, accepted, main, plot, table
+from benchmarks.exits import Phase, accepted, comparison, main, plot, table
 from vllm_dlm.spec_decode.del_exit.exits import Choice
 from vllm_dlm.spec_decode.del_exit.proposer import Round
 
 
 def entry(num_tokens: int, exit: int, tokens: list[int]) -> Round:
-    choice = Choice(exit, len(tokens), 0.5)
+    choice = Choice(exit, len(tokens), len(tokens), 0.5, 0.5)
     return Round("0", num_tokens, (0.5, 0.75), choice, tuple(tokens))
 
 
@@ -41,6 +41,15 @@ def test_table():
     assert heads.count("|") == add.count("|")
     assert add == "| add | 3 | 33% | 1: 50%, 2: 50% | 1.67 | 1.00 | 1.50 | 3.17 |"
     assert spell.endswith("| 1.00 | 3.00 |")
+
+
+def test_comparison_of_rules():
+    _, _, both, length = comparison(
+        {"both": phases(), "length": phases()[1:]}, num_layers=3
+    ).splitlines()
+    # 12 tokens of 10 forwards, 10 drafted tokens and 37 layers; 6 of 6, 5 and 18.
+    assert both == "| `both` | 1.20 | 1.00 | 60% | 0.973 |"
+    assert length == "| `length` | 1.00 | 0.83 | 60% | 1.000 |"
 
 
 def test_plot(tmp_path: Path):

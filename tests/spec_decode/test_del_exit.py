@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_dlm.spec_decode.del_exit.exits import (
+    Choice,
     ExitStatistics,
     choose,
+    goes_on,
     resolve_exits,
     tokens_per_layer,
     top_token,
@@ -105,6 +107,45 @@ def test_the_choice_follows_what_is_observed():
     assert set(lengths[:10]) == {0}
     assert lengths[-1] > 1 and lengths == sorted(lengths)
     assert choice.threshold == statistics.thresholds[1]
+
+
+def drafted_by(stop: str, choice: Choice, confidences: list[float]) -> int:
+    """Tokens of a draft of which the exit is so sure, one after the other."""
+    product = 1.0
+    for drafted, confidence in enumerate(confidences, 1):
+        product *= confidence
+        if not goes_on(stop, choice, drafted, confidence, product):
+            return drafted
+    raise AssertionError("the draft has not ended")
+
+
+@pytest.mark.parametrize(
+    ("stop", "drafted"), [("both", 2), ("confidence", 3), ("length", 2), ("gain", 3)]
+)
+def test_worked_example_of_a_stop(stop: str, drafted: int):
+    # With an exit after layer 2 of 8 that is right at .9: 2.71 tokens for 4 + 8 layers,
+    # .4517 for two layers. .9 * .9 and .72 * .9 are more, .216 * .9 is less.
+    least = 2 * tokens_per_layer(2, 2, 0.9, 8) / 0.9
+    assert least * 0.9 == pytest.approx(0.45167, abs=1e-5)
+    choice = Choice(2, 2, most=6, threshold=0.5, least_product=least)
+    # The token that ends a draft is submitted.
+    assert drafted_by(stop, choice, [0.9, 0.8, 0.3, 0.9, 0.9, 0.9]) == drafted
+
+
+@pytest.mark.parametrize("stop", ["both", "confidence", "length", "gain"])
+def test_no_stop_goes_beyond_what_the_request_may_take(stop: str):
+    choice = Choice(2, 9, most=4, threshold=math.nan, least_product=0.1)
+    assert drafted_by(stop, choice, [1.0] * 9) == 4
+
+
+def test_the_least_product_of_a_choice():
+    statistics = ExitStatistics([2])
+    assert statistics.choose(num_layers=8, most=6).least_product == math.inf
+    statistics.update(np.array([[True]] * 9 + [[False]]), np.full((10, 1), 0.8))
+    choice = statistics.choose(num_layers=8, most=6)
+    rate = (1 - 0.9 ** (choice.length + 1)) / 0.1 / (2 * choice.length + 8)
+    assert choice.least_product * 0.9 == pytest.approx(rate * 2)
+    assert choice.most == 6
 
 
 @given(st.integers(1, 31))

@@ -166,6 +166,13 @@ class Del(Options):
     decay: Number = Field(
         default=0.95, gt=0, le=1, description="Of older statistics, per round."
     )
+    stop: Literal["confidence", "length", "both", "gain"] = Field(
+        default="confidence",
+        description="What ends a draft: a token that its exit is not sure of, as in "
+        "the public code; the length that was chosen with the exit; whichever of both "
+        "comes first; or that one more token would not be worth its layers, given how "
+        "sure the exit is of the draft so far.",
+    )
     statistics: Literal["request", "shared"] = Field(
         default="request",
         description="Whether each request learns its own exit, or all learn one, "

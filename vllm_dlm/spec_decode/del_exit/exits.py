@@ -10,6 +10,7 @@ layer computed. Written from the paper (DEL, arXiv 2504.05598); no vLLM import.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +31,39 @@ class Choice:
     exit: int
     """Layers of a draft pass."""
     length: int
-    """Most tokens that the draft may have; 0 if no draft pays in this round."""
+    """The best number of drafted tokens; 0 if no draft pays in this round."""
+    most: int
+    """Tokens that the draft may have at most, whatever pays."""
     threshold: float
-    """The draft ends with a token less probable than this; NaN: with none."""
+    """What a token's probability is compared with; NaN while hits or misses of the
+    exit are unknown, and then every token is probable enough."""
+    least_product: float
+    """One more token pays while the draft's tokens are right, all together, with at
+    least this probability: it would yield product * acceptance tokens for `exit`
+    layers, and the round as planned yields a rate of tokens per layer."""
+
+
+def goes_on(
+    stop: str, choice: Choice, drafted: int, confidence: float, product: float
+) -> bool:
+    """Whether a draft of one token or more gets another one.
+
+    Args:
+        stop: a value of DEL's option `stop`.
+        choice: the round's.
+        drafted: tokens of the draft.
+        confidence: probability of its last token, by the exit.
+        product: of the probabilities of all its tokens.
+    """
+    sure = not confidence < choice.threshold
+    short = drafted < choice.length
+    rules = {
+        "both": sure and short,
+        "confidence": sure,
+        "length": short,
+        "gain": product >= choice.least_product,
+    }
+    return rules[stop] and drafted < choice.most
 
 
 class ExitStatistics:
@@ -91,10 +122,18 @@ class ExitStatistics:
             return (self.confidences / self.counts).mean(axis=0)
 
     def choose(self, num_layers: int, most: int) -> Choice:
-        """The best exit and length, by `choose`, and the exit's threshold."""
+        """The best exit and length, by `choose`, and where a draft may stop."""
         exit, length = choose(self.exits, self.acceptance, num_layers, most)
-        threshold = self.thresholds[np.searchsorted(self.exits, exit)]
-        return Choice(exit, length, float(threshold))
+        row = np.searchsorted(self.exits, exit)
+        rate = np.nan_to_num(self.acceptance[row])
+        needed = exit * tokens_per_layer(exit, length, rate, num_layers)
+        return Choice(
+            exit,
+            length,
+            most,
+            threshold=float(self.thresholds[row]),
+            least_product=needed / rate if rate else math.inf,
+        )
 
 
 def tokens_per_layer(

@@ -27,6 +27,7 @@ from vllm_dlm.spec_decode.del_exit.exits import (
     PROMPT_WINDOW,
     Choice,
     ExitStatistics,
+    goes_on,
     resolve_exits,
     top_token,
 )
@@ -146,8 +147,7 @@ class DelProposer(Drafter):
         self.model = EarlyExit(target_model)
         self.num_layers = len(self.model.layers)
         self.exits = resolve_exits(self.options.exits, self.num_layers)
-        if self.options.statistics == "shared":
-            self.shared = self._new_statistics()
+        self.forget()
         self._draft_attn_layer_names = set(self.model.attention_names[: self.exits[-1]])
         # The runner reads both after this. The last layer's states tell what the
         # target itself says at a prompt's positions.
@@ -156,6 +156,12 @@ class DelProposer(Drafter):
             *self.exits,
             self.num_layers,
         )
+
+    def forget(self) -> None:
+        """Start the statistics of all requests anew."""
+        self.requests.clear()
+        shared = self.options.statistics == "shared"
+        self.shared = self._new_statistics() if shared else None
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Nothing: the target's own dummy runs go through all of its layers."""
@@ -266,13 +272,14 @@ class DelProposer(Drafter):
         return hits, sure[:shadows].reshape(shape)
 
     def _draft_rows(self, batch: Batch, plan: dict[int, Choice]) -> list[list[int]]:
-        """R drafts: greedy, each row as far and as long as its choice says."""
+        """R drafts: greedy, each row as far as its choice and `stop` say."""
         drafts: list[list[int]] = [[] for _ in batch.request_ids]
         alive = sorted(
             (row for row, choice in plan.items() if choice.length),
             key=lambda row: plan[row].exit,
         )
         stops = {row: stop_ids(batch.parameters[row]) for row in alive}
+        products = dict.fromkeys(alive, 1.0)
         newest = batch.next_token_ids[alive]
         step = 0
         while alive:
@@ -291,11 +298,9 @@ class DelProposer(Drafter):
                 zip(alive, tokens.tolist(), confidences.tolist(), strict=True)
             ):
                 drafts[row].append(token)
-                choice = plan[row]
-                if (
-                    step < choice.length
-                    and not confidence < choice.threshold
-                    and token not in stops[row]
+                products[row] *= confidence
+                if token not in stops[row] and goes_on(
+                    self.options.stop, plan[row], step, confidence, products[row]
                 ):
                     going.append(place)
             alive = [alive[place] for place in going]
