@@ -44,8 +44,27 @@ class Node:
 
 
 @dataclass
+class Memory:
+    """What texts have taught, of at most `size` tri-grams."""
+
+    size: int | None = None
+    learned: dict[Pair, list[list]] = field(default_factory=dict)
+    """Of each pair [successor, weight], newest first."""
+    gained: list[tuple[Pair, int]] = field(default_factory=list)
+    """Learned tri-grams, the one that gained weight last behind all others."""
+
+    def reserve(self, more: int) -> None:
+        if self.size is None or len(self.gained) + more <= self.size:
+            return
+        kept = self.gained[-(self.size // 2) :]
+        for pair, entries in self.learned.items():
+            entries[:] = [entry for entry in entries if (pair, entry[0]) in kept]
+        self.gained = kept
+
+
+@dataclass
 class Drafting:
-    """One request: the corpus, what its text has added, and the search."""
+    """One request: the corpus, what texts have added, and the search."""
 
     corpus: dict[Pair, list[tuple[int, float]]]
     window: int = 16
@@ -55,18 +74,25 @@ class Drafting:
     iterations: int = 150
     top_k: int = 24
     seed: int = 0
-    learned: dict[Pair, list[list]] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
     seen: int = 0
 
     def observe(self, text: Sequence[int]) -> None:
-        ends = range(2, len(text))
+        ends = [
+            end
+            for end in range(2, len(text))
+            if end >= self.seen or end - 2 >= len(text) - self.window
+        ]
+        if self.memory.size is not None:
+            ends = ends[-(self.memory.size // 2) :]
+        self.memory.reserve(len(ends))
         for end in ends:
-            if end >= self.seen or end - 2 >= len(text) - self.window:
-                self._add(tuple(text[end - 2 : end]), text[end])
+            self._add(tuple(text[end - 2 : end]), text[end])
         self.seen = len(text)
 
     def _add(self, pair: Pair, token: int) -> None:
-        entries = self.learned.setdefault(pair, [])
+        gained = self.memory.gained
+        entries = self.memory.learned.setdefault(pair, [])
         entry = next((e for e in entries if e[0] == token), None)
         if entry is None:
             weight = dict(self.corpus.get(pair, [])).get(token, 0.0)
@@ -76,11 +102,15 @@ class Drafting:
             else:
                 lightest = min(e[1] for e in entries)
                 entry = [e for e in entries if e[1] == lightest][-1]
+                gained.remove((pair, entry[0]))
                 entry[:] = [token, weight]
+        if (pair, token) in gained:
+            gained.remove((pair, token))
+        gained.append((pair, token))
         entry[1] = float(np.float32(min(entry[1] + self.increment, self.cap)))
 
     def successors(self, pair: Pair) -> list[tuple[int, float]]:
-        learned = [tuple(entry) for entry in self.learned.get(pair, [])]
+        learned = [tuple(entry) for entry in self.memory.learned.get(pair, [])]
         new = {token for token, _ in learned}
         known = [c for c in self.corpus.get(pair, []) if c[0] not in new]
         return sorted(learned + known, key=lambda c: -c[1])[: self.top_k]

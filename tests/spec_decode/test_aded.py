@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import aded as reference
 
 from vllm_dlm.spec_decode.aded import trigram_search
-from vllm_dlm.spec_decode.aded.drafting import AdaptiveTrigrams
+from vllm_dlm.spec_decode.aded.drafting import AdaptiveTrigrams, Memory
 from vllm_dlm.spec_decode.aded.trigram_table import (
     TrigramCounts,
     TrigramTable,
@@ -101,12 +101,78 @@ def test_the_corpus_is_followed_beyond_the_search():
     assert trigrams.best_chain(array([4, 3]), 6) == []
 
 
-def test_one_request_teaches_no_other():
+@pytest.mark.parametrize(("shares", "drafted"), [(False, [3]), (True, [4])])
+def test_who_shares_a_memory_is_taught(shares: bool, drafted: list[int]):
     table = table_of([1, 2, 3], [1, 2, 4])
-    taught, other = (AdaptiveTrigrams(table, Aded()) for _ in range(2))
+    memory = Memory(table, Aded()) if shares else None
+    taught, other = (AdaptiveTrigrams(table, Aded(), memory) for _ in range(2))
     taught.observe(array([1, 2, 4, 1, 2]))
     assert taught.best_chain(array([1, 2]), 1) == [4]
-    assert other.best_chain(array([1, 2]), 1) == [3]
+    assert other.best_chain(array([1, 2]), 1) == drafted
+
+
+def test_a_full_memory_forgets_what_gained_longest_ago():
+    memory = Memory(empty_table(64), Aded(), size=4)
+    for text in ([1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 2, 3], [10, 11, 12]):
+        memory.learn(array(text), 2)
+    assert memory.num_learned == 4
+    memory.learn(array([13, 14, 15]), 2)
+    assert memory.num_learned == 3
+    assert memory.successors(1, 2) == [(3, pytest.approx(0.08))]
+    assert memory.successors(10, 11) == [(12, pytest.approx(0.04))]
+    assert memory.successors(13, 14) == [(15, pytest.approx(0.04))]
+    assert not memory.successors(4, 5) and not memory.successors(7, 8)
+
+
+def test_of_a_text_that_is_more_than_a_memory_the_end_counts():
+    memory = Memory(empty_table(64), Aded(), size=10)
+    AdaptiveTrigrams(memory.table, memory.options, memory).observe(
+        np.arange(60, dtype=np.int32)
+    )
+    assert memory.num_learned == 5
+    assert memory.successors(57, 58) and not memory.successors(52, 53)
+
+
+@given(
+    corpus=st.lists(sequences, max_size=2),
+    texts=st.lists(
+        st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=30),
+        min_size=1,
+        max_size=4,
+    ),
+    turns=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=12),
+    size=st.integers(2, 40),
+    top_k=st.integers(1, 6),
+    window=st.integers(3, 20),
+)
+def test_texts_that_share_a_memory_against_plain_python(
+    corpus, texts, turns, size, top_k, window
+):
+    """Texts grow in turns; weights, order and what is forgotten agree."""
+    options = {"top_k": top_k, "window": window, "cap": 1.5, "increment": 0.5}
+    table, weights = table_of(*corpus), reference.corpus_weights(corpus)
+    memory, plain_memory = Memory(table, Aded(**options), size), reference.Memory(size)
+    pairs = [
+        (
+            AdaptiveTrigrams(table, Aded(**options), memory),
+            reference.Drafting(weights, **options, memory=plain_memory),
+        )
+        for _ in texts
+    ]
+    lengths = [2] * len(texts)
+    for turn, more in [(number, 0) for number in range(len(texts))] + turns:
+        turn %= len(texts)
+        lengths[turn] = min(lengths[turn] + more, len(texts[turn]))
+        text = texts[turn][: lengths[turn]]
+        trigrams, plain = pairs[turn]
+        trigrams.observe(array(text))
+        plain.observe(text)
+        assert memory.num_learned == len(plain_memory.gained) <= size
+        for first in range(VOCAB):
+            for second in range(VOCAB):
+                assert memory.successors(first, second) == plain.successors(
+                    (first, second)
+                )
 
 
 @given(

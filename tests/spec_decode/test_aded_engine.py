@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ADED in an engine: the text is plain decoding's, and requests stay apart."""
+"""ADED in an engine: the text is plain decoding's, and who learns from whom."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from spec_decode.harness import (
     MAX_MODEL_LEN,
+    TIGHT,
     Engine,
     params,
+    preemptions,
     ragged_prompts,
 )
 
@@ -39,14 +41,27 @@ def corpus(plain: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["corpus", "own text"])
-def engine(
+@pytest.fixture(scope="module", params=["request", "shared"])
+def started(
     request: pytest.FixtureRequest, engines: Callable[..., Engine], corpus: Path
 ) -> Engine:
-    speculative: dict[str, Any] = {"method": "aded", "num_speculative_tokens": 5}
-    if request.param == "corpus":
+    """With a corpus, and a memory of each request; or without, and a shared one."""
+    memory = request.param
+    speculative = {"method": "aded", "num_speculative_tokens": 5, "memory": memory}
+    if memory == "request":
         speculative["corpus"] = str(corpus)
     return engines(speculative)
+
+
+@pytest.fixture
+def engine(started: Engine) -> Engine:
+    """That has served nobody."""
+    started.drafter.forget()
+    return started
+
+
+def is_shared(engine: Engine) -> bool:
+    return engine.drafter.options.memory == "shared"
 
 
 @pytest.fixture
@@ -87,7 +102,7 @@ def test_greedy_text_to_the_end_of_the_context(
     assert saved > 0.2 * sum(map(len, wanted))
 
 
-def test_requests_do_not_influence_each_other(engine: Engine, drafts: Drafts):
+def test_seeded_requests_do_not_influence_each_other(engine: Engine, drafts: Drafts):
     """Sampled: the noise of verification depends on how many tokens were drafted."""
     prompts = ragged_prompts(8)
     sampling = [
@@ -95,6 +110,11 @@ def test_requests_do_not_influence_each_other(engine: Engine, drafts: Drafts):
     ]
     together = engine.run(prompts, sampling)
     in_batch = sorted(drafts.values())
+    # Greedy ones, which teach a shared memory.
+    engine.run(prompts, params(60, allowed_token_ids=FEW))
+    assert bool(is_shared(engine) and engine.drafter.shared.num_learned) == is_shared(
+        engine
+    )
     drafts.clear()
     alone = [
         engine.run([prompt], one)[0]
@@ -112,6 +132,7 @@ def test_several_threads_draft_what_one_does(
     texts = engine.run(prompts, sampling)
     by_one = sorted(drafts.values())
     drafts.clear()
+    engine.drafter.forget()
     recorded, threads = engine.drafter.draft, set()
 
     def draft(*args: Any) -> list[int]:
@@ -128,10 +149,79 @@ def test_several_threads_draft_what_one_does(
     assert threads - {threading.current_thread()}
 
 
-def test_what_a_request_has_taught_goes_with_it(engine: Engine, drafts: Drafts):
+def test_what_goes_with_a_request(engine: Engine, drafts: Drafts):
     engine.run(ragged_prompts(5), params(12))
     engine.run(ragged_prompts(2), params(12))
     assert set(engine.drafter.requests) == set(list(drafts)[-2:])
+    memories = {id(request.memory) for request in engine.drafter.requests.values()}
+    assert len(memories) == (1 if is_shared(engine) else 2)
+
+
+def test_a_question_that_comes_again(engine: Engine, plain: Engine, drafts: Drafts):
+    """A shared memory knows the answer; the text is the same."""
+    prompts, options = ragged_prompts(3), params(60)
+    wanted = plain.run(prompts, options)
+    rounds = []
+    for _ in range(2):
+        drafts.clear()
+        assert engine.run(prompts, options) == wanted
+        rounds.append(sum(map(len, drafts.values())))
+    first, second = rounds
+    if is_shared(engine):
+        # Drafts of 5 tokens: at best a sixth of the forwards of plain decoding.
+        assert second < first / 2
+    else:
+        assert second == first
+
+
+def test_what_a_text_teaches(engine: Engine, plain: Engine, drafts: Drafts):
+    """All of it, and no token that was accepted behind its end; and who teaches."""
+    if not is_shared(engine):
+        pytest.skip("what a request has taught is gone")
+    prompt = ragged_prompts(2)[1]
+    [whole] = plain.run([prompt], params(60))
+    off = params(60, extra_args={"dlm_draft_tokens": 0})
+    seeded = params(60, temperature=1.0, seed=1)
+    memory = engine.drafter.shared
+    engine.run([prompt, prompt], [off, seeded])
+    assert not memory.num_learned
+    assert engine.run([prompt], params(60)) == [whole]
+    known = [*prompt, *whole]
+    distinct = {tuple(known[place : place + 3]) for place in range(len(known) - 2)}
+    assert memory.num_learned == len(distinct)
+    for first, second, third in distinct:
+        assert 0 < dict(memory.successors(first, second))[third] <= 3
+    stop = whole[20]
+    drafts.clear()
+    [text] = engine.run([prompt], params(60, stop_token_ids=[stop]))
+    assert text == whole[: whole.index(stop) + 1]
+    [request], [rounds] = engine.drafter.requests.values(), drafts.values()
+    assert request.num_seen == len(prompt) + len(text) < len(rounds[-1][0])
+
+
+def test_requests_that_are_preempted(
+    plain: Engine, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    """Their text is computed anew, and taught once."""
+    engine = engines(
+        {"method": "aded", "num_speculative_tokens": 5, "memory_size": 1024}, **TIGHT
+    )
+    taught: dict[str, list[int]] = {}
+    teach = engine.drafter.teach
+
+    def record(request: str, text: Any, num_new: int) -> None:
+        taught.setdefault(request, []).append(len(text))
+        teach(request, text, num_new)
+
+    monkeypatch.setattr(engine.drafter, "teach", record)
+    prompts, options = ragged_prompts(8), params(80)
+    with preemptions(engine) as preempted:
+        assert engine.run(prompts, options) == plain.run(prompts, options)
+    assert preempted and not engine.drafter.failed
+    assert len(taught) == 8
+    for lengths in taught.values():
+        assert lengths == sorted(set(lengths))
+    assert 0 < engine.drafter.shared.num_learned <= 1024
 
 
 def test_a_request_may_do_without(engine: Engine, plain: Engine, drafts: Drafts):

@@ -168,7 +168,14 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("method", "runner"), [*((method, 1) for method in METHODS), ("deer", 2)]
+    ("method", "runner", "changes"),
+    [
+        *((method, 1, {}) for method in METHODS),
+        ("deer", 2, {}),
+        ("del", 1, {"stop": "gain"}),
+        ("aded", 1, {"memory": "request"}),
+    ],
+    ids=str,
 )
 def test_each_method(
     small: Path,
@@ -177,11 +184,17 @@ def test_each_method(
     probability: Any,
     method: str,
     runner: int,
+    changes: dict[str, Any],
 ):
     config = {"method": method, "num_speculative_tokens": 3, **configs[method]}
     engine = engines(config, model=small, runner=runner, **MANY)
+    drafter = engine.drafter
+    own, drafted = drafter.options, drafter.counts["rows"]
+    # Options that a drafter reads in each round.
+    drafter.options = own.model_copy(update=changes)
     observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)
-    assert engine.drafter.counts["rows"] and not engine.drafter.failed
+    drafter.options = own
+    assert drafter.counts["rows"] > drafted and not drafter.failed
     p = joint.p_value(observed, probability)
     assert p > joint.PASSES, p
 

@@ -55,6 +55,13 @@ def test_options_travel_to_the_worker(method: str):
         ({"method": "del", "num_speculative_tokens": True}, "not a boolean"),
         ({"method": "specdec++", "model": "x", "stop_threshold": 1.0}, "less than 1"),
         ({"method": "del", "statistics": "both"}, "'request' or 'shared'"),
+        ({"method": "del", "stop": "never"}, "'length', 'both' or 'gain'"),
+        ({"method": "aded", "memory": "none"}, "'shared' or 'request'"),
+        ({"method": "aded", "memory_size": 10}, "greater than or equal to 1024"),
+        (
+            {"method": "aded", "memory": "request", "memory_size": 2048},
+            "memory_size bounds a shared memory",
+        ),
     ],
 )
 def test_invalid_options(config: dict[str, Any], message: str):

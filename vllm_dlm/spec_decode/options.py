@@ -195,7 +195,20 @@ class Aded(Options):
         default=None,
         min_length=1,
         description="File of tri-grams; `vllm-dlm count-trigrams` makes it. Default: "
-        "the request's own text only.",
+        "what was served only.",
+    )
+    memory: Literal["shared", "request"] = Field(
+        default="shared",
+        description="Whether all requests learn from each other's texts, or each from "
+        "its own alone. A request with a seed and a temperature keeps to itself, so "
+        "that its text does not depend on others.",
+    )
+    memory_size: Count | None = Field(
+        default=None,
+        ge=1024,
+        le=1 << 26,
+        description="Most tri-grams that a shared memory holds; when it is full, the "
+        "half that came up longest ago is forgotten. Default: 1,000,000, some 50 MB.",
     )
     learn_prompt: bool = Field(
         default=True, description="Whether the prompt's tri-grams are learned as well."
@@ -218,6 +231,15 @@ class Aded(Options):
         default=24, ge=1, le=128, description="Successors of a node that are searched."
     )
     seed: Count = Field(default=0, ge=0, description="Of the search's roll-outs.")
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.memory == "request" and self.memory_size is not None:
+            raise ValueError(
+                "memory_size bounds a shared memory, and memory is 'request', which "
+                "holds one text: leave one of them out"
+            )
+        return self
 
 
 class Lud(Options):

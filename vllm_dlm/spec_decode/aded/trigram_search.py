@@ -57,6 +57,31 @@ def move(keys, heads, new_keys, new_heads):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def keep(learned, kept, since):  # type: ignore[no-untyped-def]
+    """Copy the entries that have gained since a gain, to arrays with room for them."""
+    for slot in range(len(learned.keys)):
+        key = learned.keys[slot]
+        entry, last = learned.heads[slot] if key != -1 else -1, -1
+        while entry >= 0:
+            if learned.gains[entry] >= since:
+                place = kept.sizes[1]
+                kept.sizes[1] += 1
+                kept.tokens[place] = learned.tokens[entry]
+                kept.weights[place] = learned.weights[entry]
+                kept.gains[place] = learned.gains[entry]
+                kept.links[place] = -1
+                if last >= 0:
+                    kept.links[last] = place
+                else:
+                    new = _slot(kept.keys, key >> 32, key & 0xFFFFFFFF)
+                    kept.keys[new] = key
+                    kept.heads[new] = place
+                    kept.sizes[0] += 1
+                last = place
+            entry = learned.links[entry]
+
+
+@_compiled
 def _pair(table, first, second):  # type: ignore[no-untyped-def]
     """Number of a pair in the table, -1 if it is not there."""
     if first < 0 or first >= len(table.firsts) - 1:
@@ -114,6 +139,8 @@ def learn(table, learned, text, begin, increment, cap, most):  # type: ignore[no
             learned.weights[entry] = _table_weight(table, first, second, token)
         heavier = float(learned.weights[entry]) + increment
         learned.weights[entry] = min(heavier, cap)
+        learned.gains[entry] = learned.sizes[2]
+        learned.sizes[2] += 1
 
 
 @_compiled
