@@ -114,8 +114,15 @@ def settings(
         ),
         *([suffix()] if find_spec("arctic_inference") else ()),
         *(with_drafters(fixed, folder, deer) if has_drafters else ()),
-        Setting("aded", "own text", {"method": "aded"}),
-        Setting("aded", "corpus", {"method": "aded", "corpus": str(corpus)}),
+        *(
+            Setting(
+                "aded",
+                f"{source}, {memory}",
+                {"method": "aded", "memory": memory} | own,
+            )
+            for source, own in (("texts", {}), ("corpus", {"corpus": str(corpus)}))
+            for memory in ("request", "shared")
+        ),
     ]
 
 
@@ -224,6 +231,14 @@ def counting(llm: Any) -> Iterator[Counter[str]]:
     counts["drafter_rows"] += own["rows"] - before["rows"]
 
 
+def forget(llm: Any) -> None:
+    """Have a drafter that learns from what is served start anew."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    drafter = getattr(worker.model_runner, "drafter", None)
+    if hasattr(drafter, "forget"):
+        drafter.forget()
+
+
 def measure(
     setting: Setting,
     workload: Workload,
@@ -236,6 +251,7 @@ def measure(
     with engine(setting.config, requests, **workload.engine_options) as llm:
         # Kernels are compiled at their first use: not in the row's time.
         answer(llm, workload, questions[:2], temperature)
+        forget(llm)
         with counting(llm) as counts:
             started = time.monotonic()
             tokens, texts = answer(llm, workload, questions, temperature)
