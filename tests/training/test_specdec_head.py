@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from vllm_dlm.training.drafters import specdec_data, specdec_head
+from vllm_dlm.training.drafters import specdec_data, specdec_fit, specdec_head
 from vllm_dlm.training.drafters.teacher import Answered
 
 torch = pytest.importorskip("torch")
@@ -39,8 +39,18 @@ def test_loss():
     # Accept probabilities 3/4 and 1/2; a rejection weighs 6.
     first = -(6 * 0.2 * math.log(0.25) + 0.8 * math.log(0.75))
     second = -6 * math.log(0.5)
-    loss = specdec_head.head_loss(logits, labels, 6.0).item()
+    loss = specdec_fit.head_loss(logits, labels, 6.0, "tokens").item()
     assert loss == pytest.approx((first + second) / 2, rel=1e-5)
+    # Weights 6 * 0.2 + 0.8 and 6.
+    loss = specdec_fit.head_loss(logits, labels, 6.0, "weights").item()
+    assert loss == pytest.approx((first + second) / (2 + 6), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "rate"), [(32, 4e-3), (1024, 2e-4), (4096, 5e-5), (8192, 2.5e-5)]
+)
+def test_the_learning_rate_of_a_width(hidden_size, rate):
+    assert specdec_fit.default_learning_rate(hidden_size) == pytest.approx(rate)
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +129,35 @@ def test_training_beats_a_constant_verdict(models, answered):
     from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 
     sequences = collect(models, answered)
-    head = specdec_head.train_head(models[1], sequences, epochs=12)
-    quality = specdec_head.measure_head(head, models[1], sequences)
+    head = specdec_fit.train_head(models[1], sequences, epochs=12)
+    quality = specdec_fit.measure_head(head, models[1], sequences)
     assert quality.loss < 0.9 * quality.constant_loss
     torch.manual_seed(1)
     fresh = AcceptanceHead(models[1].config.hidden_size)
-    untrained = specdec_head.measure_head(fresh, models[1], sequences)
+    untrained = specdec_fit.measure_head(fresh, models[1], sequences)
     assert untrained.loss > quality.loss
     assert 0 < quality.mean_label < 1
+
+
+def test_a_block_that_is_shared_is_trained_as_one(models, answered):
+    sequences = collect(models, Answered(answered.prompts[:8], answered.answers[:8]))
+    head = specdec_fit.train_head(models[1], sequences, epochs=2, blocks="shared")
+    assert len(head.blocks) == 3 and len(set(head.blocks)) == 1
+    assert len(list(head.parameters())) == 4
+
+
+def test_the_loss_that_is_asked_for_is_trained(models, answered):
+    """Batches of two sequences: how they count beside each other differs."""
+    sequences = collect(models, Answered(answered.prompts[:8], answered.answers[:8]))
+
+    def trained(loss_mean):
+        head = specdec_fit.train_head(
+            models[1], sequences, epochs=1, batch_rows=2, loss_mean=loss_mean
+        )
+        return head.output.weight
+
+    assert torch.equal(trained("tokens"), trained("tokens"))
+    assert not torch.allclose(trained("tokens"), trained("weights"))
 
 
 def test_the_command_writes_a_head(tmp_path):
@@ -141,10 +172,17 @@ def test_the_command_writes_a_head(tmp_path):
         prompts=prompts,
         max_tokens=24,
         epochs=1,
+        loss_mean="weights",
+        blocks="shared",
     )
     head = AcceptanceHead.load(tmp_path, hidden_size=96)
     assert head.about["target"] == "llama-tiny"
     assert head.about["temperature"] == "1.0"
+    assert head.about["loss_mean"] == "weights"
+    assert head.about["learning_rate"] == "0.00213"
+    # One block three times, which a file holds three times.
+    first, *others = [block.weight for block in head.blocks]
+    assert len(others) == 2 and all(torch.equal(first, other) for other in others)
     card = next(tmp_path.rglob("README.md")).read_text()
     assert "12 prompts (prompts.txt)" in card
 
@@ -155,6 +193,9 @@ def test_the_command_writes_a_head(tmp_path):
         ({"mixing_ratio": 1.0}, "mixing_ratio must be from 0 to below 1"),
         ({"reject_weight": 0}, "reject_weight must be above 0"),
         ({"epochs": 0}, "epochs must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"loss_mean": "sum"}, "loss_mean must be weights or tokens, not 'sum'"),
+        ({"blocks": "two"}, "blocks must be separate or shared, not 'two'"),
         ({"num_prompts": 1}, "num_prompts must be at least 2"),
         ({"temperature": -1.0}, "temperature must be 0 or more"),
         ({"draft": "llada-tiny"}, "is not an autoregressive model"),
@@ -172,6 +213,6 @@ def test_the_shipped_head_knows_its_draft_model(models, answered):
 
     head = AcceptanceHead.load(resolve("llama-tiny-draft"), hidden_size=96)
     sequences = collect(models, answered)
-    quality = specdec_head.measure_head(head, models[1], sequences)
+    quality = specdec_fit.measure_head(head, models[1], sequences)
     assert quality.loss < 0.8 * quality.constant_loss
     assert quality.ranking > 0.75

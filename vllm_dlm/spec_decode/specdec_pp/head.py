@@ -49,12 +49,16 @@ class AcceptanceHead(nn.Module):
     Args:
         hidden_size: H, width of the draft model's last hidden state.
         num_blocks: how many blocks; 0 leaves a linear classifier.
+        shared: all blocks are one, applied several times, as in the paper's repository.
+            A file holds a copy for each, and is read as a head of separate blocks.
 
     Raises:
         ValueError: a size that is not positive, or a negative number of blocks.
     """
 
-    def __init__(self, hidden_size: int, num_blocks: int = 3) -> None:
+    def __init__(
+        self, hidden_size: int, num_blocks: int = 3, shared: bool = False
+    ) -> None:
         if hidden_size < 1 or num_blocks < 0:
             raise ValueError(
                 "an acceptance head needs hidden_size >= 1 and num_blocks >= 0; got "
@@ -62,9 +66,11 @@ class AcceptanceHead(nn.Module):
             )
         super().__init__()
         self.hidden_size = hidden_size
-        self.blocks = nn.ModuleList(
-            nn.Linear(hidden_size, hidden_size) for _ in range(num_blocks)
-        )
+        blocks = [
+            nn.Linear(hidden_size, hidden_size)
+            for _ in range(min(num_blocks, 1) if shared else num_blocks)
+        ]
+        self.blocks = nn.ModuleList(blocks * num_blocks if shared else blocks)
         self.output = nn.Linear(hidden_size, 2)
         self.about: dict[str, str] = {}
         """What its file says of its training (`save`)."""
@@ -96,7 +102,7 @@ class AcceptanceHead(nn.Module):
         """
         path = Path(folder) / HEAD_FILE
         weights = {
-            name: value.detach().to("cpu", torch.float32)
+            name: value.detach().to("cpu", torch.float32, copy=True)
             for name, value in self.state_dict().items()
         }
         write_safetensors(path, weights, {**self.about, **(about or {})})

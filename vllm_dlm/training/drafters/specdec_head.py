@@ -10,35 +10,27 @@ draft model is frozen. A head fits one pair of models and the temperature of its
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
 from vllm_dlm.cli.arguments import output_folder
 from vllm_dlm.files.whole_files import write_text
-from vllm_dlm.training.drafters.specdec_data import (
-    BATCH_ROWS,
-    MIXING_RATIO,
-    Sequence,
-    hidden_states,
-    make_sequences,
+from vllm_dlm.training.drafters.specdec_data import MIXING_RATIO, make_sequences
+from vllm_dlm.training.drafters.specdec_fit import (
+    EPOCHS,
+    LOSS_MEAN,
+    REJECT_WEIGHT,
+    Blocks,
+    LossMean,
+    Quality,
+    default_learning_rate,
+    measure_head,
+    train_head,
 )
 from vllm_dlm.training.loop import LoopOptions, prepare
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
-
 NUM_PROMPTS = 6000
-EPOCHS = 3
-LEARNING_RATE = 1e-3
-WARMUP_SHARE = 0.03
-REJECT_WEIGHT = 6.0
 # Of the sequences, those kept for the numbers at the end.
 KEPT_SHARE = 0.05
 
@@ -52,138 +44,15 @@ that it has drawn, how probably the target accepts that token.
 {temperature} and one token of the draft model at each of their positions; \
 {mixing_ratio} of the inputs are the target's own tokens, which are not judged.
 - Training: `vllm-dlm train specdec-head`, seed {seed}, {epochs} epochs, AdamW at \
-{learning_rate}, soft-label cross-entropy with the reject class weighted \
-{reject_weight}; {minutes} minutes on {hardware}, the target's answers included.
-- On {kept} sequences kept out of the training: loss {loss} (the best constant \
-verdict: {constant_loss}). On average the head gives {mean_verdict:.3f}, and \
+{learning_rate}, {blocks} blocks, soft-label cross-entropy with the reject class \
+weighted {reject_weight}, a batch's mean over its {loss_mean}; {minutes} minutes on \
+{hardware}, the target's answers included.
+- On {kept} sequences kept out of the training: loss {loss} per token (the best \
+constant verdict: {constant_loss}). On average the head gives {mean_verdict:.3f}, and \
 {mean_label:.3f} is accepted: the weight of the reject class makes it careful. Of two \
 tokens, one of which rather passes, it trusts that one more in {ranking:.1f} % of all \
 pairs.
 """
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A head's verdicts on sequences that it was not trained on."""
-
-    loss: float
-    constant_loss: float
-    """The loss of the best head that says the same of every token."""
-    mean_label: float
-    mean_verdict: float
-    """Above the labels' mean or below: `reject_weight` pulls it down."""
-    ranking: float
-    """Share of pairs of a token that rather passes and one that rather does not in
-    which the head trusts the former more; 1/2 is chance, nan if there are no pairs."""
-
-
-def head_loss(
-    logits: torch.Tensor, labels: torch.Tensor, reject_weight: float
-) -> torch.Tensor:
-    """Mean cross-entropy with soft labels, the reject class weighted.
-
-    Args:
-        logits: [N, 2]: reject, accept.
-        labels: [N] probability that the token is accepted.
-        reject_weight: Weight of the reject class; the accept class has 1.
-    """
-    scores = logits.float().log_softmax(-1)
-    losses = reject_weight * (1 - labels) * scores[:, 0] + labels * scores[:, 1]
-    return -losses.mean()
-
-
-def train_head(
-    draft: PreTrainedModel,
-    sequences: list[Sequence],
-    *,
-    epochs: int = EPOCHS,
-    learning_rate: float = LEARNING_RATE,
-    reject_weight: float = REJECT_WEIGHT,
-    seed: int = 1,
-    batch_rows: int = BATCH_ROWS,
-) -> AcceptanceHead:
-    """A head trained on sequences; cosine schedule, the draft model frozen."""
-    import torch
-    from tqdm import tqdm
-
-    from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
-
-    torch.manual_seed(seed)
-    head = AcceptanceHead(draft.config.hidden_size).to(draft.device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
-    num_steps = epochs * math.ceil(len(sequences) / batch_rows)
-    warmup = max(1, round(WARMUP_SHARE * num_steps))
-    progress = tqdm(total=num_steps, desc="head", unit="step", mininterval=5)
-    for step, batch in enumerate(_batches(sequences, epochs, batch_rows, seed)):
-        hidden, labels = hidden_states(draft, batch)
-        progress.update()
-        if not len(labels):
-            continue
-        loss = head_loss(head(hidden), labels, reject_weight)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        factor = min((step + 1) / warmup, 1.0) * 0.5
-        factor *= 1 + math.cos(math.pi * step / num_steps)
-        optimizer.param_groups[0]["lr"] = learning_rate * factor
-        optimizer.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    progress.close()
-    return head
-
-
-def _batches(
-    sequences: list[Sequence], epochs: int, rows: int, seed: int
-) -> Iterator[list[Sequence]]:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        order = torch.randperm(len(sequences), generator=generator).tolist()
-        for first in range(0, len(order), rows):
-            yield [sequences[index] for index in order[first : first + rows]]
-
-
-def measure_head(
-    head: AcceptanceHead,
-    draft: PreTrainedModel,
-    sequences: list[Sequence],
-    reject_weight: float = REJECT_WEIGHT,
-    batch_rows: int = BATCH_ROWS,
-) -> Quality:
-    """A head's verdicts on sequences, compared with the labels."""
-    import torch
-
-    logits, labels = [], []
-    for first in range(0, len(sequences), batch_rows):
-        hidden, label = hidden_states(draft, sequences[first : first + batch_rows])
-        with torch.inference_mode():
-            logits.append(head(hidden))
-        labels.append(label)
-    logit, label = torch.cat(logits), torch.cat(labels)
-    verdict = logit.softmax(-1)[:, 1]
-    mean = label.mean()
-    # The minimum over a of w (1 - y) log(1 - a) + y log a.
-    constant = mean / (mean + reject_weight * (1 - mean))
-    flat = torch.stack([1 - constant, constant]).log().expand_as(logit)
-    return Quality(
-        loss=head_loss(logit, label, reject_weight).item(),
-        constant_loss=head_loss(flat, label, reject_weight).item(),
-        mean_label=mean.item(),
-        mean_verdict=verdict.mean().item(),
-        ranking=_ranking(verdict, label > 0.5),
-    )
-
-
-def _ranking(verdict: torch.Tensor, passes: torch.Tensor) -> float:
-    good, bad = verdict[passes], verdict[~passes].sort().values
-    if not len(good) or not len(bad):
-        return math.nan
-    import torch
-
-    # Bad tokens below each good one; those level with it count half.
-    below = torch.searchsorted(bad, good) + torch.searchsorted(bad, good, right=True)
-    return (below.double().mean() / (2 * len(bad))).item()
 
 
 def train(
@@ -198,7 +67,9 @@ def train(
     mixing_ratio: float = MIXING_RATIO,
     reject_weight: float = REJECT_WEIGHT,
     epochs: int = EPOCHS,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
+    loss_mean: LossMean = LOSS_MEAN,
+    blocks: Blocks = "separate",
     seed: int = 1,
     device: str = "cpu",
     threads: int | None = None,
@@ -216,7 +87,10 @@ def train(
         mixing_ratio: Share of the target's tokens in the inputs.
         reject_weight: Weight of the reject class.
         epochs: Passes over the data.
-        learning_rate: Highest learning rate.
+        learning_rate: Highest learning rate; by default that of the draft model's
+            width (`default_learning_rate`).
+        loss_mean: What a batch's weighted loss is divided by (`LossMean`).
+        blocks: Of the head (`Blocks`).
         seed: Seed of the prompts, the draws and the head.
         device: Of both models, as PyTorch names it.
         threads: CPU threads; PyTorch's choice by default.
@@ -231,8 +105,14 @@ def train(
         ("epochs", epochs),
         ("learning_rate", learning_rate),
     ):
-        if value <= 0:
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} must be above 0, not {value}")
+    for name, choice, choices in (
+        ("loss_mean", loss_mean, get_args(LossMean)),
+        ("blocks", blocks, get_args(Blocks)),
+    ):
+        if choice not in choices:
+            raise ValueError(f"{name} must be {' or '.join(choices)}, not {choice!r}")
     if num_prompts < 2:
         raise ValueError(f"num_prompts must be at least 2, not {num_prompts}")
     prepare(LoopOptions(steps=1, seed=seed, threads=threads))
@@ -266,12 +146,16 @@ def train(
         seed=seed,
     )
     kept = max(1, round(KEPT_SHARE * len(sequences)))
+    if learning_rate is None:
+        learning_rate = default_learning_rate(draft_model.config.hidden_size)
     head = train_head(
         draft_model,
         sequences[kept:],
         epochs=epochs,
         learning_rate=learning_rate,
         reject_weight=reject_weight,
+        loss_mean=loss_mean,
+        blocks=blocks,
         seed=seed,
     )
     quality = measure_head(head, draft_model, sequences[:kept], reject_weight)
@@ -285,7 +169,9 @@ def train(
         "mixing_ratio": str(mixing_ratio),
         "reject_weight": str(reject_weight),
         "epochs": str(epochs),
-        "learning_rate": str(learning_rate),
+        "learning_rate": f"{learning_rate:.3g}",
+        "loss_mean": loss_mean,
+        "blocks": blocks,
         "seed": str(seed),
         "minutes": f"{(time.monotonic() - started) / 60:.1f}",
         "loss": f"{quality.loss:.4f}",
@@ -347,12 +233,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         ("reject-weight", float, REJECT_WEIGHT, "weight of the reject class"),
         ("epochs", int, EPOCHS, "passes over the data"),
-        ("learning-rate", float, LEARNING_RATE, "highest learning rate"),
         ("seed", int, 1, "seed of the run"),
     ):
         parser.add_argument(
             f"--{name}", type=kind, default=default, help=f"{text} ({default})"
         )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help="highest learning rate; by default by the draft model's width H, "
+        "5e-5 x 4096 / H, at most 4e-3: as published at 4096",
+    )
+    parser.add_argument(
+        "--loss-mean",
+        choices=get_args(LossMean),
+        default=LOSS_MEAN,
+        help="what a batch's weighted loss is divided by: its weights, as published, "
+        f"or its tokens ({LOSS_MEAN})",
+    )
+    parser.add_argument(
+        "--blocks",
+        choices=get_args(Blocks),
+        default="separate",
+        help="of the head: three, or one applied three times, as published (separate)",
+    )
     parser.add_argument(
         "--device", default="cpu", help="of both models, as PyTorch names it (cpu)"
     )
@@ -382,6 +286,8 @@ def run(args: argparse.Namespace) -> None:
         reject_weight=args.reject_weight,
         epochs=args.epochs,
         learning_rate=args.learning_rate,
+        loss_mean=args.loss_mean,
+        blocks=args.blocks,
         seed=args.seed,
         device=args.device,
         threads=args.threads,
