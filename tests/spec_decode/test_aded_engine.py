@@ -203,9 +203,8 @@ def test_requests_that_are_preempted(
     plain: Engine, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ):
     """Their text is computed anew, and taught once."""
-    engine = engines(
-        {"method": "aded", "num_speculative_tokens": 5, "memory_size": 1024}, **TIGHT
-    )
+    shared = {"memory": "shared", "memory_size": 1024}
+    engine = engines({"method": "aded", "num_speculative_tokens": 5, **shared}, **TIGHT)
     taught: dict[str, list[int]] = {}
     teach = engine.drafter.teach
 

@@ -56,12 +56,9 @@ def test_options_travel_to_the_worker(method: str):
         ({"method": "specdec++", "model": "x", "stop_threshold": 1.0}, "less than 1"),
         ({"method": "del", "statistics": "both"}, "'request' or 'shared'"),
         ({"method": "del", "stop": "never"}, "'length', 'both' or 'gain'"),
-        ({"method": "aded", "memory": "none"}, "'shared' or 'request'"),
+        ({"method": "aded", "memory": "none"}, "'request' or 'shared'"),
         ({"method": "aded", "memory_size": 10}, "greater than or equal to 1024"),
-        (
-            {"method": "aded", "memory": "request", "memory_size": 2048},
-            "memory_size bounds a shared memory",
-        ),
+        ({"method": "aded", "memory_size": 2048}, "set memory to 'shared'"),
     ],
 )
 def test_invalid_options(config: dict[str, Any], message: str):

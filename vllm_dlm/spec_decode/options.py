@@ -184,7 +184,7 @@ class Del(Options):
 class Aded(Options):
     """Tri-grams draft; a tree search picks the chain."""
 
-    summary = "tri-grams of a corpus and of the text itself draft; no model is needed"
+    summary = "tri-grams of a corpus and of served texts draft; no model is needed"
     paper = "ADED, arXiv 2407.12021"
     why_not_v2 = "it is a proposer of vLLM's class custom_class, which V2 does not have"
     proposer = "vllm_dlm.spec_decode.aded.proposer:AdedProposer"
@@ -195,18 +195,18 @@ class Aded(Options):
         default=None,
         min_length=1,
         description="File of tri-grams; `vllm-dlm count-trigrams` makes it. Default: "
-        "what was served only.",
+        "the texts that are served only.",
     )
-    memory: Literal["shared", "request"] = Field(
-        default="shared",
-        description="Whether all requests learn from each other's texts, or each from "
-        "its own alone. A request with a seed and a temperature keeps to itself, so "
-        "that its text does not depend on others.",
+    memory: Literal["request", "shared"] = Field(
+        default="request",
+        description="Whether each request learns from its own text alone, or all from "
+        "each other's. A request with a seed and a temperature keeps to itself in any "
+        "case, so that its text does not depend on others.",
     )
     memory_size: Count | None = Field(
         default=None,
         ge=1024,
-        le=1 << 26,
+        le=50_000_000,
         description="Most tri-grams that a shared memory holds; when it is full, the "
         "half that came up longest ago is forgotten. Default: 1,000,000, some 50 MB.",
     )
@@ -236,8 +236,8 @@ class Aded(Options):
     def _check_memory(self) -> Self:
         if self.memory == "request" and self.memory_size is not None:
             raise ValueError(
-                "memory_size bounds a shared memory, and memory is 'request', which "
-                "holds one text: leave one of them out"
+                "memory_size bounds a shared memory, and memory is 'request': set "
+                "memory to 'shared', or leave memory_size out"
             )
         return self
 
