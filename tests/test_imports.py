@@ -36,7 +36,8 @@ FLOORS = (
     ("cli",),
     # The wings. Training is above the rest: it makes what they use.
     (
-        *("bench", "layer_skip", "learn2pd", "search", "spec_decode", "switching"),
+        *("bench", "layer_skip", "learn2pd", "search", "spec_decode", "steering"),
+        *("switching",),
         *("testing", "watching"),
     ),
     ("training",),

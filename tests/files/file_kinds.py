@@ -29,6 +29,7 @@ from vllm_dlm.spec_decode.aded.trigram_table import (
     save_table,
 )
 from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
+from vllm_dlm.steering.options import Constant, read_constant
 from vllm_dlm.strategies.learn2pd_filter import Filter, load_filter
 from vllm_dlm.strategies.token_frequencies import load_frequencies, save_frequencies
 from vllm_dlm.training.counts.token_counts import read_texts
@@ -167,6 +168,11 @@ def write_measures(path: Path) -> None:
     Measures(canvas=32, before=[one]).write(path)
 
 
+def write_constant(path: Path) -> None:
+    one = Constant(mu=-0.8, keep=0.1, tuned="t", base="b", fit="mean", tokens=5, kept=4)
+    write_json(path, one.model_dump())
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file."""
@@ -198,6 +204,7 @@ KINDS = {
     "rows": Kind(write_rows, read_some_rows, ".jsonl"),
     "metrics": Kind(write_metrics, read_metrics, ".jsonl"),
     "measures": Kind(write_measures, Measures.read, ".json"),
+    "steering constant": Kind(write_constant, read_constant, ".json"),
     "texts": Kind(
         write_prompts, lambda path: list(read_texts([path], "text")), ".jsonl"
     ),

@@ -67,6 +67,10 @@ TRAINABLE = {
         "vllm_dlm.training.layer_skip",
         "an autoregressive model to do without some of its layers",
     ),
+    "steer-mu": (
+        "vllm_dlm.training.steer_mu",
+        "the constant by which a base steers what was tuned from it (SVDecode)",
+    ),
     "certainty": (
         "vllm_dlm.training.recipes.certainty",
         "a diffusion model to be sure early, for the strategy entropy (dParallel)",

@@ -12,3 +12,6 @@ SWITCHING = "dlm_switching"
 
 RUNNER = "dlm_runner"
 """1 or 2: the model runner of vLLM's for which the engine was made ready."""
+
+STEERING = "dlm_steering"
+"""How a tuned model is steered by its base."""

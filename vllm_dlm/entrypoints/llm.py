@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm.LLM` with the dlm options as keyword arguments.
 
-Which there are, their types and their meaning follow from the fields of `DlmConfig`:
+Which there are, their types and their meaning follow from the fields of `DlmConfig`
+and of the classes that wings have beside it:
 `inspect.signature`, `help` and editors that ask for either show them.
 """
 
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 import vllm
 
-from vllm_dlm.config.options import DlmConfig
-from vllm_dlm.entrypoints.flags import FLAG_PREFIX, fold_options
+from vllm_dlm.entrypoints.flags import FLAG_PREFIX, fold_options, option_classes
 from vllm_dlm.entrypoints.frames import CanvasFrame, FrameCalls, watching
 from vllm_dlm.messages import unknown
 
@@ -29,15 +29,16 @@ def _with_options(init: Callable[..., None]) -> Callable[..., None]:
     own = inspect.signature(init)
     *named, others = own.parameters.values()
     # Without the validators.
-    kinds = get_type_hints(DlmConfig)
     options = [
         inspect.Parameter(
             FLAG_PREFIX + name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=kinds[name] | None,
+            annotation=kind | None,
         )
-        for name in DlmConfig.model_fields
+        for each in option_classes().values()
+        for name, kind in get_type_hints(each).items()
+        if name in each.model_fields
     ]
     shown = own.replace(parameters=[*named, *options, others])
     init.__signature__ = shown  # type: ignore[attr-defined]
@@ -59,7 +60,8 @@ def _described(kind: type[LLM]) -> type[LLM]:
             subsequent_indent=" " * 12,
             break_on_hyphens=False,
         )
-        for name, field in DlmConfig.model_fields.items()
+        for each in option_classes().values()
+        for name, field in each.model_fields.items()
     ]
     # `python -OO` leaves no docstrings.
     if kind.__doc__ is not None:
@@ -74,7 +76,7 @@ class LLM(vllm.LLM):
     Args:
         model: a folder, a hub id, or an alias such as "llada-tiny".
         {options}
-        additional_config: as in `vllm.LLM`; the options above go into its "dlm".
+        additional_config: as in `vllm.LLM`; the options above go into it.
         **kwargs: everything else that `vllm.LLM` takes.
 
     Raises:
@@ -92,7 +94,8 @@ class LLM(vllm.LLM):
     ) -> None:
         options = {
             name: _plain(kwargs.pop(FLAG_PREFIX + name, None))
-            for name in DlmConfig.model_fields
+            for each in option_classes().values()
+            for name in each.model_fields
         }
         for name in kwargs:
             if name.startswith(FLAG_PREFIX):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 if TYPE_CHECKING:
     import argparse
 
+    from pydantic import BaseModel
     from vllm import SamplingParams
     from vllm.config import SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -26,8 +27,18 @@ class Wing(Protocol):
     """Keys of a request's `extra_args` that the wing reads, for models that are not
     ours -> the server option without which nobody does."""
 
+    OPTIONS: type[BaseModel] | None
+    """Options of the wing's own, flags of `vllm serve` and keywords of `LLM` as those
+    of `DlmConfig` are; None has none."""
+
+    OPTIONS_KEY: str
+    """Where they go in `additional_config`, as they were given."""
+
     def check_arguments(self, args: argparse.Namespace) -> None:
         """Refuse wrong arguments of a server, before anything starts.
+
+        Args:
+            args: `additional_config` holds `OPTIONS` already.
 
         Raises:
             ValueError: an option of the wing's own is not valid.
@@ -58,7 +69,11 @@ class Wing(Protocol):
         """
 
 
-_MODULES = ("vllm_dlm.spec_decode.front_end", "vllm_dlm.switching.front_end")
+_MODULES = (
+    "vllm_dlm.spec_decode.front_end",
+    "vllm_dlm.steering.front_end",
+    "vllm_dlm.switching.front_end",
+)
 
 
 def wings() -> list[Wing]:

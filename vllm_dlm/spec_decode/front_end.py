@@ -41,6 +41,9 @@ RUNNERS = {
 REQUEST_KEYS = {spec.REQUEST_KEY: "--speculative-config"}
 """See `entrypoints/wings.py`."""
 
+OPTIONS = None
+OPTIONS_KEY = SPECULATION
+
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse wrong options of a method of ours, before anything starts.

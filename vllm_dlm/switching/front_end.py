@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
+OPTIONS = None
+OPTIONS_KEY = SWITCHING
 REQUEST_KEYS: Mapping[str, str] = {}
 """See `entrypoints/wings.py`: a pair checks its requests itself (`sampling.py`)."""
 

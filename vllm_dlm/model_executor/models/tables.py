@@ -32,6 +32,7 @@ ARCHITECTURES = {
 _LAYER_SKIP = "vllm_dlm.layer_skip.models"
 
 AUTOREGRESSIVE = {
+    "DlmSteeredForCausalLM": "vllm_dlm.steering.model:DlmSteeredForCausalLM",
     "LayerSkipLlamaForCausalLM": f"{_LAYER_SKIP}:LayerSkipLlamaForCausalLM",
     "LayerSkipQwen2ForCausalLM": f"{_LAYER_SKIP}:LayerSkipQwen2ForCausalLM",
     "LayerSkipQwen3ForCausalLM": f"{_LAYER_SKIP}:LayerSkipQwen3ForCausalLM",

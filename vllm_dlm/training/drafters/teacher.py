@@ -64,12 +64,15 @@ def load_tokenizer(
         raise ValueError(f"cannot load the tokenizer of {model}: {reason}") from error
 
 
-def load_causal_lm(model: str, device: str = "cpu") -> PreTrainedModel:
-    """An autoregressive model in float32, frozen; a folder, hub id or alias.
+def load_causal_lm(
+    model: str, device: str = "cpu", dtype: str = "float32"
+) -> PreTrainedModel:
+    """An autoregressive model, frozen; a folder, hub id or alias.
 
     Args:
         model: Folder, hub id or alias.
         device: As PyTorch names it.
+        dtype: Of its weights, as PyTorch names it.
 
     Raises:
         ValueError: transformers knows no causal language model there, or PyTorch has
@@ -82,7 +85,7 @@ def load_causal_lm(model: str, device: str = "cpu") -> PreTrainedModel:
 
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            resolve(model), dtype=torch.float32
+            resolve(model), dtype=getattr(torch, dtype)
         )
     except Exception as error:  # also those of damaged weights, of no common class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
