@@ -14,6 +14,7 @@ import pytest
 
 from vllm_dlm.cli.command import make_parser
 from vllm_dlm.config.options import DlmConfig
+from vllm_dlm.steering.options import SteerConfig
 from vllm_dlm.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,8 @@ def test_commands_are_parsed(page: str, command: str, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_exist(page: Path):
-    flags = {f"--dlm-{name}".replace("_", "-") for name in DlmConfig.model_fields}
+    options = [*DlmConfig.model_fields, *SteerConfig.model_fields]
+    flags = {f"--dlm-{name}".replace("_", "-") for name in options}
     flags |= {flag.replace("--dlm-", "--no-dlm-") for flag in flags}
     named = re.findall(r"--(?:no-)?dlm-[a-z][a-z-]*[a-z]", page.read_text("utf-8"))
     assert set(named) <= flags

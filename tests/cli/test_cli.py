@@ -18,6 +18,7 @@ from vllm_dlm.config.options import REQUEST_OPTIONS, SERVER_ONLY, DlmConfig
 from vllm_dlm.entrypoints.flags import add_engine_arguments
 from vllm_dlm.patches import flags
 from vllm_dlm.patches.themes import apply_plugin_patches
+from vllm_dlm.steering.options import SteerConfig
 from vllm_dlm.strategies import STRATEGIES
 
 
@@ -114,9 +115,10 @@ def test_wrong_values_end_the_parser(parser, capsys, argv, fragments):
     assert all(fragment in message for fragment in fragments)
 
 
-def test_help_teaches(parser):
-    group = next(g for g in parser._action_groups if g.title == "DlmConfig")
-    assert len(group._group_actions) == len(DlmConfig.model_fields)
+@pytest.mark.parametrize("options", [DlmConfig, SteerConfig])
+def test_help_teaches(parser, options):
+    group = next(g for g in parser._action_groups if g.title == options.__name__)
+    assert len(group._group_actions) == len(options.model_fields)
     assert all(len(action.help) > 40 for action in group._group_actions)
     parser.format_help()
 
@@ -223,11 +225,12 @@ def test_every_option_is_a_keyword_of_llm():
 
     names = inspect.signature(LLM.__init__).parameters
     keywords = {name for name in names if name.startswith("dlm_")}
-    assert keywords == {f"dlm_{name}" for name in DlmConfig.model_fields}
+    options = DlmConfig.model_fields | SteerConfig.model_fields
+    assert keywords == {f"dlm_{name}" for name in options}
     assert names["dlm_block_length"].annotation == int | Literal["canvas"] | None
     assert names["dlm_steps"].annotation == int | None
     assert [*inspect.signature(LLM).parameters][0] == "model"
-    for name, field in DlmConfig.model_fields.items():
+    for name, field in options.items():
         shown = names[f"dlm_{name}"]
         assert shown.kind is shown.KEYWORD_ONLY
         assert shown.default is None
@@ -240,7 +243,7 @@ def test_an_option_is_declared_in_one_place():
     parser = argparse.ArgumentParser()
     add_engine_arguments(parser)
     actions = {action.dest: action for action in parser._actions}
-    for name, field in DlmConfig.model_fields.items():
+    for name, field in (DlmConfig.model_fields | SteerConfig.model_fields).items():
         flag = actions[f"dlm_{name}"]
         assert flag.help == field.description
         assert (flag.metavar is None) == (field.annotation is bool)

@@ -10,12 +10,12 @@ TIE = 1e-3
 
 
 @pytest.mark.parametrize(
-    ("mu", "keep"), [(-1.2, 0.1), (-6.0, 0.0), (8.0, 0.1), (0.0, 0.0)]
+    ("mu", "keep", "count"), [(-1.2, 0.1, 20), (2.0, 0.0, 20), (0.0, 0.0, 6)]
 )
-def test_texts_are_those_of_a_plain_loop(steered, pair, prompts, mu, keep):
+def test_texts_are_those_of_a_plain_loop(steered, pair, prompts, mu, keep, count):
     steered.set(mu, keep)
-    found = steered.write(prompts)
-    wanted = [pair.write(prompt, 24, mu, keep) for prompt in prompts]
+    found = steered.write(prompts[:count])
+    wanted = [pair.write(prompt, 24, mu, keep) for prompt in prompts[:count]]
     for tokens, reference in zip(found, wanted, strict=True):
         assert tokens == reference.token_ids or reference.closest < TIE
     assert sum(each.closest < TIE for each in wanted) <= 1
@@ -23,10 +23,14 @@ def test_texts_are_those_of_a_plain_loop(steered, pair, prompts, mu, keep):
 
 def test_steering_changes_texts(steered, prompts):
     texts = {}
-    for mu in (0.0, 8.0, -60.0):
+    for mu in (0.0, 2.0, -1.2):
         steered.set(mu, 0.0)
         texts[mu] = steered.write(prompts)
-    assert texts[0.0] != texts[8.0] != texts[-60.0] != texts[0.0]
+    changed = [
+        sum(one != other for one, other in zip(texts[0.0], texts[mu], strict=True))
+        for mu in (2.0, -1.2)
+    ]
+    assert min(changed) > 3
 
 
 def test_alone_as_in_a_batch(steered, prompts):
@@ -103,5 +107,6 @@ def test_chunked_prefill_and_preemption(steered, prompts):
     """More requests than the pages hold at a time."""
     long = [(prompt * 20)[:180] for prompt in prompts]
     found = steered.write(long, max_tokens=40, ignore_eos=True)
-    assert [steered.write([long[i]], max_tokens=40, ignore_eos=True) for i in (3, 19)]
-    assert steered.write([long[19]], max_tokens=40, ignore_eos=True)[0] == found[19]
+    for index in (3, 19):
+        alone = steered.write([long[index]], max_tokens=40, ignore_eos=True)
+        assert alone[0] == found[index]

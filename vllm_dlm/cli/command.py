@@ -24,7 +24,7 @@ DESCRIPTION = """\
 Serve diffusion language models on stock vLLM. Serving itself is vLLM's own command:
 
   vllm serve llada-tiny --dlm-strategy learn2pd    a server (llada-tiny is built in)
-  vllm serve --help=DlmConfig                      all flags of this package
+  vllm serve --help=DlmConfig                      all flags for diffusion models
 
 The commands below show what there is, check the installation, and train.
 """
