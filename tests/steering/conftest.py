@@ -20,6 +20,8 @@ ENGINE = {
     "max_model_len": 256,
     "max_num_seqs": 8,
     "block_size": 32,
+    # Prompts come in chunks.
+    "max_num_batched_tokens": 128,
     # Too few pages for eight requests of 220 tokens.
     "num_gpu_blocks_override": 44,
     "disable_log_stats": True,

@@ -33,9 +33,13 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plugin() -> None:
+    register()
+
+
 @pytest.fixture(scope="module")
 def parser() -> FlexibleArgumentParser:
-    register()
     return EngineArgs.add_cli_args(FlexibleArgumentParser())
 
 
@@ -62,6 +66,7 @@ def test_a_number_a_file_and_what_wins(file):
         ({"steer_base": "b", "steer_mu": 1, "steer_keep": 1.5}, "less than or equal"),
         ({"steer_base": "", "steer_mu": 1}, "steer_base: .*at least 1 char"),
         ({"steer_bas": "b"}, "Did you mean 'steer_base'"),
+        ("b", "expected options of steering, got 'b'"),
     ],
 )
 def test_options_that_are_refused(given, message):
@@ -96,6 +101,15 @@ def test_flags_reach_the_engine(parser, file):
     }
     # Once more, as a server does.
     assert args.create_engine_config().additional_config == config.additional_config
+
+
+@pytest.mark.parametrize("mu", ["-1.2", "-.5", "-3", "-1e-1", "-2.5e-1", "0.5"])
+def test_negative_numbers_behind_a_flag(parser, mu):
+    for behind in ([], ["--seed", "3"]):
+        args = parser.parse_args(["--model", TUNED, "--dlm-steer-mu", mu, *behind])
+        assert args.dlm_steer_mu == float(mu)
+        assert args.model == TUNED
+    assert args.seed == 3
 
 
 def test_keywords_reach_the_engine(monkeypatch, file):

@@ -8,7 +8,8 @@ server's options (`DlmConfig`), and options of wings lie beside it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -78,6 +79,22 @@ def _checked(options: type[BaseModel], name: str) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(message.removeprefix(f"{name}: "))
 
     return parse
+
+
+_NEGATIVE = re.compile(r"-(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def with_negative_numbers(args: Sequence[str]) -> list[str]:
+    """Arguments in which a number like -1.2 behind a flag of ours is joined to it."""
+    joined: list[str] = []
+    for arg in args:
+        flag = joined[-1] if joined else ""
+        is_ours = flag.startswith(("--dlm-", "--dlm_")) and "=" not in flag
+        if is_ours and _NEGATIVE.fullmatch(arg):
+            joined[-1] = f"{flag}={arg}"
+        else:
+            joined.append(arg)
+    return joined
 
 
 def fold_options(additional_config: Any, options: Mapping[str, Any]) -> Any:

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from vllm_dlm.admission import body_guard
 from vllm_dlm.admission.sampling_params import is_ours
 from vllm_dlm.config import aliases
-from vllm_dlm.entrypoints.flags import add_engine_arguments, prepared
+from vllm_dlm.entrypoints.flags import (
+    add_engine_arguments,
+    prepared,
+    with_negative_numbers,
+)
 from vllm_dlm.entrypoints.wings import wings
 from vllm_dlm.patches.ledger import Where, patch
 from vllm_dlm.patches.themes import apply_front_end_patches, apply_plugin_patches
@@ -65,6 +69,29 @@ def from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(cls, prepared(args))
 
     return build
+
+
+@patch(
+    "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_args",
+    why=(
+        "-1.2 behind a flag is taken for an option with a part: what follows is its "
+        "value, and if nothing does, parsing ends with an IndexError."
+    ),
+    upstream="docs/upstream.md#a-negative-number-is-taken-for-an-option",
+    drop_when="vLLM's parser tells -1.2 from -O.level",
+)
+def parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Reads `--dlm-steer-mu -1.2` as `--dlm-steer-mu=-1.2`; of our flags alone."""
+
+    def parse(
+        self: FlexibleArgumentParser,
+        args: list[str] | None = None,
+        namespace: argparse.Namespace | None = None,
+    ) -> Any:
+        given = sys.argv[1:] if args is None else args
+        return original(self, with_negative_numbers(given), namespace)
+
+    return parse
 
 
 @patch(

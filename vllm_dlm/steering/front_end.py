@@ -43,9 +43,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: it says what is wrong.
     """
-    given = (getattr(args, "additional_config", None) or {}).get(STEERING)
-    if given is not None:
-        resolve(parse(given))
+    additional = getattr(args, "additional_config", None)
+    if isinstance(additional, Mapping) and STEERING in additional:
+        resolve(parse(additional[STEERING]))
 
 
 def translate(args: EngineArgs) -> bool:
@@ -56,9 +56,11 @@ def translate(args: EngineArgs) -> bool:
             models do not fit together.
     """
     additional = args.additional_config
-    given = additional.get(STEERING) if isinstance(additional, Mapping) else None
-    if given is None or "architectures" in given:  # it was translated before
-        return given is not None
+    if not isinstance(additional, Mapping) or STEERING not in additional:
+        return False
+    given = additional[STEERING]
+    if isinstance(given, Mapping) and "architectures" in given:
+        return True  # these arguments were translated before
     config = parse(given)
     if config.steer_base is None:
         return False

@@ -110,12 +110,14 @@ class Steering(BaseModel):
     """As it was asked for, for both models."""
 
 
-def parse(given: Mapping[str, Any]) -> SteerConfig:
+def parse(given: Any) -> SteerConfig:
     """Options by their names without `dlm_`.
 
     Raises:
         ValueError: an option is unknown, not valid, or missing.
     """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected options of steering, got {quote(given)}")
     for name in given:
         if name not in SteerConfig.model_fields:
             raise ValueError(unknown(name, SteerConfig.model_fields))
