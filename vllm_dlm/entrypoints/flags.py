@@ -81,7 +81,7 @@ def _checked(options: type[BaseModel], name: str) -> Callable[[str], Any]:
     return parse
 
 
-_NEGATIVE = re.compile(r"-(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def with_negative_numbers(args: Sequence[str]) -> list[str]:
