@@ -11,12 +11,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from vllm_dlm.cli.arguments import count
+
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.table import Table
-    from transformers import PretrainedConfig
 
-    from vllm_dlm.config.aliases import Alias
     from vllm_dlm.strategies import Strategy
     from vllm_dlm.strategies.presets import Preset
 
@@ -214,7 +214,19 @@ def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     models.add_argument(
         "model", nargs="?", metavar="MODEL", help="a folder, or a model of the list"
     )
-    models.set_defaults(run=lambda args: _show_models(args.model))
+    models.add_argument(
+        "--memory",
+        action="store_true",
+        help="show what MODEL's weights and keys take, and how many requests fit on "
+        "a GPU; by its config alone",
+    )
+    models.add_argument(
+        "--length",
+        type=count,
+        metavar="TOKENS",
+        help="of a request, prompt and answer, for --memory (default: 4096)",
+    )
+    models.set_defaults(run=_show_models)
 
     doctor = commands.add_parser(
         "doctor",
@@ -373,124 +385,10 @@ def _table_of_presets(presets: Mapping[str, Preset]) -> Table:
     return table
 
 
-def _show_models(model: str | None) -> None:
-    if model is not None:
-        _show_model(model)
-        return
-    from itertools import groupby
+def _show_models(args: argparse.Namespace) -> None:
+    from vllm_dlm.cli import models
 
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from vllm_dlm.config import aliases
-    from vllm_dlm.model_executor.models.tables import ARCHITECTURES
-
-    # Names are for copying: rather let the terminal break a line than cut one.
-    console = Console(highlight=False, width=160)
-    present = []
-    by_family = groupby(aliases.ALIASES.items(), lambda item: item[1].family)
-    for family, members in by_family:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for name, alias in members:
-            folder = aliases.local_folder(name)
-            if folder is not None:
-                present.append(f"{name} in {folder}")
-            cells = (
-                f"  {name}",
-                *_describe_model(alias, folder),
-                "built in" if alias.built_in else alias.target,
-                alias.summary,
-            )
-            table.add_row(*map(Text, cells))
-        console.print(Text(f"{family.name} ({family.architecture})"))
-        console.print(table)
-    console.print(
-        Text(
-            "\nFull attention sees everything, block attention all blocks up to its "
-            "own, causal attention what is finished causally.\nStrategy and block are "
-            "the model's defaults. Any other "
-            "checkpoint of these architectures is served by its folder or hub id: "
-            f"{', '.join(ARCHITECTURES)}.\n"
-            f"On this machine: {'; '.join(present) or 'none of them'}."
-        )
-    )
-
-
-def _describe_model(alias: Alias, folder: str | None) -> tuple[str, str, str]:
-    """Attention, block and strategy of a model, as the table shows them."""
-    from vllm_dlm.model_executor.models.tables import HF_CONFIGS
-    from vllm_dlm.registry import load
-
-    family = alias.family
-    if not family.is_diffusion:
-        return "autoregressive", "", ""
-    config_class = load(HF_CONFIGS[family.model_type])
-    if folder is not None:
-        try:
-            config = config_class.from_pretrained(folder, name_or_path=folder)
-        except (OSError, ValueError, TypeError):
-            return "its config.json cannot be read", "", ""
-    else:
-        known = {"architectures": [family.architecture]}
-        config = config_class.from_dict(known, name_or_path=alias.target)
-    try:
-        return _describe_config(config)
-    except ValueError as error:
-        return str(error), "", ""
-
-
-def _describe_config(config: PretrainedConfig) -> tuple[str, str, str]:
-    """The same of a configuration; its folder's options count.
-
-    Raises:
-        ValueError: they are wrong.
-    """
-    from vllm_dlm.config.levels import folder_options
-    from vllm_dlm.config.model import ModelDefaults
-
-    defaults, options = ModelDefaults.from_hf_config(config), folder_options(config)
-    shift = ", shifted" if defaults.shift else ""
-    return (
-        f"{defaults.attention} attention{shift}",
-        f"block {options.block_length or defaults.block_length}",
-        options.strategy or defaults.strategy,
-    )
-
-
-def _show_model(model: str) -> None:
-    """How a model is decoded by default.
-
-    Raises:
-        ValueError: it is not on this machine, is no diffusion model, or its folder's
-            options are wrong.
-    """
-    import json
-    import os
-
-    from vllm_dlm.config import aliases
-    from vllm_dlm.files.model_folders import Config
-    from vllm_dlm.messages import unknown
-    from vllm_dlm.model_executor.models.tables import HF_CONFIGS
-    from vllm_dlm.registry import load
-
-    folder: str | None = model
-    if not os.path.isdir(model):
-        is_alias = model in aliases.ALIASES
-        found = aliases.local_folder if is_alias else aliases.cached_folder
-        folder = found(model)
-    if folder is None:
-        raise ValueError(f"{model!r} is not on this machine: name a folder")
-    kind = str(Config(folder).values.get("model_type"))
-    if kind not in HF_CONFIGS:
-        raise ValueError(
-            f"{folder}: model_type in config.json: {unknown(kind, HF_CONFIGS)}"
-        )
-    config = load(HF_CONFIGS[kind]).from_pretrained(folder, name_or_path=folder)
-    attention, block, strategy = _describe_config(config)
-    print(f"{model}: {attention}, {block}, strategy {strategy}")
-    if options := getattr(config, "dlm_options", None):
-        print(f"dlm_options in its config.json: {json.dumps(options)}")
+    models.show(args.model, memory=args.memory, length=args.length)
 
 
 def _run_doctor() -> int:
