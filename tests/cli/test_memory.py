@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import recipes
 from released_configs import RELEASED
 from safetensors.torch import load_file
 
@@ -112,3 +113,43 @@ def test_length_is_a_number(length: str, capsys):
     with pytest.raises(SystemExit):
         cli.main(["models", "llada", "--memory", "--length", length])
     assert "whole number" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", sorted(recipes.PAGES.glob("*.md")), ids=lambda p: p.stem
+)
+def test_recipes_say_what_the_command_says(page: Path):
+    """Every released model at its full shape."""
+    for row in recipes.rows(page):
+        for name in row.names:
+            needs, source = memory.measure_released(name)
+            assert row.source == source
+            assert row.weights == f"{needs.weights / 1e9:.2f} GB"
+            assert row.kv_per_token == f"{needs.kv_per_token:,} bytes"
+            counts = [
+                needs.num_requests(gigabytes, gpus, 4096, memory.usable_share())
+                for gigabytes, gpus in recipes.COLUMNS
+            ]
+            said = ["-" if count is None else str(count) for count in counts]
+            assert list(row.fitting) == said, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("llada", "LLaDA 8B"),
+        ("dream", "Dream 7B"),
+        ("sdar-8b", "SDAR 8B"),
+        ("llada-moe", "LLaDA-MoE 7B"),
+        ("llada2-mini", "LLaDA2-mini 16B"),
+        ("llada2-flash", "LLaDA2-flash 100B"),
+    ],
+)
+def test_parameters_are_those_counted_from_published_shapes(name: str, title: str):
+    """By the formula that docs/models.md gives, which another count follows."""
+    text = (ROOT / "docs/models.md").read_text("utf-8")
+    (count,) = re.findall(rf"^\| {title} \| ([\d,]+) \|", text, flags=re.M)
+    needs, _ = memory.measure_released(name)
+    assert needs.num_parameters == int(count.replace(",", ""))
