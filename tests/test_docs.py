@@ -2,30 +2,24 @@
 """The documentation is complete, its links lead somewhere, its commands exist."""
 
 import argparse
-import functools
+import json
 import re
 import runpy
-import shlex
 import sys
 import textwrap
+import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from documented import PAGES, ROOT, commands, vllm_parser
+from packaging.requirements import Requirement
 
 from vllm_dlm.cli.command import make_parser
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.steering.options import SteerConfig
 from vllm_dlm.strategies import STRATEGIES
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "examples").rglob("*.md"),
-        *(ROOT / "benchmarks").rglob("*.md"),
-    ]
-)
 OURS = [name for name in STRATEGIES if STRATEGIES[name].__module__.startswith("vllm_")]
 
 
@@ -77,63 +71,109 @@ def test_serving_names_who_follows_the_step_schedule():
 
 # Commands --------------------------------------------------------------------------
 
-COMMAND = re.compile(r"(vllm-dlm|vllm serve|python -m benchmarks)\b")
 OF_OTHER_PACKAGES = ("lead",)  # the strategy that strategies.md adds as an example
-
-
-def commands() -> list[tuple[str, str]]:
-    """What the code blocks of all pages say to type: page, and one command."""
-    found = []
-    for page in PAGES:
-        blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", page.read_text("utf-8"), re.S)
-        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-            line = re.sub(r"(\s+#.*|\s*&)$", "", line.strip()).removeprefix(
-                ".venv/bin/"
-            )
-            words = shlex.split(line) if COMMAND.match(line) else []
-            if words and not set(words) & set(OF_OTHER_PACKAGES):
-                found.append((str(page.relative_to(ROOT)), line))
-    return sorted(set(found))
-
-
-@functools.cache
-def serve_parser() -> argparse.ArgumentParser:
-    """That of `vllm serve`."""
-    serve = pytest.importorskip("vllm.entrypoints.cli.serve")
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_dlm.plugin import register
-
-    register()
-    return serve.make_arg_parser(FlexibleArgumentParser())
 
 
 class Parsed(Exception):
     """The arguments are right; do not go on."""
 
 
-@pytest.mark.parametrize(("page", "command"), commands())
-def test_commands_are_parsed(page: str, command: str, monkeypatch, tmp_path):
-    """By the parser that a user's command meets; nothing is run."""
-    program, *argv = shlex.split(command)
+def parse_ours(words, monkeypatch):
+    if not set(words) & set(OF_OTHER_PACKAGES):
+        make_parser(words[1:]).parse_args(words[1:])
+
+
+def parse_vllm(words, monkeypatch):
+    vllm_parser().parse_args(words[1:])
+
+
+def parse_python(words, monkeypatch):
+    """A module of ours, up to its parsed arguments, or a file that exists."""
+    if words[1] != "-m":
+        assert (ROOT / words[1]).is_file()
+        return
+    module = words[2]
+    monkeypatch.setattr(sys, "argv", [module, *words[3:]])
+    monkeypatch.syspath_prepend(str(ROOT))
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        runpy.run_module(module, run_name="__main__")
+
+
+def parse_make(words, monkeypatch):
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    (phony,) = re.findall(r"^\.PHONY:((?:.*\\\n)*.*)$", makefile, flags=re.M)
+    targets = [word for word in words[1:] if "=" not in word]
+    assert set(targets) <= set(phony.split())
+
+
+def parse_pip(words, monkeypatch):
+    """Extras of ours, and files and folders, exist."""
+    assert words[1] == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for word in words[2:]:
+        if word.startswith("vllm-dlm"):
+            assert Requirement(word).extras <= extras["optional-dependencies"].keys()
+        elif not word.startswith("-"):
+            assert (ROOT / word).exists(), word
+
+
+def parse_curl(words, monkeypatch):
+    """Bodies are JSON. tests/server/test_documented.py sends them, where it can."""
+    body = next((b for flag, b in pairwise(words) if flag == "-d"), "{}")
+    if body != "$2":
+        json.loads(body)
+
+
+def parse_post(words, monkeypatch):
+    json.loads(words[2])
+
+
+def parse_docker(words, monkeypatch):
+    """Files exist; what stands behind an image of ours are a server's arguments."""
+    for flag, value in pairwise(words):
+        assert flag != "-f" or (ROOT / value).is_file(), value
+    images = [index for index, word in enumerate(words) if word.startswith("vllm-dlm:")]
+    if words[1] == "run":
+        vllm_parser().parse_args(["serve", *words[images[0] + 1 :]])
+
+
+def parse_kubectl(words, monkeypatch):
+    for flag, value in pairwise(words):
+        assert flag != "-f" or (ROOT / value).is_file(), value
+
+
+PROGRAMS = {
+    "vllm-dlm": parse_ours,
+    "vllm": parse_vllm,
+    "python": parse_python,
+    "make": parse_make,
+    "pip": parse_pip,
+    "curl": parse_curl,
+    "post": parse_post,  # training.md's, which makes it of curl
+    "post()": lambda *_: None,
+    "docker": parse_docker,
+    "kubectl": parse_kubectl,
+}
+"""How the arguments of each program on a page are checked."""
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    commands(),
+    ids=lambda value: "-".join(value)[:60] if isinstance(value, tuple) else value,
+)
+def test_commands_are_parsed(page: str, words: tuple[str, ...], monkeypatch, tmp_path):
+    """By the parser that a user's command meets, where it is ours; nothing is run."""
     monkeypatch.chdir(tmp_path)  # outputs are checked to be writable
-    if program == "vllm-dlm":
-        make_parser(argv).parse_args(argv)
-    elif program == "vllm":
-        serve_parser().parse_args(argv[1:])
-    else:
-        module = argv[1]
-        monkeypatch.setattr(sys, "argv", [module, *argv[2:]])
-        monkeypatch.syspath_prepend(str(ROOT))
-        parse = argparse.ArgumentParser.parse_args
-
-        def parse_and_stop(self, args=None, namespace=None):
-            parse(self, args, namespace)
-            raise Parsed
-
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        with pytest.raises(Parsed):
-            runpy.run_module(module, run_name="__main__")
+    assert words[0] in PROGRAMS, "say in PROGRAMS how its arguments are checked"
+    PROGRAMS[words[0]](words, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
