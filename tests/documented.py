@@ -22,7 +22,7 @@ PAGES = sorted(
     ]
 )
 
-OURS = re.compile(r"(\.venv/bin/)?(vllm-dlm|vllm|python -m benchmarks[.\w]*) \S")
+OURS = re.compile(r"(\.venv/bin/)?((vllm-dlm|vllm) \S|python -m benchmarks\b)")
 """Commands in a block of no language, which may as well be a picture."""
 
 _BEFORE = re.compile(r"((\w+=\S+|taskset -c \S+)\s+)+")
