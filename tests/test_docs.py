@@ -116,10 +116,10 @@ def parse_make(words, monkeypatch):
 def parse_pip(words, monkeypatch):
     """Extras of ours, and files and folders, exist."""
     assert words[1] == "install"
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in words[2:]:
         if word.startswith("vllm-dlm"):
-            assert Requirement(word).extras <= extras["optional-dependencies"].keys()
+            assert Requirement(word).extras <= project["optional-dependencies"].keys()
         elif not word.startswith("-"):
             assert (ROOT / word).exists(), word
 
@@ -135,18 +135,18 @@ def parse_post(words, monkeypatch):
     json.loads(words[2])
 
 
-def parse_docker(words, monkeypatch):
-    """Files exist; what stands behind an image of ours are a server's arguments."""
+def parse_kubectl(words, monkeypatch):
+    """Files exist."""
     for flag, value in pairwise(words):
         assert flag != "-f" or (ROOT / value).is_file(), value
+
+
+def parse_docker(words, monkeypatch):
+    """The same; what stands behind an image of ours are a server's arguments."""
+    parse_kubectl(words, monkeypatch)
     images = [index for index, word in enumerate(words) if word.startswith("vllm-dlm:")]
     if words[1] == "run":
         vllm_parser().parse_args(["serve", *words[images[0] + 1 :]])
-
-
-def parse_kubectl(words, monkeypatch):
-    for flag, value in pairwise(words):
-        assert flag != "-f" or (ROOT / value).is_file(), value
 
 
 PROGRAMS = {
