@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm_dlm.entrypoints.canvas_fields import canvas_fields
     from vllm_dlm.entrypoints.llm import LLM
     from vllm_dlm.entrypoints.step_maps import StepMap, step_map
+    from vllm_dlm.evaluation.likelihood import LogLikelihood, loglikelihood
     from vllm_dlm.switching.router import EntropyRouter
 
 try:
@@ -23,9 +24,11 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "LLM",
     "EntropyRouter",
+    "LogLikelihood",
     "StepMap",
     "__version__",
     "canvas_fields",
+    "loglikelihood",
     "search",
     "step_map",
 ]
@@ -49,6 +52,10 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module("vllm_dlm.search")
+    if name in ("LogLikelihood", "loglikelihood"):
+        from vllm_dlm.evaluation import likelihood
+
+        return getattr(likelihood, name)
     if name in ("StepMap", "step_map"):
         from vllm_dlm.entrypoints import step_maps
 

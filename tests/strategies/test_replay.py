@@ -151,3 +151,35 @@ def test_registered_with_bounds():
         )
     with pytest.raises(ValueError, match="steps: Field required"):
         parse_params("replay", {}, where="here")
+
+
+def test_recorded_tokens_are_written_whatever_the_model_predicts():
+    """Beyond the list, and in the prompt, the candidates stand."""
+    params = ReplayParams(recorded_steps=[0] * 8, recorded_tokens=[70, 71, 72])
+    strategy = Replay(params, 8, CPU)
+    view = make_view([C8])
+    view = replace(view, positions=torch.arange(-2, 6)[None])
+    decision = select(strategy, view)
+    assert decision.new_tokens is not None
+    model = view.candidate[0].tolist()
+    assert decision.new_tokens[0].tolist() == [*model[:2], 70, 71, 72, *model[5:]]
+
+
+def test_recorded_tokens_must_be_tokens():
+    known = replace(CPU, vocab_size=100, mask_id=99)
+    Replay.validate(ReplayParams(recorded_steps=[0], recorded_tokens=[98]), 8, known)
+    for token, message in ((100, "ids go from 0 to 99"), (99, "99 is the mask")):
+        params = ReplayParams(recorded_steps=[0], recorded_tokens=[token])
+        with pytest.raises(ValueError, match=message):
+            Replay.validate(params, 8, known)
+    with pytest.raises(ValidationError):
+        ReplayParams(recorded_steps=[0], recorded_tokens=[-1])
+    with pytest.raises(ValidationError, match="this one has 0"):
+        ReplayParams(recorded_steps=[0], recorded_tokens=[])
+
+
+def test_only_without_tokens_of_its_own_may_a_text_have_a_pattern():
+    plain = ReplayParams(recorded_steps=[0])
+    own = ReplayParams(recorded_steps=[0], recorded_tokens=[5])
+    assert Replay.why_unconstrained(plain) is None
+    assert Replay.why_unconstrained(own) == "it writes tokens of its own choice"

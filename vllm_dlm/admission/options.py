@@ -169,6 +169,8 @@ def check_strategy(
             own_block=own_block,
             options=server.strategy_options(),
             positions=positions,
+            vocab_size=model_config.get_vocab_size(),
+            mask_id=defaults.mask_token_id,
             edit_tokens=edit_tokens_of(model_config.hf_config),
         )
         STRATEGIES[config.strategy].validate(config.params, length, context)

@@ -451,6 +451,10 @@ class Context:
     """Whether the texts must match patterns; see `Strategy.heeds_patterns`. Candidates
     of masks are parts of one text that matches then, and those of decided positions
     can take their places in it, all or some of them."""
+    vocab_size: int | None = None
+    """Token ids are below this number; where requests are checked."""
+    mask_id: int | None = None
+    """Of the mask; where requests are checked."""
     edit_tokens: EditTokens | None = None
     """What the model predicts where the text is too long or too short; None for a
     model that edits no lengths."""

@@ -8,6 +8,8 @@ positions whose recorded step is b + s, or was before. A step without any is idl
 it was in the recording. Positions without a step follow when the rest of the block is
 written, the most confident one in each step. Where the tokens are the engine's own
 candidates, the same request gives the same text again, also when they are drawn.
+`recorded_tokens` names the tokens as well: then what is written is theirs, whatever
+the model would have written, and log-probabilities are those of a given text.
 No paper: the counterpart of the option `step_map`.
 """
 
@@ -32,6 +34,7 @@ from vllm_dlm.strategies.base import (
 from vllm_dlm.strategies.joint import MOST_POST_STEPS
 
 Step = Annotated[Count, Field(ge=-1, le=1_000_000)]
+Token = Annotated[Count, Field(ge=0)]
 
 LONGEST_MAP = 131_072
 """Tokens; it is sent with the request and kept on the device."""
@@ -57,16 +60,24 @@ class ReplayParams(Params):
             "beyond the list) are written at the end of their block, one in a step."
         ),
     )
+    recorded_tokens: tuple[Token, ...] | None = Field(
+        default=None,
+        fail_fast=True,
+        description=(
+            "Token id of every output token, to be written in place of what the model "
+            "predicts; beyond the list the model's own are written."
+        ),
+    )
 
-    @field_validator("recorded_steps")
+    @field_validator("recorded_steps", "recorded_tokens")
     @classmethod
-    def _check_length(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if not 1 <= len(steps) <= LONGEST_MAP:
+    def _check_length(cls, entries: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if entries is not None and not 1 <= len(entries) <= LONGEST_MAP:
             raise ValueError(
                 f"a step map has 1 to {LONGEST_MAP} entries, one per output token; "
-                f"this one has {len(steps)}"
+                f"this one has {len(entries)}"
             )
-        return steps
+        return entries
 
 
 class Replay(Strategy):
@@ -77,6 +88,7 @@ class Replay(Strategy):
     summary = "each token in the step that a step map names"
     Params = ReplayParams
     is_shared = False
+    own_tokens = True
 
     params: ReplayParams
 
@@ -89,11 +101,26 @@ class Replay(Strategy):
         largest = torch.cat([before_all, self.recorded]).cummax(dim=0).values
         self.first_steps = largest + 1
         """[N + 1] int64: the step at which a block begins that starts at a position."""
+        self.tokens: torch.Tensor | None = None
+        """[N] int64: tokens to write; None for the model's own."""
+        if params.recorded_tokens is not None:
+            self.tokens = torch.tensor(params.recorded_tokens, device=context.device)
 
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
-        """Refuse steps that no recording has."""
+        """Refuse steps that no recording has, and tokens that are none."""
         assert isinstance(params, ReplayParams)
+        for token in params.recorded_tokens or ():
+            if context.vocab_size is not None and token >= context.vocab_size:
+                raise ValueError(
+                    f"recorded_tokens: {token} is no token of this model, whose ids go "
+                    f"from 0 to {context.vocab_size - 1}"
+                )
+            if token == context.mask_id:
+                raise ValueError(
+                    f"recorded_tokens: {token} is the mask, which is never written; "
+                    "end the list before it, or name a token"
+                )
         # What is beyond the request's positions is never waited for.
         reached = params.recorded_steps[: context.positions]
         # One more than they fill: the prompt's last tokens may share the first.
@@ -123,5 +150,23 @@ class Replay(Strategy):
         rest = best_of(view.masked & ~known, view.confidence)
         return Decision(
             commit=due | (rest & ~waiting[:, None]),
+            new_tokens=self._tokens_at(view),
             idle=waiting & ~due.any(dim=1),
         )
+
+    def _tokens_at(self, view: View) -> torch.Tensor | None:
+        """[R, B] int64: what is written; None for the candidates."""
+        if self.tokens is None:
+            return None
+        last = len(self.tokens) - 1
+        named = (view.positions >= 0) & (view.positions <= last)
+        recorded = self.tokens[view.positions.clamp(0, last)]
+        return torch.where(named, recorded, view.candidate)
+
+    @classmethod
+    def why_unconstrained(cls, params: AnyParams) -> str | None:
+        """Without tokens of its own it writes candidates, which match."""
+        assert isinstance(params, ReplayParams)
+        if params.recorded_tokens is None:
+            return None
+        return super().why_unconstrained(params)
