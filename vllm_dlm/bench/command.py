@@ -4,27 +4,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from vllm_dlm.bench.arguments import (
+    DTYPES,
+    against,
+    cache,
+    counts,
+    dtypes,
+    json_option,
+    server_option,
+    settings_of,
+    strategy,
+    text_option,
+)
 from vllm_dlm.bench.cells import Results, without_folders
-from vllm_dlm.bench.engine import load_adapter
 from vllm_dlm.bench.environment import record
 from vllm_dlm.cli.arguments import count
 from vllm_dlm.config.cache import POLICIES
-from vllm_dlm.config.options import DlmConfig, parse_params
-from vllm_dlm.config.validation import parse_policy
-from vllm_dlm.strategies import STRATEGIES
 
-Setting: TypeAlias = tuple[str, dict[str, Any]]
-"""A strategy or a cache policy, and its parameters."""
-
-DTYPES = ("float32", "bfloat16")
-AGAINST = ("plain", "ar", "adapter:FILE.py:Class")
 MODES = ("serve", "offline")
 SOFTMAX = ("float64", "float32")
 
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cells = parser.add_argument_group("the cells: every combination is measured")
     cells.add_argument(
         "--strategies",
-        type=_settings_of(_strategy),
+        type=settings_of(strategy),
         default="threshold",
         metavar="NAME,...",
         help="a strategy may have parameters, as in threshold:threshold=0.8 "
@@ -93,21 +94,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cells.add_argument(
         "--caches",
-        type=_settings_of(_cache),
+        type=settings_of(cache),
         default="none",
         metavar="NAME,...",
         help=f"of {', '.join(POLICIES)}; parameters as above (default: %(default)s)",
     )
     cells.add_argument(
         "--concurrency",
-        type=_counts,
+        type=counts,
         default="1,4,16",
         metavar="N,...",
         help="requests in flight (default: %(default)s)",
     )
     cells.add_argument(
         "--dtype",
-        type=_dtypes,
+        type=dtypes,
         default="bfloat16",
         metavar="NAME,...",
         help=f"of {', '.join(DTYPES)} (default: %(default)s)",
@@ -125,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cells.add_argument(
         "--against",
-        type=_against,
+        type=against,
         default="",
         metavar="NAME,...",
         help="also measure: plain (a PyTorch loop, one request at a time: static and "
@@ -152,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engines.add_argument(
         "--server-option",
-        type=_server_option,
+        type=server_option,
         action="append",
         default=[],
         metavar="NAME=JSON",
@@ -160,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engines.add_argument(
         "--engine-option",
-        type=_json_option,
+        type=json_option,
         action="append",
         default=[],
         metavar="NAME=JSON",
@@ -168,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engines.add_argument(
         "--adapter-option",
-        type=_text_option,
+        type=text_option,
         action="append",
         default=[],
         metavar="NAME=TEXT",
@@ -267,95 +268,3 @@ def _shown(args: argparse.Namespace) -> dict[str, Any]:
     # A hub id has a slash, but is no path.
     model = args.model if not Path(args.model).is_dir() else Path(args.model).name
     return without_folders(shown) | {"model": model}
-
-
-# -- arguments ------------------------------------------------------------
-
-
-def _counts(text: str) -> list[int]:
-    return [count(part) for part in text.split(",")]
-
-
-def _dtypes(text: str) -> list[str]:
-    for part in text.split(","):
-        if part not in DTYPES:
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is not one of {', '.join(DTYPES)}"
-            )
-    return text.split(",")
-
-
-def _strategy(name: str, params: Mapping[str, Any], where: str) -> None:
-    STRATEGIES.check(name)
-    parse_params(name, params, where=where)
-
-
-def _cache(name: str, params: Mapping[str, Any], where: str) -> None:
-    if name not in POLICIES:
-        raise ValueError(f"{name!r} is not one of {', '.join(POLICIES)}")
-    parse_policy("cache", POLICIES, name, params, where=where)
-
-
-def _settings_of(
-    check: Callable[[str, Mapping[str, Any], str], None],
-) -> Callable[[str], list[Setting]]:
-    """A parser of `NAME:PARAMETER=VALUE:...,NAME`: names and parameters, checked."""
-
-    def parse(text: str) -> list[Setting]:
-        found = []
-        for part in text.split(","):
-            name, *settings = part.split(":")
-            params = dict(map(_json_option, settings))
-            try:
-                check(name, params, repr(part))
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-            found.append((name, params))
-        return found
-
-    return parse
-
-
-def _server_option(text: str) -> tuple[str, Any]:
-    name, value = _json_option(text)
-    try:
-        DlmConfig.from_mapping({name: value}, where="--server-option")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return name, value
-
-
-def _against(text: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    for name in names:
-        if name in ("plain", "ar"):
-            continue
-        kind, _, spec = name.partition(":")
-        if kind != "adapter":
-            raise argparse.ArgumentTypeError(
-                f"{name!r} is not one of {', '.join(AGAINST)}"
-            )
-        try:
-            load_adapter(spec)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return names
-
-
-def _text_option(text: str) -> tuple[str, str]:
-    name, is_there, value = text.partition("=")
-    if not name or not is_there:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE")
-    return name, value
-
-
-def _json_option(text: str) -> tuple[str, Any]:
-    name, value = _text_option(text)
-    return name, _json_or_text(value)
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
