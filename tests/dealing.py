@@ -14,7 +14,7 @@ from collections.abc import Iterable
 COSTLY = (
     *("tests/engine", "tests/server", "tests/spec_decode", "tests/switching"),
     *("tests/training", "tests/bench", "tests/search", "tests/distributed"),
-    "tests/steering",
+    *("tests/steering", "tests/evaluation"),
     # Programs in processes of their own, which import vLLM.
     "tests",
 )

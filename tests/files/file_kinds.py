@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from vllm_dlm import trajectories
 from vllm_dlm.bench.cells import Results
+from vllm_dlm.evaluation.tasks import TaskOptions, make_tasks
 from vllm_dlm.files.whole_files import (
     write_json,
     write_text,
@@ -173,6 +174,14 @@ def write_constant(path: Path) -> None:
     write_json(path, one.model_dump())
 
 
+def write_questions(path: Path) -> None:
+    write_text(path, '{"question": "1 and 1?", "answer": "So\\n#### 2"}\n')
+
+
+def read_questions(path: Path) -> Any:
+    return make_tasks(["gsm8k"], TaskOptions(data={"gsm8k": path}))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file."""
@@ -202,6 +211,7 @@ KINDS = {
         write_prompts, lambda path: read_prompts(str(path), None, False), ".jsonl"
     ),
     "rows": Kind(write_rows, read_some_rows, ".jsonl"),
+    "questions": Kind(write_questions, read_questions, ".jsonl"),
     "metrics": Kind(write_metrics, read_metrics, ".jsonl"),
     "measures": Kind(write_measures, Measures.read, ".json"),
     "steering constant": Kind(write_constant, read_constant, ".json"),
@@ -211,7 +221,7 @@ KINDS = {
 }
 TENSORS = [name for name, kind in KINDS.items() if kind.suffix == ".safetensors"]
 OF_JSON = ("results", "answers")
-LINES = ("log", "texts", "prompts", "rows", "metrics")
+LINES = ("log", "texts", "prompts", "rows", "metrics", "questions")
 
 
 def file_of(kind: str, folder: Path) -> Path:

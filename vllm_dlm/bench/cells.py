@@ -130,6 +130,9 @@ class _StoredCell(BaseModel):
     cache_config: dict[str, Any]
     counts: dict[str, Any] | None = None
     error: str | None = None
+    # Of `vllm-dlm eval`.
+    task: str | None = None
+    metric: str | None = None
 
 
 class _Stored(BaseModel):
@@ -199,7 +202,6 @@ def _read(path: Path) -> dict[str, Any]:
         checked(_Stored, data)
     except ValueError as error:
         raise ValueError(
-            f"--json {path} is not a file of `vllm-dlm bench`, version {VERSION}: "
-            f"{error}"
+            f"--json {path} is not a file of results, version {VERSION}: {error}"
         ) from None
     return data

@@ -132,6 +132,10 @@ TOOLS = {
         "vllm_dlm.training.counts.trigrams",
         "count the tri-grams of texts, for speculative decoding by ADED",
     ),
+    "eval": (
+        "vllm_dlm.evaluation.command",
+        "ask tasks: accuracy, tokens per forward, speed, by strategy and cache",
+    ),
     "search": (
         "vllm_dlm.search.command",
         "search for better answers: best of n, votes, trees, particles, look-ahead",

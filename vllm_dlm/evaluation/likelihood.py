@@ -128,6 +128,42 @@ def loglikelihood(
     ]
 
 
+def greedy_matches(
+    llm: LLM, pairs: Sequence[tuple[list[int], list[int]]]
+) -> list[bool]:
+    """Whether the model itself would write continuations: one token in each step.
+
+    The most confident one comes first, as LLaDA's own evaluation asks it.
+
+    Args:
+        llm: an engine of one of our models.
+        pairs: token ids of prompt and continuation.
+    """
+    from vllm import SamplingParams
+
+    model = _checked_model(llm)
+    options: dict[str, Any] = {"strategy": "static", "cache": "none", "eotp": "off"}
+    options |= {"growth": "none", "reference_exact": False}
+    if model.is_whole:
+        options["block_length"] = "canvas"
+    sampling = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=len(target),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"dlm": options | {"steps": len(target)}},
+        )
+        for _, target in pairs
+    ]
+    prompts = [{"prompt_token_ids": prompt} for prompt, _ in pairs]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return [
+        list(output.outputs[0].token_ids) == target
+        for output, (_, target) in zip(outputs, pairs, strict=True)
+    ]
+
+
 def tokenized(
     llm: LLM, prompt: Text, continuation: Text
 ) -> tuple[list[int], list[int]]:
