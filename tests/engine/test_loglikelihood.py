@@ -18,7 +18,10 @@ from reference.llada import TinyLLaDA
 from reference.network import TinyModel, block_causal
 
 from vllm_dlm import loglikelihood
+from vllm_dlm.config.aliases import local_folder
+from vllm_dlm.evaluation.likelihood import greedy_matches
 from vllm_dlm.evaluation.masks import draw_masks
+from vllm_dlm.tasks.tokenizer import encode, encode_prompt
 
 Network = TinyLLaDA | TinyModel
 
@@ -187,6 +190,24 @@ def test_a_model_with_a_shift(
     assert one.value == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_trained_model_knows_the_answer(engines: Callable[..., Engine]):
+    """llada-tiny, beside the plain loop; what is right is more probable."""
+    folder = local_folder("llada-tiny")
+    assert folder is not None
+    engine, network = engines(model=folder), TinyLLaDA.from_folder(folder)
+    question = encode_prompt("Sort [Eva, Ben, Carl]", chat=False)
+    right, wrong = encode("[Ben, Carl, Eva]"), encode("[Carl, Ben, Eva]")
+    pairs = [(question, right), (question, wrong)]
+    found = loglikelihood(engine.llm, pairs, samples=16, strata=4)
+    for number, (pair, one) in enumerate(zip(pairs, found, strict=True)):
+        rng = np.random.default_rng((0, number))
+        value, _ = by_hand(network, *pair, 16, 4, rng)
+        assert one.value == pytest.approx(value, rel=1e-3, abs=1e-3)
+    assert found[0].value > found[1].value + 5
+    assert greedy_matches(engine.llm, pairs) == [True, False]
+
+
 @pytest.mark.parametrize(
     ("pairs", "options", "message"),
     [
@@ -194,7 +215,7 @@ def test_a_model_with_a_shift(
         ([((3,), ())], {}, "continuation is empty"),
         ([("t3", (3,))], {}, "not one of each"),
         ([((3,), (4, 120))], {}, "holds the mask, token 120"),
-        ([((3,), (4, 128))], {}, "128 is no token of this model"),
+        ([((3,), (4, 128))], {}, "holds 128, which is no token"),
         (PAIRS, {"samples": 0}, "at least 1, not 0"),
         (PAIRS, {"samples": 8, "strata": 3}, "divide samples, which is 8; 3 does not"),
     ],
