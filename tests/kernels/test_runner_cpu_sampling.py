@@ -323,7 +323,7 @@ def test_rows_of_a_prompts_tail_have_no_draft():
     assert positions.tolist() == [8, 9, 10, 5, 6, 7]
 
 
-VERIFIED, STEPS, WORDS = 30_000, 2, 5
+VERIFIED, STEPS, WORDS = 8_000, 2, 5
 
 
 def verified(temperature: float, certain: bool, absent: bool = False):

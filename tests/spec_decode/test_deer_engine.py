@@ -77,10 +77,10 @@ CASES = [
     ("sdar", "auto", "cached", 1),
     ("nemotron", "auto", "cached", 1),
     ("llada", "auto", "recompute", 2),
-    ("sdar", "auto", "cached", 2),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in [
+            ("sdar", "auto", "cached", 2),
             ("nemotron", "auto", "cached", 2),
             *(
                 (*case, runner)

@@ -258,7 +258,7 @@ class DeerSpeculator(FailSafe, DeerRounds, DraftModelSpeculator):
             .numpy()
             .astype(np.int64)
         )
-        parameters = [self.parameters.of_slot[slot] for slot in self.slots]
+        parameters = [self.parameters.of_slot[slot] for slot in self.slots.tolist()]
         longest = self.runner.max_model_len
         share = share_of(self.runner.max_num_tokens, len(slots), most)
         limits = np.zeros(len(slots), np.int64)
