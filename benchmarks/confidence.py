@@ -214,8 +214,8 @@ def main() -> int:
         # Requests of a batch are at different places of different answers.
         rest = num_fitted + torch.randperm(len(states) - num_fitted)
         for name, confidence in ways.items():
-            judged = [drafts.accepted[rest], confidence[rest]]
-            cells = [f"{gained(*judged, n):.2f}" for n in budgets]
+            accepted, judged = drafts.accepted[rest], confidence[rest]
+            cells = [f"{gained(accepted, judged, n):.2f}" for n in budgets]
             print(f"| {temperature:g} | {name} | {' | '.join(cells)} |")
     print(f"\n{len(states) - num_fitted} states, {REQUESTS} at a time, K={args.most}")
     return 0
