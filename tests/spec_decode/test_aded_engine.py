@@ -112,9 +112,8 @@ def test_seeded_requests_do_not_influence_each_other(engine: Engine, drafts: Dra
     in_batch = sorted(drafts.values())
     # Greedy ones, which teach a shared memory.
     engine.run(prompts, params(60, allowed_token_ids=FEW))
-    assert bool(is_shared(engine) and engine.drafter.shared.num_learned) == is_shared(
-        engine
-    )
+    if is_shared(engine):
+        assert engine.drafter.shared.num_learned
     drafts.clear()
     alone = [
         engine.run([prompt], one)[0]

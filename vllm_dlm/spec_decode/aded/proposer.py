@@ -120,6 +120,7 @@ class AdedProposer(drafter.FailSafe):
             rows = [row for row, got in enumerate(sampled_token_ids) if got]
             for row in rows:
                 self.teach(names[row], texts[row], len(sampled_token_ids[row]))
+            # A row with a limit was taught.
             rows = [row for row in rows if limits[row] and len(texts[row]) > 1]
             parts = min(self.num_threads, -(-len(rows) // ROWS_PER_THREAD))
             if parts > 1:
@@ -140,6 +141,8 @@ class AdedProposer(drafter.FailSafe):
             num_new: how many of them came in this round.
         """
         params = self.runner.requests[request].sampling_params
+        if params is None:
+            return
         if not request_limit(params.extra_args, self.runner.num_spec_tokens):
             return
         # What was accepted behind the end of the text is no part of it.
