@@ -10,9 +10,11 @@ from spec_decode.del_reference import Oracle
 from spec_decode.harness import fade, ragged_prompts, write_llama
 from transformers import LlamaForCausalLM
 
-from benchmarks.exit_replay import STOPS, Network, play, record, table
+from benchmarks import exit_replay
+from benchmarks.exit_replay import STOPS, Network, Recording, play, record, table
 
-NUM_LAYERS, MAX_TOKENS = 5, 30
+NUM_LAYERS, MAX_TOKENS = 4, 14
+PROMPTS = ragged_prompts(5)[1::3]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stop", STOPS)
-def test_rounds_are_the_oracles(folder: Path, stop: str):
-    prompts = ragged_prompts(4)
+@pytest.fixture(scope="module")
+def recordings(folder: Path) -> list[Recording]:
     network = Network(folder)
-    recordings = [record(network, prompt, MAX_TOKENS) for prompt in prompts]
+    return [record(network, prompt, MAX_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_rounds_are_the_oracles(folder: Path, recordings: list[Recording], stop: str):
     counts = play(
         recordings,
         stop,
@@ -40,7 +45,7 @@ def test_rounds_are_the_oracles(folder: Path, stop: str):
         max_tokens=MAX_TOKENS,
     )
     oracle = Oracle(folder, list(range(1, NUM_LAYERS)), NUM_LAYERS, stop)
-    for (tokens, forwards, layers), prompt in zip(counts, prompts, strict=True):
+    for (tokens, forwards, layers), prompt in zip(counts, PROMPTS, strict=True):
         rounds = oracle.rounds(prompt, MAX_TOKENS)
         assert tokens == MAX_TOKENS
         # The prompt's forward comes before the rounds, and a last token without a
@@ -50,9 +55,8 @@ def test_rounds_are_the_oracles(folder: Path, stop: str):
     assert layers > 0
 
 
-def test_table(folder: Path):
-    network = Network(folder)
-    recordings = [record(network, prompt, 12) for prompt in ragged_prompts(2)]
+def test_table(recordings: list[Recording], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(exit_replay, "RESAMPLINGS", 20)
     lines = table(recordings, NUM_LAYERS).splitlines()
     assert len(lines) == 2 + 2 * len(STOPS)
     assert len({line.count("|") for line in lines}) == 1
