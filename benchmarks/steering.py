@@ -87,10 +87,10 @@ def write(
 def main() -> None:
     """Print a table of pairs and constants."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-problems", type=count, default=1000)
-    parser.add_argument("--num-rows", type=count, default=1000, help="to calibrate")
+    parser.add_argument("--num-problems", type=count, default=400)
+    parser.add_argument("--num-rows", type=count, default=400, help="to calibrate")
     parser.add_argument(
-        "--steps", type=count, nargs="+", default=[50, 200], help="of tunings"
+        "--steps", type=count, nargs="+", default=[100], help="of tunings"
     )
     parser.add_argument("--keep", type=float, default=KEEP)
     parser.add_argument("--seed", type=int, default=1)
