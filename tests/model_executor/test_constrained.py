@@ -262,4 +262,4 @@ def test_whatever_is_written_texts_match():
 
 @pytest.mark.slow
 def test_thousands_of_texts_match():
-    assert sum(decode(1000 + seed) for seed in range(10_000)) > 7000
+    assert sum(decode(1000 + seed) for seed in range(3000)) > 2100
