@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def record(network: Network, prompt: Sequence[int], max_tokens: int) -> Recordin
     best, sure = (
         torch.stack(list(part), 1).numpy() for part in zip(*said, strict=True)
     )
-    drafts = {}
+    drafts: dict[tuple[int, int], Any] = {}
     known = torch.arange(len(prompt) + 1, count)
     for exit in range(1, layers):
         found = _drafts(network, tokens, known, pages[:exit], exit)
@@ -264,7 +264,10 @@ def table(recordings: Sequence[Recording], num_layers: int) -> str:
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(recordings), (RESAMPLINGS, len(recordings)))
     for statistics in ("shared", "request"):
-        options = {"shared": statistics == "shared", "num_layers": num_layers}
+        options: dict[str, Any] = {
+            "shared": statistics == "shared",
+            "num_layers": num_layers,
+        }
         default = play(recordings, DEFAULTS.stop, **options)
         for stop in STOPS:
             own = play(recordings, stop, **options)

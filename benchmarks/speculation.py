@@ -234,7 +234,7 @@ def counting(llm: Any) -> Iterator[Counter[str]]:
 def forget(llm: Any) -> None:
     """Have a drafter that learns from what is served start anew."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    drafter = getattr(worker.model_runner, "drafter", None)
+    drafter: Any = getattr(worker.model_runner, "drafter", None)
     if hasattr(drafter, "forget"):
         drafter.forget()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,9 +114,7 @@ def main() -> None:
         mus = {"no steering": 0.0, "mean": found.mean, "likelihood": found.likelihood}
         for origin, mu in mus.items():
             right = exact_match(
-                lambda prompts, models=models, mu=mu: write(
-                    models, prompts, mu, args.keep
-                ),
+                partial(write, models, mu=mu, keep=args.keep),
                 args.num_problems,
                 batch_size=250,
             )["all"]

@@ -25,7 +25,7 @@ PAGES = sorted(
 OURS = re.compile(r"(\.venv/bin/)?((vllm-dlm|vllm) \S|python -m benchmarks\b)")
 """Commands in a block of no language, which may as well be a picture."""
 
-_BEFORE = re.compile(r"((\w+=\S+|taskset -c \S+)\s+)+")
+_BEFORE = re.compile(r"^((\w+=\S+|taskset -c \S+)\s+)+")
 """What may stand before a program's name."""
 
 

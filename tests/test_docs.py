@@ -79,12 +79,17 @@ class Parsed(Exception):
 
 
 def parse_ours(words, monkeypatch):
-    if not set(words) & set(OF_OTHER_PACKAGES):
-        make_parser(words[1:]).parse_args(words[1:])
+    argv = list(words[1:])
+    if "--help" in argv:
+        with pytest.raises(SystemExit, match="^0$"):
+            make_parser(argv).parse_args(argv)
+    else:
+        make_parser(argv).parse_args(argv)
 
 
 def parse_vllm(words, monkeypatch):
-    vllm_parser().parse_args(words[1:])
+    if not set(words) & set(OF_OTHER_PACKAGES):
+        vllm_parser().parse_args(words[1:])
 
 
 def parse_python(words, monkeypatch):

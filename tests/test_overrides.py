@@ -11,15 +11,19 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter
 from types import FunctionType
 
 import vllm_dlm
 
+OF_EXTRAS = {"vllm_dlm.evaluation.lm_eval_model": "lm_eval"}
+
 
 def modules() -> Iterator[str]:
     for module in pkgutil.walk_packages(vllm_dlm.__path__, "vllm_dlm."):
-        if not module.name.endswith("__main__"):
+        needed = OF_EXTRAS.get(module.name, "vllm_dlm")
+        if not module.name.endswith("__main__") and find_spec(needed):
             yield module.name
 
 

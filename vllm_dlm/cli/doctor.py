@@ -158,7 +158,7 @@ def _check_modules(report: Report) -> None:
     files = [file.relative_to(root) for file in sorted(root.rglob("*.py"))]
     # Without `__init__.py` some folders are packages too (pyproject.toml).
     names = {".".join((root.name, *file.with_suffix("").parts)) for file in files}
-    optional = _optional_modules()
+    optional = optional_modules()
     num_imported = 0
     for name in sorted(name.removesuffix(".__init__") for name in names):
         try:
@@ -173,14 +173,15 @@ def _check_modules(report: Report) -> None:
     report.good("modules", f"{num_imported} of {len(names)} imported")
 
 
-def _optional_modules() -> dict[str, str]:
+def optional_modules() -> dict[str, str]:
     """Modules that need not be there, and what brings them."""
     found = {"triton": "triton comes with torch for a GPU"}
     for line in requires("vllm-dlm") or ():
         requirement = Requirement(line)
         extra = re.search(r"extra == ['\"](\w+)", str(requirement.marker or ""))
         if extra:
-            found[requirement.name] = f"pip install 'vllm-dlm[{extra[1]}]' brings it"
+            name = requirement.name.replace("-", "_")
+            found[name] = f"pip install 'vllm-dlm[{extra[1]}]' brings it"
     return found
 
 

@@ -22,10 +22,11 @@ from vllm_dlm.bench.cells import Results, without_folders
 from vllm_dlm.bench.environment import record
 from vllm_dlm.cli.arguments import count
 from vllm_dlm.config.cache import POLICIES
-from vllm_dlm.evaluation.lm_eval_tasks import PREFIX, harness_tasks
+from vllm_dlm.evaluation.lm_eval_tasks import PREFIX, HarnessTask, harness_tasks
 from vllm_dlm.evaluation.sandbox import Sandbox
 from vllm_dlm.evaluation.tasks import (
     FAMILIES,
+    Task,
     TaskOptions,
     expanded,
     family_of,
@@ -197,7 +198,10 @@ def run(args: argparse.Namespace) -> int:
         sandbox.check()
     own, others = _apart(args.tasks)
     options = TaskOptions(args.limit, args.seed, args.shots, dict(args.data), sandbox)
-    tasks = [*make_tasks(expanded(own), options), *harness_tasks(others, args)]
+    tasks: list[Task | HarnessTask] = [
+        *make_tasks(expanded(own), options),
+        *harness_tasks(others, args),
+    ]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(
         os.sched_getaffinity(0)

@@ -30,7 +30,7 @@ def _read_mu(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | str | Path):
         raise ValueError("expected a number or the name of a file")
     try:
-        number = float(value)
+        number = float(str(value))
     except ValueError:
         if not str(value).strip():
             raise ValueError("expected a number or the name of a file") from None

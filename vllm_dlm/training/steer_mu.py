@@ -243,11 +243,11 @@ def run(args: argparse.Namespace) -> None:
 
     tokenizer, base_tokenizer = map(load_tokenizer, (args.tuned, args.base))
     rows = _rows(args, tokenizer, base_tokenizer)
-    models = [
+    tuned, base = (
         load_causal_lm(name, args.device, args.dtype)
         for name in (args.tuned, args.base)
-    ]
-    found = calibrate(*models, rows, keep=args.keep, batch_rows=args.batch_rows)
+    )
+    found = calibrate(tuned, base, rows, keep=args.keep, batch_rows=args.batch_rows)
     mu = getattr(found, args.fit)
     constant = Constant(
         mu=mu,
