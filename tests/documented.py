@@ -8,7 +8,9 @@ import functools
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -75,8 +77,10 @@ def vllm_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(required=True, dest="subcommand")
     for name in ("benchmark.main", "run_batch"):
         module = importlib.import_module(f"vllm.entrypoints.cli.{name}")
-        for command in module.cmd_init():
-            command.subparser_init(subcommands)
+        # vLLM looks there whether it is `vllm bench`, and else gives it no types.
+        with mock.patch.object(sys, "argv", ["vllm", "bench"]):
+            for command in module.cmd_init():
+                command.subparser_init(subcommands)
     for command in serve.cmd_init():
         command.subparser_init(subcommands)
     return parser

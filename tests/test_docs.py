@@ -177,6 +177,7 @@ PROGRAMS = {
 def test_commands_are_parsed(page: str, words: tuple[str, ...], monkeypatch, tmp_path):
     """By the parser that a user's command meets, where it is ours; nothing is run."""
     monkeypatch.chdir(tmp_path)  # outputs are checked to be writable
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     assert words[0] in PROGRAMS, "say in PROGRAMS how its arguments are checked"
     PROGRAMS[words[0]](words, monkeypatch)
 
