@@ -13,8 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ def record(network: Network, prompt: Sequence[int], max_tokens: int) -> Recordin
     best, sure = (
         torch.stack(list(part), 1).numpy() for part in zip(*said, strict=True)
     )
-    drafts: dict[tuple[int, int], Any] = {}
+    drafts: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
     known = torch.arange(len(prompt) + 1, count)
     for exit in range(1, layers):
         found = _drafts(network, tokens, known, pages[:exit], exit)
@@ -264,13 +265,12 @@ def table(recordings: Sequence[Recording], num_layers: int) -> str:
     generator = np.random.default_rng(0)
     picks = generator.integers(0, len(recordings), (RESAMPLINGS, len(recordings)))
     for statistics in ("shared", "request"):
-        options: dict[str, Any] = {
-            "shared": statistics == "shared",
-            "num_layers": num_layers,
-        }
-        default = play(recordings, DEFAULTS.stop, **options)
+        replay = partial(
+            play, recordings, shared=statistics == "shared", num_layers=num_layers
+        )
+        default = replay(DEFAULTS.stop)
         for stop in STOPS:
-            own = play(recordings, stop, **options)
+            own = replay(stop)
             gains = [
                 rate(own[pick], num_layers) - rate(default[pick], num_layers)
                 for pick in picks
@@ -280,7 +280,7 @@ def table(recordings: Sequence[Recording], num_layers: int) -> str:
             cells.append("" if stop == DEFAULTS.stop else f"{low:+.3f} to {high:+.3f}")
             for power in POWERS:
                 if power != 1:
-                    counts = play(recordings, stop, power=power, **options)
+                    counts = replay(stop, power=power)
                     cells.append(f"{rate(counts, num_layers):.2f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
