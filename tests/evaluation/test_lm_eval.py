@@ -106,7 +106,8 @@ def test_the_model_class():
     ) as llm:
         assert isinstance(llm, vllm.LLM)
         model = VllmDlm(llm=llm)
-        pairs = [("Copy [Ada, Ben]", "[Ada, Ben]"), ("Copy [Ada, Ben]", "[Ben, Ada]")]
+        question = "Copy [Ada, Ben, Carl]"
+        pairs = [(question, "[Ada, Ben, Carl]"), (question, "[Ben, Ada, Carl]")]
         requests = [
             Instance("loglikelihood", {}, pair, index)
             for index, pair in enumerate(pairs)

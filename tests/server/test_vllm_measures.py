@@ -78,7 +78,7 @@ def test_bench_throughput(tmp_path: Path):
 
 def test_run_batch(tmp_path: Path):
     """Bodies as over HTTP; one that is wrong spoils no other."""
-    chat = [{"role": "user", "content": "Copy [Ada, Ben]"}]
+    chat = [{"role": "user", "content": "Reverse [Ada, Ben, Carl]"}]
     bodies: list[tuple[str, dict[str, Any]]] = [
         ("/v1/chat/completions", {"messages": chat, "max_tokens": 32}),
         (
@@ -106,6 +106,6 @@ def test_run_batch(tmp_path: Path):
         for line in map(json.loads, answered.read_text().splitlines())
     }
     body = found["0"]["response"]["body"]
-    assert body["choices"][0]["message"]["content"] == "[Ada, Ben]"
+    assert body["choices"][0]["message"]["content"] == "[Carl, Ben, Ada]"
     assert found["1"]["response"]["status_code"] == 400
     assert "no such" in json.dumps(found["1"])
