@@ -35,7 +35,7 @@ dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["{{{{wrong}}}}", "{{{{answer}}}}"]
+doc_to_choice: "{{{{[wrong, answer]}}}}"
 doc_to_target: 1
 target_delimiter: ""
 metric_list:
