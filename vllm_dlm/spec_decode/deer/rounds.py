@@ -76,6 +76,9 @@ class DeerRounds(DiffusionNetwork):
         """Draft by one denoising step for all requests, in few forwards."""
         starts, ends, widths = self._work(batch)
         rows = np.flatnonzero(ends > starts)
+        # A request may read pages that another computes in this very step: whoever
+        # begins further left goes first, if there are several forwards.
+        rows = rows[np.argsort(starts[rows], kind="stable")]
         tokens: list[list[int]] = [[] for _ in batch.request_ids]
         probs = None
         if not batch.all_greedy and widths.any():
