@@ -273,10 +273,10 @@ def config(additional):
     config.additional_config = additional
     config._get_v2_model_runner_unsupported_features = lambda: []
     return config.use_v2_model_runner
-asked = {}, {"dlm_runner": 1}, {"dlm_runner": 2}, {"dlm_switching": {}}
+asked = {}, {"dlm_runner": 1}, {"dlm_runner": 2}
 print([config(keys) for keys in asked])
 """
-    assert run_python(code) == "[True, False, True, False]"
+    assert run_python(code) == "[True, False, True]"
 
 
 def test_engine_core_applies_the_patches_before_its_scheduler():

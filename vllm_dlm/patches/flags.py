@@ -79,6 +79,7 @@ def from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     ),
     upstream="docs/upstream.md#a-negative-number-is-taken-for-an-option",
     drop_when="vLLM's parser tells -1.2 from -O.level",
+    mends_vllm=True,
 )
 def parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
     """Reads `--dlm-steer-mu -1.2` as `--dlm-steer-mu=-1.2`; of our flags alone."""
