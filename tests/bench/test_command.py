@@ -121,7 +121,7 @@ def test_a_file_is_not_overwritten(bench, tmp_path):
     with pytest.raises(ValueError, match="--resume"):
         bench(*PLAIN, *SHORT, "--strategies", "static")
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a file of `vllm-dlm bench`"):
+    with pytest.raises(ValueError, match="not a file of results"):
         bench(*PLAIN, *SHORT, "--resume")
 
 
