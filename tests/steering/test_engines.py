@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from steering.conftest import Steered
-from steering.reference import BASE, TUNED, load
+from steering.reference import BASE, TUNED
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_dlm.config.aliases import local_folder
@@ -58,63 +55,6 @@ def test_compiled(engines, steered, prompts):
     given = {"dlm_steer_base": BASE, "dlm_steer_mu": -1.2}
     compiled = engines(**given, enforce_eager=False)
     assert compiled.write(prompts) == wanted
-
-
-def quantize(folder: Path) -> tuple[str, Any]:
-    """The base with weights of 8 bits; and its network, with those weights."""
-    network = load(BASE)
-    state = network.state_dict()
-    packed = {}
-    for name, weight in state.items():
-        if not name.endswith("_proj.weight"):
-            packed[name] = weight.contiguous()
-            continue
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        packed[name] = (weight / scale).round().to(torch.int8)
-        packed[f"{name}_scale"] = scale
-        state[name] = packed[name] * scale
-    network.load_state_dict(state)
-    folder.mkdir()
-    save_file(packed, folder / "model.safetensors")
-    kind = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**kind, "strategy": "channel", "dynamic": False},
-        "input_activations": {**kind, "strategy": "token", "dynamic": True},
-    }
-    config = json.loads(Path(f"{local_folder(BASE)}/config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{local_folder(BASE)}/{name}", folder)
-    return str(folder), network
-
-
-def test_a_quantized_base(engines, pair, prompts, tmp_path):
-    """Beside a tuned model that is not; what it leaves as it is has another prefix."""
-    folder, network = quantize(tmp_path / "base")
-    engine = engines(dlm_steer_base=folder, dlm_steer_mu=-1.0)
-    core = engine.llm.llm_engine.engine_core.engine_core
-    model = core.model_executor.driver_worker.worker.model_runner.model
-    assert model.base.model.layers[0].mlp.down_proj.weight.dtype == torch.int8
-    assert model.base.lm_head.weight.dtype == torch.float32
-    assert model.tuned.model.layers[0].mlp.down_proj.weight.dtype == torch.float32
-    other = copy.copy(pair)
-    other.networks = [pair.networks[0], network]
-    sure = 0
-    for prompt, tokens in zip(prompts, engine.write(prompts), strict=True):
-        wanted = other.write(prompt, 24, -1.0, 0.1)
-        # Activations are rounded to 8 bits, too.
-        if wanted.closest > 0.2:
-            sure += 1
-            assert tokens == wanted.token_ids
-    assert sure > 5
 
 
 def write_llama(folder: Path, seed: int, layers: int) -> str:
