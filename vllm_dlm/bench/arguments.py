@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the benchmark's arguments: strategies, cache policies, options as JSON."""
+"""Arguments that commands which measure share, and types of arguments."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from vllm_dlm.bench.engine import load_adapter
@@ -20,6 +21,69 @@ Setting: TypeAlias = tuple[str, dict[str, Any]]
 
 DTYPES = ("float32", "bfloat16")
 AGAINST = ("plain", "ar", "adapter:FILE.py:Class")
+
+
+def add_settings(group: argparse._ArgumentGroup) -> None:
+    """Add the strategies and cache policies of the cells."""
+    group.add_argument(
+        "--strategies",
+        type=settings_of(strategy),
+        default="threshold",
+        metavar="NAME,...",
+        help="a strategy may have parameters, as in threshold:threshold=0.8 "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--caches",
+        type=settings_of(cache),
+        default="none",
+        metavar="NAME,...",
+        help=f"of {', '.join(POLICIES)}; parameters as above (default: %(default)s)",
+    )
+
+
+def add_engine_options(
+    group: argparse._ArgumentGroup, *, server: str, engine: str
+) -> None:
+    """Add options for the engines.
+
+    Args:
+        server: examples of the server's options, for the help.
+        engine: whose the options of vLLM are, and an example, for the help.
+    """
+    group.add_argument(
+        "--server-option",
+        type=server_option,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help=f"an option of this package's server: {server}",
+    )
+    group.add_argument(
+        "--engine-option",
+        type=json_option,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help=f"an argument of vLLM's engine{engine}",
+    )
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the files that a run writes."""
+    output = parser.add_argument_group("what is written")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="all numbers, after each cell"
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="skip the cells that FILE has"
+    )
+    output.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="a picture (.png, .svg, .pdf); needs the extra `bench`",
+    )
 
 
 def counts(text: str) -> list[int]:

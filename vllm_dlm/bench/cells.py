@@ -75,6 +75,11 @@ class Cell:
         return json.dumps({**run, **self.described()}, sort_keys=True)
 
 
+def model_name(model: str) -> str:
+    """A model without the folder that it lies in; a hub id has a slash too."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
 def without_folders(value: Any) -> Any:
     """A value as it goes into the file: of paths in it, the last part only."""
     if isinstance(value, Mapping):

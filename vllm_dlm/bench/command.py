@@ -11,20 +11,17 @@ from typing import Any
 
 from vllm_dlm.bench.arguments import (
     DTYPES,
+    add_engine_options,
+    add_outputs,
+    add_settings,
     against,
-    cache,
     counts,
     dtypes,
-    json_option,
-    server_option,
-    settings_of,
-    strategy,
     text_option,
 )
-from vllm_dlm.bench.cells import Results, without_folders
-from vllm_dlm.bench.environment import record
+from vllm_dlm.bench.cells import Results, model_name, without_folders
+from vllm_dlm.bench.environment import default_threads, record
 from vllm_dlm.cli.arguments import count
-from vllm_dlm.config.cache import POLICIES
 
 MODES = ("serve", "offline")
 SOFTMAX = ("float64", "float32")
@@ -84,21 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--seed", type=int, default=0)
 
     cells = parser.add_argument_group("the cells: every combination is measured")
-    cells.add_argument(
-        "--strategies",
-        type=settings_of(strategy),
-        default="threshold",
-        metavar="NAME,...",
-        help="a strategy may have parameters, as in threshold:threshold=0.8 "
-        "(default: %(default)s)",
-    )
-    cells.add_argument(
-        "--caches",
-        type=settings_of(cache),
-        default="none",
-        metavar="NAME,...",
-        help=f"of {', '.join(POLICIES)}; parameters as above (default: %(default)s)",
-    )
+    add_settings(cells)
     cells.add_argument(
         "--concurrency",
         type=counts,
@@ -151,21 +134,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads of the model, for every engine (default: OMP_NUM_THREADS, or the "
         "cores that this process may use)",
     )
-    engines.add_argument(
-        "--server-option",
-        type=server_option,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="an option of this package's server: commit=separate, eotp=block",
-    )
-    engines.add_argument(
-        "--engine-option",
-        type=json_option,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="an argument of vLLM's engine, ours and ar alike: enforce_eager=true",
+    add_engine_options(
+        engines,
+        server="commit=separate, eotp=block",
+        engine=", ours and ar alike: enforce_eager=true",
     )
     engines.add_argument(
         "--adapter-option",
@@ -195,19 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "on an accelerator it waits for the device at each reading)",
     )
 
-    output = parser.add_argument_group("what is written")
-    output.add_argument(
-        "--json", type=Path, metavar="FILE", help="all numbers, after each cell"
-    )
-    output.add_argument(
-        "--resume", action="store_true", help="skip the cells that FILE has"
-    )
-    output.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="a picture (.png, .svg, .pdf); needs the extra `bench`",
-    )
+    add_outputs(parser)
 
 
 # -- the run --------------------------------------------------------------
@@ -227,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.plot is not None:
         report.check_plotting()
-    args.threads = args.threads or _default_threads()
+    args.threads = args.threads or default_threads()
     _set_threads(args.threads)
     environment = record(args.threads) | {"arguments": _shown(args)}
     results = Results(args.json, resume=args.resume, environment=environment)
@@ -241,13 +201,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         print(f"{len(results.cells)} cells: {args.json}")
     return 0
-
-
-def _default_threads() -> int:
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0))
 
 
 def _set_threads(threads: int) -> None:
@@ -265,6 +218,4 @@ def _shown(args: argparse.Namespace) -> dict[str, Any]:
     shown = {name: value for name, value in vars(args).items() if name != "run"}
     # An address or a key is nobody's business.
     shown["adapter_option"] = [name for name, _ in args.adapter_option]
-    # A hub id has a slash, but is no path.
-    model = args.model if not Path(args.model).is_dir() else Path(args.model).name
-    return without_folders(shown) | {"model": model}
+    return without_folders(shown) | {"model": model_name(args.model)}

@@ -10,18 +10,15 @@ from typing import Any
 
 from vllm_dlm.bench.arguments import (
     DTYPES,
-    cache,
+    add_engine_options,
+    add_outputs,
+    add_settings,
     counts,
-    json_option,
-    server_option,
-    settings_of,
-    strategy,
     text_option,
 )
-from vllm_dlm.bench.cells import Results, without_folders
-from vllm_dlm.bench.environment import record
+from vllm_dlm.bench.cells import Results, model_name, without_folders
+from vllm_dlm.bench.environment import default_threads, record
 from vllm_dlm.cli.arguments import count
-from vllm_dlm.config.cache import POLICIES
 from vllm_dlm.evaluation.lm_eval_tasks import PREFIX, HarnessTask, harness_tasks
 from vllm_dlm.evaluation.sandbox import Sandbox
 from vllm_dlm.evaluation.tasks import (
@@ -107,21 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--seed", type=int, default=0)
 
     cells = parser.add_argument_group("the cells: every combination is measured")
-    cells.add_argument(
-        "--strategies",
-        type=settings_of(strategy),
-        default="threshold",
-        metavar="NAME,...",
-        help="a strategy may have parameters, as in threshold:threshold=0.8 "
-        "(default: %(default)s)",
-    )
-    cells.add_argument(
-        "--caches",
-        type=settings_of(cache),
-        default="none",
-        metavar="NAME,...",
-        help=f"of {', '.join(POLICIES)}; parameters as above (default: %(default)s)",
-    )
+    add_settings(cells)
     cells.add_argument(
         "--tokens-per-step",
         type=counts,
@@ -150,36 +133,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="(default: %(default)s, the model's own)",
     )
-    engine.add_argument(
-        "--server-option",
-        type=server_option,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="an option of this package's server: max_canvas=2048",
+    add_engine_options(
+        engine,
+        server="max_canvas=2048",
+        engine=", also of --ar's: tensor_parallel_size=2",
     )
-    engine.add_argument(
-        "--engine-option",
-        type=json_option,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="an argument of vLLM's engine, also of --ar's: tensor_parallel_size=2",
-    )
-
-    output = parser.add_argument_group("what is written")
-    output.add_argument(
-        "--json", type=Path, metavar="FILE", help="all numbers, after each cell"
-    )
-    output.add_argument(
-        "--resume", action="store_true", help="skip the cells that FILE has"
-    )
-    output.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="a picture (.png, .svg, .pdf); needs the extra `bench`",
-    )
+    add_outputs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -203,10 +162,7 @@ def run(args: argparse.Namespace) -> int:
         *harness_tasks(others, args),
     ]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(
-        os.sched_getaffinity(0)
-    )
-    environment = record(threads) | {"arguments": _shown(args)}
+    environment = record(default_threads()) | {"arguments": _shown(args)}
     results = Results(args.json, resume=args.resume, environment=environment)
     keys = Runner(args, tasks, results).run()
     known = {cell["key"]: cell for cell in results.cells}
@@ -258,8 +214,8 @@ def _shown(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as they go into the JSON file: without folders."""
     shown = {name: value for name, value in vars(args).items() if name != "run"}
     for name in ("model", "ar"):
-        if shown[name] is not None and Path(shown[name]).is_dir():
-            shown[name] = Path(shown[name]).name
+        if shown[name] is not None:
+            shown[name] = model_name(shown[name])
     kept = {name: shown.pop(name) for name in ("model", "ar", "tasks")}
     return without_folders(shown) | kept
 
