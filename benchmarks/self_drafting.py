@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.answers import TARGET, built_in
-from benchmarks.speculation import Row, Setting, measure, table
+from benchmarks.speculation import Row, Setting, add_load, measure, table
 from benchmarks.tables import hardware
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.files.model_folders import Config
@@ -53,18 +53,7 @@ def main() -> int:
     parser.add_argument(
         "--model", default=TARGET, help="folder or alias (default: %(default)s)"
     )
-    parser.add_argument(
-        "--num-problems",
-        type=int,
-        default=200,
-        help="questions per row (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--requests",
-        type=int,
-        default=1,
-        help="requests at a time (default: %(default)s)",
-    )
+    add_load(parser)
     parser.add_argument(
         "--methods",
         nargs="*",

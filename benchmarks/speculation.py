@@ -359,10 +359,8 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speculation", description=__doc__
-    )
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """Add how many questions are asked, and how many at a time."""
     parser.add_argument(
         "--num-problems",
         type=int,
@@ -375,6 +373,13 @@ def _arguments() -> argparse.Namespace:
         default=1,
         help="requests at a time (default: %(default)s)",
     )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speculation", description=__doc__
+    )
+    add_load(parser)
     parser.add_argument(
         "--fixed",
         type=int,
