@@ -194,7 +194,7 @@ wheel: dev .release-venv
 	ls -lh dist/* | awk '{ print "    " $$NF, $$5 }'
 	.release-venv/bin/twine check --strict dist/*
 	missing=$$(comm -23 \
-	  <(find vllm_dlm LICENSE THIRD-PARTY.md -type f -not -name '*.pyc' | sort) \
+	  <(find vllm_dlm LICENSE THIRD-PARTY.md -type f -not -path '*/__pycache__/*' | sort) \
 	  <($(BIN)/python -m zipfile -l dist/*.whl | awk '{ print $$1 }' \
 	    | sed 's,.*dist-info/licenses/,,' | sort))
 	if [[ -n "$$missing" ]]; then
