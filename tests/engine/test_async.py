@@ -17,6 +17,7 @@ from engine.test_counts import counting
 from engine.test_no_waits import Waits
 from engine.test_own_canvas import make_canvas
 from engine.withheld import withholding
+from tiers import fast
 from vllm import LLM, SamplingParams
 
 Request = tuple[tuple[int, ...], SamplingParams]
@@ -63,8 +64,8 @@ def test_texts_are_those_of_a_synchronous_engine(engine: Engine, ahead: Engine):
     same(got, wanted)
     assert steps.ahead > steps.launched // 2
     with withholding(ahead):
-        alone = [ahead.run([prompt], one)[0] for prompt, one in requests[::9]]
-    same(alone, wanted[::9])
+        alone = [ahead.run([prompt], one)[0] for prompt, one in requests[::12]]
+    same(alone, wanted[::12])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def block_requests() -> list[Request]:
 MODELS = ("SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B", "Nemotron-Labs-Diffusion-3B")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=fast(*MODELS[:2], of=MODELS))
 def model(
     engines: Callable[..., Engine], tmp_path_factory, request: pytest.FixtureRequest
 ) -> BlockEngines:

@@ -12,6 +12,7 @@ from engine.block_engines import BLOCK, BlockEngines
 from engine.cases import follows_schedule, make_prompt
 from engine.harness import Engine, Finished, params
 from reference.registered import NAMES
+from tiers import fast
 
 from vllm_dlm.model_executor.sampling.bad_words import BadWords
 from vllm_dlm.strategies import STRATEGIES
@@ -91,7 +92,9 @@ def test_every_strategy_is_tried():
     assert sorted(BOLD) == NAMES
 
 
-@pytest.mark.parametrize("strategy", sorted(BOLD))
+@pytest.mark.parametrize(
+    "strategy", fast("joint", "static", "threshold", of=sorted(BOLD))
+)
 def test_no_strategy_writes_one(engine: Engine, strategy: str):
     dlm = {"strategy": strategy, "strategy_config": BOLD[strategy]}
     if STRATEGIES[strategy].scope == "block":
@@ -102,9 +105,15 @@ def test_no_strategy_writes_one(engine: Engine, strategy: str):
     assert_clean(engine, PROMPTS, dlm=dlm, temperature=0.8, seed=1)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+FAMILIES = ("SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B", "Qwen3-0.6B-diffusion-bd3lm-v0.1")
+
+
 @pytest.mark.parametrize(
-    "name", ["SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B", "Qwen3-0.6B-diffusion-bd3lm-v0.1"]
+    ("name", "exact"),
+    fast(
+        *zip(FAMILIES, (False, True, False), strict=True),
+        of=itertools.product(FAMILIES, (False, True)),
+    ),
 )
 def test_prompts_that_end_anywhere_in_a_block(
     engines: Callable[..., Engine], tmp_path_factory, name: str, exact: bool

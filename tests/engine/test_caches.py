@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from reference.checkpoints import write_checkpoint
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
 from reference.window_diffusion import generate_windows
+from tiers import fast
 
 SMALL: dict[str, list[dict[str, int]]] = {
     "vicinity": [
@@ -67,16 +69,13 @@ def check(engine: Engine, oracle, cases: list[Case], **options) -> None:
     assert_equal(cases, got, [wanted[i] for i in alone])
 
 
+PARITY = [*itertools.product(MOVING_CACHES, (8, 16, 32, 48))]
+
+
 @pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(8, marks=pytest.mark.slow),
-        16,
-        pytest.param(32, marks=pytest.mark.slow),
-        48,
-    ],
+    ("cache", "block"),
+    fast(("vicinity", 16), ("window", 16), ("window", 48), of=PARITY),
 )
-@pytest.mark.parametrize("cache", MOVING_CACHES)
 def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, block: int):
     """48 is the whole canvas; Learn2PD's tests have no filter of that length."""
     rules = [rule for rule in RULES if block < 48 or not rule.startswith("learn2pd")]
@@ -97,7 +96,7 @@ def test_parity_with_a_shift(
     engine = engines(model=str(dream_folder))
     oracle = TinyModel.from_folder(dream_folder)
     rules = ("static/low_confidence", "threshold", "klass", "localleap", "joint/edit")
-    cases = make_cases(cache, (8, 16, 48, 32), 4 * rules)
+    cases = make_cases(cache, (8, 16, 48, 32), 2 * rules)
     check(engine, oracle, cases, shift=1)
 
 
@@ -124,7 +123,7 @@ def published(number: int) -> tuple[Case, dict[str, int]]:
     return case, windows
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", fast(1, of=(0, 1)))
 def test_the_published_loop_of_windows(
     engines: Callable[..., Engine],
     oracle: TinyLLaDA,
@@ -137,7 +136,7 @@ def test_the_published_loop_of_windows(
     mask_id = engine.scheduler.dlm_defaults.mask_token_id
     ban = {"logit_bias": {mask_id: -100.0}} if shift else {}
     cases, wanted, cut = [], [], 0
-    for number in range(40):
+    for number in range(24):
         case, windows = published(number)
         loop = generate_windows(
             model,
@@ -159,7 +158,7 @@ def test_the_published_loop_of_windows(
     got = engine.run([case.prompt for case in cases], sampling)
     for case, result, loop in zip(cases, got, wanted, strict=True):
         assert (result.tokens, result.forwards) == (loop.tokens, loop.forwards), case
-    for number in range(12):
+    for number in range(6):
         with counting(engine) as counts:
             (alone,) = engine.run([cases[number].prompt], [sampling[number]])
         assert alone.tokens == wanted[number].tokens
@@ -300,7 +299,7 @@ def test_a_replay_computes_the_same_rows(engine: Engine, cache: str):
         )
         tokens, rows, blocks = step_by_step(engine, case)
         assert len(set(blocks)) == 2
-        for stop in range(1, len(rows), 3):
+        for stop in range(1, len(rows), 5):
             got, got_rows, _ = step_by_step(engine, case, preempt_after=stop)
             assert got == tokens
             # The block that was active begins anew.

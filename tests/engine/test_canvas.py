@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from engine.harness import Engine, params
 from reference import procedures
 from reference.llada import TinyLLaDA
 from reference.procedures import CACHES, Rule, View, generate
+from tiers import fast
 
 
 def test_the_end_of_text_may_stand_in_the_config(
@@ -38,9 +40,7 @@ def test_the_end_of_text_may_stand_in_the_config(
     assert result.tokens == whole
 
 
-@pytest.mark.parametrize(
-    "cache", ["none", pytest.param("prefix", marks=pytest.mark.slow), "dual"]
-)
+@pytest.mark.parametrize("cache", fast("none", of=("none", "prefix", "dual")))
 def test_outputs_longer_than_a_canvas_continue_on_another(
     small_engine: Engine, oracle: TinyLLaDA, cache: str
 ):
@@ -67,7 +67,7 @@ def test_outputs_longer_than_a_canvas_continue_on_another(
     assert sum(len(expected.tokens) > 32 for expected in wanted) >= 6
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("none", "dual", of=CACHES))
 def test_canvas_is_cut_at_the_context_length(
     small_engine: Engine, oracle: TinyLLaDA, cache: str
 ):
@@ -132,7 +132,7 @@ def test_last_of_several_blocks_is_cut_at_the_context_length(
         ), case
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("none", "dual", of=CACHES))
 def test_literal_mask_token_in_a_prompt_is_text(
     engine: Engine, oracle: TinyLLaDA, cache: str
 ):
@@ -148,7 +148,7 @@ def test_literal_mask_token_in_a_prompt_is_text(
     assert_equal(cases, run_cases(engine, cases), wanted)
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("none", of=CACHES))
 def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
     """The mask id has mass and may be chosen, as in the published static loop.
 
@@ -182,8 +182,13 @@ def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
     assert sum(e.tokens != b for e, b in zip(wanted, banned, strict=True)) > with_masks
 
 
-@pytest.mark.parametrize("eotp", ["token", "block", "canvas"])
-@pytest.mark.parametrize("cache", CACHES)
+PREDICTED = [*itertools.product(CACHES, ("token", "block", "canvas"))]
+
+
+@pytest.mark.parametrize(
+    ("cache", "eotp"),
+    fast(("none", "token"), ("dual", "block"), ("none", "canvas"), of=PREDICTED),
+)
 def test_end_of_text_predicted_wrongly(
     engine: Engine, oracle: TinyLLaDA, cache: str, eotp: str
 ):

@@ -26,6 +26,7 @@ from engine.harness import Engine, Finished
 from reference.checkpoints import write_checkpoint
 from reference.fast_dllm_procedures import generate_dream
 from reference.network import TinyModel
+from tiers import fast
 
 EXACT = {"reference_exact": True}
 
@@ -103,7 +104,7 @@ def run_exact(engine: Engine, cases: Sequence[Loop]) -> list[Finished]:
     )
 
 
-@pytest.mark.parametrize("seed", ["first", "second"])
+@pytest.mark.parametrize("seed", fast("first", of=("first", "second")))
 def test_dreams_loop(dream_engine: Engine, dream_oracle: TinyModel, seed: str):
     """Every block length, steps and prompt; eight at a time, and alone."""
     cases = dream_cases(60, seed)

@@ -18,6 +18,7 @@ from engine.harness import Engine, Finished, params
 from engine.test_counts import counting
 from reference.cached_procedures import ALL_CACHES
 from reference.llada import TinyLLaDA
+from tiers import fast
 
 CACHES = [
     cache if cache in ("none", "dual") else pytest.param(cache, marks=pytest.mark.slow)
@@ -50,7 +51,10 @@ def shared(one: list[int], other: list[int]) -> int:
     )
 
 
-@pytest.fixture(scope="module", params=["SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B"])
+MODELS = ("SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B")
+
+
+@pytest.fixture(scope="module", params=fast(MODELS[0], of=MODELS))
 def block_engine(
     request: pytest.FixtureRequest, engines: Callable[..., Engine], tmp_path_factory
 ) -> Engine:

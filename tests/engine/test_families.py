@@ -29,6 +29,7 @@ from engine.families import (
     serving,
 )
 from engine.harness import Engine, finished
+from tiers import fast
 
 EACH_KIND = (
     "SDAR-4B-Chat",
@@ -45,19 +46,12 @@ TWINS = ("DreamReasoner-8B", "Stable-DiffCoder-8B-Instruct")
 
 def others_slow(served: tuple[Served, ...]) -> list[Any]:
     """Those of `EACH_KIND` as they are, the others marked slow."""
-    return marked_slow(served, lambda one: one.folder not in EACH_KIND)
+    return fast(*(one for one in served if one.folder in EACH_KIND), of=served)
 
 
 def twins_slow(served: tuple[Served, ...]) -> list[Any]:
     """Those of `TWINS` marked slow."""
-    return marked_slow(served, lambda one: one.folder in TWINS)
-
-
-def marked_slow(
-    served: tuple[Served, ...], is_slow: Callable[[Served], bool]
-) -> list[Any]:
-    slow = pytest.mark.slow
-    return [pytest.param(one, marks=slow) if is_slow(one) else one for one in served]
+    return fast(*(one for one in served if one.folder not in TWINS), of=served)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +65,8 @@ def block_sample(served: Served) -> list[BlockCase]:
     """Every residue of the prompt's length mod B; texts that end inside a block."""
     source = random.Random(served.folder)
     block = served.block
-    lengths = [*range(1, block + 1), *range(2 * block, 3 * block)][: 2 * block]
+    # Every second one is longer than two blocks.
+    lengths = [tail + 2 * block * (tail % 2) for tail in range(1, block + 1)]
     rules = itertools.cycle(block_cases.RULES)
     cases = []
     for number, length in enumerate(lengths):
@@ -120,7 +115,7 @@ def test_in_chunks_and_few_pages(serve: Serve, served: Served):
     assert_same_tokens([output.outputs[0].token_ids for output in outputs], wanted)
 
 
-@pytest.mark.parametrize("served", twins_slow(REUSES_BLOCKS), ids=names(REUSES_BLOCKS))
+@pytest.mark.parametrize("served", others_slow(REUSES_BLOCKS), ids=names(REUSES_BLOCKS))
 def test_shared_prefixes(serve: Serve, served: Served):
     """A prompt, more of its text, and all of it, whose pages are there already."""
     engine, oracle = serve(served)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
@@ -31,6 +32,7 @@ from reference.checkpoints import write_checkpoint
 from reference.freedave_procedures import freedave
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
+from tiers import fast
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -62,7 +64,9 @@ CACHES = [("none", 0.0), ("none", 0.7), ("prefix", 0.7), ("dual", 0.0), ("dual",
 """Policies under which steps may share a forward, and temperatures."""
 
 
-@pytest.mark.parametrize(("cache", "temperature"), CACHES)
+@pytest.mark.parametrize(
+    ("cache", "temperature"), fast(("none", 0.0), ("dual", 0.7), of=CACHES)
+)
 def test_full_attention(engine: Engine, cache: str, temperature: float):
     compare(engine, full_attention_sample(temperature, cache))
 
@@ -73,7 +77,7 @@ def dream_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint("dream", folder, seed=5)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", fast(True, of=(False, True)))
 def test_with_a_shift_and_keys_that_stay(
     engines: Serve, dream_folder: Path, exact: bool
 ):
@@ -84,8 +88,10 @@ def test_with_a_shift_and_keys_that_stay(
     )
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.parametrize("shift", [0, 1])
+COUNTED = [*itertools.product((0, 1), ("none", "prefix", "dual"))]
+
+
+@pytest.mark.parametrize(("shift", "cache"), fast((0, "none"), (1, "dual"), of=COUNTED))
 def test_forwards_are_those_of_the_rule(
     engines: Serve, checkpoint: Path, dream_folder: Path, cache: str, shift: int
 ):
@@ -126,7 +132,7 @@ def test_one_draft_is_static(engine: Engine):
     assert forwards(got) == forwards(wanted)
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("threshold", fast(0.1, of=(0.05, 0.1, 0.3)))
 def test_with_a_threshold_it_follows_threshold(engine: Engine, threshold: float):
     asked = full_attention_sample(0.0)
     wanted = run(engine, asked, lambda o: o.by("threshold", threshold=threshold))

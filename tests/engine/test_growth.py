@@ -9,12 +9,9 @@ from engine.harness import Engine
 from reference.cached_procedures import ALL_CACHES
 from reference.growing import Growing
 from reference.llada import TinyLLaDA
+from tiers import fast
 
-CACHES = [
-    cache if cache in ("none", "dual") else pytest.param(cache, marks=pytest.mark.slow)
-    for cache in ALL_CACHES
-    if cache != "window"  # refused
-]
+CACHES = [cache for cache in ALL_CACHES if cache != "window"]  # that is refused
 
 RULES = (
     "threshold",
@@ -52,7 +49,7 @@ def make_cases(cache: str) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("none", "dual", of=CACHES))
 def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str):
     cases = make_cases(cache)
     wanted = [expect(case, oracle) for case in cases]
@@ -62,7 +59,7 @@ def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str):
     assert alone == got[::4]
 
 
-@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("cache", fast("dual", of=("none", "dual")))
 def test_a_preempted_request_grows_as_before(engine: Engine, cache: str):
     cases = make_cases(cache)[:8]
     wanted = run_cases(engine, cases)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 from engine.cases import RULES, Case, make_prompt
 from engine.harness import Engine, drive
 from reference.cached_procedures import ALL_CACHES
+from tiers import fast
 from vllm import SamplingParams
 
 Request = tuple[tuple[int, ...], SamplingParams]
@@ -68,7 +70,7 @@ def test_mixed_batch_equals_solo_runs(engine: Engine, solo: Tokens):
     assert [result.tokens for result in engine.run(prompts, sampling)] == solo
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", fast(1, of=(1, 2)))
 def test_order_of_admission(engine: Engine, solo: Tokens, seed: int):
     order = random.Random(seed).sample(range(len(REQUESTS)), len(REQUESTS))
     prompts, sampling = zip(*(REQUESTS[i] for i in order), strict=True)
@@ -128,8 +130,13 @@ def test_preempted_at_any_step(engine: Engine, solo: Tokens):
     assert got == dict(enumerate(solo))
 
 
-@pytest.mark.parametrize("rule", ["learn2pd/token", "learn2pd/block"])
-@pytest.mark.parametrize("cache", ALL_CACHES)
+CUT = [*itertools.product(ALL_CACHES, ("learn2pd/token", "learn2pd/block"))]
+
+
+@pytest.mark.parametrize(
+    ("cache", "rule"),
+    fast(("none", "learn2pd/token"), ("dual", "learn2pd/block"), of=CUT),
+)
 def test_preempted_after_its_canvas_was_cut(engine: Engine, rule: str, cache: str):
     """The block is replayed with the canvas that it began with."""
     hit = 0
@@ -199,11 +206,11 @@ def stores(engine: Engine) -> Iterator[tuple[str, int]]:
                 yield f"{type(owner).__name__}.{name}", len(value)
 
 
-def test_nothing_is_left_of_a_hundred_requests(engine: Engine):
+def test_nothing_is_left_of_forty_requests(engine: Engine):
     engine.flush()
     pages = engine.free_pages
     source = random.Random(5)
-    waiting = make_requests(100, max_tokens=40, longest=60)
+    waiting = make_requests(40, max_tokens=40, longest=60)
     added: list[str] = []
 
     def meddle(step: int) -> None:
@@ -214,8 +221,8 @@ def test_nothing_is_left_of_a_hundred_requests(engine: Engine):
 
     added.append(engine.add(*waiting.pop()))
     done = drive(engine, meddle)
-    assert len(added) == 100
-    assert 50 <= len(done) <= 95
+    assert len(added) == 40
+    assert 20 <= len(done) <= 38
     engine.flush()
     assert {name: size for name, size in stores(engine) if size} == {}
     assert engine.free_pages == pages

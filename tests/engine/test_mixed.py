@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from engine.cases import RULES, Case, make_prompt
 from engine.harness import Engine, params
+from tiers import fast
 from vllm import SamplingParams
 
 from vllm_dlm.model_executor.sampling.groups import MOST_IDLE_GROUPS, Group
@@ -48,7 +49,14 @@ def test_sixteen_requests_of_eight_strategies(wide_engine: Engine):
         ]
 
 
-@pytest.mark.parametrize("rule", sorted(one_per_strategy().values()))
+@pytest.mark.parametrize(
+    "rule",
+    # One that remembers its steps, one that rewrites, one that reads a filter.
+    fast(
+        *(one_per_strategy()[name] for name in ("klass", "joint", "learn2pd")),
+        of=sorted(one_per_strategy().values()),
+    ),
+)
 def test_a_recycled_slot_remembers_nothing(small_engine: Engine, rule: str):
     """Requests that end in the middle of a block leave their slots to others."""
     prompt, sampling = make_request(1, rule)

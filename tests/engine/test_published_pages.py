@@ -15,6 +15,7 @@ from engine.block_engines import BLOCK, BlockEngines
 from engine.cases import make_prompt
 from engine.harness import Engine
 from engine.page_ledger import watching
+from tiers import fast
 from vllm import SamplingParams
 from vllm.v1.request import RequestStatus
 
@@ -175,7 +176,10 @@ def live(engine: Engine, seed: int, count: int) -> int:
         return len(ledger.found)
 
 
-@pytest.mark.parametrize("host", [caching_after_tokens, caching_at_any_time])
+HOSTS = (caching_after_tokens, caching_at_any_time)
+
+
+@pytest.mark.parametrize("host", fast(HOSTS[0], of=HOSTS))
 def test_pages_that_can_be_found_are_final(model: BlockEngines, host: Any):
     engine = model(max_num_batched_tokens=4 * BLOCK)
     with host(engine):
@@ -191,10 +195,9 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("options", ENGINES)
-def test_many_lives(model: BlockEngines, options: str, seed: int):
+def test_many_lives(model: BlockEngines, options: str):
     engine = model(**ENGINES[options])
     for host in (as_it_is, caching_after_tokens, caching_at_any_time):
         with host(engine):
-            assert live(engine, seed, count=60) > 30
+            assert live(engine, 2, count=60) > 30

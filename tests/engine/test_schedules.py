@@ -4,6 +4,7 @@ leave them: every strategy and class of models, steps set or not, exact or not."
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,7 @@ from reference.network import TinyModel
 from reference.registered import NAMES
 from reference.rules import Rule, View
 from reference.stateful_rules import remembering
+from tiers import fast
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -73,8 +75,13 @@ def published(case: Case, oracle: TinyLLaDA) -> Expected | None:
         return None
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
-@pytest.mark.parametrize("steps", ["none", "the request's", "the server's"])
+ASKED = [*itertools.product(("none", "the request's", "the server's"), (False, True))]
+
+
+@pytest.mark.parametrize(
+    ("steps", "exact"),
+    fast(("the request's", False), ("the server's", True), of=ASKED),
+)
 def test_full_attention(
     engine: Engine, hurried: Engine, oracle: TinyLLaDA, steps: str, exact: bool
 ):
@@ -148,7 +155,7 @@ def others() -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=fast("Fast_dLLM_v2_7B", of=FAMILIES))
 def family(
     engines: Callable[..., Engine], tmp_path_factory: Any, request: Any
 ) -> tuple[Engine, TinyModel]:

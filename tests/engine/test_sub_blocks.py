@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from engine.harness import Engine, Finished, params
 from reference.checkpoints import write_checkpoint
 from reference.fast_dllm_procedures import generate_sub_blocks
 from reference.network import TinyModel
+from tiers import fast
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def run_v2(engine: Engine, cases: Sequence[Loop], **options: Any) -> list[Finish
     )
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", fast(5, of=(5, 1)))
 def test_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel, every: int):
     """Lengths of a prompt's tail; eight at a time, and alone."""
     lengths = [*range(1, 34, every), *range(62, 98, every)]
@@ -105,7 +107,7 @@ def test_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel, every: int):
     assert [one.tokens for one in whole] != [one.tokens for one in wanted]
 
 
-@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("cache", fast("dual", of=("none", "dual")))
 def test_masks_that_a_schedule_leaves(
     v2_engine: Engine, v2_oracle: TinyModel, cache: str
 ):
@@ -132,7 +134,7 @@ SEEDS_OF_MASKS = (47, 226, 262)
 """Prompts of 32 tokens behind which the mask id is the most probable."""
 
 
-@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("cache", fast("dual", of=("none", "dual")))
 def test_a_seed_that_is_the_mask_id(
     v2_engine: Engine, v2_oracle: TinyModel, cache: str
 ):
@@ -165,7 +167,7 @@ def test_a_replay_after_a_seed_that_is_the_mask_id(v2_engine: Engine):
             assert step_by_step(v2_engine, case.prompt, sampling, stop)[0] == tokens
 
 
-@pytest.mark.parametrize("length", [3, 32, 45, 57])
+@pytest.mark.parametrize("length", fast(32, 45, of=(3, 32, 45, 57)))
 def test_rows_of_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel, length: int):
     for seed, rule in enumerate(("static", "threshold/strict"), start=200):
         case = Loop(make_prompt(length, seed), 70, rule)  # no page of it is there
@@ -280,8 +282,12 @@ def test_pages_of_sub_blocks_are_shared_once_final(
             assert list(output.outputs[0].token_ids) == wanted.tokens
 
 
-@pytest.mark.parametrize("length", [32, 43])
-@pytest.mark.parametrize("rule", ["static", "threshold/strict"])
+REPLAYED = [*itertools.product(("static", "threshold/strict"), (32, 43))]
+
+
+@pytest.mark.parametrize(
+    ("rule", "length"), fast(("threshold/strict", 43), of=REPLAYED)
+)
 def test_a_replay_computes_the_same_rows(v2_engine: Engine, rule: str, length: int):
     """After any step of a block, also where its first tokens were handed out."""
     case = Loop(make_prompt(length), 60, rule, mask=True)

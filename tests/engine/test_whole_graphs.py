@@ -7,6 +7,7 @@ tensors of the capture are those that every step writes: `cpu_graphs.py` replays
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from engine.cpu_graphs import whole_graphs
 from engine.families import Serve, Served, serving
 from engine.harness import Engine, Finished, params
 from operations import Operations
+from tiers import fast
 from vllm.config.diffusion import DiffusionConfig
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -85,13 +87,21 @@ def poison(engine: Engine) -> None:
 # -- tokens ---------------------------------------------------------------------
 
 
+FITTING, PADDED = [1, 2, 4, 8], [8]
+KINDS = {"block": SDAR, "commit": SEPARATE, "shift": SHIFT, "causal": CAUSAL}
+
+
 @pytest.mark.parametrize(
-    "served",
-    [SDAR, SEPARATE, SHIFT, CAUSAL],
-    ids=["block", "commit", "shift", "causal"],
+    ("kind", "sizes"),
+    fast(
+        ("block", PADDED),
+        ("shift", FITTING),
+        ("causal", PADDED),
+        of=itertools.product(KINDS, (FITTING, PADDED)),
+    ),
 )
-@pytest.mark.parametrize("sizes", [[1, 2, 4, 8], [8]], ids=["fitting", "padded"])
-def test_models_that_reuse_blocks(serve: Serve, served: Served, sizes: list[int]):
+def test_models_that_reuse_blocks(serve: Serve, kind: str, sizes: list[int]):
+    served = KINDS[kind]
     engine, _ = serve(served)
     wanted = run(engine, CASES)
     with whole_graphs(engine, served.block, sizes) as graphs:
@@ -107,7 +117,7 @@ FULL_CASES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", [[1, 2, 4], [4]], ids=["fitting", "padded"])
+@pytest.mark.parametrize("sizes", fast([4], of=([1, 2, 4], [4])))
 def test_full_attention(engine: Engine, sizes: list[int]):
     wanted = run_cases(engine, FULL_CASES)
     with whole_graphs(engine, 16, sizes) as graphs:
@@ -130,7 +140,11 @@ def test_full_attention_with_a_shift(serve: Serve):
 
 @pytest.mark.parametrize(
     ("served", "all_of_them"),
-    [(SDAR, False), (SEPARATE, True), (SHIFT, True), (CAUSAL, True)],
+    fast(
+        (SDAR, False),
+        (SHIFT, True),
+        of=((SDAR, False), (SEPARATE, True), (SHIFT, True), (CAUSAL, True)),
+    ),
     ids=["fused", "separate", "shift", "causal"],
 )
 def test_which_steps_are_replays(serve: Serve, served: Served, all_of_them: bool):
