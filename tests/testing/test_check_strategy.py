@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from reference.registered import (
     OF_EDITING_MODELS,
     build,
 )
+from tiers import fast
 
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.strategies import STRATEGIES
@@ -40,8 +42,17 @@ EAGER = {"credit", "freedave", "klass", "linear_spec", "lopa", "prophet"}
 # -- ours ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OF_EDITING_MODELS, *OF_CAUSAL_MODELS])
+ALL = [*NAMES, *OF_EDITING_MODELS, *OF_CAUSAL_MODELS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_registered_strategies_keep_the_contract(name: str):
+    check_strategy(STRATEGIES[name], params=GIVEN.get(name), compiling="no")
+
+
+@pytest.mark.parametrize("name", fast("saber", "slowfast", "lopa", of=ALL))
+def test_registered_strategies_can_be_compiled(name: str):
+    """With edits, with a memory, and one that cannot; others in the slow tier."""
     report = check_strategy(
         STRATEGIES[name],
         params=GIVEN.get(name),
@@ -52,7 +63,8 @@ def test_registered_strategies_keep_the_contract(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*NAMES, *OF_EDITING_MODELS} - EAGER))
+# Of each kind; model_executor/test_step_function.py compiles the steps of all.
+@pytest.mark.parametrize("name", ["learn2pd", "joint", "slowfast", "levenshtein"])
 def test_registered_strategies_decide_alike_compiled(name: str):
     # Of a model with a filter, for learn2pd.
     context = replace(CONTEXT, model=str(resolve("llada-tiny")))
@@ -74,21 +86,26 @@ def test_a_compiled_strategy_decides_alike():
     assert "decides as eagerly, bit for bit" in printed
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "threshold": {"at_least": "scheduled", "strict": True},
+    "static": {"mode": "margin"},
+    "eoser": {"schedule": "doubling"},
+    "dream": {"alg": "origin"},
+    "credit": {"mode": "parameter_free"},
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "params"),
-    [
-        ("threshold", {"at_least": "scheduled", "strict": True}),
-        ("static", {"mode": "margin"}),
-        ("eoser", {"schedule": "doubling"}),
-        ("dream", {"alg": "origin"}),
-        ("credit", {"mode": "parameter_free"}),
-    ],
+    ("name", "block_length"),
+    fast(
+        *zip(OTHERS, (1, 5, 32, 5, 32), strict=True),
+        of=itertools.product(OTHERS, (1, 5, 32)),
+    ),
 )
-@pytest.mark.parametrize("block_length", [1, 5, 32])
-def test_other_parameters_and_lengths(name: str, params: Any, block_length: int):
+def test_other_parameters_and_lengths(name: str, block_length: int):
     check_strategy(
         STRATEGIES[name],
-        params=params,
+        params=OTHERS[name],
         block_length=block_length,
         compiling="no",
         seed=block_length,
