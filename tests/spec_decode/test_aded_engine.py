@@ -17,6 +17,7 @@ from spec_decode.harness import (
     preemptions,
     ragged_prompts,
 )
+from tiers import fast
 
 from vllm_dlm.spec_decode.aded import proposer
 from vllm_dlm.spec_decode.aded.trigram_table import TrigramCounts, save_table
@@ -41,7 +42,10 @@ def corpus(plain: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["request", "shared"])
+MEMORIES = ("request", "shared")
+
+
+@pytest.fixture(scope="module", params=fast("request", of=MEMORIES))
 def started(
     request: pytest.FixtureRequest, engines: Callable[..., Engine], corpus: Path
 ) -> Engine:
@@ -78,7 +82,7 @@ def drafts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Drafts:
     return found
 
 
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("count", fast(8, of=(1, 8)))
 def test_greedy_text_to_the_end_of_the_context(
     engine: Engine, plain: Engine, drafts: Drafts, count: int
 ):
@@ -173,6 +177,7 @@ def test_a_question_that_comes_again(engine: Engine, plain: Engine, drafts: Draf
         assert second == first
 
 
+@pytest.mark.parametrize("started", MEMORIES, indirect=True)
 def test_what_a_text_teaches(engine: Engine, plain: Engine, drafts: Drafts):
     """All of it, and no token that was accepted behind its end; and who teaches."""
     if not is_shared(engine):

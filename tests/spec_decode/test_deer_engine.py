@@ -35,6 +35,7 @@ from spec_decode.harness import (
     params,
     ragged_prompts,
 )
+from tiers import fast
 from vllm.v1.sample.rejection_sampler import rejection_sample
 
 from vllm_dlm.spec_decode.options import REQUEST_KEY
@@ -73,32 +74,25 @@ def wanted(plain: Engine) -> list[list[int]]:
 
 
 CASES = [
-    ("llada", "auto", "recompute", 1),
-    ("sdar", "auto", "cached", 1),
-    ("nemotron", "auto", "cached", 1),
-    ("llada", "auto", "recompute", 2),
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in [
-            ("sdar", "auto", "cached", 2),
-            ("nemotron", "auto", "cached", 2),
-            *(
-                (*case, runner)
-                for case in [
-                    ("sdar", "recompute", "recompute"),
-                    ("nemotron", "recompute", "recompute"),
-                    ("dream", "auto", "recompute"),
-                    ("fast_dllm_v2", "auto", "cached"),
-                    ("llada2", "auto", "cached"),
-                ]
-                for runner in (1, 2)
-            ),
-        ]
-    ),
+    (*case, runner)
+    for case in [
+        ("llada", "auto", "recompute"),
+        ("sdar", "auto", "cached"),
+        ("nemotron", "auto", "cached"),
+        ("sdar", "recompute", "recompute"),
+        ("nemotron", "recompute", "recompute"),
+        ("dream", "auto", "recompute"),
+        ("fast_dllm_v2", "auto", "cached"),
+        ("llada2", "auto", "cached"),
+    ]
+    for runner in (1, 2)
 ]
 
 
-@pytest.mark.parametrize(("family", "asked", "context", "runner"), CASES)
+@pytest.mark.parametrize(
+    ("family", "asked", "context", "runner"),
+    fast(("sdar", "auto", "cached", 1), ("llada", "auto", "recompute", 2), of=CASES),
+)
 def test_texts_and_drafts(
     family: str,
     asked: str,
@@ -229,7 +223,7 @@ def test_a_drafter_of_a_shorter_context_drafts_as_far_as_it_goes(
     assert not any(width for text, width in every if text >= 60)
 
 
-@pytest.mark.parametrize("runner", [1, 2])
+@pytest.mark.parametrize("runner", fast(1, of=(1, 2)))
 def test_seeded_texts_do_not_depend_on_the_batch(
     runner: int, deer: Callable[..., Engine]
 ):
@@ -256,7 +250,7 @@ def test_a_request_may_ask_for_shorter_drafts_or_none(deer: Callable[..., Engine
     assert [max(len(draft) for _, draft in r) for r in rounds.of.values()] == [2, MASKS]
 
 
-@pytest.mark.parametrize("runner", [1, 2])
+@pytest.mark.parametrize("runner", fast(2, of=(1, 2)))
 def test_drawn_drafts_are_those_of_their_distributions(
     runner: int, deer: Callable[..., Engine], references: Callable[..., Reference]
 ):
@@ -335,7 +329,7 @@ def test_verification_is_the_papers(plain: Engine):
     assert (frequency - p).abs().max() < 0.015
 
 
-@pytest.mark.parametrize("runner", [1, 2])
+@pytest.mark.parametrize("runner", fast(1, of=(1, 2)))
 def test_a_drafter_that_fails_leaves_plain_decoding(
     runner: int, deer: Callable[..., Engine], wanted: list[list[int]]
 ):

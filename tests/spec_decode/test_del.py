@@ -22,6 +22,7 @@ from spec_decode.harness import (
     ragged_prompts,
     write_llama,
 )
+from tiers import fast
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -84,7 +85,7 @@ def shape(rounds: list[Round]) -> list[tuple[int, int, int, tuple[int, ...]]]:
     return [(r.num_tokens, r.choice.exit, r.choice.length, r.tokens) for r in rounds]
 
 
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("count", fast(8, of=(1, 8)))
 def test_texts_are_those_of_plain_decoding(pair: tuple[Engine, Engine], count: int):
     plain, engine = pair
     prompts = ragged_prompts(count)
@@ -121,10 +122,14 @@ def stop(pair: tuple[Engine, Engine], request: pytest.FixtureRequest) -> Iterato
 
 @pytest.mark.parametrize(
     ("stop", "prompt"),
-    [
-        *(("confidence", prompt) for prompt in (0, 2, 5)),
-        *((stop, 2) for stop in STOPS if stop != "confidence"),
-    ],
+    fast(
+        ("confidence", 2),
+        ("gain", 2),
+        of=[
+            *(("confidence", prompt) for prompt in (0, 2, 5)),
+            *((stop, 2) for stop in STOPS if stop != "confidence"),
+        ],
+    ),
     indirect=["stop"],
 )
 def test_choices_and_drafts_are_the_oracles(
@@ -137,7 +142,7 @@ def test_choices_and_drafts_are_the_oracles(
     assert texts == pair[0].run([tokens], params(60))
 
 
-@pytest.mark.parametrize("stop", STOPS, indirect=True)
+@pytest.mark.parametrize("stop", fast("gain", of=STOPS), indirect=True)
 def test_texts_of_a_batch_with_each_rule(pair: tuple[Engine, Engine], stop: str):
     prompts = ragged_prompts(8)
     texts, rounds = run(pair[1], prompts, params(MAX_MODEL_LEN))

@@ -24,6 +24,7 @@ from reference.llada import write_random_checkpoint
 from spec_decode import joint
 from spec_decode.harness import Engine, write_llama
 from spec_decode.test_drafter import PROPOSER
+from tiers import fast
 from transformers import PreTrainedTokenizerFast
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -169,12 +170,18 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 @pytest.mark.parametrize(
     ("method", "runner", "changes"),
-    [
-        *((method, 1, {}) for method in METHODS),
+    # Drafts with their probabilities, on either runner, and without.
+    fast(
+        ("specdec++", 1, {}),
         ("deer", 2, {}),
-        ("del", 1, {"stop": "gain"}),
-        ("aded", 1, {"memory": "shared"}),
-    ],
+        ("aded", 1, {}),
+        of=[
+            *((method, 1, {}) for method in METHODS),
+            ("deer", 2, {}),
+            ("del", 1, {"stop": "gain"}),
+            ("aded", 1, {"memory": "shared"}),
+        ],
+    ),
     ids=str,
 )
 def test_each_method(

@@ -16,6 +16,7 @@ import torch
 from server.launch import Server, running_server
 from spec_decode.harness import model_runner
 from switching.reference import load, write_llama
+from tiers import fast
 
 PROMPT = [40, 9, 20, 33]
 
@@ -82,9 +83,9 @@ def routers(folders: tuple[Path, Path]) -> Iterator[Callable[[str], Any]]:
     gc.collect()
 
 
-@pytest.fixture(scope="session", params=["V1", "V2"])
+@pytest.fixture(scope="session", params=fast("V1", of=("V1", "V2")))
 def router(request: pytest.FixtureRequest, routers: Callable[[str], Any]) -> Any:
-    """A router on either model runner."""
+    """A router on either model runner; on V2 in the slow tier."""
     return routers(request.param)
 
 
