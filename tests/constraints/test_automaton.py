@@ -255,6 +255,6 @@ def test_limits_are_named(pattern: str, limits: Limits, says: str) -> None:
 
 @pytest.mark.slow
 @given(patterns)
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_many_patterns_match_as_in_python(pattern: str) -> None:
     test_short_texts_match_as_in_python.hypothesis.inner_test(pattern)

@@ -402,7 +402,7 @@ def test_random_schemas(schema: Any) -> None:
 
 @pytest.mark.slow
 @given(schemas)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_many_random_schemas(schema: Any) -> None:
     try:
         check(schema, 20)

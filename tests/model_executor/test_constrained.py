@@ -261,5 +261,5 @@ def test_whatever_is_written_texts_match():
 
 
 @pytest.mark.slow
-def test_thousands_of_texts_match():
-    assert sum(decode(1000 + seed) for seed in range(3000)) > 2100
+def test_hundreds_of_texts_match():
+    assert sum(decode(1000 + seed) for seed in range(500)) > 350

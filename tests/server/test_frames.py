@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 from server.launch import REPLY_SECONDS, Server
+from tiers import fast
 
 ASKS = {"dlm_frames": "text"}
 ROUTES = ("/v1/completions", "/v1/chat/completions")
@@ -127,15 +128,15 @@ def _block(frame: dict[str, Any]) -> tuple[int, int]:
     return frame["dlm"]["start"], frame["dlm"]["end"]
 
 
-@pytest.mark.parametrize(
-    "xargs",
-    [
-        {"dlm_strategy": "saber"},
-        {"dlm_strategy": "freedave"},
-        {"dlm_eotp": "token", "dlm_eotp_threshold": 0.5},
-        {"dlm_strategy": "klass", "dlm_cache": "dual"},
-    ],
-)
+WAYS: list[dict[str, Any]] = [
+    {"dlm_strategy": "saber"},
+    {"dlm_strategy": "freedave"},
+    {"dlm_eotp": "token", "dlm_eotp_threshold": 0.5},
+    {"dlm_strategy": "klass", "dlm_cache": "dual"},
+]
+
+
+@pytest.mark.parametrize("xargs", fast(WAYS[1], WAYS[2], of=WAYS))
 def test_several_choices_of_several_prompts(server: Server, xargs: dict[str, Any]):
     options = {"n": 2, "temperature": 1, "seed": 3, "prompt": [QUESTION, "Copy [Ben]"]}
     own, frames = taken_apart(
@@ -173,13 +174,13 @@ def test_the_openai_client_reads_both(server: Server):
 
 
 def test_who_stops_reading_stops_nobody(server: Server):
-    """It holds an answer of thousands of frames and reads none; then it goes."""
+    """It holds an answer of a thousand frames and reads none; then it goes."""
     parts = urlsplit(server.url)
     many = body_of(
         server,
         ROUTES[0],
-        prompt=[QUESTION] * 8,
-        max_tokens=400,
+        prompt=[QUESTION] * 4,
+        max_tokens=250,
         ignore_eos=True,
         vllm_xargs=ASKS | {"dlm_strategy": "static"},
     )
