@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vllm_dlm import search
 from vllm_dlm.search.adapter import TokenPace
 from vllm_dlm.search.base import Kind, Text, Token
 from vllm_dlm.search.jobs import Job, Reply
@@ -123,3 +124,20 @@ class TableModel:
             prompt_tokens=len(job.text.prompt) + len(written),
             generated=len(new),
         )
+
+
+def run(model: TableModel, driver: Any, prompts: Any = "?", **options: Any) -> Any:
+    return search.run(model, driver, prompts, use_tqdm=False, **options)
+
+
+def one(*args: Any, **options: Any) -> Any:
+    (result,) = run(*args, **options)
+    return result
+
+
+def by_text(scores: dict[str, float], default: float = 0.0) -> Any:
+    return lambda candidates: [scores.get(one.text, default) for one in candidates]
+
+
+def constant(score: float) -> Any:
+    return lambda candidates: [score for _ in candidates]
