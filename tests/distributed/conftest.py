@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine.cases import write_filters
 from engine.harness import Engine
+from engine.model_files import write_filters
 from reference.checkpoints import write_checkpoint
 from reference.llada import write_random_checkpoint
 

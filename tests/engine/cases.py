@@ -7,26 +7,17 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from engine.case_rules import ANSWER, EVENTFUL, MULTI_BLOCK, PENALTY, case_rule
 from engine.harness import Engine, Finished, params
-from reference import (
-    place_rules,
-    procedures,
-    rewriting_rules,
-    rules,
-    stateful_rules,
-)
-from reference.cached_procedures import ALL_CACHES
+from reference import procedures
 from reference.growing import Growing
 from reference.llada import TinyLLaDA
 from reference.procedures import Rule, View, generate
-from reference.stateful_rules import remembering
 from vllm import SamplingParams
 
-from vllm_dlm.kernels.draw import uniform
 from vllm_dlm.strategies import STRATEGIES
 
 RULES = (
@@ -77,49 +68,8 @@ NUMBERS = {
 }
 """The parameter that `Case.number` sets, by strategy."""
 
-REMEMBERING = {
-    "bacd": stateful_rules.Bacd,
-    "klass": stateful_rules.Klass,
-    "credit": stateful_rules.Credit,
-    "slowfast": stateful_rules.SlowFast,
-}
-
-EVENTFUL: dict[str, dict[str, Any]] = {
-    "cad": {"threshold": 0.8, "most": 4},
-    "bacd": {"lowest": 0.3, "highest": 0.7},
-    "klass": {"threshold": 0.5, "kl_threshold": 0.3},
-    "hierarchy": {"threshold": 0.9, "low_threshold": 0.4},
-    "credit": {"threshold": 0.7},
-    "slowfast": {"threshold": 0.6, "horizon_threshold": 0.5, "slow_steps": 3},
-    "joint": {"mask_threshold": 0.3, "edit_threshold": 0.1, "max_post_steps": 3},
-    "ete": {"threshold": 0.5, "window": 6, "fewest_bits": 2.0},
-    "prophet": {"early": 1.8, "middle": 1.4, "late": 1.1, "span": 6},
-    "multi_block": {"block": 6, "open_at": 0.3, "due_at": 0.6},
-}
-"""Parameters that a random model reaches; the oracle's have the same names."""
-
-PENALTY = 2.0
-"""Of `joint/penalty`."""
-
-ANSWER = {"answer_start": 21, "answer_width": 3}
-"""Where `prophet/answer` looks: in the second block or the third."""
-
 EOTP = {"token": "first", "block": "block", "canvas": "canvas"}
 """Our names of end-of-text prediction and the oracle's."""
-
-MULTI_BLOCK: dict[str, dict[str, Any]] = {
-    "entropy": {"threshold": 2.0},
-    "confidence": {"by": "confidence", "threshold": 0.4, "push": "each"},
-    "stop": {"threshold": 2.0},
-}
-"""What the variants of `multi_block` are; "stop" ends at the first end of text."""
-
-FILTER_BLOCKS = (8, 12, 16, 32)
-"""Block lengths that have a Learn2PD filter."""
-
-FREQUENCIES = torch.rand(100, generator=torch.Generator().manual_seed(0)) ** 4 + 1e-5
-FREQUENCIES /= FREQUENCIES.sum()
-"""Of the first 100 token ids: the random checkpoints have more."""
 
 WHOLE_BLOCK = ("learn2pd", "hierarchy", "joint", "saber", "prophet")
 """Strategies that read decided positions too."""
@@ -205,41 +155,6 @@ def follows_schedule(strategy: str, config: dict[str, Any]) -> bool:
     """Whether a request may set steps: the oracle's other rules do not read them."""
     kind = STRATEGIES[strategy]
     return kind.follows_schedule(kind.Params(**config))
-
-
-def filter_weights(block: int) -> dict[str, torch.Tensor]:
-    """A random Learn2PD filter, near the identity: some positions pass, some do not.
-
-    Every position weighs on every other: a wrong or missing confidence shows.
-    """
-    generator = torch.Generator().manual_seed(block)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return {
-        "w1": torch.eye(block) + 0.05 * noise(block, block),
-        "b1": 0.05 * noise(block),
-        "w2": 12 * torch.eye(block) + 0.3 * noise(block, block),
-        "b2": -5.0 + 0.3 * noise(block),
-    }
-
-
-def write_filters(folder: Path) -> None:
-    """Where an engine that serves `folder` finds them."""
-    from vllm_dlm.strategies.learn2pd_filter import Filter
-
-    for block in FILTER_BLOCKS:
-        for cache in ALL_CACHES:
-            name = f"learn2pd/b{block}-{cache}.safetensors"
-            Filter(**filter_weights(block), cache=cache).save(folder / name)
-
-
-def write_frequencies(folder: Path) -> None:
-    """A table for `pc`, where an engine that serves `folder` finds it."""
-    from vllm_dlm.strategies.token_frequencies import save_frequencies
-
-    save_frequencies(folder / "pc" / "frequencies.safetensors", FREQUENCIES, {})
 
 
 @dataclass(frozen=True)
@@ -329,72 +244,6 @@ def expect(
         return any(found)
 
     return Expected(tokens, forwards, written_at, look_for_ties)
-
-
-def case_rule(case: Case, begin: int, per_block: int, eos_id: int) -> Rule:
-    """The oracle's rule for a canvas that begins after `begin` output tokens."""
-    strategy, _, variant = case.rule.partition("/")
-    if strategy == "threshold":
-        return procedures.threshold(0.9 if case.number is None else case.number)
-    if strategy == "factor":
-        return procedures.factor(1.0 if case.number is None else case.number)
-    if strategy == "entropy":
-        return rules.entropy(0.5 if case.number is None else case.number)
-    if strategy == "eb":
-        return rules.entropy_bounded(0.1 if case.number is None else case.number)
-    if strategy == "cad":
-        return rules.cad(0.8 if variant == "confidence" else 0.3, 1, 4, variant)
-    if strategy == "localleap":
-        return place_rules.localleap()
-    if strategy == "hierarchy":
-        return place_rules.hierarchy(
-            **EVENTFUL["hierarchy"], remask=variant == "remask"
-        )
-    if strategy == "pc":
-        return place_rules.pc(FREQUENCIES)
-    if strategy in REMEMBERING:
-        options = dict(EVENTFUL[strategy])
-        if strategy == "credit":
-            options["parameter_free"] = variant == "parameter_free"
-        rule = remembering(partial(REMEMBERING[strategy], **options))
-        # KLASS's loop counts its steps out.
-        return rule._replace(ends_by_schedule=strategy == "klass")
-    if strategy == "joint":
-        if variant != "plain":
-            penalty = PENALTY if variant == "penalty" else 0.0
-            return rewriting_rules.joint(**EVENTFUL["joint"], penalty=penalty)
-        return rules.threshold(EVENTFUL["joint"]["mask_threshold"], strict=True)
-    if strategy == "saber":
-        return rewriting_rules.saber()
-    if strategy == "ass":
-        return rewriting_rules.ass()
-    if strategy == "eoser":
-        eos_ids = () if case.ignore_eos else (eos_id,)
-        first_weight = 0.4 if variant == "even" else 0.01
-        return rewriting_rules.eoser(eos_ids, variant, first_weight)
-    if strategy == "ete":
-        return rewriting_rules.ete(**EVENTFUL["ete"], begin=begin)
-    if strategy == "prophet":
-        answer = ANSWER if variant == "answer" else {}
-        eos_ids = () if case.ignore_eos else (eos_id,)
-        more = {**EVENTFUL["prophet"], **answer, "begin": begin, "eos_ids": eos_ids}
-        return rules.prophet(case.block, **more)
-    if strategy == "multi_block":
-        return place_rules.multi_block(**EVENTFUL[strategy], **MULTI_BLOCK[variant])
-    if strategy == "learn2pd":
-        return procedures.learn2pd(
-            **filter_weights(case.block), k=max(case.block // per_block, 1)
-        )
-    if variant != "random":
-        return procedures.static(variant)
-    first = len(case.prompt) + begin
-
-    def engine_noise(forward: int, position: int) -> float:
-        # The engine's own numbers; a block takes `per_block` forwards, no more.
-        key = (case.seed, first + position, forward % per_block)
-        return float(uniform(*(torch.tensor(number) for number in key)))
-
-    return procedures.static("random", engine_noise)
 
 
 def is_near_tie(rule: Rule, view: View, chosen: list[int]) -> bool:

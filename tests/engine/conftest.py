@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine.cases import write_filters, write_frequencies
 from engine.harness import Engine, end
+from engine.model_files import write_filters, write_frequencies
 from reference.llada import TinyLLaDA, write_random_checkpoint
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.cases import filter_weights, make_prompt
+from engine.cases import make_prompt
 from engine.harness import Engine, params
+from engine.model_files import filter_weights
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine.case_rules import EVENTFUL, case_rule
 from engine.cases import (
-    EVENTFUL,
     RULES,
     Case,
     Expected,
-    case_rule,
     expect,
     is_near_tie,
     make_prompt,
