@@ -33,7 +33,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 
 SUITES = {
-    "kernels": "kernels/test_runner_cpu.py spec_decode/test_verification_cpu.py",
+    "kernels": (
+        "kernels/test_runner_cpu.py kernels/test_runner_cpu_outputs.py "
+        "spec_decode/test_verification_cpu.py"
+    ),
     "platform": (
         "test_platform.py test_plugin.py test_overrides.py admission/test_request.py"
     ),
