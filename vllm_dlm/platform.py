@@ -92,6 +92,11 @@ def _make_platform_class() -> "type[CpuPlatform]":
             super().register_custom_kv_cache_specs(vllm_config)
 
         @classmethod
+        def get_punica_wrapper(cls) -> str:
+            """What multiplies rows with adapters (LoRA)."""
+            return "vllm_dlm.model_executor.lora.cpu_rows.LoraRows"
+
+        @classmethod
         def register_triton_kernel_overrides(cls) -> None:
             """Runs in each worker before its class is resolved."""
             from vllm_dlm.kernels.runner_cpu import register

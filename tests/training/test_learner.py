@@ -4,6 +4,8 @@
 import json
 
 import pytest
+from reference.adapters import merged
+from safetensors.torch import load_file
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -124,7 +126,11 @@ def test_an_adapter_merges_into_the_model_s_own_layout(tmp_path, layout):
     learner.network.eval()
     ids, valid = some_rows()
     learner.save(tmp_path / "after")
+    learner.save_adapter(tmp_path / "adapter")
     after = load_learner(tmp_path / "after")
+    stored = load_file(tmp_path / "after/model.safetensors")
+    for name, tensor in merged(tmp_path / "before", tmp_path / "adapter").items():
+        torch.testing.assert_close(stored[name], tensor)
     with torch.no_grad():
         adapted = learner.network(ids, valid)
         torch.testing.assert_close(after.network.eval()(ids, valid), adapted)

@@ -13,8 +13,6 @@ SERVER_OPTIONS: dict[str, str] = {
     "--logits-processors": "model_config.logits_processors",
     "--enable-trace-replay": "model_config.enable_trace_replay",
     "--watermark-config": "watermark_config",
-    # vLLM applies an adapter to one row of logits per request.
-    "--enable-lora": "lora_config",
     "--kv-transfer-config": "kv_transfer_config",
     # It computes prompts by fewer layers: nothing of them is sampled.
     "--kv-sharing-fast-prefill": "cache_config.kv_sharing_fast_prefill",

@@ -24,6 +24,7 @@ from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
+from vllm_dlm.model_executor.lora.targets import choose_targets
 from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.model_executor.running_ahead import loses_nothing, why_not_ahead
@@ -87,6 +88,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         hf_config = model_config.hf_config
         check_declarations(hf_config)
         _name_modules(hf_config)
+        choose_targets(vllm_config)
         _limit_context(model_config)
         # Validated here once and read by the API process at admission.
         server = server_config(vllm_config)

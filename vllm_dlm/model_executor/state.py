@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm_dlm.model_executor.clean_pages import note_device
 from vllm_dlm.model_executor.facts import EngineFacts, RequestFacts
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
+from vllm_dlm.model_executor.lora.targets import refuse_unplaced
 from vllm_dlm.model_executor.planning.attention import (
     WITH_EMPTY_ROWS,
     AttentionBuffers,
@@ -58,6 +59,8 @@ class DlmModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         note_device(device.type)
+        if vllm_config.lora_config is not None:
+            refuse_unplaced(cast("Any", model).lora_manager)
         self.facts = EngineFacts.of(vllm_config, device)
         self.slots = RequestSlots(
             self.facts.max_num_reqs,

@@ -18,6 +18,7 @@ THEMES = (
     "vllm_dlm.patches.cpu_verification",
     # By the plugin, in every process; what only a server needs, there alone.
     "vllm_dlm.patches.flags",
+    "vllm_dlm.patches.adapters",
     "vllm_dlm.patches.admission",
     "vllm_dlm.patches.handlers",
     "vllm_dlm.patches.frames",

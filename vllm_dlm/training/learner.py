@@ -27,6 +27,8 @@ from vllm_dlm.config.aliases import cached_folder, resolve
 from vllm_dlm.config.levels import config_entries
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.files.model_folders import Config
+from vllm_dlm.files.tensor_files import write_safetensors
+from vllm_dlm.files.whole_files import write_json
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.model_executor.models.tables import HF_CONFIGS
 from vllm_dlm.model_executor.models.tokenizers import register_tokenizers
@@ -169,6 +171,40 @@ class Learner:
             self.source,
             output_dir,
             config=entries,
+        )
+
+    def save_adapter(self, output_dir: str | Path) -> None:
+        """Write the adapter alone, in peft's files and by the checkpoint's names.
+
+        Args:
+            output_dir: The folder. vLLM serves it beside `source`, and peft loads it.
+
+        Raises:
+            ValueError: there is no adapter: all weights are trained.
+        """
+        network = self.network
+        config = lora.adapter_config(network)
+        tensors = lora.adapter_tensors(network)
+        if isinstance(network, DecoderModel):
+            tensors = network.named_for_checkpoint(tensors)
+        found = dict(gather_each(tensors))
+        if not is_first():
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        modules = {name.partition(".lora_")[0] for name in found}
+        write_safetensors(
+            folder / "adapter_model.safetensors",
+            {f"base_model.model.{name}": tensor for name, tensor in found.items()},
+        )
+        write_json(
+            folder / "adapter_config.json",
+            config
+            | {
+                "base_model_name_or_path": str(self.source),
+                # In full: LLaDA calls two kinds of matrices ff_out.
+                "target_modules": sorted(modules),
+            },
         )
 
 

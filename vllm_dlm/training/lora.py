@@ -133,6 +133,30 @@ def merged_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(".base_layer.", "."), tensor
 
 
+def adapter_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The adapter alone: A as MODULE.lora_A.weight, [r, in]; B likewise, [out, r]."""
+    for name, tensor in network.state_dict().items():
+        if "lora_" in name:
+            yield name.replace(".default.", "."), tensor
+
+
+def adapter_config(network: nn.Module) -> dict[str, Any]:
+    """What peft's adapter_config.json says of it, but for the names of modules.
+
+    Raises:
+        ValueError: the network has no adapter.
+    """
+    layers = _layers(network)
+    if not layers:
+        raise ValueError("the network has no adapter to write")
+    return {
+        "peft_type": "LORA",
+        "r": layers[0].r["default"],
+        "lora_alpha": layers[0].lora_alpha["default"],
+        "bias": "none",
+    }
+
+
 def plain_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The state dict without the adapter, by the names of `merged_tensors`."""
     for name, tensor in _stored(network):

@@ -10,9 +10,11 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from vllm_dlm.model_executor.lora.targets import building_experts
 from vllm_dlm.model_executor.models.experts import unstack
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.model_states.interface import ModelState
 
     from vllm_dlm.kernels.shards import VocabShard
@@ -27,7 +29,13 @@ class DiffusionModelMixin:
 
     names_in_files: ClassVar[WeightsMapper | None] = None
     """From the names in checkpoints to vLLM's, in families that have their own."""
+    embedding_modules: ClassVar[dict[str, str]] = {}
+    """No adapters of embeddings and heads: vLLM has a row of logits per request."""
     _is_loaded = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        with building_experts(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
 
     @staticmethod
     def get_model_state_cls() -> type[ModelState]:

@@ -11,6 +11,7 @@ import argparse
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm_dlm.training.arguments import say_stopped
 from vllm_dlm.training.loop import (
@@ -227,6 +228,8 @@ def train(recipe: Recipe, args: argparse.Namespace) -> Training | None:
     if not done:
         return None
     learner.save(args.output_dir, decoding=recipe.decoding(args))
+    if learner.has_adapter:
+        learner.save_adapter(Path(args.output_dir, "adapter"))
     report.measure("after")
     if is_first():
         report.write_card(metrics.seconds)
