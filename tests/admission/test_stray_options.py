@@ -19,6 +19,7 @@ from vllm_dlm.admission.stray_options import (
     EVERYDAY,
     find_stray,
     own_names,
+    refuse_best_of,
     refuse_stray,
     refuse_unread,
 )
@@ -48,6 +49,13 @@ def message(call, *args, **kwargs):
     with pytest.raises(OptionError) as caught:
         call(*args, **kwargs)
     return str(caught.value)
+
+
+def test_the_best_of_many_texts():
+    for sent, count in (({}, 2), ({"best_of": 1}, None), ({"best_of": 3}, 3)):
+        refuse_best_of(sent, count)
+    for sent in ({"best_of": 2}, {"best_of": "2"}, {"best_of": [1]}):
+        assert "vllm-dlm search" in message(refuse_best_of, sent, 1)
 
 
 def test_fields_of_vllm_and_of_clients_are_none_of_ours():

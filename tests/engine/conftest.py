@@ -61,6 +61,7 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
             "block_size": 32,
             "num_gpu_blocks_override": 80,
             "dtype": "float32",
+            "enforce_eager": True,
             # For test_weight_updates.py; others do not notice.
             "weight_transfer_config": {"backend": "dlm_safetensors"},
         } | options
@@ -69,13 +70,7 @@ def engines(checkpoint: Path) -> Iterator[Callable[..., Engine]]:
             # Groups are made by a process's first engine, and only where that serves
             # a mixture of experts is there one for experts.
             destroy_model_parallel()
-            started[key] = Engine(
-                LLM(
-                    enforce_eager=True,
-                    disable_log_stats=True,
-                    **options,
-                )
-            )
+            started[key] = Engine(LLM(disable_log_stats=True, **options))
         return started[key]
 
     yield engine

@@ -98,6 +98,19 @@ def test_each_request_gets_its_own(lora_engine: Engine, adapters: Adapters):
         assert_equal([cases[i]], got, [wanted[i]])
 
 
+@pytest.mark.slow
+def test_a_compiled_network(engines: Callable[..., Engine], adapters: Adapters):
+    """One compilation for batches with adapters and without."""
+    engine = engines(**LORA, enforce_eager=False)
+    for numbers in ((0, 0, 0, 0), (1, 0, 2, 0), (2, 2, 1, 1)):
+        wanted = [
+            expect(case, adapters.oracle(number))
+            for case, number in zip(CASES, numbers, strict=True)
+        ]
+        requests = [adapters.request(number) for number in numbers]
+        assert_equal(CASES, run(engine, CASES, requests), wanted)
+
+
 def test_what_a_training_writes(
     lora_engine: Engine, adapters: Adapters, tmp_path: Path
 ):

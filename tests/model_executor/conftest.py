@@ -26,8 +26,9 @@ def build():
     contexts = []
 
     def make(folder: Path, **options):
+        options = {"dtype": "float32"} | options
         config = EngineArgs(
-            model=str(folder), dtype="float32", enforce_eager=True, **options
+            model=str(folder), enforce_eager=True, **options
         ).create_engine_config()
         context = set_current_vllm_config(config)
         context.__enter__()
@@ -39,7 +40,7 @@ def build():
             )
         destroy_model_parallel()
         ensure_model_parallel_initialized(1, 1)
-        with set_default_torch_dtype(torch.float32):
+        with set_default_torch_dtype(config.model_config.dtype):
             model = initialize_model(config)
         return model
 

@@ -120,6 +120,7 @@ def split_options(options: dict[str, Any]) -> dict[str, Any]:
         *("return_token_ids", "repetition_penalty", "structured_outputs"),
         *("prompt_logprobs", "use_beam_search", "include_stop_str_in_output"),
         *("bad_words", "allowed_token_ids", "logprob_token_ids", "dlm_strategy"),
+        *("best_of", "kv_transfer_params"),
     }
     known = {name: value for name, value in options.items() if name not in own}
     body = {name: value for name, value in options.items() if name in own}

@@ -144,6 +144,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "prompt log-probabilities": ({"prompt_logprobs": 1}, ["prompt_logprobs"]),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, ["`echo` with `logprobs`"]),
     "beam search": ({"use_beam_search": True, "n": 2}, ["beam search", "use `n`"]),
+    "the best of several": ({"best_of": 2}, ["best_of", "`n`", "vllm-dlm search"]),
+    "keys of another engine": (
+        {"kv_transfer_params": {"do_remote_decode": True}},
+        ["kv_transfer_params", "Remove it"],
+    ),
     "greedy choices": ({"n": 2}, ["n must be 1", "greedy"]),
     "too many logprobs": ({"logprobs": 21}, ["21", "20"]),
     "logit bias outside": ({"logit_bias": {"500": 1}}, ["500", "Vocabulary size"]),

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
+KV_TRANSFER = "kv_transfer_params"
+"""A field of bodies, which vLLM's front end hands on in `extra_args`."""
+
 HONOURED = frozenset(
     {
         # The sampler.
@@ -190,6 +193,12 @@ def _check_fields(params: SamplingParams, model_config: ModelConfig) -> None:
             f"{field_of(name)} is not supported for diffusion language models: "
             f"{reason}. Remove it from the request.",
             name,
+        )
+    if (params.extra_args or {}).get(KV_TRANSFER):
+        raise OptionError(
+            f"{KV_TRANSFER} is not supported for diffusion language models: no keys "
+            "and values go from one engine to another. Remove it from the request.",
+            KV_TRANSFER,
         )
 
 

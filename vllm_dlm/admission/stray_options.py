@@ -139,6 +139,25 @@ def refuse_unread(keys: Iterable[object]) -> None:
         raise OptionError(f"{quote(key)} would be ignored: {clause(instead)}", key)
 
 
+def refuse_best_of(unread: Mapping[str, Any], count: object) -> None:
+    """Refuse to return the best of more texts than are asked for, which vLLM drops.
+
+    Args:
+        unread: as of `refuse_stray`.
+        count: how many texts are returned (`n`).
+
+    Raises:
+        OptionError: `best_of` is set, and is another number.
+    """
+    best_of = unread.get("best_of")
+    if best_of not in (None, 1, count or 1):
+        raise OptionError(
+            "best_of is not supported: texts are not ranked here; ask for all of them "
+            "with `n`, or rank them with vllm-dlm search",
+            "best_of",
+        )
+
+
 def refuse_stray(
     unread: Mapping[str, Any], carrier: str, path: str = "", *, ours: bool
 ) -> None:

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_dlm.model_executor.clean_pages import note_device
+from vllm_dlm.model_executor.cpu_quantised import check_quantised
 from vllm_dlm.model_executor.facts import EngineFacts, RequestFacts
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
 from vllm_dlm.model_executor.lora.targets import refuse_unplaced
@@ -59,6 +60,7 @@ class DlmModelState(ModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         note_device(device.type)
+        check_quantised(model, vllm_config.model_config.dtype)
         if vllm_config.lora_config is not None:
             refuse_unplaced(cast("Any", model).lora_manager)
         self.facts = EngineFacts.of(vllm_config, device)

@@ -30,7 +30,12 @@ from vllm_dlm.admission.handover import (
     take_notes,
 )
 from vllm_dlm.admission.numbers import check_prompt
-from vllm_dlm.admission.stray_options import find_stray, is_prefixed, refuse_stray
+from vllm_dlm.admission.stray_options import (
+    find_stray,
+    is_prefixed,
+    refuse_best_of,
+    refuse_stray,
+)
 from vllm_dlm.admission.waiting import add_the_servers, with_constraints
 from vllm_dlm.entrypoints import frames, step_maps
 from vllm_dlm.entrypoints.frame_streams import StreamWatcher
@@ -119,6 +124,8 @@ async def _refuse_unread(
         unread = _without(sent, type(body).model_fields)
     # A batch of chats has it from chats: it is no field of its own class.
     refuse_stray(_without(unread, (route.options,)), route.options, ours=ours)
+    if ours:
+        refuse_best_of(unread, getattr(body, "n", None))
     if route is GENERATE:
         inner = sent.get("sampling_params")
         if isinstance(inner, Mapping):
