@@ -2,16 +2,19 @@
 """numba's compiler as all loops of this package use it: no GIL, compiled code on disk.
 
 numba keeps compiled code beside the file that defines a function and sees changes in
-that file only: functions that call each other stand in one.
+that file only: functions that call each other stand in one. `numba_cache.py` keeps it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 try:
     import numba
+
+    from vllm_dlm.kernels.numba_cache import SafeCache
 except ImportError:  # the extra "cpu" is not installed
     numba = None
 
@@ -27,10 +30,12 @@ def jit(**options: Any) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         if numba is None:
             return function
-        try:
-            return numba.njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # neither the package nor the user's cache is writable
-            return numba.njit(nogil=True, **options)(function)
+        compiled = numba.njit(nogil=True, **options)(function)
+        # What `cache=True` sets: neither the package nor the user's cache is writable
+        # where this raises.
+        with contextlib.suppress(RuntimeError):
+            compiled._cache = SafeCache(compiled.py_func)
+        return compiled
 
     return decorate
 
