@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from engine.block_engines import BLOCK, BlockEngines
 from engine.cases import make_prompt
 from engine.harness import Engine, params
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -171,6 +172,72 @@ def test_small_requests_go_on_among_large_ones(traffic: Traffic):
         # Each waits for those that came before it.
         assert traffic.steps <= 3 * 64 + 8 + 9 + 10
     assert_turns_are_taken(traffic)
+
+
+def test_a_small_request_takes_turns_with_one_that_fills_a_forward(traffic: Traffic):
+    """No forward holds both: without turns it would wait until the large one ends."""
+    large = traffic.add(prompt=90, tokens=32)
+    for _ in range(4):
+        traffic.step()
+    came = traffic.steps
+    small = traffic.add(prompt=4, tokens=11)
+    while traffic.engine.busy:
+        traffic.step()
+    assert traffic.ran[small][0] <= came + 1
+    assert traffic.ran[small][-1] <= came + 2 * 11
+    assert len(traffic.ran[large]) == 32
+    assert traffic.ran[large][-1] == 32 + 11 - 1  # each step computes one of the two
+    assert_turns_are_taken(traffic)
+
+
+def test_small_requests_that_go_on_coming_leave_half_the_steps(traffic: Traffic):
+    """To a large one that fills a forward."""
+    large = traffic.add(prompt=90, tokens=32)
+    traffic.step()
+    while len(traffic.ran[large]) < 32:
+        traffic.keep_waiting(3, prompt=4, tokens=7)
+        traffic.step()
+        assert traffic.steps <= 2 * 32 + 1
+    assert len(traffic.ran) > 8
+    assert_turns_are_taken(traffic)
+
+
+def test_nobody_is_admitted_early_where_forwards_are_full_of_small_ones(
+    traffic: Traffic,
+):
+    """Three fit at a time. A fourth would only make the others slower."""
+    for _ in range(40):
+        traffic.keep_waiting(4, prompt=28, tokens=12)
+        traffic.step()
+        assert len(traffic.engine.scheduler.running) <= 3
+    assert all(
+        steps == list(range(steps[0], steps[0] + len(steps)))
+        for steps in traffic.ran.values()
+        if steps
+    )
+
+
+@pytest.mark.parametrize("prompt", [200, 230])
+def test_a_long_prompt_in_chunks_leaves_rows_to_small_ones(
+    engines: Callable[..., Engine], tmp_path_factory, prompt: int
+):
+    """Of a model with block attention: 16 rows a block, 64 rows a forward."""
+    sdar = BlockEngines(engines, tmp_path_factory.mktemp("sdar"), "SDAR-4B-Chat-b16")
+    traffic = Traffic(sdar(max_num_batched_tokens=64))
+    long = traffic.add(prompt, tokens=8, block=BLOCK)
+    traffic.step()
+    assert len(traffic.engine.scheduler.running) == 1
+    came = traffic.steps
+    small = [traffic.add(8, tokens=8, block=BLOCK) for _ in range(2)]
+    while traffic.engine.busy:
+        traffic.step()
+    assert traffic.ran[small[0]][0] == came
+    assert traffic.ran[small[1]][0] <= came + 2
+    # The long prompt goes on in the same forwards, by what is left of them.
+    chunks = -(-prompt // 32)
+    assert traffic.ran[long] == list(range(len(traffic.ran[long])))
+    assert len(traffic.ran[long]) <= chunks + 8 + 8
+    traffic.stop()
 
 
 def test_pages_are_taken_from_who_came_last(engines: Callable[..., Engine]):

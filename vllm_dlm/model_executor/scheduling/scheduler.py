@@ -55,6 +55,7 @@ from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCach
 from vllm_dlm.model_executor.scheduling.shrinking import leave_out
 from vllm_dlm.model_executor.scheduling.stages import drop_its_end, is_thought_out
 from vllm_dlm.model_executor.scheduling.step_outcome import StepOutcome, take_apart
+from vllm_dlm.model_executor.scheduling.turns import Turns
 from vllm_dlm.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self._page_size = page_size_of(self.kv_cache_config)
         self._at_second_stage: list[CanvasRequest] = []
         """Requests whose first stage (`tccf`) ended with the step in flight."""
+        self._turns = Turns(self.max_num_scheduled_tokens)
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._work = [0] * len(COUNTERS)
         """Work done since the last statistics, in the order of `metrics.COUNTERS`."""
@@ -144,7 +146,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
         for request in self.running:
             request.plan_step()
         self._hand_out_branches()
-        self._allot_rows()
+        first, step = self._may_be_admitted(), self.current_step + 1
+        self._turns.allot(self.running, first, step)
         seats = self.max_num_active_reqs
         try:
             output = super().schedule(throttle_prefills)
@@ -162,20 +165,15 @@ class DiffusionStepScheduler(DiffusionScheduler):
             self.kv_cache_manager.publish(request, request.kv_final)
         return output
 
-    def _allot_rows(self) -> None:
-        """Share the token budget out among the running requests.
-
-        Where the budget does not hold the rows of all, some requests sit this step out.
-        The request whose last step is longest ago comes first, so a request sits out
-        fewer steps in a row than requests run. `running` itself stays in the order of
-        admission: vLLM takes pages from its end, that is, from the last to come.
-        """
-        left = self.max_num_scheduled_tokens
-        for request in sorted(self.running, key=lambda r: r.last_step):
-            start = request.num_computed_tokens
-            end = min(start + left, request.rows_end)
-            request.allotted = request.whole_rows(start, end)
-            left -= request.allotted
+    def _may_be_admitted(self) -> CanvasRequest | None:
+        """The first of the waiting requests, if it lacks nothing but rows."""
+        if not self.waiting or len(self.running) >= self.max_num_running_reqs:
+            return None
+        first = self.waiting.peek_request()
+        assert isinstance(first, CanvasRequest)
+        pages = -(-first.planned_rows().end // self._page_size)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return first if pages <= free else None
 
     # -- branches (`branches.py`) ------------------------------------------
 
