@@ -16,6 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_dlm.admission.client_fields import CHAT, GENERATE, MESSAGES
+from vllm_dlm.config.engine_keys import SPECULATION
 from vllm_dlm.messages import LONGEST_MESSAGE
 from vllm_dlm.patches import admission, handlers
 from vllm_dlm.patches.ledger import PATCHES, find
@@ -182,10 +183,14 @@ def test_a_handler_that_hands_on():
     assert error.parameter == "max_tokens"
 
 
-def ask(params, config, prompt=None, speculative=None):
+def ask(params, config, prompt=None, speculative=None, additional=()):
     """Call the wrapped `AsyncLLM.generate`; nothing is read from what it gives."""
     generate = admission.generate(lambda self, prompt, params: "begun")
-    vllm_config = SimpleNamespace(model_config=config, speculative_config=speculative)
+    vllm_config = SimpleNamespace(
+        model_config=config,
+        speculative_config=speculative,
+        additional_config=dict(additional),
+    )
     prompt = {"prompt_token_ids": prompt or [1]}
     return generate(SimpleNamespace(vllm_config=vllm_config), prompt, params)
 
@@ -211,9 +216,15 @@ def test_a_drafts_limit_is_refused_before_a_stream():
     params = SamplingParams(**STREAMED, extra_args={"dlm_draft_tokens": 4})
     with pytest.raises(VLLMValidationError, match="no speculative decoding"):
         ask(params, autoregressive())
-    speculative = SimpleNamespace(num_speculative_tokens=3)
-    with pytest.raises(VLLMValidationError, match="to 3, got 4"):
+    speculative = SimpleNamespace(num_speculative_tokens=3, method="ngram")
+    with pytest.raises(VLLMValidationError, match="'ngram', is vLLM's own .* aded"):
         ask(params, autoregressive(), speculative=speculative)
+    ours = {SPECULATION: {"method": "aded"}}
+    with pytest.raises(VLLMValidationError, match="to 3, got 4"):
+        ask(params, autoregressive(), speculative=speculative, additional=ours)
+    params.extra_args["dlm_draft_tokens"] = 3
+    begun = ask(params, autoregressive(), speculative=speculative, additional=ours)
+    assert begun == "begun"
 
 
 def test_every_handler_is_in_the_ledger():

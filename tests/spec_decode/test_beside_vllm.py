@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from spec_decode.harness import Engine, params, ragged_prompts
+from vllm.exceptions import VLLMValidationError
 
 MASK = 63
 
@@ -63,3 +64,7 @@ def test_greedy_texts(
     assert max(lengths) == 4
     for prompt, text in zip(prompts[:2], wanted, strict=False):
         assert engine.run([prompt], params(24)) == [text]
+    # Only our own methods know a limit for a request.
+    limited = params(24, extra_args={"dlm_draft_tokens": 0})
+    with pytest.raises(VLLMValidationError, match="is vLLM's own"):
+        engine.run(prompts[:1], limited)

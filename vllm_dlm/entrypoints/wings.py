@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
     from vllm import SamplingParams
-    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 
@@ -59,10 +59,11 @@ class Wing(Protocol):
             ValueError: models do not fit together.
         """
 
-    def check_request(
-        self, params: SamplingParams, speculative_config: SpeculativeConfig | None
-    ) -> None:
+    def check_request(self, params: SamplingParams, config: VllmConfig) -> None:
         """Refuse a request that cannot be honoured.
+
+        Args:
+            config: of the engine, whose model is not ours.
 
         Raises:
             VLLMValidationError: it asks for too much, or for what the engine lacks.
@@ -79,3 +80,13 @@ _MODULES = (
 def wings() -> list[Wing]:
     """All wings, each imported once."""
     return [cast("Wing", import_module(name)) for name in _MODULES]
+
+
+def check_request(params: SamplingParams, config: VllmConfig) -> None:
+    """Have all wings refuse what they cannot honour of a request for another model.
+
+    Raises:
+        VLLMValidationError: by the first that refuses.
+    """
+    for wing in wings():
+        wing.check_request(params, config)

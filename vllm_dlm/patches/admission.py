@@ -39,7 +39,7 @@ from vllm_dlm.admission.stray_options import (
 from vllm_dlm.admission.waiting import add_the_servers, with_constraints
 from vllm_dlm.entrypoints import frames, step_maps
 from vllm_dlm.entrypoints.frame_streams import StreamWatcher
-from vllm_dlm.entrypoints.wings import wings
+from vllm_dlm.entrypoints.wings import check_request, wings
 from vllm_dlm.messages import OptionError, name_of
 from vllm_dlm.model_executor.cpu_runner_limits import refuse_thinking_budget
 from vllm_dlm.patches.ledger import Make, Where, patch
@@ -216,7 +216,8 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
         "Prompts may have any id that the tokenizer knows, and without one any at all; "
         "the model may have no embedding for it, which ends the engine. And what the "
         "check of a request's options has read of them has no way to the engine, which "
-        "would read them twice more."
+        "would read them twice more. A request's own draft limit would be read by the "
+        "worker only."
     ),
     upstream="docs/upstream.md#a-plugin-cannot-complete-the-engines-request",
     drop_when=(
@@ -229,7 +230,8 @@ def process_inputs(
     original: Callable[..., EngineCoreRequest],
 ) -> Callable[..., EngineCoreRequest]:
     """For our models, refuses such ids, and sends what the options say along as plain
-    data in their place; the caller's parameters stay as they are."""
+    data in their place; the caller's parameters stay as they are. For others, asks the
+    wings."""
 
     def process(
         self: InputProcessor,
@@ -242,9 +244,12 @@ def process_inputs(
         from vllm.sampling_params import SamplingParams
 
         ours = request.is_ours(self.model_config.hf_config)
-        if ours and isinstance(params, SamplingParams):
-            params = private_copy(params)
-            add_the_servers(params, self.vllm_config)
+        if isinstance(params, SamplingParams):
+            if not ours:
+                check_request(params, self.vllm_config)
+            else:
+                params = private_copy(params)
+                add_the_servers(params, self.vllm_config)
         made = original(self, request_id, prompt, params, *args, **kwargs)
         if ours and made.sampling_params is not None:
             _refuse_unknown_ids(made.prompt_token_ids, self.model_config)
@@ -346,8 +351,7 @@ def _check(
     if not request.is_ours(model_config.hf_config):
         _refuse_dlm_options(sampling_params.extra_args or {})
         refuse_thinking_budget(sampling_params, vllm_config)
-        for wing in wings():
-            wing.check_request(sampling_params, vllm_config.speculative_config)
+        check_request(sampling_params, vllm_config)
         return
     request.refuse_reasoning(sampling_params, vllm_config)
     config = request.validate_sampling_params(sampling_params, model_config)

@@ -2,7 +2,6 @@
 """The files that hold entries of the ledger, and who applies them.
 
 Importing a theme imports nothing of vLLM, so that all entries can be listed without it.
-A wing's own entries lie in the wing and are found here by name.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ THEMES = (
     "vllm_dlm.patches.handlers",
     "vllm_dlm.patches.frames",
     "vllm_dlm.patches.ray_failures",
-    "vllm_dlm.spec_decode.patches",
 )
 
 

@@ -24,7 +24,7 @@ from vllm_dlm.config.engine_keys import RUNNER, SPECULATION
 from vllm_dlm.spec_decode import options as spec
 
 if TYPE_CHECKING:
-    from vllm.config import SchedulerConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
@@ -243,18 +243,18 @@ def _warn_of_cut_drafts(scheduler: SchedulerConfig, most: int) -> None:
         )
 
 
-def check_request(
-    params: SamplingParams, speculative_config: SpeculativeConfig | None
-) -> None:
+def check_request(params: SamplingParams, config: VllmConfig) -> None:
     """Refuse what cannot be honoured beside speculation (HTTP 400).
 
     Raises:
         VLLMValidationError: the request's own draft limit is invalid, or the engine
-            does not speculate; or it asks for `logprob_token_ids`, which ends vLLM's
-            engine with any speculation.
+            does not speculate, or by a method of vLLM's own, which reads no such limit;
+            or it asks for `logprob_token_ids`, which ends vLLM's engine with any
+            speculation.
     """
     from vllm.exceptions import VLLMValidationError
 
+    speculative_config = config.speculative_config
     if speculative_config is not None and params.logprob_token_ids is not None:
         raise VLLMValidationError(
             "logprob_token_ids cannot be combined with speculative decoding: ask for "
@@ -267,6 +267,13 @@ def check_request(
         raise VLLMValidationError(
             f"{spec.REQUEST_KEY}: this engine has no speculative decoding; start it "
             "with --speculative-config, or remove it from the request"
+        )
+    if SPECULATION not in config.additional_config:
+        raise VLLMValidationError(
+            f"{spec.REQUEST_KEY}: this engine's speculative method, "
+            f"{speculative_config.method!r}, is vLLM's own and has no limit for a "
+            "request; remove it from the request, or start the server with one of "
+            f"{', '.join(spec.METHODS)}"
         )
     try:
         spec.request_limit(extra_args, speculative_config.num_speculative_tokens)

@@ -18,7 +18,7 @@ from vllm_dlm.messages import quote
 from vllm_dlm.steering.options import SteerConfig, Steering, parse, resolve
 
 if TYPE_CHECKING:
-    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
@@ -152,7 +152,5 @@ def check(config: VllmConfig) -> None:
         raise ValueError(f"the base {steering.base!r}: {error}") from None
 
 
-def check_request(
-    params: SamplingParams, speculative_config: SpeculativeConfig | None
-) -> None:
+def check_request(params: SamplingParams, config: VllmConfig) -> None:
     """Nothing: what vLLM honours of a request, it honours here."""

@@ -14,7 +14,7 @@ from vllm_dlm.config.engine_keys import SWITCHING
 from vllm_dlm.switching.entropy_stop import class_name
 
 if TYPE_CHECKING:
-    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
@@ -40,7 +40,5 @@ def check(config: VllmConfig) -> None:
     config.model_config.logits_processors = [*others, class_name(config)]
 
 
-def check_request(
-    params: SamplingParams, speculative_config: SpeculativeConfig | None
-) -> None:
+def check_request(params: SamplingParams, config: VllmConfig) -> None:
     """Nothing: a pair checks its requests itself."""
