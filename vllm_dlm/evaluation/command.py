@@ -20,6 +20,11 @@ from vllm_dlm.bench.cells import Results, model_name, without_folders
 from vllm_dlm.bench.environment import default_threads, record
 from vllm_dlm.cli.arguments import count
 from vllm_dlm.evaluation.lm_eval_tasks import PREFIX, HarnessTask, harness_tasks
+from vllm_dlm.evaluation.parallelbench.text_metrics import (
+    DEFAULT,
+    METRICS,
+    check_text_options,
+)
 from vllm_dlm.evaluation.sandbox import Sandbox
 from vllm_dlm.evaluation.tasks import (
     FAMILIES,
@@ -101,6 +106,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run programs that the model writes (mbpp, humaneval): without a network "
         "and without your files, or, `unconfined`, with limits on time and memory only",
     )
+    work.add_argument(
+        "--text-metrics",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="what is measured of free text (parallelbench/texts), the accuracy first: "
+        f"of {', '.join(METRICS)} (default: {DEFAULT})",
+    )
+    work.add_argument(
+        "--language-tool",
+        metavar="URL",
+        help="a LanguageTool server to ask for grammar (default: start one, with Java)",
+    )
     work.add_argument("--seed", type=int, default=0)
 
     cells = parser.add_argument_group("the cells: every combination is measured")
@@ -156,7 +173,15 @@ def run(args: argparse.Namespace) -> int:
         sandbox = Sandbox(confine=args.allow_code == CODE[0])
         sandbox.check()
     own, others = _apart(args.tasks)
-    options = TaskOptions(args.limit, args.seed, args.shots, dict(args.data), sandbox)
+    options = TaskOptions(
+        args.limit,
+        args.seed,
+        args.shots,
+        dict(args.data),
+        sandbox,
+        tuple(args.text_metrics or [DEFAULT]),
+        args.language_tool,
+    )
     tasks: list[Task | HarnessTask] = [
         *make_tasks(expanded(own), options),
         *harness_tasks(others, args),
@@ -189,6 +214,7 @@ def _check(args: argparse.Namespace) -> None:
         ValueError: it names the option.
     """
     own, others = _apart(args.tasks)
+    check_text_options(expanded(own), args.text_metrics, args.language_tool)
     if args.resume and args.json is None:
         raise ValueError("--resume goes on with a file: name it with --json")
     if args.shots is not None and args.shots < 0:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.evaluation.tasks import Question
@@ -120,13 +121,12 @@ def forwards_of(output: RequestOutput) -> int:
     return int(sum(metrics.histogram))
 
 
-def numbers_of(accuracy: float, questions: int, answers: Answers) -> dict[str, Any]:
-    """A cell's numbers, of its answers."""
-    error = (accuracy * (1 - accuracy) / questions) ** 0.5
+def numbers_of(scores: Sequence[float], answers: Answers) -> dict[str, Any]:
+    """A cell's numbers, of its answers and their scores."""
     return {
-        "accuracy": accuracy,
-        "accuracy_error": error,
-        "questions": questions,
+        "accuracy": mean(scores),
+        "accuracy_error": pstdev(scores) / len(scores) ** 0.5,
+        "questions": len(scores),
     } | speeds(answers.tokens, answers.forwards, answers.seconds)
 
 

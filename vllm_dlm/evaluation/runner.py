@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.bench.cells import Results, digest
@@ -84,8 +85,14 @@ class Runner:
         # What is compiled or read at the first request is no part of the speed.
         ask(task.questions[:1])
         answers = ask(task.questions)
-        scores = task.score(answers.texts)
-        return numbers_of(sum(scores) / len(scores), len(scores), answers)
+        if not task.metrics:
+            return numbers_of(task.score(answers.texts), answers)
+        scores = {name: score(answers.texts) for name, score in task.metrics.items()}
+        metric = next(iter(scores))
+        return numbers_of(scores[metric], answers) | {
+            "metric": metric,
+            "metrics": {name: mean(found) for name, found in scores.items()},
+        }
 
     def _options(self, cell: TaskCell, width: int | None) -> dict[str, Any]:
         """What a request of a cell asks for.
@@ -122,6 +129,7 @@ class Runner:
             "max_tokens": args.max_tokens,
             "block_length": args.block_length,
             "samples": args.samples,
+            "text_metrics": args.text_metrics,
             "seed": args.seed,
             # What names and folders do not tell apart.
             "inputs": digest([model, data.get(cell.task), args.include_path]),

@@ -57,6 +57,9 @@ class Task:
     otherwise."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer where the question is no chat."""
+    metrics: Mapping[str, Score] = field(default_factory=dict)
+    """Further measures of the answers, by name; where there are some, `score` is the
+    first of them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class TaskOptions:
     """Name of a task -> file of its questions."""
     sandbox: Sandbox | None = None
     """Where generated programs run; None where they may not."""
+    text_metrics: tuple[str, ...] = ("grammar",)
+    """What is measured of free text, the task's accuracy first."""
+    language_tool: str | None = None
+    """Address of a LanguageTool server."""
 
     def file_of(self, task: str, what: str) -> Path:
         """The file of a task that cannot do without.
@@ -117,13 +124,11 @@ class Family:
     make: Maker
     members: tuple[str, ...] = ()
     """Names behind the slash."""
-    as_one: bool = True
-    """Whether the family's name is a task of its own; else it stands for all members
-    that are not refused."""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further names behind the slash, each for several members. One of "" is the
+    family's own name, which else is a task of its own."""
     takes_data: bool = False
     takes_shots: bool = False
-    refused: Mapping[str, str] = field(default_factory=dict)
-    """Members whose answers nobody here can judge -> why."""
 
 
 def family_of(name: str) -> Family:
@@ -139,10 +144,11 @@ def family_of(name: str) -> Family:
             "lm-eval:NAME"
         )
     found: Family = load(FAMILIES[family])
-    if slash and member not in found.members:
+    named = (*found.members, *filter(None, found.groups))
+    if slash and member not in named:
         raise ValueError(
             f"{family} has no {quote(member)}; it has "
-            f"{', '.join(found.members) or 'no tasks of its own names'}"
+            f"{', '.join(named) or 'no tasks of its own names'}"
         )
     return found
 
@@ -155,12 +161,10 @@ def expanded(names: Sequence[str]) -> list[str]:
     """
     single: dict[str, None] = {}
     for name in names:
-        family = family_of(name)
-        if "/" in name or family.as_one:
-            single[name] = None
-            continue
-        members = (m for m in family.members if m not in family.refused)
-        single |= dict.fromkeys(f"{name}/{member}" for member in members)
+        family, _, member = name.partition("/")
+        members = family_of(name).groups.get(member)
+        alone = [name] if members is None else [f"{family}/{one}" for one in members]
+        single |= dict.fromkeys(alone)
     return list(single)
 
 

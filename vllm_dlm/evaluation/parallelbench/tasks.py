@@ -2,8 +2,8 @@
 """ParallelBench's tasks: generated, or read from its published data.
 
 Published are JSON lines with `messages` (a chat, an example in front) and a `label`:
-the answer as a text or, where there are several, an object with `input` and `word`, or
-`symbols`. A line of results, which has such an object as its `doc`, is read as well.
+the answer as a text or, where there are several, an object with what decides about it
+(`_Label`). A line of results, which has such an object as its `doc`, is read as well.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from pydantic import BaseModel
 
@@ -25,7 +25,9 @@ from vllm_dlm.evaluation.parallelbench.lists import (
     parsed,
     written,
 )
-from vllm_dlm.evaluation.tasks import Family, Question, Task, TaskOptions
+from vllm_dlm.evaluation.parallelbench.text_metrics import measure_of
+from vllm_dlm.evaluation.parallelbench.texts import TEXT_TASKS, Reference
+from vllm_dlm.evaluation.tasks import Family, Question, Score, Task, TaskOptions
 from vllm_dlm.files.whole_files import checked, parse_json, parse_lines
 
 QUESTIONS = 100
@@ -33,15 +35,6 @@ LIST_TOKENS, TEXT_TOKENS = 32, 64
 """Widths of the published canvases."""
 
 PUZZLES = ("latin_square", "sudoku")
-_GRAMMAR = "its score is LanguageTool's, a Java program that this package has not"
-REFUSED = {
-    "paraphrasing": f"{_GRAMMAR}, BERTScore's and BLEU's",
-    "summarization": f"{_GRAMMAR} and ROUGE's",
-    "words_to_sentence_easy": _GRAMMAR,
-    "words_to_sentence_medium": _GRAMMAR,
-    "words_to_sentence_hard": _GRAMMAR,
-}
-"""Published tasks about free text -> why they are not here."""
 
 
 class _Message(BaseModel):
@@ -53,6 +46,9 @@ class _Label(BaseModel):
     input: list[str] = []
     word: str = ""
     symbols: list[str] = []
+    words: list[str] = []
+    text: str = ""
+    summary: str = ""
 
 
 class _Doc(BaseModel):
@@ -60,19 +56,24 @@ class _Doc(BaseModel):
     label: str | _Label
 
 
+Judge: TypeAlias = Callable[[str], bool]
+
+
 @dataclass(frozen=True)
 class _Item:
-    """A question, with what judges its answer."""
+    """A question, with what judges its answer, or what it is compared with."""
 
     question: Question
-    is_right: Callable[[str], bool]
+    judge: Judge | Reference
 
 
 def make(name: str, options: TaskOptions) -> Task:
-    """A task of ParallelBench."""
+    """A task of ParallelBench.
+
+    Raises:
+        ValueError: published data of another form; a metric that cannot be measured.
+    """
     member = name.partition("/")[2]
-    if member in REFUSED:
-        raise ValueError(f"{name}: {REFUSED[member]}")
     if name in options.data:
         items = _published(name, member, options)
     else:
@@ -83,14 +84,44 @@ def make(name: str, options: TaskOptions) -> Task:
             _generated(member, rng, LENGTHS[nth * len(LENGTHS) // count])
             for nth in range(count)
         ]
+    if member in TEXT_TASKS:
+        return _of_texts(name, member, items, options)
     return Task(
         name,
         [item.question for item in items],
         lambda texts: [
-            float(item.is_right(text)) for item, text in zip(items, texts, strict=True)
+            float(cast(Judge, item.judge)(text))
+            for item, text in zip(items, texts, strict=True)
         ],
         TEXT_TOKENS if member in PUZZLES else LIST_TOKENS,
         stop=("\n\n",),
+    )
+
+
+def _of_texts(
+    name: str, member: str, items: Sequence[_Item], options: TaskOptions
+) -> Task:
+    """A task of free text, with those of the run's metrics that it has."""
+    known = TEXT_TASKS[member].metrics
+    asked = [metric for metric in options.text_metrics if metric in known]
+    if not asked:
+        raise ValueError(
+            f"{name} has the metrics {', '.join(known)}: name one in --text-metrics"
+        )
+    against = [cast(Reference, item.judge) for item in items]
+
+    def score_by(metric: str) -> Score:
+        measure = measure_of(metric, member, options.language_tool)
+        return lambda texts: measure(texts, against)
+
+    scores = {metric: score_by(metric) for metric in asked}
+    return Task(
+        name,
+        [item.question for item in items],
+        scores[asked[0]],
+        TEXT_TOKENS,
+        stop=("\n\n",),
+        metrics=scores,
     )
 
 
@@ -100,6 +131,10 @@ def _generated(member: str, rng: random.Random, length: int) -> _Item:
         return _latin_square(rng)
     if member == "sudoku":
         return _sudoku(rng)
+    if member in TEXT_TASKS:
+        text_task = TEXT_TASKS[member]
+        reference = text_task.draw(rng)
+        return _Item(Question((text_task.ask(reference),)), reference)
     task = LIST_TASKS[member]
     problem = task.draw(rng, length)
     example = task.draw(rng, rng.choice(LENGTHS))
@@ -157,7 +192,7 @@ def _published(name: str, member: str, options: TaskOptions) -> list[_Item]:
     return parse_lines(options.data[name], name, parse, options.limit)
 
 
-def _judge(member: str, label: str | _Label) -> Callable[[str], bool]:
+def _judge(member: str, label: str | _Label) -> Judge | Reference:
     """What decides about answers to a published question.
 
     Raises:
@@ -167,6 +202,11 @@ def _judge(member: str, label: str | _Label) -> Callable[[str], bool]:
         return partial(puzzles.is_sudoku, label)
     if member == "latin_square" and isinstance(label, _Label) and label.symbols:
         return partial(puzzles.is_latin_square, label.symbols)
+    if member in TEXT_TASKS and isinstance(label, _Label):
+        found = Reference(tuple(label.words), label.text, label.summary)
+        needed = {"summarization": found.summary, "paraphrasing": found.text}
+        if needed.get(member, found.words):
+            return found
     if member in LIST_TASKS:
         task = LIST_TASKS[member]
         if isinstance(label, str):
@@ -183,8 +223,7 @@ FREE = ("shuffle", "insert_random", "remove_random", "replace_random")
 
 FAMILY = Family(
     make,
-    (*LIST_TASKS, *PUZZLES, *REFUSED),
-    as_one=False,
+    (*LIST_TASKS, *PUZZLES, *TEXT_TASKS),
+    groups={"": (*LIST_TASKS, *PUZZLES), "texts": tuple(TEXT_TASKS)},
     takes_data=True,
-    refused=REFUSED,
 )
