@@ -19,6 +19,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}assistant: "
 )
 
+END_OF_THOUGHT = 256
+THINKING_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    "{% if thinking is defined and not thinking %}<think></think>{% endif %}"
+)
+
 
 def write_byte_model(folder: Path, **changes: int) -> Path:
     """Write the checkpoint and its tokenizer; token i below 256 is byte i."""
@@ -44,4 +50,27 @@ def write_byte_model(folder: Path, **changes: int) -> Path:
     described = json.loads((folder / "tokenizer_config.json").read_text())
     described["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return folder
+
+
+def write_thinking_model(folder: Path) -> Path:
+    """Bytes for tokens, and two tokens round a thought."""
+    write_byte_model(folder)
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    vocabulary = described["model"]["vocab"]
+    assert vocabulary.pop("unused") == END_OF_THOUGHT
+    (start,) = (one for one in described["added_tokens"] if one["id"] == 259)
+    start |= {"content": "<think>", "special": False}
+    described["added_tokens"].insert(
+        0, start | {"id": END_OF_THOUGHT, "content": "</think>"}
+    )
+    vocabulary |= {"</think>": END_OF_THOUGHT}
+    path.write_text(json.dumps(described))
+    config = folder / "tokenizer_config.json"
+    config.write_text(
+        json.dumps(
+            json.loads(config.read_text()) | {"chat_template": THINKING_TEMPLATE}
+        )
+    )
     return folder

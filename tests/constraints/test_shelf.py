@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_dlm.constraints.automaton import Automaton, compile_pattern
 from vllm_dlm.constraints.shelf import Shelf, file_name, read
+from vllm_dlm.constraints.thoughts import ThoughtEnd
 from vllm_dlm.constraints.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.of_tokens([b"a", b"b", b"ab", b""])
@@ -54,10 +55,11 @@ def test_the_oldest_files_go():
 
 def test_names_say_what_an_automaton_is_made_of():
     names = {
-        file_name(pattern, tokenizer, ends, barred)
+        file_name(pattern, thought, tokenizer, ends, barred)
         for pattern in ("a", "b")
+        for thought in (None, ThoughtEnd(5, "</t>"), ThoughtEnd(6, "</t>"))
         for tokenizer in ("x", "y")
         for ends in ([1], [1, 2])
         for barred in ([], [3])
     }
-    assert len(names) == 16
+    assert len(names) == 48

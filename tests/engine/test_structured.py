@@ -45,7 +45,7 @@ def test_the_engine_reads_what_admission_has_compiled(
     def compiles(*args: object) -> None:
         raise AssertionError("the engine compiles a pattern itself")
 
-    monkeypatch.setattr(patterns, "compile_pattern", compiles)
+    monkeypatch.setattr(patterns, "compile_answer", compiles)
     regex = r"t8(t[2-4]|t6\d){3,9}"
     asked = params(24, structured_outputs=StructuredOutputsParams(regex=regex))
     (result,) = engine.outputs([[1, 2, 3]], [asked])

@@ -13,12 +13,13 @@ from __future__ import annotations
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from vllm_dlm.config.carried import AUTOMATA, PATTERN, WATCHED, carry
+from vllm_dlm.config.carried import AUTOMATA, PATTERN, THOUGHT, WATCHED, carry
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
     from vllm_dlm.config.request import RequestConfig
+    from vllm_dlm.constraints.thoughts import ThoughtEnd
 
 
 class NotedOptions(dict[str, Any]):
@@ -31,6 +32,8 @@ class NotedOptions(dict[str, Any]):
     """How the request will be decoded; None before its options are read."""
     pattern: str | None = None
     """What its text must match; None for any text."""
+    thought: ThoughtEnd | None = None
+    """What ends a thought in front of that; None where no thought is told apart."""
     automata: str | None = None
     """Where the pattern's automaton may lie."""
     watched: int | None = None
@@ -98,6 +101,8 @@ def send_off(params: SamplingParams) -> None:
         sent = asked if asked.config is None else carry(asked, asked.config)
         if asked.pattern is not None:
             sent = {**sent, PATTERN: asked.pattern, AUTOMATA: asked.automata}
+            if asked.thought is not None:
+                sent[THOUGHT] = tuple(asked.thought)
         if asked.watched is not None:
             sent = {**sent, WATCHED: asked.watched}
         params.extra_args = dict(sent) or None

@@ -24,7 +24,7 @@ from vllm_dlm.messages import LONGEST_MESSAGE, OptionError, bounded, name_of, qu
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
@@ -215,27 +215,6 @@ def refuse_beam_search(model_config: ModelConfig | None) -> None:
             "beam search is not supported for diffusion language models: it extends "
             "texts token by token; use `n` with a temperature instead",
             parameter=field_of("use_beam_search"),
-        )
-
-
-def refuse_reasoning(params: SamplingParams, vllm_config: VllmConfig) -> None:
-    """Refuse a constraint where the answer begins with a thought.
-
-    Raises:
-        VLLMValidationError: the server has a reasoning parser (HTTP 400).
-    """
-    if params.structured_outputs is None:
-        return
-    parser = vllm_config.structured_outputs_config.reasoning_parser
-    if parser:
-        name = field_of("structured_outputs")
-        raise refusal(
-            OptionError(
-                f"{name}: the whole answer has to match, and this server's "
-                f"--reasoning-parser {parser} would look for a thought in it; start "
-                "the server without, or ask without a constraint",
-                "structured_outputs",
-            )
         )
 
 

@@ -64,7 +64,8 @@ def _run(job: Job) -> Compiled | ConstraintError:
     """Compile, and keep what comes out, for this process and for the engine's."""
     found = job.run()
     if isinstance(found, Compiled):
-        name = file_name(found.pattern, job.tokenizer, job.end_ids, job.barred)
+        ends = job.end_ids, job.barred
+        name = file_name(found.pattern, job.thought, job.tokenizer, *ends)
         _shelf.put(name, found.automaton)
     _cache.put(job, found)
     return found
@@ -189,6 +190,7 @@ def _job(source: Source, params: SamplingParams, model_config: ModelConfig) -> J
         tokenizer=_tokenizer_key(model_config),
         end_ids=tuple(sorted(token for token in ends if 0 <= token < size)),
         barred=barred_ids(params, size, defaults.mask_token_id),
+        thought=getattr(params.extra_args, "thought", None),
     )
 
 

@@ -33,13 +33,20 @@ PATTERN = "dlm_pattern"
 """Another such key: a regular expression that the text must match, from the front end
 to scheduler and worker (`model_executor/patterns.py`)."""
 
+THOUGHT = "dlm_thought"
+"""Beside it, the token that ends a thought in front of what must match, and how that
+token reads (`constraints/thoughts.py`)."""
+
 AUTOMATA = "dlm_automata"
-"""Beside it, a folder in which the pattern's automaton may lie (`constraints/shelf.py`)
+"""And a folder in which the pattern's automaton may lie (`constraints/shelf.py`)
 if the front end runs on the same machine."""
 
 WATCHED = "dlm_watched"
 """And another, of a request whose canvas somebody watches: the front end's number of
 whoever does (`entrypoints/frames.py`), which comes back with each frame."""
+
+BESIDE = (PATTERN, THOUGHT, AUTOMATA, WATCHED)
+"""Those that come beside the configuration."""
 
 _SCALARS = (type(None), bool, int, float, str)
 
@@ -80,7 +87,7 @@ def request_config(
     plain = (extra_args or {}).get(CARRIED)
     if plain is None:
         asked = {**(extra_args or {})}
-        for key in (PATTERN, AUTOMATA, WATCHED):
+        for key in BESIDE:
             asked.pop(key, None)
         return resolve(server, asked, defaults)
     return from_plain(plain)

@@ -13,12 +13,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from threading import Lock
 
-from vllm_dlm.constraints.automaton import Automaton, compile_pattern
+from vllm_dlm.constraints.automaton import Automaton
 from vllm_dlm.constraints.json_text import Layout
 from vllm_dlm.constraints.limits import DEFAULT, ConstraintError, Limits
 from vllm_dlm.constraints.schema import schema_pattern
 from vllm_dlm.constraints.structural import structural_pattern
 from vllm_dlm.constraints.syntax import choice, literal, write
+from vllm_dlm.constraints.thoughts import ThoughtEnd, compile_answer
 from vllm_dlm.constraints.vocabulary import Vocabulary
 
 
@@ -70,17 +71,20 @@ class Job:
     """Which vocabulary that is."""
     end_ids: tuple[int, ...]
     barred: tuple[int, ...] = ()
+    thought: ThoughtEnd | None = None
+    """What ends a thought in front of the text."""
 
     @property
     def key(self) -> Hashable:
-        return self.source, self.tokenizer, self.end_ids, self.barred
+        return self.source, self.tokenizer, self.end_ids, self.barred, self.thought
 
     def run(self, limits: Limits = DEFAULT) -> Compiled | ConstraintError:
         """Compile; what is wrong is returned, as it is kept like a result."""
         try:
             pattern = self.source.pattern()
-            automaton = compile_pattern(
-                pattern, self.vocabulary(), self.end_ids, self.barred, limits
+            automaton = compile_answer(
+                *(pattern, self.thought, self.vocabulary()),
+                *(self.end_ids, self.barred, limits),
             )
         except ConstraintError as error:
             return ConstraintError(str(error))

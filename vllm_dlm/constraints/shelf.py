@@ -23,6 +23,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vllm_dlm.constraints.automaton import Automaton
+from vllm_dlm.constraints.thoughts import ThoughtEnd
 from vllm_dlm.files.whole_files import MIB, BadFile, open_file, replacing
 
 MOST_BYTES = 256 * MIB
@@ -33,16 +34,22 @@ NUMBERS = ("end_state", "end_class", "start")
 
 
 def file_name(
-    pattern: str, tokenizer: Hashable, end_ids: Sequence[int], barred: Sequence[int]
+    pattern: str,
+    thought: ThoughtEnd | None,
+    tokenizer: Hashable,
+    end_ids: Sequence[int],
+    barred: Sequence[int],
 ) -> str:
     """The name of an automaton's file.
 
     Args:
         pattern: regular expression.
+        thought: what ends a thought in front of it.
         tokenizer: which vocabulary; see `Job.tokenizer`.
         end_ids, barred: as in `compile_pattern`, rising.
     """
-    parts = repr((pattern, tokenizer, tuple(end_ids), tuple(barred)))
+    end = None if thought is None else tuple(thought)
+    parts = repr((pattern, end, tokenizer, tuple(end_ids), tuple(barred)))
     return f"{hashlib.sha256(parts.encode('utf-8', 'surrogatepass')).hexdigest()}.npz"
 
 

@@ -19,6 +19,7 @@ from vllm_dlm.config.carried import (
     AUTOMATA,
     CANVAS_END,
     PATTERN,
+    THOUGHT,
     WATCHED,
     request_config,
 )
@@ -196,6 +197,7 @@ class RequestFacts:
         in_second_stage = asked.pop(SECOND_STAGE, False)
         canvas_end = asked.pop(CANVAS_END, 0)
         pattern = asked.pop(PATTERN, None)
+        asked.pop(THOUGHT, None)
         asked.pop(AUTOMATA, None)
         is_watched = asked.pop(WATCHED, None) is not None
         config = request_config(asked, engine.server, engine.defaults)

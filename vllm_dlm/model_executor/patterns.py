@@ -18,10 +18,11 @@ import numpy as np
 from vllm.logger import init_logger
 
 from vllm_dlm.admission.structured import barred_ids, vocabulary_of
-from vllm_dlm.config.carried import AUTOMATA
+from vllm_dlm.config.carried import AUTOMATA, THOUGHT
 from vllm_dlm.constraints import shelf
-from vllm_dlm.constraints.automaton import Automaton, ConstraintError, compile_pattern
+from vllm_dlm.constraints.automaton import Automaton, ConstraintError
 from vllm_dlm.constraints.paths import Graph, walk
+from vllm_dlm.constraints.thoughts import ThoughtEnd, compile_answer
 from vllm_dlm.kernels.class_stats import TokenClasses
 from vllm_dlm.model_executor.sampling.restrictions import known_ids
 
@@ -90,16 +91,19 @@ def pattern_of(
     name = model_config.tokenizer, model_config.tokenizer_revision, size
     ends = tuple(sorted(known_ids(stop_ids, size)))
     barred = barred_ids(params, size, mask_id)
-    key = name, text, ends, barred
+    beside = params.extra_args or {}
+    thought = ThoughtEnd(*beside[THOUGHT]) if THOUGHT in beside else None
+    key = name, text, thought, ends, barred
     if key not in _kept:
         automaton = None
-        folder = (params.extra_args or {}).get(AUTOMATA)
+        folder = beside.get(AUTOMATA)
         if folder is not None:
-            automaton = shelf.read(folder, shelf.file_name(text, name, ends, barred))
+            file = shelf.file_name(text, thought, name, ends, barred)
+            automaton = shelf.read(folder, file)
         try:
             if automaton is None:
                 vocabulary = vocabulary_of(model_config)
-                automaton = compile_pattern(text, vocabulary, ends, barred)
+                automaton = compile_answer(text, thought, vocabulary, ends, barred)
         except ConstraintError as error:
             logger.error("A pattern that was admitted cannot be compiled: %s", error)
             automaton = nothing(size)

@@ -8,8 +8,8 @@ handlers (`handlers.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.admission import sampling_params as request
@@ -36,6 +36,7 @@ from vllm_dlm.admission.stray_options import (
     refuse_best_of,
     refuse_stray,
 )
+from vllm_dlm.admission.thoughts import note_thought
 from vllm_dlm.admission.waiting import add_the_servers, with_constraints
 from vllm_dlm.entrypoints import frames, step_maps
 from vllm_dlm.entrypoints.frame_streams import StreamWatcher
@@ -224,7 +225,7 @@ def _refuse_dlm_options(extra_args: Mapping[str, Any]) -> None:
         "vLLM checks prompts of text against the model's vocabulary, and a plugin can "
         "add to the request that goes to the engine"
     ),
-    where=Where.FRONT_END,
+    where=Where.ADMISSION,
 )
 def process_inputs(
     original: Callable[..., EngineCoreRequest],
@@ -250,12 +251,12 @@ def process_inputs(
             else:
                 params = private_copy(params)
                 add_the_servers(params, self.vllm_config)
+                with _refusing():
+                    note_thought(params, prompt, self.vllm_config)
         made = original(self, request_id, prompt, params, *args, **kwargs)
         if ours and made.sampling_params is not None:
-            _refuse_unknown_ids(made.prompt_token_ids, self.model_config)
-            _refuse_wide_canvas(
-                noted(made.sampling_params), made.prompt_token_ids, self.model_config
-            )
+            config = noted(made.sampling_params)
+            _check_prompt(made.prompt_token_ids, config, self.model_config)
             _have_watched(made.sampling_params)
             send_off(made.sampling_params)
         return made
@@ -306,7 +307,8 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
         if request.is_ours(self.vllm_config.model_config.hf_config):
             sampling_params = private_copy(sampling_params)
             add_the_servers(sampling_params, self.vllm_config)
-        _check(prompt, sampling_params, self.vllm_config)
+        own = kwargs.get("reasoning_parser_kwargs")
+        _check(prompt, sampling_params, self.vllm_config, own)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     return begin
@@ -340,7 +342,10 @@ def checked_before_the_stream(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def _check(
-    prompt: Any, sampling_params: SamplingParams, vllm_config: VllmConfig
+    prompt: Any,
+    sampling_params: SamplingParams,
+    vllm_config: VllmConfig,
+    parser_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a request that cannot be honoured, before its answer begins.
 
@@ -353,30 +358,37 @@ def _check(
         refuse_thinking_budget(sampling_params, vllm_config)
         check_request(sampling_params, vllm_config)
         return
-    request.refuse_reasoning(sampling_params, vllm_config)
+    with _refusing():
+        note_thought(sampling_params, prompt, vllm_config, parser_options)
     config = request.validate_sampling_params(sampling_params, model_config)
     step_maps.refuse_without_place(config, sampling_params)
     _have_watched(sampling_params)
     if isinstance(prompt, dict):
-        ids = prompt.get("prompt_token_ids")
-        _refuse_unknown_ids(ids, model_config)
-        _refuse_wide_canvas(config, ids, model_config)
+        _check_prompt(prompt.get("prompt_token_ids"), config, model_config)
 
 
-def _refuse_wide_canvas(
-    config: RequestConfig | None, ids: Sequence[int] | None, model_config: ModelConfig
-) -> None:
-    """Refuse a canvas of the request's own that does not fit behind its prompt.
-
-    Raises:
-        VLLMValidationError: it names the lengths (HTTP 400).
-    """
-    if config is None or config.canvas is None or ids is None:
-        return
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong with an option is an HTTP 400."""
     try:
-        check_with_prompt(config.canvas, len(ids), model_config.max_model_len)
+        yield
     except OptionError as error:
         raise request.refusal(error) from None
+
+
+def _check_prompt(
+    ids: Sequence[int] | None, config: RequestConfig | None, model_config: ModelConfig
+) -> None:
+    """Refuse a prompt with ids that the model has no embedding for, and a canvas of the
+    request's own that does not fit behind it.
+
+    Raises:
+        VLLMValidationError: it says which id, or names the lengths (HTTP 400).
+    """
+    with _refusing():
+        check_prompt({"prompt_token_ids": ids}, model_config)
+        if config is not None and config.canvas is not None and ids is not None:
+            check_with_prompt(config.canvas, len(ids), model_config.max_model_len)
 
 
 def _have_watched(sampling_params: SamplingParams) -> None:
@@ -387,19 +399,5 @@ def _have_watched(sampling_params: SamplingParams) -> None:
     """
     asked = sampling_params.extra_args
     if isinstance(asked, NotedOptions) and asked.config and asked.watched is None:
-        try:
+        with _refusing():
             asked.watched = frames.watch(asked.config, sampling_params)
-        except OptionError as error:
-            raise request.refusal(error) from None
-
-
-def _refuse_unknown_ids(ids: Sequence[int] | None, model_config: ModelConfig) -> None:
-    """Refuse a prompt with ids that the model has no embedding for.
-
-    Raises:
-        VLLMValidationError: it says which id (HTTP 400).
-    """
-    try:
-        check_prompt({"prompt_token_ids": ids}, model_config)
-    except OptionError as error:
-        raise request.refusal(error) from None

@@ -158,8 +158,7 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 "`vllm-dlm models` lists them"
             )
         body_guard.process["ours"] = ours
-        if ours:
-            apply_front_end_patches()
+        apply_front_end_patches(ours)
         if _SERVER_MODULE in sys.modules:
             # Requests of a server are checked when they come, for models of vLLM's
             # own too.

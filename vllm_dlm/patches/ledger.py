@@ -43,7 +43,8 @@ class Where(Enum):
 
     EVERYWHERE = "wherever the plugin is loaded"
     SERVER = "where the module is loaded already, as in an HTTP server"
-    FRONT_END = "where an engine's configuration is made, as its front end does"
+    ADMISSION = "where an engine's configuration is made, as its front end does"
+    FRONT_END = "there, if the model is one of ours"
     CPU = "where vLLM runs on our CPU platform"
     CPU_KERNELS = "on that platform, if there is no Triton"
     CPU_WORKER = "in workers there"

@@ -32,15 +32,18 @@ def every_patch() -> dict[str, Patch]:
     return PATCHES
 
 
-def apply_front_end_patches() -> None:
-    """What requests meet in the process that admits them to an engine of ours.
+def apply_front_end_patches(ours: bool) -> None:
+    """What requests meet in the process that admits them to an engine.
 
     That process imports these modules in any case, but later than it loads plugins, and
     no other process needs them.
+
+    Args:
+        ours: whether its model is one of ours; of others, requests are only checked.
     """
     every_patch()
     for theme in THEMES:
-        apply(entries(theme, Where.FRONT_END))
+        apply(entries(theme, Where.ADMISSION, *([Where.FRONT_END] if ours else [])))
 
 
 def apply_plugin_patches() -> None:

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pattern behind a thought: against `re.fullmatch` on all short texts."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+
+from vllm_dlm.constraints.automaton import UNBOUNDED, ConstraintError, compile_pattern
+from vllm_dlm.constraints.fitting import HOLE, first_misfit
+from vllm_dlm.constraints.limits import Limits
+from vllm_dlm.constraints.paths import walk
+from vllm_dlm.constraints.thoughts import ThoughtEnd, compile_answer
+from vllm_dlm.constraints.vocabulary import Vocabulary
+
+# `</>` ends a thought; 5 reads so, and other tokens can spell it.
+TOKENS = [b"a", b"b", b"<", b"/", b">", b"</>", b"ab", b"</", b""]
+END, STOP = 5, 8
+VOCABULARY = Vocabulary.of_tokens(TOKENS)
+THOUGHT = ThoughtEnd(END, "</>")
+
+
+def is_right(pattern: str, tokens: tuple[int, ...]) -> bool:
+    """In words: no end is spelt in the thought, and a match is behind it."""
+    if END not in tokens:
+        return False
+    at = tokens.index(END)
+    text = b"".join(TOKENS[token] for token in tokens[:at]).decode()
+    answer, stops = tokens[at + 1 :], tokens.count(STOP)
+    if STOP in tokens[:at] or tokens[len(tokens) - stops :] != (STOP,) * stops:
+        return False
+    written = b"".join(TOKENS[token] for token in answer).decode()
+    return "</>" not in text and re.fullmatch(pattern, written) is not None
+
+
+@pytest.mark.parametrize("pattern", ["ab?", "(a|b)*", "a</>"])
+def test_all_short_texts(pattern: str):
+    automaton = compile_answer(pattern, THOUGHT, VOCABULARY, [STOP])
+    assert automaton.end_class == automaton.transitions.shape[1] - 1
+    for length in range(5):
+        for tokens in product(range(len(TOKENS)), repeat=length):
+            state = walk(automaton, automaton.start, np.array(tokens, np.int64))
+            matches = state >= 0 and bool(automaton.accepting[state])
+            assert matches == is_right(pattern, tokens), tokens
+
+
+def test_lengths():
+    automaton = compile_answer("(a|b){2,3}", THOUGHT, VOCABULARY, [STOP])
+    # The end of the thought, and `ab`; the thought has any length.
+    assert automaton.min_length[automaton.start] == 1 + 1
+    assert automaton.max_length[automaton.start] == UNBOUNDED
+    inside = walk(automaton, automaton.start, np.array([0, 0, 0, END]))
+    assert automaton.max_length[inside] == 3
+    # A canvas with pinned tokens: the thought's end is where it still can be.
+    assert first_misfit(automaton, [HOLE, HOLE, HOLE, 0, 1], 5) is None
+    assert first_misfit(automaton, [HOLE, HOLE, 2], 3) == 3
+
+
+def test_without_a_thought_it_is_the_pattern():
+    plain = compile_pattern("ab?", VOCABULARY, [STOP])
+    found = compile_answer("ab?", None, VOCABULARY, [STOP])
+    assert np.array_equal(plain.transitions, found.transitions)
+
+
+def test_a_token_that_is_no_text():
+    """A special token, which no pattern takes, ends thoughts as well."""
+    vocabulary = Vocabulary.of_tokens({0: b"a", 1: b"", 2: b""}, 3)
+    automaton = compile_answer("a+", ThoughtEnd(1, "</think>"), vocabulary, [2])
+    state = walk(automaton, automaton.start, np.array([0, 0, 1, 0, 2]))
+    assert state == automaton.end_state
+    assert walk(automaton, automaton.start, np.array([0, 1, 1])) == -1
+
+
+def test_refusals():
+    for forbidden in ({"barred": [END]}, {"end_ids": [END, STOP]}):
+        given = {"end_ids": [STOP], **forbidden}
+        with pytest.raises(ConstraintError, match="'</>' ends the thought in front"):
+            compile_answer("a", THOUGHT, VOCABULARY, **given)
+    with pytest.raises(ConstraintError, match="too large: it needs"):
+        compile_answer(
+            "a{30}", THOUGHT, VOCABULARY, [STOP], limits=Limits(states=32, classes=99)
+        )
