@@ -8,7 +8,9 @@ The last tests here kill a worker.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
 from engine.harness import Engine, params
 from engine.test_frames import watched
 from reference.llada import TinyLLaDA
+from vllm.sampling_params import StructuredOutputsParams
 
 pytestmark = pytest.mark.slow
 
@@ -122,6 +125,35 @@ def test_frames(engines: Engines, llada: Path, backend: str):
         results = run_cases(engines(llada, backend, 2), cases)
     for number, result in enumerate(results):
         replay.check(result.output, number)
+
+
+@pytest.mark.parametrize("model", ["llada", "sdar"])
+def test_texts_that_match_a_pattern(
+    engines: Engines, model: str, backend: str, request: pytest.FixtureRequest
+):
+    """Each worker finds the path for itself, of statistics of classes of tokens, which
+    lie in both halves of the vocabulary."""
+    folder = request.getfixturevalue(model)
+    patterns = [r"(t\d)+", r"t8(t[2-4]|t9\d){3,9}t5", r"(t7t8|t9)(t6\d)*"]
+    strategies = ["threshold", "static", "entropy", "eb"]
+    sampling = [
+        params(
+            40,
+            dlm={"strategy": strategies[number % 4]},
+            structured_outputs=StructuredOutputsParams(regex=patterns[number % 3]),
+            seed=number,
+            temperature=number % 2 * 0.8,
+        )
+        for number in range(12)
+    ]
+    prompts = [make_prompt(3 + number, 5) for number in range(12)]
+    alone = engines(folder, "mp", 1)
+    end = alone.llm.get_tokenizer().eos_token_id
+    two = engines(folder, backend, 2).run(prompts, sampling)
+    assert two == alone.run(prompts, sampling)
+    for number, result in enumerate(two):
+        text = "".join(f"t{token}" for token in takewhile(end.__ne__, result.tokens))
+        assert re.fullmatch(patterns[number % 3], text), (number, text)
 
 
 def test_a_lost_worker_ends_requests_with_an_error(
