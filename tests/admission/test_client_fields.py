@@ -27,7 +27,7 @@ SCHEMA = {"type": "object", "properties": {}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
 TOOL = {"name": "look", "input_schema": SCHEMA}
-GRAMMAR = {"structured_outputs": StructuredOutputsParams(grammar="a")}
+REFUSED = {"structured_outputs": StructuredOutputsParams(regex="\0")}
 
 
 def completion(**body):
@@ -50,16 +50,16 @@ def messages(**body):
 @pytest.mark.parametrize(
     ("sent", "params", "field"),
     [
-        (completion(response_format=FORMAT), GRAMMAR, "response_format"),
-        (completion(structured_outputs={"regex": "a"}), GRAMMAR, "structured_outputs"),
+        (completion(response_format=FORMAT), REFUSED, "response_format"),
+        (completion(structured_outputs={"regex": "a"}), REFUSED, "structured_outputs"),
         (completion(echo=True, logprobs=1), {"prompt_logprobs": 1}, "echo"),
         (completion(prompt_logprobs=1), {"prompt_logprobs": 1}, "prompt_logprobs"),
-        (chat(response_format=FORMAT), GRAMMAR, "response_format"),
-        (chat(tools=TOOLS, tool_choice="required"), GRAMMAR, "tool_choice"),
-        (chat(tools=TOOLS), GRAMMAR, "tools"),
+        (chat(response_format=FORMAT), REFUSED, "response_format"),
+        (chat(tools=TOOLS, tool_choice="required"), REFUSED, "tool_choice"),
+        (chat(tools=TOOLS), REFUSED, "tools"),
         (
             chat(tools=TOOLS, response_format={"type": "text"}, tool_choice="auto"),
-            GRAMMAR,
+            REFUSED,
             "tools",
         ),
         (
@@ -67,7 +67,7 @@ def messages(**body):
                 tools=TOOLS,
                 tool_choice={"type": "function", "function": {"name": "look"}},
             ),
-            GRAMMAR,
+            REFUSED,
             "tool_choice",
         ),
         (chat(logprobs=True, top_logprobs=20), {"logprobs": 21}, "top_logprobs"),
@@ -75,16 +75,16 @@ def messages(**body):
             responses(
                 text={"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}
             ),
-            GRAMMAR,
+            REFUSED,
             "text.format",
         ),
         (responses(top_logprobs=5), {"logprobs": 21}, "top_logprobs"),
-        (messages(tools=[TOOL], tool_choice={"type": "any"}), GRAMMAR, "tool_choice"),
+        (messages(tools=[TOOL], tool_choice={"type": "any"}), REFUSED, "tool_choice"),
         (
             messages(
                 output_config={"format": {"type": "json_schema", "schema": SCHEMA}}
             ),
-            GRAMMAR,
+            REFUSED,
             "output_config.format",
         ),
         (
@@ -95,7 +95,7 @@ def messages(**body):
             "thinking.budget_tokens",
         ),
         ((GENERATE, object()), {"seed": 2**63}, "sampling_params.seed"),
-        ((GENERATE, object()), GRAMMAR, "sampling_params.structured_outputs"),
+        ((GENERATE, object()), REFUSED, "sampling_params.structured_outputs"),
     ],
 )
 def test_the_field_is_named(sent, params, field):
@@ -171,5 +171,5 @@ def test_the_first_handler_says_what_was_sent():
 def test_what_parsers_write_into_a_request_was_not_sent():
     route, body = chat(tools=TOOLS, tool_choice="required")
     with sent_by(route, body):
-        body.structured_outputs = GRAMMAR["structured_outputs"]
+        body.structured_outputs = REFUSED["structured_outputs"]
         assert field_of("structured_outputs") == "tool_choice"

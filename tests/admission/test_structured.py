@@ -38,6 +38,7 @@ def source(**asked: Any) -> Source:
 
 def test_what_is_asked_for_becomes_a_pattern() -> None:
     assert source(regex="a+").pattern() == "a+"
+    assert source(grammar='root ::= "a" root | "b"').pattern() == "a*b"
     assert source(choice=["a.b", "c"]).pattern() == "a\\.b|c"
     schema = {"const": [1, 2]}
     for json_ in (schema, json.dumps(schema)):
@@ -54,7 +55,6 @@ def test_what_is_asked_for_becomes_a_pattern() -> None:
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"grammar": "a"}, "use regex, choice or json"),
         ({"regex": "a\0"}, "NUL"),
         ({"choice": []}, "at least one"),
         ({"json_object": False}, "is true or left out"),

@@ -124,7 +124,7 @@ def test_the_older_kind() -> None:
 @pytest.mark.parametrize(
     ("form", "says"),
     [
-        ({"type": "grammar", "grammar": "x"}, "grammars are not supported"),
+        ({"type": "grammar", "grammar": "x"}, "'x' stands outside of a rule"),
         ({"type": "token", "token": 3}, "single tokens"),
         ({**A, "begin": {"type": "token", "token": 3}}, "begin or end with a token"),
         ({**NUMBER, "style": "qwen_xml"}, "style 'qwen_xml'"),

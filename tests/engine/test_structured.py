@@ -28,7 +28,13 @@ def test_constraints_of_sampling_params(engine: Engine):
     either = params(
         24, structured_outputs=StructuredOutputsParams(choice=["t7t8", "t9"])
     )
-    first, second = engine.outputs([[1, 2, 3], [4, 5]], [several, either])
+    rules = 'root ::= pair root | "t8"\npair ::= "t7" | "t1" "t2"'
+    ruled = params(24, structured_outputs=StructuredOutputsParams(grammar=rules))
+    first, second, third = engine.outputs(
+        [[1, 2, 3], [4, 5], [6]], [several, either, ruled]
+    )
+    text = words(list(third.outputs[0].token_ids))
+    assert re.fullmatch("(t7|t1t2)*t8", text)
     texts = [words(list(choice.token_ids)) for choice in first.outputs]
     assert len(texts) == 3
     assert all(re.fullmatch(regex, text) for text in texts)

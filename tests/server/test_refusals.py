@@ -140,7 +140,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "presence penalty": ({"presence_penalty": 0.5}, ["presence_penalty", "canvas"]),
     "frequency penalty": ({"frequency_penalty": 0.5}, ["frequency_penalty"]),
     "repetition penalty": ({"repetition_penalty": 1.5}, ["repetition_penalty"]),
-    "a grammar": ({"structured_outputs": {"grammar": "a"}}, ["use regex"]),
+    "a grammar": ({"structured_outputs": {"grammar": "a"}}, ["outside of a rule"]),
     "prompt log-probabilities": ({"prompt_logprobs": 1}, ["prompt_logprobs"]),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, ["`echo` with `logprobs`"]),
     "beam search": ({"use_beam_search": True, "n": 2}, ["beam search", "use `n`"]),

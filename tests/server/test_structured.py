@@ -297,8 +297,8 @@ def test_responses_and_messages(server: Server):
 
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "grammar": (
-        {"structured_outputs": {"grammar": 'root ::= "a"'}},
-        ["structured_outputs: grammar is not supported", "use regex, choice or json"],
+        {"structured_outputs": {"grammar": 'root ::= "(" root ")" | "x"'}},
+        ["structured_outputs: grammar: 'root' -> 'root' contains itself", "write out"],
     ),
     "look-ahead": (
         {"structured_outputs": {"regex": "(?=a)b"}},

@@ -117,10 +117,7 @@ def source_of(asked: StructuredOutputsParams) -> Source:
         ConstraintError: it says what is not supported, and what is.
     """
     if asked.grammar is not None:
-        raise ConstraintError(
-            "grammar is not supported for diffusion language models: their texts do "
-            "not grow from left to right; use regex, choice or json"
-        )
+        return Source("grammar", asked.grammar)
     if asked.regex is not None:
         if "\x00" in asked.regex:
             raise ConstraintError("regex must not hold a NUL character")

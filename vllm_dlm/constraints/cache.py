@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 from vllm_dlm.constraints.automaton import Automaton
+from vllm_dlm.constraints.grammar import grammar_node
 from vllm_dlm.constraints.json_text import Layout
 from vllm_dlm.constraints.limits import DEFAULT, ConstraintError, Limits
 from vllm_dlm.constraints.schema import schema_pattern
@@ -28,9 +29,10 @@ class Source:
     """What a text must match, in the client's words."""
 
     kind: str
-    """`regex`, `choice`, `json` or `structural_tag`."""
+    """`regex`, `choice`, `json`, `grammar` or `structural_tag`."""
     text: str
-    """The regular expression; else JSON: a list of texts, a schema, a tag."""
+    """The regular expression, or the grammar; else JSON: a list of texts, a schema, a
+    tag."""
     whitespace: str | None = None
     """With `json`: a regular expression for blanks; None for the usual."""
     closed: bool = False
@@ -44,6 +46,8 @@ class Source:
         """
         if self.kind == "regex":
             return self.text
+        if self.kind == "grammar":
+            return write(grammar_node(self.text))
         value = json.loads(self.text)
         if self.kind == "choice":
             return write(choice(map(literal, value)))

@@ -2,8 +2,8 @@
 """Structural tags as patterns: how vLLM says which calls of tools a model may write.
 
 A structural tag is a tree of formats: texts, JSON schemas, tags around them, and free
-text in which certain words begin a tag. All of these are regular but grammars and
-formats of single tokens, which are refused.
+text in which certain words begin a tag. All of these are regular but some grammars, and
+but formats of single tokens, which are refused.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_dlm.constraints.grammar import grammar_node
 from vllm_dlm.constraints.json_text import Layout
 from vllm_dlm.constraints.limits import ConstraintError
 from vllm_dlm.constraints.schema import schema_node
@@ -35,7 +36,6 @@ MOST_LETTERS = 256
 _DEEPEST = 32
 
 _UNSUPPORTED = {
-    "grammar": "grammars are not supported",
     "token": "single tokens are not supported, only texts",
     "exclude_token": "single tokens are not supported, only texts",
     "any_tokens": "single tokens are not supported, only texts",
@@ -98,6 +98,8 @@ def _format(value: Any, layout: Layout, depth: int) -> Node:
         return without(value.get("excludes") or ())
     if kind == "regex":
         return parse(value["pattern"])
+    if kind == "grammar":
+        return grammar_node(value["grammar"])
     if kind == "sequence":
         return concat(inner)
     if kind == "or":
