@@ -26,11 +26,11 @@ import slow_order
 from hypothesis import HealthCheck, settings
 
 # No limits of time: on shared cores they say nothing. CI repeats the same examples
-# every time, so that it fails only for what a change did. 30 of them: an example here
+# every time, so that it fails only for what a change did. 15 of them: an example here
 # is a whole block of several rows; `--hypothesis-profile=vllm-dlm-thorough` tries 500.
 settings.register_profile(
     "vllm-dlm",
-    max_examples=30,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize="CI" in os.environ,
@@ -102,6 +102,20 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    _inspect_models_in_this_process()
+
+
+def _inspect_models_in_this_process() -> None:
+    """vLLM looks at each class of models in a new process, which imports all of vLLM.
+
+    It does so once on a machine, for each class, so as not to initialize CUDA.
+    """
+    registry: Any = sys.modules.get("vllm.model_executor.models.registry")
+    if registry is not None:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            registry._run_in_subprocess = lambda inspect: inspect()
 
 
 @pytest.hookimpl(tryfirst=True)

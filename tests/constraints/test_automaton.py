@@ -80,7 +80,7 @@ def compile_or_none(pattern: str, vocabulary: Vocabulary) -> Automaton | None:
 
 
 @given(patterns)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_short_texts_match_as_in_python(pattern: str) -> None:
     """All sequences of up to four tokens; the tree that is written again as well."""
     automaton = compile_or_none(pattern, LETTERS)
@@ -96,7 +96,7 @@ def test_short_texts_match_as_in_python(pattern: str) -> None:
 
 
 @given(patterns)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_lengths_are_those_of_a_search(pattern: str) -> None:
     """Fewest and most tokens to a match, by trying all ways state by state."""
     automaton = compile_or_none(pattern, LETTERS)
@@ -141,7 +141,7 @@ def test_characters_of_several_bytes(pattern: str) -> None:
     st.lists(st.binary(max_size=4), min_size=1, max_size=30),
     st.sampled_from(["[ab]+c?", r"\w{0,3}", "(?:é|a.)*", "[^a]{2,3}"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_classes_are_what_a_walk_of_each_token_says(
     tokens: list[bytes], pattern: str
 ) -> None:

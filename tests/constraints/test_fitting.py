@@ -31,7 +31,7 @@ def accepts(pattern: str, text: tuple[int, ...]) -> bool:
     st.lists(st.sampled_from([HOLE, HOLE, 0, 1, 2, END]), min_size=1, max_size=4),
     st.integers(0, 4),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_as_by_trying_all_texts(
     pattern: str, tokens: list[int], ends_from: int
 ) -> None:

@@ -21,7 +21,7 @@ B = {"type": "tag", "begin": "<b>", "content": {"type": "any_text"}, "end": "</b
 
 
 @given(st.lists(st.text("ab<", min_size=1, max_size=4), min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_texts_without_words(words: list[str]) -> None:
     rule = re.compile(write(without(words)))
     for length in range(6):

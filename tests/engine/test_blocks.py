@@ -18,6 +18,7 @@ from engine.cases import assert_equal, assert_same_tokens, make_prompt
 from engine.harness import Engine, finished
 from engine.test_counts import counting
 from reference.network import TinyModel, block_causal
+from tiers import fast
 from vllm.sampling_params import RequestOutputKind
 
 
@@ -142,7 +143,10 @@ def test_chunks_end_where_blocks_end(sdar: BlockEngines):
 # -- chunks ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [2 * BLOCK, 5 * BLOCK - 3, 2048])
+BUDGETS = (2 * BLOCK, 5 * BLOCK - 3, 2048)
+
+
+@pytest.mark.parametrize("budget", fast(*BUDGETS[::2], of=BUDGETS))
 def test_chunked_prompts_equal_the_oracle(model: BlockEngines, budget: int):
     """All rules in one batch; prompts of a few tokens and of many forwards."""
     engine = model(max_num_batched_tokens=budget)

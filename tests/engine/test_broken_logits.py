@@ -19,6 +19,7 @@ from engine.harness import Engine, params
 from reference.checkpoints import write_checkpoint
 from reference.registered import NAMES
 from safetensors.torch import load_file, save_file
+from tiers import fast
 
 from vllm_dlm.admission.broken_logits import REASON, Reports
 from vllm_dlm.learn2pd.recorder import IGNORED
@@ -144,7 +145,10 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# One whose blocks begin with a seed, and one with full attention.
+@pytest.mark.parametrize(
+    "name", fast("Fast_dLLM_v2_7B", "Dream-v0-Instruct-7B", of=FAMILIES)
+)
 def test_whatever_the_class(engines: Callable[..., Engine], tmp_path: Path, name: str):
     """Seeds are the first that a damaged prompt's rows predict."""
     family, changes = FAMILIES[name]

@@ -12,6 +12,7 @@ import pytest
 from engine.cases import Case, make_prompt
 from engine.harness import Engine, params
 from reference.procedures import CACHES
+from tiers import fast
 from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.request import RequestStatus
 
@@ -58,7 +59,9 @@ def planned_rows(cache: str, prompt: int, canvas: int, block: int) -> list[int]:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize(("prompt", "canvas", "block"), [(1, 32, 32), (21, 48, 16)])
+@pytest.mark.parametrize(
+    ("prompt", "canvas", "block"), fast((21, 48, 16), of=((1, 32, 32), (21, 48, 16)))
+)
 def test_rows_of_every_forward(
     engine: Engine, cache: str, prompt: int, canvas: int, block: int
 ):
@@ -78,7 +81,7 @@ def test_rows_of_every_forward(
     assert result.forwards == canvas
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("dual", of=CACHES))
 def test_static_takes_its_steps(engine: Engine, cache: str):
     for block, steps, forwards in [(8, 24, 24), (16, 7, 6), (16, 48, 48), (16, 99, 48)]:
         case = Case(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from engine.harness import finished
 from engine.withheld import withholding
 from reference.freedave_procedures import freedave_blocks
 from reference.network import TinyModel
+from tiers import fast
 from vllm.exceptions import VLLMValidationError
 
 BD3LM = "Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1"
@@ -42,13 +44,17 @@ def eager_sample(name: str) -> list[Asked]:
     return block_sample(name, (3, 4, 8, 12), eager=True)
 
 
-@pytest.mark.parametrize("name", ["SDAR-4B-Chat", BD3LM])
+@pytest.mark.parametrize("name", fast("SDAR-4B-Chat", of=("SDAR-4B-Chat", BD3LM)))
 def test_the_text_of_static(serve: Serve, name: str):
     compare(serve(name), eager_sample(name))
 
 
-@pytest.mark.parametrize("name", ["SDAR-4B-Chat", BD3LM])
-@pytest.mark.parametrize("eager", [False, True])
+COUNTED = [*itertools.product((False, True), ("SDAR-4B-Chat", BD3LM))]
+
+
+@pytest.mark.parametrize(
+    ("eager", "name"), fast((True, "SDAR-4B-Chat"), (False, BD3LM), of=COUNTED)
+)
 def test_forwards_are_those_of_the_rule(
     serve: Serve, tmp_path_factory: pytest.TempPathFactory, name: str, eager: bool
 ):
@@ -83,7 +89,7 @@ def test_fewer_forwards_than_without(serve: Serve):
     assert forwards(ahead) < forwards(within)
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.3])
+@pytest.mark.parametrize("threshold", fast(0.3, of=(0.05, 0.3)))
 def test_with_a_threshold_it_follows_threshold(serve: Serve, threshold: float):
     engine = serve("SDAR-4B-Chat")
     # Drawn tokens are those of `static`: with the numbers of one token per step.

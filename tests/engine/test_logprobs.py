@@ -9,9 +9,10 @@ from engine.cases import Case, expect, make_prompt, run_cases
 from engine.harness import Engine, params
 from reference.llada import TinyLLaDA
 from reference.procedures import CACHES, View
+from tiers import fast
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("dual", of=CACHES))
 def test_greedy_tokens_best_and_second_best(
     engine: Engine, oracle: TinyLLaDA, cache: str
 ):

@@ -98,7 +98,7 @@ def assert_pinned(cases: Sequence[Case], got: Sequence[Finished]) -> None:
     ("cache", "every"),
     [
         ("dual", 3),
-        ("window", 3),
+        pytest.param("window", 3, marks=pytest.mark.slow),
         *(pytest.param(cache, 1, marks=pytest.mark.slow) for cache in ALL_CACHES),
     ],
 )

@@ -6,12 +6,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from engine.cases import Case, expect, make_prompt
 from engine.harness import Engine, params
 from reference.llada import TinyLLaDA
+from tiers import fast
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -140,7 +142,7 @@ def cells_of(*rows: torch.Tensor) -> dict[tuple[int, ...], float]:
     }
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("temperature", fast(0.6, of=(1.0, 0.6, 1.7)))
 def test_draws_follow_the_model(engine: Engine, oracle: TinyLLaDA, temperature: float):
     prompt = make_prompt(9, 4)
     (row,) = raw_logprobs(oracle, prompt, 1)
@@ -155,10 +157,12 @@ def test_draws_at_two_positions_are_independent(engine: Engine, oracle: TinyLLaD
     assert_distributed(counts, cells_of(*rows.exp()))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.15}, {"top_k": 8, "top_p": 0.8}],
-)
+TRUNCATIONS: list[dict[str, Any]] = [
+    *({"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.15}, {"top_k": 8, "top_p": 0.8})
+]
+
+
+@pytest.mark.parametrize("options", fast(*TRUNCATIONS[2:], of=TRUNCATIONS))
 def test_truncation_leaves_the_rest_as_it_was(
     engine: Engine, oracle: TinyLLaDA, options: dict
 ):
@@ -180,7 +184,7 @@ def test_truncation_leaves_the_rest_as_it_was(
     assert_distributed(counts, cells_of(p))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", fast(0.9, of=(0.0, 0.9)))
 def test_truncation_along_a_whole_text(engine: Engine, temperature: float):
     """Each token was among the three best of the step that wrote it."""
     sampling = drawn(3, temperature=temperature, top_k=3, logprobs=3)
@@ -209,7 +213,7 @@ def test_logit_bias(engine: Engine, oracle: TinyLLaDA):
     assert all(oracle.mask_id not in result.tokens for result in masked)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", fast(0.8, of=(0.0, 0.8)))
 def test_allowed_token_ids(engine: Engine, oracle: TinyLLaDA, temperature: float):
     allowed = [3, 50, 99, oracle.mask_id]
     sampling = drawn(2, temperature=temperature, allowed_token_ids=allowed)
@@ -229,8 +233,13 @@ PARALLEL = {"strategy": "factor", "strategy_config": {"factor": 100.0}}
 """A whole block in one step."""
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("dlm", [{"strategy": "static"}, PARALLEL])
+@pytest.mark.parametrize(
+    ("dlm", "temperature"),
+    fast(
+        (PARALLEL, 0.8),
+        of=itertools.product(({"strategy": "static"}, PARALLEL), (0.0, 0.8)),
+    ),
+)
 def test_bad_words(engine: Engine, dlm: dict, temperature: float):
     dlm = dlm | {"block_length": 8}
     options = {"temperature": temperature, "ignore_eos": True, "seed": 1}

@@ -18,6 +18,7 @@ from reference.checkpoints import write_checkpoint
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
 from reference.procedures import CACHES
+from tiers import fast
 
 from vllm_dlm import StepMap, step_map
 
@@ -48,7 +49,7 @@ def replayed(sampling: Any, recorded: StepMap) -> Any:
 # -- full attention -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("dual", of=CACHES))
 def test_steps_are_the_oracles(engine: Engine, oracle: TinyLLaDA, cache: str):
     """Also behind a text's end, over several blocks and canvases; some ask, some do
     not, some want log-probabilities too."""
@@ -168,17 +169,13 @@ def test_a_stop_string_cuts_the_map(engine: Engine):
     assert step_map(cut).steps == map_of(whole).steps[:length]
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        "static/low_confidence",
-        "threshold",
-        "eb",
-        "learn2pd/off",
-        "learn2pd/block",
-        "learn2pd/token",
-    ],
+REPLAYED = (
+    *("static/low_confidence", "threshold", "eb"),
+    *("learn2pd/off", "learn2pd/block", "learn2pd/token"),
 )
+
+
+@pytest.mark.parametrize("rule", fast("threshold", "learn2pd/token", of=REPLAYED))
 def test_a_replay_is_the_same_text(engine: Engine, rule: str):
     """Greedy and drawn, over several blocks; one recording per request."""
     cases = [

@@ -11,6 +11,7 @@ from engine.cases import RULES, Case, Expected, expect, make_prompt
 from engine.harness import Engine
 from reference.llada import TinyLLaDA
 from reference.procedures import CACHES
+from tiers import fast
 from vllm.sampling_params import RequestOutputKind
 
 
@@ -22,7 +23,7 @@ def out_after(expected: Expected, forward: int) -> int:
     return len(expected.tokens)
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("none", "dual", of=CACHES))
 def test_tokens_stream_when_they_are_final(
     engine: Engine, oracle: TinyLLaDA, cache: str
 ):
@@ -63,7 +64,7 @@ def test_tokens_stream_when_they_are_final(
     assert early >= 20
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", fast("none", of=CACHES))
 def test_left_to_right_streams_token_by_token(engine: Engine, cache: str):
     case = Case(
         make_prompt(12),

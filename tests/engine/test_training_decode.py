@@ -10,6 +10,7 @@ import pytest
 from engine.cases import Case, assert_equal, expect, make_prompt
 from engine.harness import Finished
 from reference.llada import TinyLLaDA
+from tiers import fast
 
 RULES = (
     "static/low_confidence",
@@ -47,7 +48,9 @@ def cases_of(rule: str) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", fast("threshold", "joint/edit", "eoser/even", of=RULES)
+)
 def test_it_writes_what_the_oracle_writes(
     checkpoint: Path, oracle: TinyLLaDA, rule: str
 ):

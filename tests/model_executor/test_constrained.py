@@ -257,7 +257,7 @@ def decode(seed: int) -> bool:
 
 
 def test_whatever_is_written_texts_match():
-    assert sum(decode(seed) for seed in range(60)) > 40
+    assert sum(decode(seed) for seed in range(20)) > 13
 
 
 @pytest.mark.slow
