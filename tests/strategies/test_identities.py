@@ -129,6 +129,7 @@ def test_a_budget_for_all_writes_all(seed):
 # -- what holds for every strategy ------------------------------------------
 
 
+@pytest.mark.slow  # By default testing/ tries it, on views of its own.
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 2**20))
 def test_a_batch_decides_as_its_rows_alone(name, seed):
@@ -144,6 +145,7 @@ def test_a_batch_decides_as_its_rows_alone(name, seed):
                 assert mine is None or torch.equal(mine[0], ours[row])
 
 
+@pytest.mark.slow  # By default testing/ tries it, on views of its own.
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 2**20))
 def test_decisions_are_of_the_contracts_shapes(name, seed):
