@@ -143,3 +143,10 @@ def test_a_map_is_bounded_by_what_the_request_may_write():
         verify(SamplingParams(max_tokens=10**9, **asks))
     steps[0] = 257
     verify(SamplingParams(max_tokens=1, **asks))
+
+
+def test_half_a_character_is_no_word():
+    """No tokenizer can cut it: what it raises would be a 500."""
+    verify(SamplingParams(bad_words=["a", "\U0001f600"]))
+    with pytest.raises(VLLMValidationError, match=r"bad_words: entry 1 holds half a"):
+        verify(SamplingParams(bad_words=["a", "\ud83d"]))

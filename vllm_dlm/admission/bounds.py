@@ -7,11 +7,12 @@ ids are valid at all is `numbers.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_dlm.admission.client_fields import field_of
 from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.messages import OptionError
+from vllm_dlm.messages import OptionError, quote
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -47,6 +48,7 @@ def check_bounds(params: SamplingParams, model_config: ModelConfig) -> None:
     _at_most(LONGEST_BAD_WORD, longest, "bad_words", "characters in a word")
     total = sum(map(len, words))
     _at_most(MOST_BAD_CHARACTERS, total, "bad_words", "characters")
+    _check_characters(words)
     allowed = len(params.allowed_token_ids or ())
     _at_most(model_config.get_vocab_size(), allowed, "allowed_token_ids", "ids")
     _check_something_is_allowed(params, model_config)
@@ -58,6 +60,21 @@ def _at_most(most: int, count: int, parameter: str, unit: str) -> None:
             f"{field_of(parameter)} has {count} {unit}; at most {most} are taken",
             parameter,
         )
+
+
+def _check_characters(words: Sequence[str]) -> None:
+    """Bad words are cut into tokens, which a tokenizer cannot do with half a character
+    (JSON has `\\ud800`)."""
+    for number, word in enumerate(words):
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            name = field_of("bad_words")
+            raise OptionError(
+                f"{name}: entry {number} holds half a character, which no text has: "
+                f"{quote(word)}",
+                "bad_words",
+            ) from None
 
 
 def _check_something_is_allowed(
