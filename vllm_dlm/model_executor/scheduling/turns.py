@@ -45,7 +45,7 @@ class Turns:
             step: number of this step.
         """
         left = self._budget
-        if first is not None and self._is_its_turn(running, first):
+        if first is not None and self._is_its_turn(running, first, step):
             start, end = first.planned_rows()
             left -= end - start
             self._last_given, self._given_to = step, first.request_id
@@ -56,12 +56,13 @@ class Turns:
             left -= request.allotted
 
     def _is_its_turn(
-        self, running: Sequence[CanvasRequest], first: CanvasRequest
+        self, running: Sequence[CanvasRequest], first: CanvasRequest, step: int
     ) -> bool:
         """Whether a running request sits out, or computes less, for one that waits.
 
-        It has had a step itself since that happened last. Who was not admitted when it
-        could be, for some other reason, does not keep others waiting once more.
+        It took part in the last step, all of it: if it sat that one out, there was room
+        for those that wait. Who was not admitted when it could be, for some other
+        reason, does not keep others waiting once more.
         """
         if not running or first.request_id == self._given_to:
             return False
@@ -70,7 +71,7 @@ class Turns:
         return (
             wanted < taken
             and wanted + taken > self._budget
-            and largest.last_step > self._last_given
+            and largest.last_step == step - 1 != self._last_given
             and first.priority <= largest.priority
         )
 
