@@ -16,6 +16,7 @@ from vllm_dlm.strategies import STRATEGIES
 # They are no part of the package: found beside it, for this import only.
 sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks import decodes, picture, settings, strategies  # noqa: E402
+from benchmarks.tables import save  # noqa: E402
 
 sys.path.pop()
 
@@ -42,7 +43,7 @@ def test_settings_are_valid(setting):
 
 def row(name: str, right: int, forwards: int) -> strategies.Row:
     served = strategies.Served(10, right, forwards, tokens=100, seconds=1.0)
-    return strategies.Row(settings.Setting(name), settings.WORKLOADS[0], served)
+    return strategies.Row(settings.Setting(name), settings.WORKLOADS[0], served, 1234)
 
 
 def test_the_table_marks_what_nothing_beats():
@@ -50,7 +51,7 @@ def test_the_table_marks_what_nothing_beats():
     table = strategies._table(rows, settings.WORKLOADS[0]).splitlines()[2:]
     assert [line.split("]")[0] for line in table] == ["| [eb", "| [static", "| [cad"]
     assert [line.endswith("* |") for line in table] == [True, True, False]
-    assert "| 100.0% | 5.00 | 2.00 | 1.0 |" in table[1]
+    assert "| 100.0% | 5.00 | 2.00 | 123 |" in table[1]
 
 
 def test_writing_the_table_keeps_the_reading(tmp_path):
@@ -59,6 +60,16 @@ def test_writing_the_table_keeps_the_reading(tmp_path):
     path.write_text(path.read_text() + "\n## Reading\n\nBy hand.\n")
     strategies._write(path, "new\n")
     assert path.read_text() == "new\n<!-- reading -->\n\n## Reading\n\nBy hand.\n"
+
+
+def test_a_run_goes_on_with_the_rows_of_its_file(tmp_path):
+    """Those of settings that are measured still."""
+    path = tmp_path / "rows.json"
+    assert strategies._earlier(path) == []
+    found = [row("static", 10, 50), row("threshold", 9, 20)]
+    gone = strategies._facts(row("static", 1, 1)) | {"strategy": "gone"}
+    save([*map(strategies._facts, found), gone], path)
+    assert strategies._earlier(path) == found
 
 
 def step(number: int, text: str, marks: str) -> decodes.Step:
