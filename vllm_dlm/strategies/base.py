@@ -67,6 +67,43 @@ class StateField:
     """The value in a block's first step."""
 
 
+class SoftInputs(NamedTuple):
+    """What a strategy feeds positions in place of the embedding of a token.
+
+    Only engines that make input embeddings themselves can do it: those of models that
+    declare `dlm_soft_inputs`, and servers with `--dlm-soft-inputs`.
+    """
+
+    source: Literal["full", "top"]
+    """What is mixed. "full": the embeddings of all tokens, by their probabilities in
+    this step. "top": those of `num_ids` tokens, which each decision names."""
+    law: Literal["add", "replace", "condition"]
+    """What becomes of the mixture m and of the embedding e of the token that stands
+    there: e + m, or m alone, or what the model makes of both (`condition`)."""
+    num_ids: int = 1
+    """K: tokens that are mixed where the source is "top"; else 1."""
+    keeps_norm: bool = False
+    """Of "top": the mixture is as long as its parts are on average, by weight:
+    `sum(w |e|)` in place of its own length."""
+
+
+class Soft(NamedTuple):
+    """Where the next forward of a block is fed mixtures, and which.
+
+    It lasts for that forward: what is to stay soft is decided in every step. A position
+    whose keys and values become final is never soft: with a block's end all of this is
+    forgotten.
+    """
+
+    where: torch.Tensor
+    """[R, B] bool: positions of the output that are soft; not those that a client has
+    written or been sent. With the source "full", rows that this step has read."""
+    weights: torch.Tensor
+    """[R, B, K] float32: of each token; of the whole mixture with the source "full"."""
+    ids: torch.Tensor | None = None
+    """[R, B, K] int64: the tokens; None with the source "full"."""
+
+
 NOT_DRAFTED = 1 << 30
 """Rank of a position without a draft."""
 
@@ -149,6 +186,14 @@ class View:
     other: torch.Tensor | None = None
     """[R, B] int64: the best token besides `candidate` and `Context.edit_tokens` (need
     "other"); of no meaning where the strategy does not read the position."""
+    best: torch.Tensor | None = None
+    """[R, B] int64: the most probable token of those that the request allows, whatever
+    is drawn (need "best"); the token itself where the position is not read."""
+    best_confidence: torch.Tensor | None = None
+    """[R, B] float32: its probability, as `confidence` (need "best"); 0 as that."""
+    noise: torch.Tensor | None = None
+    """[R, B] int64: the random token that each position holds in the next step, if it
+    is to hold one (need "noise"); seeded per request, position, step."""
     probabilities: Probabilities | None = None
     """Of any token (need "probabilities")."""
     branches: Branches | None = None
@@ -224,6 +269,15 @@ class Decision:
     draft_rank: torch.Tensor | None = None
     """[R, B] int64: the order in which branches add them, from 0; or -j, for a token
     that is in branch j alone; `NOT_DRAFTED` for none."""
+    soft: Soft | None = None
+    """What positions are fed in the next forward beside tokens (`Strategy.soft`)."""
+    held: torch.Tensor | None = None
+    """[R, B] int64: tokens that open positions hold in the next forward, of models
+    without a mask (`Strategy.noise`). They are not written: nothing is said of them to
+    the client."""
+    settled: torch.Tensor | None = None
+    """[R, B] int64: the step since which each token that is written has been the best
+    one, for step maps; None: this step."""
 
 
 class Strategy:
@@ -237,9 +291,9 @@ class Strategy:
     """One line for `vllm-dlm strategies`."""
     Params: ClassVar[type[Params]] = Params
     needs: frozenset[str] = frozenset()
-    """Extra statistics, of: "entropy", "margin", "uniform", "other", "probabilities",
-    "branches". The class names all that it may ever read; `__init__` may narrow it to
-    what its parameters call for."""
+    """Extra statistics, of: "entropy", "margin", "uniform", "other", "best", "noise",
+    "probabilities", "branches". The class names all that it may ever read; `__init__`
+    may narrow it to what its parameters call for."""
     state: Mapping[str, StateField] = {}
     """What is remembered from step to step; `__init__` may set it by parameters."""
     logit_rows: ClassVar[str] = "masked"
@@ -264,6 +318,9 @@ class Strategy:
     measures: ClassVar[Literal["model", "drawn"]] = "model"
     """Of which distribution the statistics are: the model's own, or the one that is
     drawn from, after temperature and top-k/p."""
+    noise: ClassVar[Literal["mask", "uniform"]] = "mask"
+    """What the models that it is for hold where nothing is decided: the mask, or random
+    tokens (`Decision.held`). It serves no model of the other kind."""
     eotp: ClassVar[Literal["off", "block", "token", "canvas"]] = "off"
     """Default of the option `eotp`."""
     schedule: ClassVar[bool | Mapping[str, Any]] = False
@@ -363,6 +420,34 @@ class Strategy:
             params: of the request.
         """
         return 0
+
+    @classmethod
+    def soft(cls, params: AnyParams) -> SoftInputs | None:
+        """What its decisions feed beside tokens (`Decision.soft`); None for nothing.
+
+        Not together with branches.
+
+        Args:
+            params: of the request.
+        """
+        return None
+
+    def temperature(
+        self, step: torch.Tensor, row_params: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """By what logits are divided in a step, whatever the request asks for.
+
+        Of the statistics that `measures` = "drawn" names, and of the mixture that the
+        source "full" makes. Draws divide by the request's own temperature besides.
+
+        Args:
+            step: [R] int64, as in the view.
+            row_params: as of `select`.
+
+        Returns:
+            [R] float32, above 0; None for 1.
+        """
+        return None
 
     own_tokens: ClassVar[bool] = False
     """Whether it may write other tokens than `View.candidate`, or cut the canvas

@@ -215,10 +215,25 @@ class RandomBlocks:
             margin=torch.where(read, margin, 0.0) if "margin" in needs else None,
             uniform=self._statistic(1.0) * 0.999 if "uniform" in needs else None,
             other=_besides(candidate) if "other" in needs else None,
+            noise=self._whole(0, MASK_ID - 1, rows, width)
+            if "noise" in needs
+            else None,
             probabilities=probabilities,
         )
+        if "best" in needs:
+            view = self._with_best(view)
         return replace(
             view, branches=self._drafted(view) if "branches" in needs else None
+        )
+
+    def _with_best(self, view: View) -> View:
+        """With the best tokens: at some masks, another one has been drawn."""
+        drawn = view.masked & (self._chance(self.rows, self.width) < 0.3)
+        sure = view.confidence
+        return replace(
+            view,
+            best=torch.where(drawn, _besides(view.candidate), view.candidate),
+            best_confidence=torch.where(drawn, (sure + 1) / 2, sure),
         )
 
     def _statistic(self, most: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from vllm_dlm.strategies.base import (
     Context,
     Decision,
     Params,
+    Soft,
     Strategy,
     View,
     numeric_fields,
@@ -22,7 +23,7 @@ from vllm_dlm.strategies.base import (
 from vllm_dlm.strategies.probabilities import Probabilities
 from vllm_dlm.testing.blocks import EDIT_TOKENS, RandomBlocks, padded
 from vllm_dlm.testing.compiling import compile_and_compare, why_eager
-from vllm_dlm.testing.declared import check_decision, check_declarations
+from vllm_dlm.testing.declared import NEEDS, check_decision, check_declarations
 from vllm_dlm.testing.report import Report
 
 Compiling = Literal["run", "trace", "no"]
@@ -134,8 +135,7 @@ def decide(strategy: Strategy, step: Step) -> Decision:
     try:
         decision = strategy.select(step.view, step.numbers)
     except (TypeError, AttributeError, ValueError, KeyError) as error:
-        unset = {"entropy", "margin", "uniform", "probabilities", "branches"}
-        missing = ", ".join(sorted(unset - strategy.needs))
+        missing = ", ".join(sorted(NEEDS - strategy.needs))
         raise AssertionError(
             f"{where}: select fails: {type(error).__name__}: {error}. Statistics and "
             f"state are in the view only if they are declared: not in `needs` are "
@@ -318,7 +318,11 @@ def _parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.Tensor | np.ndarray):
         yield name, value
         return
-    members = value if isinstance(value, Mapping) else vars(value)
+    members = value
+    if isinstance(value, Soft):
+        members = value._asdict()
+    elif not isinstance(value, Mapping):
+        members = vars(value)
     if isinstance(value, Probabilities):
         members = {"rows": value.rows, "logsumexp": value.logsumexp}
     for key, member in members.items():
@@ -362,6 +366,8 @@ def _rows_of(decision: Decision, rows: np.ndarray) -> Decision:
     def pick(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: pick(part) for name, part in value.items()}
+        if isinstance(value, Soft):
+            return Soft(*map(pick, value))
         return None if value is None else value[index]
 
     return replace(

@@ -7,15 +7,26 @@ from typing import Any
 
 import torch
 
-from vllm_dlm.strategies.base import Decision, Params, StateField, Strategy, View
+from vllm_dlm.strategies.base import (
+    Decision,
+    Params,
+    Soft,
+    StateField,
+    Strategy,
+    View,
+)
 
 NEEDS = frozenset(
-    {"entropy", "margin", "uniform", "other", "probabilities", "branches"}
+    ["entropy", "margin", "uniform", "other", "best", "noise"]
+    + ["probabilities", "branches"]
 )
 
 FLAGS = ("commit", "edit", "remask")
 """Fields of a decision that are [R, B] bool."""
-TOKENS = ("new_tokens", "branch", "step_ahead", "draft_tokens", "draft_rank")
+TOKENS = (
+    *("new_tokens", "branch", "step_ahead", "draft_tokens", "draft_rank"),
+    *("held", "settled"),
+)
 """[R, B] int64."""
 ROWS = {"hold": torch.bool, "idle": torch.bool, "truncate_at": torch.int64}
 """[R]."""
@@ -47,6 +58,9 @@ def check_declarations(strategy_class: type[Strategy]) -> None:
     assert strategy_class.logit_rows in ("masked", "block"), (
         f"{called}: `logit_rows` must be 'masked' or 'block', not "
         f"{strategy_class.logit_rows!r}"
+    )
+    assert strategy_class.noise in ("mask", "uniform"), (
+        f"{called}: `noise` must be 'mask' or 'uniform', not {strategy_class.noise!r}"
     )
 
 
@@ -96,7 +110,28 @@ def check_decision(
     is_held = strategy.context.has_pattern or not strategy.heeds_patterns
     if is_held and strategy.why_unconstrained(strategy.params) is None:
         _check_candidates(view, decision, where)
+    _check_soft(strategy, view, decision, where)
     _check_state(strategy, view, decision, where)
+
+
+def _check_soft(strategy: Strategy, view: View, decision: Decision, where: str) -> None:
+    """Mixtures of the kind that the strategy has declared."""
+    declared, soft = strategy.soft(strategy.params), decision.soft
+    if soft is None:
+        return
+    assert declared is not None, (
+        f"{where}: Decision.soft is set, but engines make soft inputs only for "
+        "strategies that say which: return SoftInputs from `soft(params)`"
+    )
+    rows, width = view.masked.shape
+    called, shape = "Decision.soft", (rows, width, declared.num_ids)
+    _check(soft, "where", (rows, width), torch.bool, where, called)
+    _check(soft, "weights", shape, torch.float32, where, called)
+    _check(soft, "ids", shape, torch.int64, where, called)
+    assert (soft.ids is not None) == (declared.source == "top"), (
+        f"{where}: Decision.soft.ids names the tokens that are mixed where the source "
+        f"is 'top', and none where it is 'full'; here it is {declared.source!r}"
+    )
 
 
 def _check_candidates(view: View, decision: Decision, where: str) -> None:
@@ -120,23 +155,24 @@ def _check_candidates(view: View, decision: Decision, where: str) -> None:
 
 
 def _check(
-    decision: Decision,
+    decision: Decision | Soft,
     name: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     where: str,
+    called: str = "Decision",
 ) -> None:
     value: Any = getattr(decision, name)
     if value is None:
         return
     wanted = f"{_called(dtype)} {list(shape)}"
-    axes = "[R, B]" if len(shape) == 2 else "[R]"
+    axes = ("[R]", "[R, B]", "[R, B, K]")[len(shape) - 1]
     assert isinstance(value, torch.Tensor), (
-        f"{where}: Decision.{name} must be a tensor, {axes} = {wanted}, not "
+        f"{where}: {called}.{name} must be a tensor, {axes} = {wanted}, not "
         f"{type(value).__name__}"
     )
     assert value.dtype == dtype and value.shape == shape, (
-        f"{where}: Decision.{name} is {_called(value.dtype)} {list(value.shape)}, but "
+        f"{where}: {called}.{name} is {_called(value.dtype)} {list(value.shape)}, but "
         f"must be {axes} = {wanted}, R requests by B positions of a block"
     )
 
