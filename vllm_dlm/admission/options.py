@@ -153,6 +153,8 @@ def check_strategy(
         ValueError: its parameters do not fit them.
     """
     defaults = ModelDefaults.from_hf_config(model_config.hf_config)
+    if STRATEGIES[config.strategy].soft(config.params) is not None:
+        _check_soft_inputs(config.strategy, server.soft_inputs or defaults.soft_inputs)
     own_block = defaults.own_block(server.block_length)
     # The second stage of `tccf` is decoded in blocks of one.
     lengths = {config.block_length, 1} if config.tccf else {config.block_length}
@@ -174,3 +176,20 @@ def check_strategy(
             edit_tokens=edit_tokens_of(model_config.hf_config),
         )
         STRATEGIES[config.strategy].validate(config.params, length, context)
+
+
+def _check_soft_inputs(strategy: str, are_made: bool) -> None:
+    """Refuse mixtures of tokens where the network is fed tokens.
+
+    Args:
+        are_made: whether the engine makes input embeddings itself.
+
+    Raises:
+        ValueError: it does not; the message names the flag.
+    """
+    if not are_made:
+        raise ValueError(
+            f"the strategy {strategy!r} feeds the model mixtures of tokens, which this "
+            "server does not make: start it with --dlm-soft-inputs, or choose another "
+            "strategy"
+        )

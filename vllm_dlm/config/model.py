@@ -80,6 +80,9 @@ class ModelDefaults:
     (`vllm-dlm train deer`); None where that is not known."""
     edit_tokens: EditTokens | None = None
     """By which the model deletes and inserts positions; None if it does neither."""
+    soft_inputs: bool = False
+    """The engine makes the input embeddings of each forward itself, as the model needs
+    or the server wants: then strategies may feed mixtures (`Strategy.soft`)."""
 
     @property
     def reuses_blocks(self) -> bool:
@@ -142,6 +145,7 @@ class ModelDefaults:
             other_strategies=getattr(hf_config, "dlm_other_strategies", {}),
             draft_length=getattr(hf_config, "dlm_draft_length", None),
             edit_tokens=edit_tokens_of(hf_config),
+            soft_inputs=getattr(hf_config, "dlm_soft_inputs", False),
         )
 
 
@@ -190,6 +194,7 @@ def declare(
     dlm_other_strategies: Mapping[str, Mapping[str, Any]] | None = None,
     dlm_max_canvas: int | None = None,
     dlm_draft_length: int | None = None,
+    dlm_soft_inputs: bool = False,
     dlm_options: Mapping[str, Any] | None = None,
     dlm_stop_ids: tuple[int, ...] = (),
     delete_token_id: int | None = None,
@@ -217,6 +222,7 @@ def declare(
         "dlm_other_strategies": dict(dlm_other_strategies or {}),
         "dlm_max_canvas": dlm_max_canvas,
         "dlm_draft_length": dlm_draft_length,
+        "dlm_soft_inputs": dlm_soft_inputs,
         "dlm_options": dict(dlm_options or {}),
         "dlm_stop_ids": list(dlm_stop_ids),
         "delete_token_id": delete_token_id,

@@ -219,6 +219,14 @@ class DlmConfig(BaseModel):
         "one. With 1, a finished block takes a forward of its own; with 2, the next "
         "block is computed along in every step, in vain until it is its turn.",
     )
+    soft_inputs: bool = Field(
+        default=False,
+        json_schema_extra=SERVER_PARAMETER,
+        description="Make the input embeddings of each forward outside the network, so "
+        "that strategies may feed mixtures of tokens (dmax, smooth). It costs every "
+        "request a little: without it these strategies are refused. On in any case "
+        "for models that need it.",
+    )
     online_learning: bool = Field(
         default=True,
         json_schema_extra=SERVER_PARAMETER,

@@ -70,6 +70,8 @@ class EngineFacts:
     """Rows that a forward may have."""
     tile_rows: int
     """Rows that go through lm_head at a time."""
+    soft_inputs: bool
+    """Whether the engine makes input embeddings itself (`soft_inputs.py`)."""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, device: torch.device) -> EngineFacts:
@@ -83,6 +85,8 @@ class EngineFacts:
         server = server_config(vllm_config)
         defaults = ModelDefaults.from_hf_config(hf_config)
         max_canvas: int = hf_config.canvas_length
+        soft_inputs = server.soft_inputs or defaults.soft_inputs
+        rows = tile_rows(hf_config.vocab_size, model_config.dtype, device)
         return cls(
             device=device,
             model_config=model_config,
@@ -98,7 +102,9 @@ class EngineFacts:
             max_canvas=max_canvas,
             max_num_reqs=vllm_config.scheduler_config.max_num_seqs,
             max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            tile_rows=tile_rows(hf_config.vocab_size, model_config.dtype, device),
+            # A tile's probabilities take as much memory as its logits.
+            tile_rows=max(rows // 2, 1) if soft_inputs else rows,
+            soft_inputs=soft_inputs,
         )
 
     @property
@@ -144,6 +150,7 @@ class EngineFacts:
             cache=cache,
             own_block=self.defaults.own_block(self.server.block_length),
             options=self.server.strategy_options(),
+            mask_id=self.mask_id,
             edit_tokens=self.defaults.edit_tokens,
             agreed=get_tp_group().broadcast_object,
         )

@@ -32,6 +32,7 @@ from vllm_dlm.model_executor.planning.branch_pages import page_size_of
 from vllm_dlm.model_executor.planning.step_plan import SegmentPlan, plan_forward
 from vllm_dlm.model_executor.sampling.sampler import DenoisingSampler
 from vllm_dlm.model_executor.slots import RequestSlots
+from vllm_dlm.model_executor.soft_inputs import InputEmbeddings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -75,6 +76,9 @@ class DlmModelState(ModelState):
             device,
             has_causal_rows=self.facts.defaults.attention == "causal",
         )
+        self._embeddings: InputEmbeddings | None = None
+        if self.facts.soft_inputs:
+            self._embeddings = InputEmbeddings(model, self.slots, self.facts)
         self._sampler: DenoisingSampler | None = None
         self._plan: SegmentPlan | None = None
         """The forward in flight; None while vLLM profiles with dummy batches."""
@@ -205,7 +209,7 @@ class DlmModelState(ModelState):
     ) -> dict[str, Any]:
         """Write the batch's token ids and name the rows that need logits."""
         if self._plan is None:
-            return {}
+            return self._dummy_inputs(input_batch.num_tokens_after_padding)
         num_tokens, plan = input_batch.num_tokens, self._plan
         positions, branches = input_batch.positions[:num_tokens], plan.branches
         # In place: CUDA graphs replay from vLLM's own buffers.
@@ -222,7 +226,23 @@ class DlmModelState(ModelState):
             )
         input_batch.input_ids[:num_tokens] = tokens
         input_batch.logits_indices = plan.logits_rows
-        return {}
+        if self._embeddings is None:
+            return {}
+        assert self._sampler is not None
+        embeddings = self._embeddings.of(
+            plan,
+            input_batch.input_ids[:num_tokens],
+            positions,
+            self._sampler.groups.of,
+            input_batch.num_tokens_after_padding,
+        )
+        return {"inputs_embeds": embeddings}
+
+    def _dummy_inputs(self, num_tokens: int) -> dict[str, Any]:
+        """What a forward of which nothing is read is fed beside token ids."""
+        if self._embeddings is None:
+            return {}
+        return {"inputs_embeds": self._embeddings.of_dummy(num_tokens)}
 
     def _take_plan(self) -> SegmentPlan | None:
         """The plan of the forward just run; None after a dummy batch."""
@@ -240,8 +260,8 @@ class DlmModelState(ModelState):
         """Text only: no embeddings to prepare."""
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """Nothing beyond vLLM's own dummy token ids."""
-        return {}
+        """vLLM's own dummy token ids, and embeddings where the engine makes them."""
+        return self._dummy_inputs(num_tokens)
 
     def postprocess_state(
         self,

@@ -465,7 +465,7 @@ class Strategy:
         Args:
             params: of the request.
         """
-        unaware = cls.needs_with(params) & {"branches", "other"}
+        unaware = cls.needs_with(params) & {"branches", "other", "best"}
         if cls.looks_ahead(params):
             return "it writes blocks before those to their left are final"
         if unaware and not cls.heeds_patterns:
@@ -539,7 +539,7 @@ class Context:
     vocab_size: int | None = None
     """Token ids are below this number; where requests are checked."""
     mask_id: int | None = None
-    """Of the mask; where requests are checked."""
+    """Of the mask."""
     edit_tokens: EditTokens | None = None
     """What the model predicts where the text is too long or too short; None for a
     model that edits no lengths."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
     from vllm_dlm.kernels.shards import VocabShard
 
 
+EMBEDDINGS = ("embed_tokens", "word_embeddings")
+"""Names of the layer of token embeddings in vLLM's classes."""
+
+
 class DiffusionModelMixin:
     """Hands vLLM's runner our per-request state; put it before the vLLM class."""
 
     lm_head: Any
     logits_processor: Any
     config: Any
+    model: Any
 
     names_in_files: ClassVar[WeightsMapper | None] = None
     """From the names in checkpoints to vLLM's, in families that have their own."""
@@ -103,6 +109,37 @@ class DiffusionModelMixin:
             return logits.new_empty((0, self.logits_processor.org_vocab_size))
         whole = tensor_model_parallel_all_gather(logits)
         return whole[:, : self.logits_processor.org_vocab_size]
+
+    @cached_property
+    def _embedding(self) -> Any:
+        """The layer of token embeddings, cut over ranks as lm_head is.
+
+        Raises:
+            ValueError: it is not, or its weights are quantised.
+        """
+        names = [name for name in EMBEDDINGS if hasattr(self.model, name)]
+        layer: Any = getattr(self.model, names[0]) if names else None
+        weight = getattr(layer, "weight", None)
+        is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        if not is_plain or layer.shard_indices != self.lm_head.shard_indices:
+            raise ValueError(
+                "mixtures of tokens need token embeddings that are not quantised, and "
+                "this checkpoint has none: leave out --dlm-soft-inputs"
+            )
+        return layer
+
+    def mixed(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """[n, H]: embeddings of the tokens, mixed by this rank's part of their
+        probabilities [n, V]; of all ranks together."""
+        layer = self._embedding
+        weight = layer.weight[: probabilities.shape[1]]
+        mixed: torch.Tensor = probabilities.to(weight.dtype) @ weight
+        if layer.tp_size == 1:
+            return mixed
+        from vllm.distributed import tensor_model_parallel_all_reduce
+
+        whole: torch.Tensor = tensor_model_parallel_all_reduce(mixed)
+        return whole
 
     @property
     def vocab_shard(self) -> VocabShard | None:

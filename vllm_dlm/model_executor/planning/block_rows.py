@@ -162,6 +162,10 @@ class BlockRows:
     guessed: GuessedRows | None = None
     """Of those of the requests that run ahead, which are the last ones; None if none
     does."""
+    canvas_rows: torch.Tensor | None = None
+    """[n] int32: rows of the forward that are of the active blocks; None in engines
+    without soft inputs. Of requests that run ahead all their rows are among them: only
+    the device knows which are."""
 
     @property
     def num_rows(self) -> int:

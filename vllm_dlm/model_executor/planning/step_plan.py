@@ -54,7 +54,7 @@ from vllm_dlm.model_executor.planning.branches import (
     plan_branches,
 )
 from vllm_dlm.model_executor.planning.lookout_rows import HostLookoutRows, LookoutRows
-from vllm_dlm.model_executor.planning.segments import Segments, cut_segments
+from vllm_dlm.model_executor.planning.segments import Segments, cut_segments, ragged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.guesses import Settled
     from vllm_dlm.model_executor.slots import RequestSlots
 
+
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 Settle: TypeAlias = "Callable[[GroupRows], Settled]"
 """`guesses.settle`, of one group."""
@@ -100,6 +102,8 @@ class SegmentPlan:
     """Drafts that are evaluated along; None where there are none."""
     lookout: LookoutRows | None
     """Rows read right of active blocks; None where there are none."""
+    canvas_rows: torch.Tensor | None
+    """[n] int32: `BlockRows.canvas_rows` of all groups, one behind the other."""
     guessed_left: tuple[torch.Tensor, torch.Tensor] | None
     """With causal attention, [n] int64 and [n] int32: segments of which only the device
     knows whether they are left of the active block, and causal; and whether they are.
@@ -164,9 +168,11 @@ def plan_forward(
         np.concatenate([*planner.logits_rows, looked_at.rows]),
         looked_at.slots,
         looked_at.positions,
+        np.concatenate(planner.canvas_rows or [_NO_ROWS]),
         *planner.packed,
     )
-    blocks = planner.block_rows(sent[4:])
+    canvas_rows = sent[4] if facts.soft_inputs else None
+    blocks = planner.block_rows(sent[5:], canvas_rows)
     logits_rows, branch_plan = sent[1], None
     if branches.max() > 1:
         branch_plan = plan_branches(
@@ -187,6 +193,7 @@ def plan_forward(
         groups=blocks,
         branches=branch_plan,
         lookout=LookoutRows(sent[2], sent[3]) if len(looked_at.rows) else None,
+        canvas_rows=canvas_rows,
         guessed_left=guessed_left(facts, segments, blocks),
     )
 
@@ -221,6 +228,8 @@ class _Planner:
         """Of each group: see `pack`."""
         self.logits_rows: list[np.ndarray] = []
         """Of each group: its rows of the forward."""
+        self.canvas_rows: list[np.ndarray] = []
+        """Of each group: see `BlockRows`; none in engines without soft inputs."""
         self.lookout = HostLookoutRows.none()
 
     def add_group(self, deciding: np.ndarray) -> None:
@@ -275,6 +284,13 @@ class _Planner:
             }
         )
         self.logits_rows.append((first_rows[:, None] + source)[is_read])
+        if self._facts.soft_inputs:
+            own_end = np.minimum(block_start + width, canvas_end)
+            begin = np.where(runs_ahead, 0, block_start)
+            rows_end = np.where(runs_ahead, end[:, 0], np.minimum(end[:, 0], own_end))
+            begin = np.maximum(begin, start[:, 0])
+            owner, nth = ragged(np.maximum(rows_end - begin, 0))
+            self.canvas_rows.append((first_rows + begin)[owner] + nth)
         if (is_looking := host.looking_out(slots_np)).any():
             looking = is_looking.nonzero()[0]
             self.lookout += HostLookoutRows.of(
@@ -339,21 +355,27 @@ class _Planner:
             opened[number] = layout.canvas_from(int(host.block_start[slot]))
         return opened
 
-    def block_rows(self, packed: list[torch.Tensor]) -> list[GroupRows]:
+    def block_rows(
+        self, packed: list[torch.Tensor], canvas_rows: torch.Tensor | None
+    ) -> list[GroupRows]:
         """The groups' blocks.
 
         Args:
             packed: `self.packed` on the device.
+            canvas_rows: [n] int32: `self.canvas_rows` there; None where there are none.
         """
+        counts = [len(rows) for rows in self.canvas_rows]
+        own = [None] * len(packed) if canvas_rows is None else canvas_rows.split(counts)
         return [
             GroupRows(
                 **part,
                 packed_np=there_np,
                 packed=there,
                 table=self._slots,
+                canvas_rows=rows,
             )
-            for part, there_np, there in zip(
-                self._parts, self.packed, packed, strict=True
+            for part, there_np, there, rows in zip(
+                self._parts, self.packed, packed, own, strict=True
             )
         ]
 

@@ -64,7 +64,7 @@ class Candidates:
         # On the host: which rows need more than their argmax.
         self._draws, self._truncates = flags(), flags()
         self._measures_drawn, self._leads_greedily = flags(), flags()
-        self._reads_other = flags()
+        self._reads_other, self._reads_best = flags(), flags()
         self._restrictions: dict[int, Restriction] = {}
         self.stop_ids = StopIds(slots)
         self._restricted_until = np.zeros(count, dtype=np.int64)
@@ -103,7 +103,9 @@ class Candidates:
         self._draws[slot] = draws
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
         self._measures_drawn[slot] = draws and request.measures_drawn
-        self._reads_other[slot] = "other" in STRATEGIES[request.config.strategy].needs
+        needs = STRATEGIES[request.config.strategy].needs
+        self._reads_other[slot] = "other" in needs
+        self._reads_best[slot] = "best" in needs
         defaults = self.facts.defaults
         shifts_leads = defaults.leads_blocks and defaults.shift == 1
         exact = request.config.reference_exact
@@ -125,6 +127,10 @@ class Candidates:
         """Whether any of these requests needs more than its rows' argmax."""
         special = self._draws | self._reads_other | self._restricts()
         return bool(special[slots_np].any())
+
+    def read_best(self, slots_np: np.ndarray) -> bool:
+        """Whether any of these requests' strategies reads the best tokens."""
+        return bool(self._reads_best[slots_np].any())
 
     def have_bad_words(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests forbids words."""
@@ -178,6 +184,10 @@ class Candidates:
             argmax = left.argmax
             # A position that is written already needs no token.
             stuck = (left.logsumexp == -torch.inf) & masked
+            if self.read_best(slots):
+                choice.best[at] = argmax
+                sure = prob_of(raw, argmax, choice.logsumexp[at])
+                choice.best_confidence[at] = sure
         owners = rows.row_request[tile.own][at]
         sampling = self._sampling(blocks.slots[owners])
         cut = self._truncates[slots]

@@ -6,6 +6,7 @@ And Tile: the rows of logits that they are made of at a time.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,10 @@ import torch
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.block_rows import BlockRows, Blocks
     from vllm_dlm.model_executor.sampling.logits import Logits
+
+
+_MEASURED = 5
+"""Columns of `Choice` that every step has, the first ones."""
 
 
 class Choice(NamedTuple):
@@ -32,6 +37,10 @@ class Choice(NamedTuple):
     """float32; as entropy."""
     other: torch.Tensor
     """int64: the best of the other tokens that are text; as entropy."""
+    best: torch.Tensor
+    """int64: the best of all tokens that are allowed, whatever is drawn; as entropy."""
+    best_confidence: torch.Tensor
+    """float32: its probability; as entropy."""
 
     @classmethod
     def room_for(cls, num_rows: int, device: torch.device) -> Choice:
@@ -48,6 +57,8 @@ class Choice(NamedTuple):
             column(number),
             column(number),
             column(torch.int64),
+            column(torch.int64),
+            column(number),
         )
 
     def part(self, rows: slice) -> Choice:
@@ -56,8 +67,8 @@ class Choice(NamedTuple):
 
     @property
     def measured(self) -> tuple[torch.Tensor, ...]:
-        """The columns that `write_stats` writes: all but `other`."""
-        return self[:-1]
+        """The columns that `write_stats` writes: all that every step has."""
+        return self[:_MEASURED]
 
     @property
     def broken(self) -> torch.Tensor:
@@ -68,18 +79,27 @@ class Choice(NamedTuple):
         """
         return ~self.logsumexp.isfinite()
 
-    def at(self, blocks: Blocks, *, other: bool = False) -> Choice:
+    def at(self, blocks: Blocks, needs: Collection[str] = ()) -> Choice:
         """The rows of some blocks at their places [R, B], 0 where none is read.
 
         (0 is finite: what is not read is not broken.)
 
         Args:
-            other: whether the column of this name is read; if not, it is left out.
+            needs: columns that are read besides those that every step has: "other", and
+                "best" for both of them; the others are left as they are.
         """
         has_row, rows = blocks.has_row, blocks.row_at.clamp(min=0)
-        columns = self if other else self.measured
-        placed = [torch.where(has_row, column[rows], 0) for column in columns]
-        return Choice(*placed, *([] if other else [self.other]))
+
+        def placed(column: torch.Tensor) -> torch.Tensor:
+            return torch.where(has_row, column[rows], 0)
+
+        at = Choice(*map(placed, self.measured), *self[_MEASURED:])
+        if "other" in needs:
+            at = at._replace(other=placed(self.other))
+        if "best" in needs:
+            best, sure = placed(self.best), placed(self.best_confidence)
+            at = at._replace(best=best, best_confidence=sure)
+        return at
 
 
 @dataclass(frozen=True)

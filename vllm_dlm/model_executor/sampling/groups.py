@@ -7,18 +7,20 @@ may differ from row to row and are columns of the request table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_dlm.config.request import resolve
 from vllm_dlm.model_executor.columns import number_columns
+from vllm_dlm.model_executor.sampling.soft_memory import soft_fields
 from vllm_dlm.strategies import STRATEGIES
-from vllm_dlm.strategies.base import Strategy, numeric_fields
+from vllm_dlm.strategies.base import StateField, Strategy, numeric_fields
 
 if TYPE_CHECKING:
     from vllm_dlm.config.request import RequestConfig
@@ -43,9 +45,17 @@ class Group:
     be a group per block length. Row 0 is the dummy slot's seat (`columns.py`).
     """
 
-    def __init__(self, strategy: Strategy, number: int) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        number: int,
+        soft: Mapping[str, StateField] = MappingProxyType({}),
+    ) -> None:
         self.strategy = strategy
         self.number = number
+        self._fields = {**strategy.state, **soft}
+        """All that is remembered: beside the strategy's state what its decisions feed
+        the next forward (`soft_memory.py`)."""
         self._seats: dict[int, int] = {}
         """slot -> seat; never by row of a batch: rows change from step to step."""
         self.function: object = None
@@ -54,7 +64,7 @@ class Group:
         self._numbers = number_columns(strategy.Params)
         self._valid = {name: getattr(strategy.params, name) for name in self._numbers}
         self.memory = self._rows(0)
-        """name of `Strategy.state` -> [seats + 1, ...]; no row at first."""
+        """name of a field -> [seats + 1, ...]; no row at first."""
 
     def _rows(self, num_rows: int) -> dict[str, torch.Tensor]:
         """So many rows of which nothing is remembered."""
@@ -68,7 +78,7 @@ class Group:
                     dtype=field.dtype,
                     device=self.strategy.context.device,
                 )
-                for name, field in self.strategy.state.items()
+                for name, field in self._fields.items()
             }
 
     @property
@@ -89,7 +99,7 @@ class Group:
         if any(seat >= len(memory) for memory in self.memory.values()):
             self._add_seats()
         if forget:
-            for name, field in self.strategy.state.items():
+            for name, field in self._fields.items():
                 self.memory[name][seat] = field.fill
         return seat
 
@@ -199,7 +209,9 @@ class StrategyGroups:
         if key not in self._groups or not self._groups[key].strategy.is_current():
             context = replace(self.facts.context(config.cache), has_pattern=has_pattern)
             strategy = rule(config.params, config.block_length, context)
-            self._groups[key] = Group(strategy, next(self._next_number))
+            inputs = rule.soft(config.params)
+            soft = {} if inputs is None else soft_fields(inputs, config, self.facts)
+            self._groups[key] = Group(strategy, next(self._next_number), soft)
         return self._groups[key]
 
     def add(self, slot: int) -> None:

@@ -40,6 +40,10 @@ class Head(Protocol):
     def vocab_shard(self) -> VocabShard | None:
         """Which part of the vocabulary is this rank's; None for all of it."""
 
+    def mixed(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """[n, H]: embeddings of the tokens, mixed by this rank's part of their
+        probabilities [n, V]; of all ranks together."""
+
 
 def tile_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of logits that one tile holds."""

@@ -47,6 +47,10 @@ def opened(view: View, decision: Decision, requests: Requests) -> Decision:
         drafts = torch.where(opens, view.candidate, drafts)
         rank = torch.where(opens, by_confidence, rank)
 
+    soft = decision.soft
+    if soft is not None:
+        soft = soft._replace(where=soft.where & ~opens)
+
     return replace(
         decision,
         commit=torch.where(opens, first, decision.commit),
@@ -57,4 +61,5 @@ def opened(view: View, decision: Decision, requests: Requests) -> Decision:
         remask=unless_opening(decision.remask),
         draft_tokens=drafts,
         draft_rank=rank,
+        soft=soft,
     )

@@ -8,10 +8,12 @@ all steps use.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vllm_dlm.kernels.mixtures import mixtures
 from vllm_dlm.kernels.token_stats import write_stats
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.logits import Head, Logits
@@ -33,6 +35,36 @@ class Drawn(NamedTuple):
     """[R, B] bool: positions that may be written."""
     step: torch.Tensor
     """[R] int64: which noise is drawn with."""
+
+
+class Mixing(NamedTuple):
+    """R blocks of whose rows the mixtures of all tokens are kept (`soft_memory.py`)."""
+
+    blocks: BlockRows
+    memory: torch.Tensor
+    """[seats + 1, B, H]: of the group."""
+
+    def keep(self, own: slice, mixed: torch.Tensor) -> None:
+        """Keep the mixtures [n, H] of some rows.
+
+        Args:
+            own: which of the rows of `blocks` they are.
+        """
+        seats = self.blocks.blocks.requests.seat[self.blocks.row_request[own]]
+        offsets = self.blocks.row_places[own] % self.blocks.width
+        self.memory[seats, offsets] = mixed
+
+
+def _rows_of(blocks: BlockRows, rows: slice) -> tuple[slice, slice]:
+    """Rows of a step that belong to some blocks, of the rows of a tile.
+
+    Returns:
+        They, and the same counted from the first row of the blocks. Empty slices may
+        end before they start.
+    """
+    first, last = blocks.first_row, blocks.first_row + blocks.num_rows
+    part = slice(max(rows.start, first), min(rows.stop, last))
+    return part, slice(part.start - first, part.stop - first)
 
 
 class Rows:
@@ -84,13 +116,21 @@ class Rows:
         return torch.cat([*of_canvases, *of_branches, *lookout])
 
     def measure(
-        self, logits: Logits, drawn: list[Drawn], constrained: Constrained
+        self,
+        logits: Logits,
+        drawn: list[Drawn],
+        constrained: Constrained,
+        mixing: Sequence[Mixing] = (),
+        *,
+        reads_best: bool = False,
     ) -> None:
         """Measure all rows of a step: `choice` holds the outcome.
 
         Args:
             drawn: blocks of whose rows some are drawn or restricted.
             constrained: requests that measure their rows themselves, too.
+            mixing: blocks of which mixtures of all tokens are made.
+            reads_best: whether a strategy reads the best tokens of its rows.
         """
         for rows, values in logits.tiles():
             write_stats(
@@ -101,15 +141,18 @@ class Rows:
                 shard=logits.shard,
             )
             constrained.measure(rows, values, logits, self.choice.part(rows))
-            for blocks, masked, step in drawn:
-                last_row = blocks.first_row + blocks.num_rows
-                part = slice(
-                    max(rows.start, blocks.first_row), min(rows.stop, last_row)
-                )
+            if reads_best:
+                choice = self.choice.part(rows)
+                choice.best.copy_(choice.candidate)
+                choice.best_confidence.copy_(choice.confidence)
+            for one in mixing:
+                part, own = _rows_of(one.blocks, rows)
                 if part.start < part.stop:
-                    own = slice(
-                        part.start - blocks.first_row, part.stop - blocks.first_row
-                    )
+                    there = slice(part.start - rows.start, part.stop - rows.start)
+                    one.keep(own, mixtures(values[there], self.head, logits.shard))
+            for blocks, masked, step in drawn:
+                part, own = _rows_of(blocks, rows)
+                if part.start < part.stop:
                     tile = Tile(
                         logits,
                         values[part.start - rows.start : part.stop - rows.start],

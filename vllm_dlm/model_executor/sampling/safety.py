@@ -15,7 +15,7 @@ import torch
 from vllm_dlm.config.cache import FAR
 from vllm_dlm.model_executor.sampling.eotp import MODES, canvas_cut, end_of_text
 from vllm_dlm.model_executor.sampling.growth import Ends, expansion_of, with_block
-from vllm_dlm.strategies.base import Decision, View, best_masked
+from vllm_dlm.strategies.base import Decision, Soft, View, best_masked
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
@@ -109,7 +109,18 @@ class Safety:
             step_ahead=decision.step_ahead,
             draft_tokens=decision.draft_tokens,
             draft_rank=decision.draft_rank,
+            soft=self._soft(view, decision.soft, blocks),
         )
+
+    def _soft(self, view: View, soft: Soft | None, blocks: Blocks) -> Soft | None:
+        """What may be soft: no prompt, nothing that a client has written or been sent,
+        and no mixture of logits that were not read."""
+        if soft is None:
+            return None
+        allowed = blocks.valid & (view.positions >= 0) & ~self.slots.is_fixed(blocks)
+        if soft.ids is None:
+            allowed = allowed & blocks.has_row
+        return soft._replace(where=soft.where & allowed)
 
     def veto_bad_words(
         self, view: View, decision: SafeDecision, rows: BlockRows
@@ -123,11 +134,16 @@ class Safety:
             decision: held to all other rules: what came after might write a bad word.
         """
         commit, edit, new_tokens = decision.commit, decision.edit, decision.new_tokens
+        before = commit | edit if decision.soft is not None else None
         for row in self.candidates.veto_bad_words(commit, edit, new_tokens, rows):
             if commit[row].sum() <= decision.remask[row].sum():
                 commit[row] = best_masked(view)[row]
                 edit[row] = decision.remask[row] = False
                 new_tokens[row] = view.candidate[row]
+        if decision.soft is not None and before is not None:
+            # What was not written after all is hard.
+            kept = decision.soft.where & ~(before & ~(commit | edit))
+            decision.soft = decision.soft._replace(where=kept)
 
     def grow(self, view: View, decision: SafeDecision, blocks: Blocks) -> SafeDecision:
         """The decision; where a canvas grows, one that writes and cuts nothing."""

@@ -22,6 +22,7 @@ import torch
 from vllm import envs
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_dlm.kernels.mixtures import mixtures
 from vllm_dlm.kernels.token_stats import token_stats
 from vllm_dlm.model_executor.constrained import Constrained
 from vllm_dlm.model_executor.frames import FrameTensors
@@ -32,8 +33,9 @@ from vllm_dlm.model_executor.sampling.groups import StrategyGroups
 from vllm_dlm.model_executor.sampling.logprobs import RevealedLogprobs
 from vllm_dlm.model_executor.sampling.lookout import Lookout
 from vllm_dlm.model_executor.sampling.observers import open_observers
-from vllm_dlm.model_executor.sampling.rows import Rows
+from vllm_dlm.model_executor.sampling.rows import Mixing, Rows
 from vllm_dlm.model_executor.sampling.safety import Safety
+from vllm_dlm.model_executor.sampling.soft_memory import MIXTURES
 from vllm_dlm.model_executor.sampling.step_function import Asked, StepFunctions
 from vllm_dlm.model_executor.sampling.views import Extras, Views
 
@@ -161,6 +163,14 @@ class DenoisingSampler:
                 for drawn in self.views.drawn(rows)
             ],
             self.constrained,
+            [
+                Mixing(rows, group.memory[MIXTURES])
+                for group, rows in zip(groups, plan.groups, strict=True)
+                if MIXTURES in group.memory
+            ],
+            reads_best=any(
+                self.candidates.read_best(rows.slots_np) for rows in plan.groups
+            ),
         )
         self.constrained.choose(self.rows.choice)
         self.lookout.look(plan.lookout, self.rows.choice.part(slice(len(logits))))
@@ -265,6 +275,8 @@ class DenoisingSampler:
         rows = min(self.facts.tile_rows, self.facts.max_num_tokens)
         logits = self.head.logits(hidden.new_zeros(rows, hidden.shape[1]))
         token_stats(logits, need_entropy=True, need_margin=True)
+        if self.facts.soft_inputs:
+            mixtures(logits, self.head, self.head.vocab_shard)
         self.constrained.rehearse(logits[:1])
 
 

@@ -36,6 +36,7 @@ from vllm_dlm.model_executor.planning.block_rows import NOT_VALID, Blocks, pack
 from vllm_dlm.model_executor.planning.guesses import Settled, settle
 from vllm_dlm.model_executor.reply import Reply
 from vllm_dlm.model_executor.sampling.opening import opened
+from vllm_dlm.model_executor.sampling.soft_memory import keep_soft
 from vllm_dlm.model_executor.sampling.views import Extras, Measured
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class StepFunction:
         pins, cut = self.slots.pins, decision.truncate_at
         if pins is not None and cut is not None:
             decision = replace(decision, truncate_at=pins.spared(cut, blocks))
+        keep_soft(self.group.memory, decision.soft, blocks)
         return decision, self.advance.write_canvas(measured.view, decision, blocks)
 
     def step(self, packed: torch.Tensor, choice: Choice, reply: Reply) -> None:

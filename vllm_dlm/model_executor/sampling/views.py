@@ -86,7 +86,7 @@ class Views:
         longest = requests.text_end - requests.prompt_len
         block_masks = self._block_masks(shared, requests)
 
-        chosen = choice.at(blocks, other="other" in needs)
+        chosen = choice.at(blocks, needs)
         tokens = table.tokens[blocks.slots[:, None], blocks.places].long()
         # Some stays, whatever the model thinks of it now.
         stays = (decided & table.is_fixed(blocks)) | ~blocks.has_row
@@ -109,6 +109,8 @@ class Views:
             margin=chosen.margin if "margin" in needs else None,
             uniform=self.candidates.noise(step, blocks) if "uniform" in needs else None,
             other=chosen.other if "other" in needs else None,
+            best=torch.where(stays, tokens, chosen.best) if "best" in needs else None,
+            best_confidence=chosen.best_confidence if "best" in needs else None,
             probabilities=extras.probabilities,
             branches=extras.branches,
             num_masks=shared.sum(dim=1),
