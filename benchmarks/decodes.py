@@ -58,7 +58,9 @@ def main() -> int:
     wanted = parser.parse_args().strategies
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        llm = start_engine(folder, max_num_seqs=1, dlm_trajectory_dir=str(log))
+        llm = start_engine(
+            folder, max_num_seqs=1, dlm_trajectory_dir=str(log), dlm_soft_inputs=True
+        )
         tokenizer = llm.get_tokenizer()
         for name, options in _requests(llm):
             if wanted and name not in wanted:

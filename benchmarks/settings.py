@@ -164,6 +164,8 @@ SETTINGS = [
 ]
 
 LEFT_OUT = {
+    "dmax": "llada-tiny is not trained to be fed mixtures; the page has what it does",
+    "smooth": "it takes a server that makes all requests' embeddings; so has its page",
     "replay": "it repeats the order of another request, and is as good as that",
     "levenshtein": "llada-tiny, with which all are measured, has no tokens that edit",
     "linear_spec": "it is for causal models, and llada-tiny has full attention",

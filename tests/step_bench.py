@@ -32,6 +32,7 @@ from vllm_dlm.model_executor.sampling.candidates import Candidates
 from vllm_dlm.model_executor.sampling.choice import Choice
 from vllm_dlm.model_executor.sampling.groups import Group
 from vllm_dlm.model_executor.sampling.safety import Safety
+from vllm_dlm.model_executor.sampling.soft_memory import soft_fields
 from vllm_dlm.model_executor.sampling.step_function import StepFunction
 from vllm_dlm.model_executor.sampling.views import Views
 from vllm_dlm.model_executor.slots import RequestSlots
@@ -87,10 +88,12 @@ class StepBench:
             "",
             attention=attention,
             positions=4 * block_length,
+            mask_id=MASK,
             edit_tokens=EditTokens(0, 1),
         )
         made = kind(kind.Params(**params), block_length, context)
-        self.group = Group(made, 0)
+        soft = soft_fields(kind.soft(made.params), block_length, 3, torch.float32)
+        self.group = Group(made, 0, soft)
         self.choice = Choice.room_for(num_slots * block_length, CPU)
         candidates = Candidates(self.table, self.facts)
         self.total_len = torch.zeros(num_slots, dtype=torch.int32)
@@ -198,6 +201,9 @@ class StepBench:
         choice.confidence.copy_(
             torch.where(some, noise(), numbers([0.0, 0.5, 0.9, 0.9, 1.0]))
         )
+        # Of some rows, another token than the best was drawn.
+        choice.best.copy_(torch.where(noise() < 0.7, choice.candidate, tokens))
+        choice.best_confidence.copy_(choice.confidence)
         choice.entropy.copy_(torch.where(some, 3 * noise(), numbers([0.0, 0.1, 1.0])))
         choice.margin.copy_(torch.where(some, noise(), numbers([0.0, 0.5, 1.0])))
         choice.logsumexp.copy_(torch.where(noise() < 0.02, -torch.inf, noise()))

@@ -81,19 +81,19 @@ def sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[Callable[..., Engine]]:
-    """`engines(model, backend, degree)`: an engine, started once a file."""
+    """`engines(model, backend, degree, **options)`: an engine, started once a file."""
     started: dict[tuple[Any, ...], Engine] = {}
 
-    def engine(model: Path, backend: str, degree: int) -> Engine:
+    def engine(model: Path, backend: str, degree: int, **options: Any) -> Engine:
         from vllm import LLM
 
-        key = (model, backend, degree)
+        key = (model, backend, degree, *options.items())
         if key not in started:
             llm = LLM(
                 str(model),
                 tensor_parallel_size=degree,
                 distributed_executor_backend=backend,
-                additional_config={"dlm": {"online_learning": False}},
+                additional_config={"dlm": {"online_learning": False} | options},
                 dtype="float32",
                 enforce_eager=True,
                 max_model_len=256,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from engine.block_cases import BlockCase
 from engine.cases import Case, assert_equal, expect, make_prompt, run_cases
 from engine.harness import Engine, params
 from engine.test_frames import watched
+from engine.test_soft_inputs import Wanted, dmax, smooth
+from engine.test_soft_inputs import run as run_soft
 from reference.llada import TinyLLaDA
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -67,6 +70,19 @@ def test_block_attention(engines: Engines, sdar: Path, backend: str):
     two = block_cases.run(engines(sdar, backend, 2), BLOCK_CAUSAL)
     assert len({tuple(result.tokens) for result in one}) > len(BLOCK_CAUSAL) // 2
     assert two == one
+
+
+def test_mixtures_of_tokens(engines: Engines, llada: Path, backend: str):
+    """Each worker mixes its part of the vocabulary, of `smooth`; and `dmax` two tokens,
+    of which one may be the other worker's."""
+    oracle = TinyLLaDA.from_folder(llada)
+    soft = [smooth(number, "dual") for number in range(1, 9)]
+    wanted = [Wanted.of(case, oracle) for case in soft]
+    dual = engines(llada, backend, 2, soft_inputs=True)
+    assert_equal(soft, run_soft(dual, soft), wanted)
+    edited = [replace(dmax(number), more={"block_length": 8}) for number in range(6)]
+    one = run_soft(engines(llada, "mp", 1, soft_inputs=True), edited)
+    assert run_soft(dual, edited) == one
 
 
 def test_drawn_tokens_and_log_probabilities(

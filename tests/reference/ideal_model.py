@@ -186,7 +186,8 @@ def _view(
 ) -> View:
     rows, length = texts.tokens.shape
     masked = texts.tokens == task.mask_id
-    best = probabilities.topk(2, dim=-1).values
+    best, tokens = probabilities.topk(2, dim=-1)
+    chosen = probabilities.gather(2, candidate[..., None])[..., 0]
     logits = probabilities.flatten(0, 1).log()
     generator = torch.Generator().manual_seed(step)
     view = View(
@@ -196,7 +197,7 @@ def _view(
         decided=~masked,
         positions=torch.arange(length).expand(rows, length),
         candidate=candidate,
-        confidence=probabilities.gather(2, candidate[..., None])[..., 0].float(),
+        confidence=chosen.float(),
         is_eos=torch.zeros_like(masked),
         step=torch.full((rows,), step),
         scheduled=torch.full((rows,), scheduled),
@@ -205,6 +206,9 @@ def _view(
         state=texts.state,
         entropy=torch.special.entr(probabilities).sum(dim=-1).float(),
         margin=(best[..., 0] - best[..., 1]).float(),
+        # Of equal ones, the one that was chosen.
+        best=torch.where(chosen == best[..., 0], candidate, tokens[..., 0]),
+        best_confidence=best[..., 0].float(),
         # Any order of the positions is as good: the tasks are symmetric in them.
         uniform=torch.rand(length, generator=generator).expand(rows, length),
         probabilities=Probabilities(

@@ -71,6 +71,11 @@ class TinyLLaDA:
         weights = load_file(folder / "model.safetensors")
         return cls(config, {name: w.to(dtype) for name, w in weights.items()})
 
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocab, d_model]: of tokens."""
+        return self.weights["model.transformer.wte.weight"]
+
     def new_store(self, length: int) -> KVStore:
         """A store of `length` positions, none of them written."""
         shape = (length, self.n_kv_heads, self.head_dim)
@@ -82,6 +87,7 @@ class TinyLLaDA:
         input_ids: list[int] | torch.Tensor,
         positions: list[int] | torch.Tensor | None = None,
         store: KVStore | None = None,
+        embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits [n, vocab] of the given rows; every row sees every key there is.
 
@@ -89,6 +95,7 @@ class TinyLLaDA:
         store the keys are those of the n rows. With a store, the n rows' keys and
         values first overwrite the store at `positions`; then the rows attend to
         the *whole* store, so any position not recomputed is seen as it was last.
+        `embeds` [n, d_model] are fed in place of the tokens' embeddings.
         """
         ids = torch.as_tensor(input_ids, dtype=torch.long)
         if positions is None:
@@ -98,7 +105,7 @@ class TinyLLaDA:
         cos, sin = rotation(positions, self.head_dim, theta, self.dtype)
 
         w = self.weights
-        x = w["model.transformer.wte.weight"][ids]
+        x = self.embedding[ids] if embeds is None else embeds
         for layer in range(self.n_layers):
             block = f"model.transformer.blocks.{layer}."
 

@@ -148,6 +148,7 @@ class TinyModel:
         positions: list[int] | torch.Tensor | None = None,
         store: KVStore | None = None,
         visible: torch.Tensor | None = None,
+        embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits [n, vocab] of the given rows: row i's own, never shifted.
 
@@ -157,6 +158,7 @@ class TinyModel:
 
         Args:
             visible: [n, L] bool, True where a row sees a key; None is everywhere.
+            embeds: [n, hidden]: what is fed in place of the tokens' embeddings.
         """
         ids = torch.as_tensor(input_ids, dtype=torch.long)
         if positions is None:
@@ -165,7 +167,7 @@ class TinyModel:
         cos, sin = self._rotation(positions)
         query_scale = self._query_scale(positions)
 
-        x = self.weights["model.embed_tokens.weight"][ids]
+        x = self.embedding[ids] if embeds is None else embeds
         for layer in range(self.n_layers):
             name = f"model.layers.{layer}."
             h = self._norm(x, name + "input_layernorm")
@@ -187,6 +189,11 @@ class TinyModel:
         tied = self.config["tie_word_embeddings"]
         x = self._norm(x, "model.norm")
         return self._linear(x, "model.embed_tokens" if tied else "lm_head")
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocab, hidden]: of tokens."""
+        return self.weights["model.embed_tokens.weight"]
 
     def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, [n, 1, dimensions that are rotated]."""

@@ -83,7 +83,7 @@ def make_view(
 def with_probabilities(view: View, probabilities: torch.Tensor) -> View:
     """The view with distributions [R, B, V], and what follows from them.
 
-    Candidate, confidence, entropy and margin become theirs.
+    Candidate, confidence, best token, entropy and margin become theirs.
     """
     rows, width, vocab = probabilities.shape
     logits = probabilities.reshape(-1, vocab).float().log()
@@ -92,6 +92,8 @@ def with_probabilities(view: View, probabilities: torch.Tensor) -> View:
         view,
         candidate=best.indices[..., 0],
         confidence=best.values[..., 0],
+        best=best.indices[..., 0],
+        best_confidence=best.values[..., 0],
         entropy=torch.special.entr(probabilities.float()).sum(dim=-1),
         margin=best.values[..., 0] - best.values[..., 1],
         probabilities=Probabilities(

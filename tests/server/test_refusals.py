@@ -31,6 +31,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"dlm_strategy": "static"},
         ["dlm_strategy: not read from the top level", '"vllm_xargs"'],
     ),
+    "mixtures of tokens": (
+        xargs(dlm_strategy="smooth"),
+        ["'smooth'", "start it with --dlm-soft-inputs"],
+    ),
+    "a run that may leave masks": (
+        dlm(strategy="dmax", strategy_config={"soft": False, "threshold": 0.95}),
+        ["threshold 0.95 is above `sure`, 0.9"],
+    ),
     "unknown strategy in JSON": (dlm(strategy="nope"), ["'nope'", *STRATEGIES]),
     "strategy of a wrong type": (xargs(dlm_strategy=3), ["strategy", "string"]),
     "threshold too high": (xargs(dlm_threshold=5), ["threshold", "equal to 2", "5"]),

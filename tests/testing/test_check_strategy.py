@@ -329,7 +329,7 @@ class Misspelt(Rule):
         (OverRows, r"rows \[\d+\]: among 12 rows.*never over dim=0"),
         (FirstNumber, r"among 12 rows and among these: .*row_params\['name'\]"),
         (Padding, "with rows of no request behind: commit"),
-        (Undeclared, "TypeError.*not in `needs` are branches, entropy"),
+        (Undeclared, "TypeError.*not in `needs` are best, branches, entropy"),
         (Remembers, "has seen, which `state` does not declare"),
         (WrongState, r"'seen'\] is bool \[12, 8\], but is declared as int64 \[12\]"),
         (Remasks, "set `may_rewrite = True`"),

@@ -31,7 +31,7 @@ from vllm_dlm.strategies.base import (
 from vllm_dlm.training.decoders import DecoderModel
 from vllm_dlm.training.learner import Learner, declared
 
-HAS = frozenset({"entropy", "margin", "other"})
+HAS = frozenset({"entropy", "margin", "other", "best"})
 """What strategies may need here."""
 
 
@@ -137,6 +137,9 @@ def _refuse_what_takes_an_engine(
             bool(lacking)
         ),
         f"the strategy {config.strategy}": rule.verifies or spans,
+        f"the strategy {config.strategy} (it feeds mixtures of tokens)": (
+            rule.soft(config.params) is not None
+        ),
         f"cache {config.cache}": config.cache != "none",
         f"growth {config.growth}": config.growth != "none",
         f"eotp {config.eotp}": config.eotp != "off",
@@ -304,6 +307,9 @@ class _Canvases:
             entropy=spread.get("entropy"),
             margin=spread.get("margin"),
             other=spread.get("other"),
+            # Nothing is drawn.
+            best=spread["candidate"],
+            best_confidence=spread["confidence"],
         )
 
     def _logits(self, rows: Tensor, block: _Step, read: Tensor) -> Tensor:

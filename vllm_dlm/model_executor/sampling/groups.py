@@ -209,8 +209,13 @@ class StrategyGroups:
         if key not in self._groups or not self._groups[key].strategy.is_current():
             context = replace(self.facts.context(config.cache), has_pattern=has_pattern)
             strategy = rule(config.params, config.block_length, context)
-            inputs = rule.soft(config.params)
-            soft = {} if inputs is None else soft_fields(inputs, config, self.facts)
+            model = self.facts.model_config
+            soft = soft_fields(
+                rule.soft(config.params),
+                config.block_length,
+                model.get_inputs_embeds_size(),
+                model.dtype,
+            )
             self._groups[key] = Group(strategy, next(self._next_number), soft)
         return self._groups[key]
 

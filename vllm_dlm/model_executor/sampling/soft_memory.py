@@ -22,8 +22,6 @@ from vllm_dlm.strategies.base import Soft, SoftInputs, StateField
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm_dlm.config.request import RequestConfig
-    from vllm_dlm.model_executor.facts import EngineFacts
     from vllm_dlm.model_executor.planning.block_rows import Blocks
 
 # No name of a strategy's state has a space.
@@ -34,21 +32,23 @@ MIXTURES = "soft mixtures"
 
 
 def soft_fields(
-    inputs: SoftInputs, config: RequestConfig, facts: EngineFacts
+    inputs: SoftInputs | None, block_length: int, size: int, dtype: torch.dtype
 ) -> dict[str, StateField]:
     """What a group keeps for each request, by field.
 
     Args:
         inputs: what its strategy declares.
-        config: of its requests, `sized`.
+        block_length: B, of its requests.
+        size: H, of an embedding.
+        dtype: of embeddings.
     """
-    each = config.block_length, inputs.num_ids
+    if inputs is None:
+        return {}
+    each = block_length, inputs.num_ids
     fields = {WHERE: StateField(each[:1], torch.bool), WEIGHTS: StateField(each)}
     if inputs.source == "top":
         return {**fields, IDS: StateField(each, torch.int64)}
-    model = facts.model_config
-    shape = config.block_length, model.get_inputs_embeds_size()
-    return {**fields, MIXTURES: StateField(shape, model.dtype)}
+    return {**fields, MIXTURES: StateField((block_length, size), dtype)}
 
 
 def keep_soft(
