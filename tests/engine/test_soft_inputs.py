@@ -14,6 +14,7 @@ import torch
 from engine.cases import TIE, assert_equal, assert_same_tokens, make_prompt
 from engine.families import Served, serving
 from engine.harness import Engine, params
+from engine.test_no_waits import Waits
 from engine.test_work_bounds import check_extremes, feeds_mixtures
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
@@ -354,3 +355,20 @@ def test_extremes(llada: Engine):
     names = [name for name in NAMES if feeds_mixtures(name)]
     assert names == ["dmax", "smooth"]
     check_extremes(llada, names)
+
+
+def test_steps_do_not_wait(llada2: tuple[Engine, TinyModel], llada: Engine):
+    for engine, cases in (
+        (llada2[0], [dmax(1), dmax(2)]),
+        (llada, [smooth(1, "dual"), smooth(2, "none")]),
+    ):
+        for number, case in enumerate(cases):
+            sampling = case.params(temperature=number * 0.7, ignore_eos=True)
+            engine.add(case.prompt, sampling)
+        engine.step()  # what is made of a request once
+        with Waits() as waits:
+            for _ in range(3):
+                engine.step()
+        while engine.busy:
+            engine.step()
+        assert not waits.seen

@@ -24,6 +24,8 @@ from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import (
     Decision,
     Params,
+    Soft,
+    SoftInputs,
     StateField,
     Strategy,
     View,
@@ -313,6 +315,24 @@ class CutsAnywhere(Rule):
         return Decision(view.masked, truncate_at=view.step * 0)
 
 
+class SoftUndeclared(Rule):
+    def select(self, view: View, row_params: Any) -> Decision:
+        weights = view.confidence[..., None]
+        return Decision(view.masked, soft=Soft(~view.masked, weights))
+
+
+class SoftWeights(SoftUndeclared):
+    @classmethod
+    def soft(cls, params: Params) -> SoftInputs:
+        return SoftInputs("top", "replace", 2)
+
+
+class SoftDrafts(SoftWeights):
+    @classmethod
+    def looks_ahead(cls, params: Params) -> int:
+        return 8
+
+
 class Misspelt(Rule):
     needs = frozenset({"margins"})
 
@@ -337,7 +357,10 @@ class Misspelt(Rule):
         (CutsAnywhere, "no candidate ends the text; set `own_tokens = True`"),
         (Blind, "set `logit_rows = 'block'`"),
         (CutsTooFar, "truncate_at must be a position of the block, 0 to 7, or -1"),
-        (Misspelt, "`needs` names margins; there are branches, entropy"),
+        (Misspelt, "`needs` names margins; there are best, branches, entropy"),
+        (SoftUndeclared, "soft is set, .*return SoftInputs from `soft"),
+        (SoftWeights, r"Decision.soft.weights is float32 \[12, 8, 1\], but must be"),
+        (SoftDrafts, "a strategy with branches, .*cannot have soft inputs"),
     ],
 )
 def test_what_breaks_the_contract_is_said(broken: type[Strategy], says: str):

@@ -425,7 +425,7 @@ class Strategy:
     def soft(cls, params: AnyParams) -> SoftInputs | None:
         """What its decisions feed beside tokens (`Decision.soft`); None for nothing.
 
-        Not together with branches.
+        Not together with branches, nor with looking ahead.
 
         Args:
             params: of the request.

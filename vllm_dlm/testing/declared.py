@@ -117,6 +117,12 @@ def check_decision(
 def _check_soft(strategy: Strategy, view: View, decision: Decision, where: str) -> None:
     """Mixtures of the kind that the strategy has declared."""
     declared, soft = strategy.soft(strategy.params), decision.soft
+    drafts = strategy.branches(strategy.params) > 1
+    drafts |= strategy.looks_ahead(strategy.params) > 0
+    assert declared is None or not drafts, (
+        f"{where}: what is drafted is fed as it is: a strategy with branches, or one "
+        "that looks ahead, cannot have soft inputs"
+    )
     if soft is None:
         return
     assert declared is not None, (
