@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random DiffusionGemma checkpoints, and one denoising step in transformers.
+"""Tiny random DiffusionGemma checkpoints, and their texts in transformers.
 
-The layout is whatever transformers' own class saves. Nothing of this package is used.
+The layout is whatever transformers' own class saves, and the texts are those of its own
+`generate`, whose random numbers the caller may choose. Nothing of this package is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     DiffusionGemmaGenerationConfig,
+    EntropyBoundSampler,
     EntropyBoundSamplerConfig,
 )
+
+Noise = Callable[[int, int], torch.Tensor]
+"""From a canvas and a number of steps behind it, both from 0, to random numbers."""
 
 _TEXT = {
     "vocab_size": 128,
@@ -43,6 +50,9 @@ _VISION = {
     "head_dim": 32,
     "position_embedding_size": 64,
 }
+WINDOW = _TEXT["sliding_window"]
+_SCALARS = ((0.7, 1.2), (1.3, 0.8))
+"""Of each layer: of rows of text, and of rows of a canvas."""
 _SPECIAL = {"image_token_id": 125, "boi_token_id": 126, "eoi_token_id": 127}
 
 
@@ -68,6 +78,10 @@ def write_random_checkpoint(
                 # Not exactly one, or a forgotten factor would go unnoticed.
                 gain = 3.0 if ".post_" in name else 1.0
                 weight.copy_(gain + 0.1 * torch.randn_like(weight))
+        for index, (text, canvas) in enumerate(_SCALARS):
+            layers = model.model.encoder.language_model.layers
+            layers[index].layer_scalar.fill_(text)
+            model.model.decoder.layers[index].layer_scalar.fill_(canvas)
     model.generation_config = DiffusionGemmaGenerationConfig(
         max_denoising_steps=6,
         sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
@@ -94,6 +108,65 @@ def denoise_once(folder: str | Path, prompt: list[int], canvas: list[int]) -> li
         input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([canvas])
     )
     return output.logits[0].argmax(-1).tolist()
+
+
+class _FedSampler(EntropyBoundSampler):
+    """Transformers' sampler with given random numbers, for one request."""
+
+    def __init__(self, *args: Any, noise: Noise, gumbel: Noise) -> None:
+        super().__init__(*args)
+        self.noise, self.gumbel = noise, gumbel
+        self.canvas, self.step, self.is_renoising = -1, 0, False
+
+    def initialize_canvas(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.is_renoising:
+            self.canvas, self.step = self.canvas + 1, 0
+        return self.noise(self.canvas, self.step)[None]
+
+    def accept_canvas(
+        self, current: Any, drawn: Any, logits: torch.Tensor, step: Any
+    ) -> torch.Tensor:
+        drawn = (logits + self.gumbel(self.canvas, self.step)).argmax(-1)
+        self.step += 1
+        return super().accept_canvas(current, drawn, logits, step)
+
+    def renoise_canvas(self, *args: Any) -> torch.Tensor:
+        self.is_renoising = True
+        try:
+            return super().renoise_canvas(*args)
+        finally:
+            self.is_renoising = False
+
+
+@torch.no_grad()
+def generate(
+    folder: str | Path, prompt: list[int], canvases: int, noise: Noise, gumbel: Noise
+) -> list[int]:
+    """The tokens of some canvases, by transformers' own `generate`.
+
+    Args:
+        noise: [C] token ids: of canvas k, what it holds at first (step 0), and what
+            step s - 1 puts where it accepts nothing (step s, from 1).
+        gumbel: [C, V]: what step s of canvas k adds to the tempered logits; the largest
+            sum is drawn.
+    """
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder).eval()
+
+    def sampler(config: DiffusionGemmaGenerationConfig) -> EntropyBoundSampler:
+        return _FedSampler(
+            config.sampler_config,
+            model.config.canvas_length,
+            model.config.text_config.vocab_size,
+            config.max_denoising_steps,
+            noise=noise,
+            gumbel=gumbel,
+        )
+
+    model._prepare_sampler = sampler
+    length = canvases * model.config.canvas_length
+    model.generation_config.eos_token_id = None
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=length)
+    return output.sequences[0, len(prompt) :].tolist()
 
 
 _TORCHVISION = {

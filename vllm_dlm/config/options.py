@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 EndOfText = Literal["off", "block", "token", "canvas"]
 Frames = Literal["off", "writes", "text"]
+DiffusionGemma = Literal["native", "stock"]
 
 COMPILE = ("auto", "all", "none")
 """What the option `compile` may say instead of names of strategies."""
@@ -250,6 +251,14 @@ class DlmConfig(BaseModel):
         json_schema_extra=SERVER_FOLDER,
         description="Folder for a log of every step of every request, prompts and "
         "texts included; `vllm_dlm.trajectories.read` reads it. Default: no log.",
+    )
+
+    diffusion_gemma: DiffusionGemma = Field(
+        default="native",
+        json_schema_extra=SERVER_PARAMETER,
+        description="Of DiffusionGemma alone, which vLLM's own code serves: `native`, "
+        "with its keys of finished canvases and its layer scalars as published "
+        "(vLLM's own differ there); `stock`, as vLLM computes them.",
     )
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from vllm_dlm.patches.ledger import Where, patch
 from vllm_dlm.patches.themes import apply_front_end_patches, apply_plugin_patches
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -151,12 +152,7 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         for wing in asked:
             wing.check(config)
         ours = is_ours(config.model_config.hf_config)
-        if options and not ours:
-            raise ValueError(
-                f"the dlm options ({', '.join(options)}) are for diffusion language "
-                f"models that vllm-dlm serves, and {typed!r} is not one; "
-                "`vllm-dlm models` lists them"
-            )
+        _refuse_options(options or {}, config.model_config.hf_config, typed)
         body_guard.process["ours"] = ours
         apply_front_end_patches(ours)
         if _SERVER_MODULE in sys.modules:
@@ -168,6 +164,32 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create
+
+
+def _refuse_options(
+    options: Mapping[str, Any], hf_config: PretrainedConfig, typed: str
+) -> None:
+    """Refuse options of ours that nobody would read.
+
+    Args:
+        typed: the model's name, as the user gave it.
+
+    Raises:
+        ValueError: it says whose options they are.
+    """
+    is_gemma = hf_config.model_type == "diffusion_gemma"
+    if "diffusion_gemma" in options and not is_gemma:
+        raise ValueError(
+            "the dlm option diffusion_gemma is for DiffusionGemma alone, and "
+            f"{typed!r} is another model; leave it out"
+        )
+    unread = [name for name in options if name != "diffusion_gemma"]
+    if unread and not is_ours(hf_config):
+        raise ValueError(
+            f"the dlm options ({', '.join(unread)}) are for diffusion language "
+            f"models that vllm-dlm serves, and {typed!r} is not one; "
+            "`vllm-dlm models` lists them"
+        )
 
 
 @patch(

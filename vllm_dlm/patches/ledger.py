@@ -48,6 +48,7 @@ class Where(Enum):
     CPU = "where vLLM runs on our CPU platform"
     CPU_KERNELS = "on that platform, if there is no Triton"
     CPU_WORKER = "in workers there"
+    MODEL = "where vLLM loads the model that the entry is about"
 
 
 @dataclass(frozen=True)
