@@ -169,4 +169,5 @@ LEFT_OUT = {
     "replay": "it repeats the order of another request, and is as good as that",
     "levenshtein": "llada-tiny, with which all are measured, has no tokens that edit",
     "linear_spec": "it is for causal models, and llada-tiny has full attention",
+    "renoise": "it is for models that denoise random tokens, and llada-tiny has a mask",
 }

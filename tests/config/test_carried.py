@@ -34,6 +34,7 @@ from vllm_dlm.strategies.base import Params, Strategy
 FULL = ModelDefaults("threshold", 32, mask_token_id=9)
 BLOCKS = ModelDefaults("threshold", 8, mask_token_id=9, attention="block")
 CAUSAL = ModelDefaults("threshold", 8, 9, attention="causal", leads=True)
+UNIFORM = ModelDefaults("renoise", 8, -1, attention="causal", noise="uniform")
 OURS = [name for name in STRATEGIES if STRATEGIES[name].__module__.startswith("vllm_")]
 REQUIRED = {"replay": {"dlm_recorded_steps": [0, 2, 1]}}
 
@@ -58,6 +59,8 @@ def assert_travels(config: RequestConfig) -> None:
 def test_parameters_of_every_strategy(name: str):
     asked = {"dlm_strategy": name} | REQUIRED.get(name, {})
     model = CAUSAL if STRATEGIES[name].verifies else FULL
+    if STRATEGIES[name].noise == "uniform":
+        model = UNIFORM
     assert_travels(resolve(DlmConfig(), asked, model))
 
 

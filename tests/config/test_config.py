@@ -57,11 +57,14 @@ def test_request_wins_over_server_wins_over_model():
 def test_steps_are_for_strategies_that_follow_a_schedule(option: str):
     """A request that sets them for another is refused; a server's leave it alone."""
 
-    causal = ModelDefaults("threshold", 8, 9, attention="causal", leads=True)
+    others = {
+        "linear_spec": ModelDefaults("static", 8, 9, attention="causal", leads=True),
+        "renoise": ModelDefaults("renoise", 8, -1, attention="causal", noise="uniform"),
+    }
 
     def steps(base: DlmConfig, **request) -> tuple[int | None, int | None]:
-        verifies = request.get("dlm_strategy") == "linear_spec"
-        config = resolve(base, request, causal if verifies else DEFAULTS)
+        model = others.get(request.get("dlm_strategy"), DEFAULTS)
+        config = resolve(base, request, model)
         return config.steps, config.steps_per_block
 
     asked = {f"dlm_{option}": 8}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vllm_dlm.kernels import draw as module
 from vllm_dlm.kernels import numba_rows
-from vllm_dlm.kernels.draw import draw, uniform
+from vllm_dlm.kernels.draw import draw, random_tokens, uniform
 from vllm_dlm.kernels.token_stats import token_stats
 
 MASK64 = (1 << 64) - 1
@@ -360,3 +360,23 @@ def test_the_noise_is_gumbel_into_both_tails():
     share = below.diff(prepend=torch.zeros(1), append=torch.ones(1))
     cells = torch.bucketize(noise, edges).bincount(minlength=41).double()
     assert p_value(cells, share * noise.numel()) > 1e-3
+
+
+def test_random_tokens_are_uniform_and_follow_from_their_numbers():
+    positions = torch.arange(40_000)
+    found = random_tokens(torch.tensor(7), positions, torch.tensor(3), 50)
+    golden = 0x9E3779B97F4A7C15
+    want = [(mix((row_key(7, i, 3) - golden) & MASK64) >> 1) % 50 for i in range(9)]
+    assert found[:9].tolist() == want
+    assert found.min() == 0 and found.max() == 49
+    counts = found.bincount(minlength=50).double()
+    # 49 degrees of freedom: beyond this once in a million seeds.
+    assert ((counts - 800) ** 2 / 800).sum() < 120
+    part = random_tokens(torch.tensor([7, 7]), positions[5:7], torch.tensor([3, 3]), 50)
+    assert part.equal(found[5:7])
+    for other in (
+        random_tokens(torch.tensor(8), positions, torch.tensor(3), 50),
+        random_tokens(torch.tensor(7), positions, torch.tensor(4), 50),
+        (uniform(torch.tensor(7), positions, torch.tensor(3)) * 50).long(),
+    ):
+        assert (other == found).double().mean() < 0.03

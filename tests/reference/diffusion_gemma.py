@@ -57,12 +57,14 @@ _SPECIAL = {"image_token_id": 125, "boi_token_id": 126, "eoi_token_id": 127}
 
 
 def write_random_checkpoint(
-    folder: str | Path, *, seed: int, canvas_length: int
+    folder: str | Path, *, seed: int, canvas_length: int, gain: float = 3.0
 ) -> Path:
     """Write config.json, model.safetensors and generation_config.json; no tokenizer.
 
-    The layers' outputs outweigh the embedding that they are added to. The head is
-    tied: it would else predict the very token that the canvas holds.
+    Args:
+        gain: of the layers' outputs. With the default these outweigh the embedding that
+            they are added to. The head is tied: with less it predicts, more and more,
+            the very token that the canvas holds.
     """
     torch.manual_seed(seed)
     config = DiffusionGemmaConfig(
@@ -76,8 +78,8 @@ def write_random_checkpoint(
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
                 # Not exactly one, or a forgotten factor would go unnoticed.
-                gain = 3.0 if ".post_" in name else 1.0
-                weight.copy_(gain + 0.1 * torch.randn_like(weight))
+                center = gain if ".post_" in name else 1.0
+                weight.copy_(center + 0.1 * torch.randn_like(weight))
         for index, (text, canvas) in enumerate(_SCALARS):
             layers = model.model.encoder.language_model.layers
             layers[index].layer_scalar.fill_(text)
@@ -140,7 +142,12 @@ class _FedSampler(EntropyBoundSampler):
 
 @torch.no_grad()
 def generate(
-    folder: str | Path, prompt: list[int], canvases: int, noise: Noise, gumbel: Noise
+    folder: str | Path,
+    prompt: list[int],
+    canvases: int,
+    noise: Noise,
+    gumbel: Noise,
+    **settings: Any,
 ) -> list[int]:
     """The tokens of some canvases, by transformers' own `generate`.
 
@@ -149,6 +156,7 @@ def generate(
             step s - 1 puts where it accepts nothing (step s, from 1).
         gumbel: [C, V]: what step s of canvas k adds to the tempered logits; the largest
             sum is drawn.
+        **settings: of the generation config, in place of the checkpoint's.
     """
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder).eval()
 
@@ -162,6 +170,8 @@ def generate(
             gumbel=gumbel,
         )
 
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
     model._prepare_sampler = sampler
     length = canvases * model.config.canvas_length
     model.generation_config.eos_token_id = None

@@ -16,10 +16,12 @@ OF_EDITING_MODELS = ("levenshtein",)
 """Refused on models that declare no tokens that delete and insert; tested apart."""
 OF_CAUSAL_MODELS = ("linear_spec",)
 """Refused on models that are not causal; tested apart."""
+OF_RANDOM_TOKENS = ("renoise",)
+"""Refused on models that have a mask; tested apart."""
 NAMES = [
     name
     for name in STRATEGIES.names()
-    if name not in (*OF_EDITING_MODELS, *OF_CAUSAL_MODELS)
+    if name not in (*OF_EDITING_MODELS, *OF_CAUSAL_MODELS, *OF_RANDOM_TOKENS)
 ]
 
 # Parameters that have no default.

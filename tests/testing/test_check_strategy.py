@@ -15,6 +15,7 @@ from reference.registered import (
     NAMES,
     OF_CAUSAL_MODELS,
     OF_EDITING_MODELS,
+    OF_RANDOM_TOKENS,
     build,
 )
 from tiers import fast
@@ -44,7 +45,7 @@ EAGER = {"credit", "freedave", "klass", "linear_spec", "lopa", "prophet"}
 # -- ours ------------------------------------------------------------------
 
 
-ALL = [*NAMES, *OF_EDITING_MODELS, *OF_CAUSAL_MODELS]
+ALL = [*NAMES, *OF_EDITING_MODELS, *OF_CAUSAL_MODELS, *OF_RANDOM_TOKENS]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -72,6 +72,12 @@ def read_options(params: SamplingParams, model_config: ModelConfig) -> RequestCo
             f"the strategy {config.strategy!r} writes the model's own text, and cannot "
             "take a token back for bad_words: leave one of them out"
         )
+    if params.bad_words and defaults.noise == "uniform":
+        raise ValueError(
+            "this model writes all tokens of a canvas at once: none can be taken back "
+            "for bad_words; leave them out; a logit_bias of -100 keeps a "
+            "token out"
+        )
     longest = params.max_tokens or model_config.max_model_len
     if config.canvas is not None:
         longest = config.canvas.width

@@ -17,6 +17,9 @@ from vllm_dlm.strategies.base import EditTokens
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+NO_MASK = -1
+"""Mask id of a model that has no mask: what it has not decided are random tokens."""
+
 DEFAULT_MAX_CANVAS = 1024
 """Canvas limit, in positions, of a model that declares none of its own."""
 
@@ -78,6 +81,8 @@ class ModelDefaults:
     draft_length: int | None = None
     """Masks behind a text that it was trained to fill in one step, as a drafter
     (`vllm-dlm train deer`); None where that is not known."""
+    noise: Literal["mask", "uniform"] = "mask"
+    """What a position holds where nothing is decided: the mask, or a random token."""
     edit_tokens: EditTokens | None = None
     """By which the model deletes and inserts positions; None if it does neither."""
     soft_inputs: bool = False
@@ -144,6 +149,7 @@ class ModelDefaults:
             strategy_config=getattr(hf_config, "dlm_strategy_config", {}),
             other_strategies=getattr(hf_config, "dlm_other_strategies", {}),
             draft_length=getattr(hf_config, "dlm_draft_length", None),
+            noise=getattr(hf_config, "dlm_noise", "mask"),
             edit_tokens=edit_tokens_of(hf_config),
             soft_inputs=getattr(hf_config, "dlm_soft_inputs", False),
         )
@@ -195,6 +201,8 @@ def declare(
     dlm_max_canvas: int | None = None,
     dlm_draft_length: int | None = None,
     dlm_soft_inputs: bool = False,
+    dlm_noise: Literal["mask", "uniform"] = "mask",
+    dlm_generation_fields: Mapping[str, str] | None = None,
     dlm_options: Mapping[str, Any] | None = None,
     dlm_stop_ids: tuple[int, ...] = (),
     delete_token_id: int | None = None,
@@ -206,6 +214,8 @@ def declare(
         config: the config being built.
         given: the config's remaining keyword arguments, which `read` has checked;
             declarations in it win, and are taken out of it.
+        dlm_generation_fields: parameter of the strategy -> where the checkpoint's
+            generation_config.json has it; an object's field is behind a dot.
     """
     declared: dict[str, Any] = {
         "dlm_class": dlm_class,
@@ -223,6 +233,8 @@ def declare(
         "dlm_max_canvas": dlm_max_canvas,
         "dlm_draft_length": dlm_draft_length,
         "dlm_soft_inputs": dlm_soft_inputs,
+        "dlm_noise": dlm_noise,
+        "dlm_generation_fields": dict(dlm_generation_fields or {}),
         "dlm_options": dict(dlm_options or {}),
         "dlm_stop_ids": list(dlm_stop_ids),
         "delete_token_id": delete_token_id,

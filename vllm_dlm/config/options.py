@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 EndOfText = Literal["off", "block", "token", "canvas"]
 Frames = Literal["off", "writes", "text"]
-DiffusionGemma = Literal["native", "stock"]
+DiffusionGemma = Literal["native", "stock", "engine"]
 
 COMPILE = ("auto", "all", "none")
 """What the option `compile` may say instead of names of strategies."""
@@ -256,9 +256,10 @@ class DlmConfig(BaseModel):
     diffusion_gemma: DiffusionGemma = Field(
         default="native",
         json_schema_extra=SERVER_PARAMETER,
-        description="Of DiffusionGemma alone, which vLLM's own code serves: `native`, "
-        "with its keys of finished canvases and its layer scalars as published "
-        "(vLLM's own differ there); `stock`, as vLLM computes them.",
+        description="Of DiffusionGemma alone: `native`, vLLM's own code, with its keys "
+        "of finished canvases and its layer scalars as published (vLLM's own differ "
+        "there); `stock`, vLLM's code as it is; `engine`, this package's engine and "
+        "the strategy renoise, for text alone.",
     )
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ from vllm_dlm.config.lengths import (
 )
 from vllm_dlm.config.levels import folder_options, over, over_folder
 from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.noise import check_noise
 from vllm_dlm.config.options import (
     DlmConfig,
     EndOfText,
@@ -231,6 +232,20 @@ def resolve(
         reference_exact=reference_exact,
         step_map=step_map,
         frames=first_set("frames", asked, server).frames,
+    )
+    check_noise(
+        strategy,
+        defaults,
+        {
+            "reference_exact": reference_exact,
+            "eotp": eotp != "off",
+            "tccf": tccf is not None,
+            "sub_block_length": config.sub_block_length != 0,
+            "growth": growth != "none",
+            "record_traces": server.record_traces,
+            "canvas": brings_canvas,
+        },
+        asked.names,
     )
     if growth != "none":
         _check_growth(config, asked, defaults)

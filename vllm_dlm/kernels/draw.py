@@ -8,7 +8,8 @@ a logarithm.
 
 The hash is SplitMix64's finaliser (Steele, Lea, Flood 2014) in wrapping int64
 arithmetic: one round each over seed, position and step gives a row's key, one more over
-key + (token id + 1) * golden ratio the token's 64 bits; token id -1 serves `uniform`.
+key + (token id + 1) * golden ratio the token's 64 bits; token id -1 serves `uniform`,
+and -2 `random_tokens`.
 
 Rows without top-k and top-p are drawn in one pass, by numba or Triton where present;
 the noise of a token is never stored. The versions hash alike, bit for bit, and differ
@@ -156,6 +157,23 @@ def uniform(
     """
     bits = _mix(row_key(seed, position, step))
     return _shifted(bits, 40).float() * 2.0**-24
+
+
+def random_tokens(
+    seed: torch.Tensor, position: torch.Tensor, step: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """Tokens drawn uniformly, independent of the noise of `draw` and of `uniform`.
+
+    Args:
+        seed, position, step: int64 tensors that broadcast together, [N] say.
+        vocab_size: all ids are below it. The remainder of 63 bits favours lower ids by
+            less than one in 2^40 for any vocabulary that there is.
+
+    Returns:
+        int64 of the broadcast shape; a pure function of the three numbers.
+    """
+    bits = _mix(row_key(seed, position, step) - _GOLDEN)
+    return _shifted(bits, 1) % vocab_size
 
 
 def _plain_draws(

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm_dlm.admission.options import check_strategy
 from vllm_dlm.admission.server_options import refuse_server_options
 from vllm_dlm.config.model import ModelDefaults, as_ids, attention_of, declared_stop_ids
+from vllm_dlm.config.noise import check_canvas_length
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
@@ -90,9 +91,11 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         _name_modules(hf_config)
         choose_targets(vllm_config)
         _limit_context(model_config)
+        _read_generation_config(model_config)
         # Validated here once and read by the API process at admission.
         server = server_config(vllm_config)
         defaults = ModelDefaults.from_hf_config(hf_config)
+        check_canvas_length(server, defaults)
         _check_stop_ids(model_config)
         hf_config.dlm_server = server.model_dump()
         canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
@@ -107,7 +110,9 @@ class DlmModelConfig(VerifyAndUpdateConfig):
             )
         # The references decode greedily unless told otherwise, and confidence rules
         # are tuned for that; `--override-generation-config` says otherwise.
-        model_config.override_generation_config.setdefault("temperature", 0.0)
+        # (Random tokens need draws: without any, all entropies are 0.)
+        usual = 0.0 if defaults.noise == "mask" else 1.0
+        model_config.override_generation_config.setdefault("temperature", usual)
         _drop_penalties(model_config)
 
         scheduler.scheduler_cls = SCHEDULER
@@ -168,6 +173,32 @@ def _schedule_ahead(
             "async_blocks 2 has no effect on a server that schedules synchronously: "
             "pass --async-scheduling, or leave it out"
         )
+
+
+def _read_generation_config(model_config: ModelConfig) -> None:
+    """Take parameters of the model's strategy from generation_config.json.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    hf_config = model_config.hf_config
+    fields = getattr(hf_config, "dlm_generation_fields", None) or {}
+    given = model_config.try_get_generation_config() if fields else {}
+    found = {}
+    for name, path in fields.items():
+        value: Any = given
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None:
+            raise ValueError(
+                f"generation_config.json of this model has no {path}, by which it is "
+                "decoded: add it, or give a folder that has it with --generation-config"
+            )
+        found[name] = value
+    if found:
+        hf_config.dlm_strategy_config = {**found, **hf_config.dlm_strategy_config}
+        # Else no answer would be longer than the checkpoint's own default.
+        model_config.override_generation_config.setdefault("max_new_tokens", None)
 
 
 def _drop_penalties(model_config: ModelConfig) -> None:

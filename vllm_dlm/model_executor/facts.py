@@ -223,6 +223,10 @@ class RequestFacts:
         text = f"{engine.model_config.seed}:{new.req_id}"
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         own_seed = int.from_bytes(digest, "little") >> 1
+        seed = params.seed
+        if seed is None and engine.defaults.noise == "uniform":
+            # The same request has the same text at temperature 0, noise or not.
+            seed = 0 if params.temperature == 0 else None
         follows_reference = (
             config.reference_exact and engine.defaults.reference_confidence == "drawn"
         )
@@ -231,7 +235,7 @@ class RequestFacts:
             config=config,
             layout=layout,
             params=params,
-            seed=own_seed if params.seed is None else params.seed,
+            seed=own_seed if seed is None else seed,
             stop_ids=tuple(sorted(stop_ids(params))),
             measures_drawn=follows_reference
             or STRATEGIES[config.strategy].measures == "drawn",

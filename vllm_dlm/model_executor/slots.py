@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_dlm.kernels.draw import random_tokens
 from vllm_dlm.model_executor.columns import NEVER, REACH, Columns, number_columns
 from vllm_dlm.model_executor.drafts import Drafts
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS, HostSlots
@@ -46,13 +47,21 @@ class RequestSlots(Columns):
         length: positions that a request can have.
         mask_id: the token id that stands for a mask.
         device: the engine's.
+        noise_size: of a model without a mask, the size of the vocabulary of which an
+            undecided position holds a random token; 0 with a mask.
     """
 
     def __init__(
-        self, num_slots: int, length: int, mask_id: int, device: torch.device
+        self,
+        num_slots: int,
+        length: int,
+        mask_id: int,
+        device: torch.device,
+        noise_size: int = 0,
     ) -> None:
         super().__init__(num_slots, length, device)
         self._mask_id = mask_id
+        self._noise_size = noise_size
         self.host = HostSlots(num_slots, length)
         self.requests: dict[int, RequestFacts] = {}
         """By slot: the requests that are running."""
@@ -86,13 +95,13 @@ class RequestSlots(Columns):
         self._slot_of[request.id] = slot
         config, layout = request.config, request.layout
         first_mask = layout.first_mask
-        tokens = np.full(self.length, self._mask_id, dtype=np.int32)
+        tokens = self._undecided(request.seed)
         masked = np.arange(self.length) >= first_mask
         if layout.canvas is not None:
             first, end = layout.prompt_len, layout.text_end
             tokens[first:end] = layout.canvas.tokens
             masked[first:end] = layout.canvas.is_hole
-            tokens[masked] = self._mask_id
+            tokens[masked] = self._undecided(request.seed)[masked]
             masked[: min(first_mask, len(known))] = False
             self._pins = self._pins or Pins(self.tokens.shape, self.device)
             self._pins.admit(slot, layout)
@@ -137,6 +146,15 @@ class RequestSlots(Columns):
         )
         if request.canvas_end:
             self.host.canvas_end[slot] = request.canvas_end
+
+    def _undecided(self, seed: int) -> np.ndarray:
+        """[length] int32: what positions hold before the first step of their block."""
+        if not self._noise_size:
+            return np.full(self.length, self._mask_id, dtype=np.int32)
+        positions = torch.arange(self.length)
+        of_request = torch.tensor(seed), positions, torch.tensor(0)
+        tokens: np.ndarray = random_tokens(*of_request, self._noise_size).int().numpy()
+        return tokens
 
     def assign_strategy(
         self,

@@ -70,12 +70,15 @@ class DlmModelState(ModelState):
             self.facts.max_model_len,
             self.facts.mask_id,
             device,
+            self.facts.vocab_size if self.facts.defaults.noise == "uniform" else 0,
         )
         self._attention = AttentionBuffers(
             self.facts.max_num_reqs,
             device,
             has_causal_rows=self.facts.defaults.attention == "causal",
         )
+        self._marks_canvas = getattr(model, "mark_canvas_rows", None)
+        """Of models that compute rows of a canvas otherwise than rows of text."""
         self._embeddings: InputEmbeddings | None = None
         if self.facts.soft_inputs:
             self._embeddings = InputEmbeddings(model, self.slots, self.facts)
@@ -225,6 +228,9 @@ class DlmModelState(ModelState):
                 tokens, plan.row_slots, positions, drafted
             )
         input_batch.input_ids[:num_tokens] = tokens
+        if self._marks_canvas is not None:
+            is_canvas = positions >= self.slots.block_start[plan.row_slots]
+            self._marks_canvas(is_canvas)
         input_batch.logits_indices = plan.logits_rows
         if self._embeddings is None:
             return {}

@@ -73,7 +73,9 @@ class StepCount:
         """
         written = rows[:, 0][rows[:, 0] != NEVER]
         if len(written):
-            self.joined = int(written.max()) + 1 - self.before - self.in_block
+            joined = int(written.max()) + 1 - self.before - self.in_block
+            # Below 0 where a map says since when tokens have been what they are.
+            self.joined = max(joined, 0)
 
 
 def take_columns(

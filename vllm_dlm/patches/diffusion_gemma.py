@@ -29,7 +29,7 @@ def is_stock(vllm_config: VllmConfig) -> bool:
     """Whether the server asked for vLLM's DiffusionGemma as it is."""
     own = vllm_config.additional_config
     options = own.get("dlm") if isinstance(own, Mapping) else None
-    return bool(options) and options.get("diffusion_gemma") == "stock"
+    return (options or {}).get("diffusion_gemma") == "stock"
 
 
 @patch(

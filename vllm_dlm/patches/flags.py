@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -147,6 +148,8 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         options = additional.get("dlm") if isinstance(additional, Mapping) else None
         if options is not None:
             DlmConfig.from_mapping(options, where='additional_config["dlm"]')
+        if (options or {}).get("diffusion_gemma") == "engine":
+            self.hf_overrides = _for_our_engine(self.hf_overrides)
         asked = [wing for wing in wings() if wing.translate(self)]
         config = original(self, *args, **kwargs)
         for wing in asked:
@@ -166,6 +169,30 @@ def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
+def _for_our_engine(overrides: Any) -> Callable[[PretrainedConfig], PretrainedConfig]:
+    """`--hf-overrides` that have our engine serve DiffusionGemma.
+
+    Args:
+        overrides: the user's.
+
+    Raises:
+        ValueError: they are a function.
+    """
+    from vllm_dlm.model_executor.models.diffusion_gemma_config import (
+        served_by_our_engine,
+    )
+
+    if isinstance(overrides, functools.partial):
+        # Made ready before.
+        return overrides
+    if callable(overrides):
+        raise ValueError(
+            "hf_overrides must be a mapping with diffusion_gemma 'engine', not a "
+            "function"
+        )
+    return functools.partial(served_by_our_engine, overrides=dict(overrides or {}))
+
+
 def _refuse_options(
     options: Mapping[str, Any], hf_config: PretrainedConfig, typed: str
 ) -> None:
@@ -177,7 +204,7 @@ def _refuse_options(
     Raises:
         ValueError: it says whose options they are.
     """
-    is_gemma = hf_config.model_type == "diffusion_gemma"
+    is_gemma = hf_config.model_type in ("diffusion_gemma", "diffusion_gemma_text")
     if "diffusion_gemma" in options and not is_gemma:
         raise ValueError(
             "the dlm option diffusion_gemma is for DiffusionGemma alone, and "

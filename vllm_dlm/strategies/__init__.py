@@ -35,6 +35,7 @@ STRATEGIES: Registry[type[Strategy]] = Registry(
         "multi_block": "vllm_dlm.strategies.multi_block:MultiBlock",
         "pc": "vllm_dlm.strategies.pc:PcSampler",
         "prophet": "vllm_dlm.strategies.prophet:Prophet",
+        "renoise": "vllm_dlm.strategies.renoise:Renoise",
         "replay": "vllm_dlm.strategies.replay:Replay",
         "saber": "vllm_dlm.strategies.saber:Saber",
         "slowfast": "vllm_dlm.strategies.slowfast:SlowFast",

@@ -69,6 +69,8 @@ def check_declarations(hf_config: Any) -> None:
             "config.json nor the checkpoint's name says what its positions see"
         )
         example = '{"dlm_class": "full"}'
+    elif getattr(hf_config, "dlm_noise", "mask") == "uniform":
+        return
     elif mask == UNKNOWN_MASK_ID:
         problem = "mask_token_id is not known: config.json does not name it"
         example = '{"mask_token_id": ID}'

@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "A2DLlamaLMHeadModel": f"{_MODELS}.a2d:A2DLlamaLMHeadModel",
     "NemotronLabsDiffusionModel": f"{_MODELS}.nemotron:NemotronLabsDiffusionModel",
     "RND1LM": f"{_MODELS}.rnd1:RND1LM",
+    # Released as DiffusionGemmaForBlockDiffusion, which is vLLM's own.
+    "DlmDiffusionGemma": f"{_MODELS}.diffusion_gemma:DlmDiffusionGemma",
     "StableDiffcoderForCausalLM": (
         f"{_MODELS}.stable_diffcoder:StableDiffcoderForCausalLM"
     ),

@@ -89,6 +89,10 @@ class Advance:
         tokens = torch.where(commit | decision.edit, new_tokens, view.tokens)
         tokens = torch.where(decision.remask, mask_id, tokens)
         masked = (view.masks & ~commit) | stays | decision.remask
+        if decision.held is not None:
+            # Not written: what is open still is fed that, and is no one's to see.
+            held = decision.held.clamp(0, self.facts.vocab_size - 1)
+            tokens = torch.where(masked, held, tokens)
         blocks.write(table.tokens, tokens)
         blocks.write(table.masked, masked)
 

@@ -20,10 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from vllm_dlm.kernels.draw import draw, rows_per_slice, tempered, uniform
+from vllm_dlm.kernels.draw import (
+    draw,
+    random_tokens,
+    rows_per_slice,
+    tempered,
+    uniform,
+)
 from vllm_dlm.kernels.next_best import next_best
 from vllm_dlm.kernels.token_stats import prob_of, token_stats
 from vllm_dlm.model_executor.columns import STOP_IDS
+from vllm_dlm.model_executor.planning.block_rows import upload
 from vllm_dlm.model_executor.sampling.bad_words import MASKED
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
@@ -65,6 +72,7 @@ class Candidates:
         self._draws, self._truncates = flags(), flags()
         self._measures_drawn, self._leads_greedily = flags(), flags()
         self._reads_other, self._reads_best = flags(), flags()
+        self._cuts = flags()
         self._restrictions: dict[int, Restriction] = {}
         self.stop_ids = StopIds(slots)
         self._restricted_until = np.zeros(count, dtype=np.int64)
@@ -102,6 +110,7 @@ class Candidates:
         draws = params.temperature > 0 and is_free
         self._draws[slot] = draws
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
+        self._cuts[slot] = self._truncates[slot] or (draws and params.min_p > 0)
         self._measures_drawn[slot] = draws and request.measures_drawn
         needs = STRATEGIES[request.config.strategy].needs
         self._reads_other[slot] = "other" in needs
@@ -136,6 +145,40 @@ class Candidates:
         """Whether any of these requests forbids words."""
         restricted = slots_np[self._restricts()[slots_np]].tolist()
         return any(self._restrictions[s].bad_words is not None for s in restricted)
+
+    def draw(self, slots_np: np.ndarray) -> np.ndarray:
+        """[n] bool: requests of these slots [n] that draw."""
+        draws: np.ndarray = self._draws[slots_np]
+        return draws
+
+    def shapes(self, slots_np: np.ndarray) -> np.ndarray:
+        """[n] bool: requests in slots [n] that restrict or truncate their rows."""
+        shapes: np.ndarray = (self._restricts() | self._cuts)[slots_np]
+        return shapes
+
+    def shaped(self, tile: Tile, some: np.ndarray) -> torch.Tensor:
+        """[m, V] float32: logits of rows as their requests restrict and truncate them,
+        at temperature 1; of all ranks.
+
+        Args:
+            some: [m]: which rows of the tile.
+        """
+        rows, slots = tile.blocks, tile.slots_np[some]
+        at, cut = upload(tile.values.device, some, self._cuts[slots].nonzero()[0])
+        shaped = tile.logits.whole(tile.values[at], at + tile.rows.start)
+        shaped = shaped.to(torch.float32, copy=True)
+        if self._restricts()[slots].any():
+            self._restrict(shaped, some + tile.own.start, rows)
+        if len(cut):
+            owners = rows.row_request[tile.own][at]
+            sampling = self._sampling(rows.blocks.slots[owners]).at(cut)
+            plain = torch.ones_like(sampling.temperature)
+            for part in torch.arange(len(cut), device=cut.device).split(
+                rows_per_slice(shaped)
+            ):
+                shaping = sampling._replace(temperature=plain).at(part)
+                shaped[cut[part]] = tempered(shaped[cut[part]], *shaping)
+        return shaped
 
     def choose(self, tile: Tile, choice: Choice) -> None:
         """Draw, or choose of what is allowed, where requests ask for it.
@@ -277,6 +320,16 @@ class Candidates:
             choice.confidence[places] = prob_of(shaped, tokens, stats.logsumexp)
             choice.entropy[places] = given(stats.entropy, "entropy")
             choice.margin[places] = given(stats.margin, "margin")
+
+    def random_tokens(self, step: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """[R, B] int64: what positions hold that are not decided, in the next step.
+
+        Args:
+            step: [R] int64.
+        """
+        seed, size = blocks.requests.seed, self.facts.vocab_size
+        step = step + 1
+        return random_tokens(seed[:, None], blocks.positions, step[:, None], size)
 
     def noise(self, step: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """[R, B] float32 in [0, 1): a number of each position's own.

@@ -25,7 +25,7 @@ from vllm_dlm.strategies.base import StateField, Strategy, numeric_fields
 if TYPE_CHECKING:
     from vllm_dlm.config.request import RequestConfig
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.block_rows import BlockRows
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows, Blocks
     from vllm_dlm.model_executor.slots import RequestSlots
 
 GroupKey = tuple[object, ...]
@@ -141,6 +141,11 @@ class Group:
             values = (table.numbers if is_int else table.numbers_f)[slots, column]
             params[name] = torch.where(is_dummy, self._valid[name], values)
         return params
+
+    def temperature(self, table: RequestSlots, blocks: Blocks) -> torch.Tensor | None:
+        """[R] float32: by what the strategy divides logits in a step; None for 1."""
+        params = self.row_params(table, blocks.slots)
+        return self.strategy.temperature(blocks.requests.step, params)
 
     def recall(self, seats: torch.Tensor, step: torch.Tensor) -> dict[str, Any]:
         """name -> [R, ...]: what is remembered of each request's block.

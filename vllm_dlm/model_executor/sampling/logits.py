@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from vllm_dlm.config.model import NO_MASK
+
 if TYPE_CHECKING:
     from vllm_dlm.kernels.shards import VocabShard
 
@@ -58,7 +60,7 @@ class Logits:
         head: computes them.
         hidden: [N, H], the rows as the network leaves them.
         rows_per_tile: as `tile_rows` says.
-        mask_id: a token that no row may predict, but for some.
+        mask_id: a token that no row may predict, but for some; `NO_MASK` for none.
         may_predict_mask: [N] bool: the rows that may; None for none.
     """
 
@@ -111,6 +113,8 @@ class Logits:
             rows: [n] int64, which rows these are; the mask id is banned.
         """
         logits = self._head.gathered(part)
+        if self.mask_id == NO_MASK:
+            return logits
         column, banned = logits[:, self.mask_id], self.banned_in(rows)
         if banned is None:
             column.fill_(-torch.inf)

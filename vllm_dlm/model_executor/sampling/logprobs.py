@@ -161,6 +161,8 @@ class RevealedLogprobs:
             # A predicted mask (reference_exact) writes nothing.
             noted = maps[which].bool() & (tokens != self.facts.mask_id)
             steps = step[requests]
+            if decision.settled is not None:
+                steps = decision.settled[requests, offsets]
             if decision.step_ahead is not None:
                 steps = steps + decision.step_ahead[requests, offsets]
             note_writes(self._step_maps, seats[noted], positions[noted], steps[noted])

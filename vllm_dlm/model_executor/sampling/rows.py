@@ -17,6 +17,7 @@ from vllm_dlm.kernels.mixtures import mixtures
 from vllm_dlm.kernels.token_stats import write_stats
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.logits import Head, Logits
+from vllm_dlm.model_executor.sampling.scheduled import Scheduled, choose
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.constrained import Constrained
@@ -121,6 +122,7 @@ class Rows:
         drawn: list[Drawn],
         constrained: Constrained,
         mixing: Sequence[Mixing] = (),
+        scheduled: Sequence[Scheduled] = (),
         *,
         reads_best: bool = False,
     ) -> None:
@@ -130,6 +132,7 @@ class Rows:
             drawn: blocks of whose rows some are drawn or restricted.
             constrained: requests that measure their rows themselves, too.
             mixing: blocks of which mixtures of all tokens are made.
+            scheduled: blocks whose strategy sets the temperature; none of the others.
             reads_best: whether a strategy reads the best tokens of its rows.
         """
         for rows, values in logits.tiles():
@@ -151,14 +154,33 @@ class Rows:
                     there = slice(part.start - rows.start, part.stop - rows.start)
                     one.keep(own, mixtures(values[there], self.head, logits.shard))
             for blocks, masked, step in drawn:
-                part, own = _rows_of(blocks, rows)
+                part, _ = _rows_of(blocks, rows)
                 if part.start < part.stop:
-                    tile = Tile(
-                        logits,
-                        values[part.start - rows.start : part.stop - rows.start],
-                        part,
-                        blocks,
-                        masked.flatten()[blocks.row_places[own]],
-                        step,
-                    )
+                    tile = self._tile(logits, rows, values, blocks, masked, step)
                     self.candidates.choose(tile, self.choice.part(part))
+            for group in scheduled:
+                part, _ = _rows_of(group.blocks, rows)
+                if part.start < part.stop:
+                    tile = self._tile(logits, rows, values, *group[:3])
+                    choice = self.choice.part(part)
+                    choose(tile, choice, group, self.candidates, self.head)
+
+    def _tile(
+        self,
+        logits: Logits,
+        rows: slice,
+        values: torch.Tensor,
+        blocks: BlockRows,
+        masked: torch.Tensor,
+        step: torch.Tensor,
+    ) -> Tile:
+        """The rows of some blocks among those of a tile of logits.
+
+        Args:
+            rows: of the tile; `values` are their logits.
+            masked, step: as in `Drawn`.
+        """
+        part, own = _rows_of(blocks, rows)
+        there = slice(part.start - rows.start, part.stop - rows.start)
+        of_rows = masked.flatten()[blocks.row_places[own]]
+        return Tile(logits, values[there], part, blocks, of_rows, step)

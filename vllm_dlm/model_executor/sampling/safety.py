@@ -110,6 +110,8 @@ class Safety:
             draft_tokens=decision.draft_tokens,
             draft_rank=decision.draft_rank,
             soft=self._soft(view, decision.soft, blocks),
+            held=decision.held,
+            settled=decision.settled,
         )
 
     def _soft(self, view: View, soft: Soft | None, blocks: Blocks) -> Soft | None:

@@ -35,6 +35,7 @@ from vllm_dlm.model_executor.sampling.lookout import Lookout
 from vllm_dlm.model_executor.sampling.observers import open_observers
 from vllm_dlm.model_executor.sampling.rows import Mixing, Rows
 from vllm_dlm.model_executor.sampling.safety import Safety
+from vllm_dlm.model_executor.sampling.scheduled import Scheduled
 from vllm_dlm.model_executor.sampling.soft_memory import MIXTURES
 from vllm_dlm.model_executor.sampling.step_function import Asked, StepFunctions
 from vllm_dlm.model_executor.sampling.views import Extras, Views
@@ -154,20 +155,24 @@ class DenoisingSampler:
         groups = [self.groups.of(rows) for rows in plan.groups]
         logits = self.rows.logits(hidden, plan)
         self.constrained.prepare(plan)
+        both = list(zip(groups, plan.groups, strict=True))
+        scheduled = self._scheduled(both)
+        others = [pair for pair in both if pair[1].first_row not in scheduled]
         self.rows.measure(
             logits,
             [
                 drawn
-                for rows in plan.groups
+                for _, rows in others
                 if self.candidates.are_special(rows.slots_np)
                 for drawn in self.views.drawn(rows)
             ],
             self.constrained,
             [
                 Mixing(rows, group.memory[MIXTURES])
-                for group, rows in zip(groups, plan.groups, strict=True)
+                for group, rows in others
                 if MIXTURES in group.memory
             ],
+            list(scheduled.values()),
             reads_best=any(
                 self.candidates.read_best(rows.slots_np) for rows in plan.groups
             ),
@@ -209,6 +214,17 @@ class DenoisingSampler:
                 slots[known], batch_rows[known], reply.counts[3:], reply.masked
             )
         return reply.for_runner(logprobs, envs.VLLM_COMPUTE_NANS_IN_LOGITS, frames)
+
+    def _scheduled(self, groups: list[tuple[Group, GroupRows]]) -> dict[int, Scheduled]:
+        """The blocks whose strategies set the temperature, by their first row."""
+        scheduled = {}
+        for group, rows in groups:
+            temperature = group.temperature(self.slots, rows.blocks)
+            if temperature is not None:
+                own = self.views.drawn(rows)[0]
+                memory = group.memory.get(MIXTURES)
+                scheduled[rows.first_row] = Scheduled(*own, temperature, memory)
+        return scheduled
 
     def _most_handed(self, plan: SegmentPlan) -> int:
         """Tokens that this step hands out at most, if more than a block."""

@@ -108,6 +108,9 @@ class Views:
             entropy=chosen.entropy if "entropy" in needs else None,
             margin=chosen.margin if "margin" in needs else None,
             uniform=self.candidates.noise(step, blocks) if "uniform" in needs else None,
+            noise=self.candidates.random_tokens(step, blocks)
+            if "noise" in needs
+            else None,
             other=chosen.other if "other" in needs else None,
             best=torch.where(stays, tokens, chosen.best) if "best" in needs else None,
             best_confidence=chosen.best_confidence if "best" in needs else None,
