@@ -78,7 +78,8 @@ class DlmDiffusionGemma(DiffusionModelMixin, nn.Module):
     }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__()
+        # Not the mixin's, which builds a whole model of vLLM's.
+        nn.Module.__init__(self)
         config: Any = vllm_config.model_config.hf_config
         self.config = config
         quant_config = vllm_config.quant_config
