@@ -114,6 +114,7 @@ def test_the_cache_leaves_half_of_what_is_free(monkeypatch) -> None:
     assert cache_bytes("llama-tiny", **pair) == 1 << 18
 
 
+@pytest.mark.slow
 def test_built_in_models_start_on_a_busy_machine(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NINE_TENTHS_ARE_HELD)
     environment = dict(os.environ)

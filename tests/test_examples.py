@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import fast
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -56,7 +57,10 @@ print("vllm" in sys.modules, "transformers" in sys.modules)
 """
 
 
-@pytest.mark.parametrize(("strategy", "num_steps"), [("threshold", 6), ("static", 16)])
+@pytest.mark.parametrize(
+    ("strategy", "num_steps"),
+    fast(("threshold", 6), of=(("threshold", 6), ("static", 16))),
+)
 def test_plain_loop(strategy: str, num_steps: int):
     """The loop that docs point newcomers to: the engine's text, without vLLM."""
     example = ROOT / "examples/plain_loop.py"

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain loop and our engine write the same tokens: the comparison is of equals."""
 
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tiers import fast
 
 from vllm_dlm.bench.checkpoints import write_random
 from vllm_dlm.bench.engine import Answer, Unsupported, Work
@@ -73,9 +75,22 @@ def answered(engine: VllmEngine | PlainEngine, job: Work) -> list[Answer]:
     return answers
 
 
-@pytest.mark.parametrize("steps", [None, 16, 12])
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
-@pytest.mark.parametrize("strategy", ["static", "threshold"])
+COMPARED = [
+    *itertools.product(
+        ("static", "threshold"), ("none", "prefix", "dual"), (None, 16, 12)
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cache", "steps"),
+    fast(
+        ("static", "none", 12),
+        ("static", "prefix", None),
+        ("threshold", "dual", 16),
+        of=COMPARED,
+    ),
+)
 def test_full_attention(full_attention, strategy, cache, steps):
     job = work(strategy, cache=cache, steps=steps, block_length=BLOCK)
     ours, plain = (answered(engine, job) for engine in full_attention)
@@ -86,7 +101,7 @@ def test_full_attention(full_attention, strategy, cache, steps):
         assert {a.forwards for a in ours} == {steps or NEW}
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", fast("dual", of=("none", "prefix", "dual")))
 def test_rows_are_counted_alike(full_attention, cache):
     job = work("static", cache=cache, steps=16, block_length=BLOCK)
     counts = []

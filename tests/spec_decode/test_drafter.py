@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from spec_decode.harness import MAX_MODEL_LEN, Engine, Rounds, params, ragged_prompts
+from tiers import fast
 
 from vllm_dlm.spec_decode.drafter import Batch, Drafter, Drafts
 from vllm_dlm.spec_decode.options import REQUEST_KEY, SpecDecPlusPlus
@@ -73,8 +74,9 @@ def right_tokens(texts: dict[tuple[int, ...], list[int]], longer: int = 0) -> An
     return script
 
 
-@pytest.mark.parametrize("count", [1, 8])
-@pytest.mark.parametrize("longer", [0, 3])
+@pytest.mark.parametrize(
+    ("count", "longer"), fast((8, 3), of=itertools.product((1, 8), (0, 3)))
+)
 def test_right_drafts_to_the_end_of_the_context(
     engine: Engine, plain: Engine, count: int, longer: int
 ):

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from tiers import fast
 
 from vllm_dlm.tasks import tokenizer
 from vllm_dlm.training.drafters.acceptance import measure_acceptance
@@ -135,7 +136,9 @@ def test_a_fresh_drafter_learns_and_loads(tmp_path):
     assert config["dlm_draft_length"] == 32
 
 
-@pytest.mark.parametrize("drafter", ["llada-tiny", "deer-tiny-block"])
+@pytest.mark.parametrize(
+    "drafter", fast("deer-tiny-block", of=("llada-tiny", "deer-tiny-block"))
+)
 def test_an_existing_drafter_goes_on(tmp_path, drafter):
     from safetensors.torch import load_file
 
@@ -234,6 +237,7 @@ def test_prompts_of_a_file(tmp_path):
     assert load_prompts(None, of_target, 3, 0) != load_prompts(None, of_target, 3, 1)
 
 
+@pytest.mark.slow  # Of weights that do not change.
 @pytest.mark.parametrize("name", ["deer-tiny", "deer-tiny-block"])
 def test_the_shipped_drafters_are_accepted(name):
     """In one step they draft more than one forward of the draft model could."""

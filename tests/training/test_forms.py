@@ -154,6 +154,7 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(make_batch(0, 1).ids, make_batch(0, 2).ids)
 
 
+@pytest.mark.slow  # Of weights that do not change.
 def test_the_shipped_model_answers_held_out_problems():
     from vllm_dlm.config.aliases import resolve
     from vllm_dlm.training.tiny.forms_evaluation import evaluate_kind

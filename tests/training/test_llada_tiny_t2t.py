@@ -134,6 +134,7 @@ def test_an_interrupted_training_ends_at_the_same_bits(
     assert values["dlm_max_canvas"] == llada_tiny_t2t.MAX_CANVAS
 
 
+@pytest.mark.slow  # Of weights that do not change.
 def test_the_shipped_model_edits_better_than_llada_tiny_waits():
     """Of as many forwards or fewer, where several answers are right."""
     problems = sample_problems(24, 7, "heldout", FREE_TASKS)

@@ -174,6 +174,7 @@ def shipped():
     }
 
 
+@pytest.mark.slow  # Of weights that do not change.
 def test_the_shipped_models_answer_held_out_problems(shipped):
     from vllm_dlm.tasks.evaluation import exact_match
 
@@ -187,6 +188,7 @@ def test_the_shipped_models_answer_held_out_problems(shipped):
     assert 0.3 <= shares["llama-tiny-draft"] < shares["llama-tiny"]
 
 
+@pytest.mark.slow  # Of weights that do not change.
 def test_the_exits_agree_more_the_higher_they_are(shipped):
     from vllm_dlm.tasks.problems import sample_problems
     from vllm_dlm.training.tiny.llama_card import exit_agreement

@@ -144,6 +144,7 @@ def test_the_plain_decoder_is_a_loop_over_blocks():
         assert row == ids[len(prompt) :]
 
 
+@pytest.mark.slow  # Of weights that do not change.
 def test_the_shipped_model_answers():
     from vllm_dlm.training.block_causal import load_block_causal
     from vllm_dlm.training.tiny.sdar_evaluation import evaluate_model

@@ -97,7 +97,13 @@ def test_accumulation_does_not_change_the_result(tmp_path):
     assert largest_difference(*found) < 1e-5
 
 
-@pytest.mark.parametrize("adapter", [(), ("--lora-rank", "2", "--lora-dropout", "0.3")])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("--lora-rank", "2", "--lora-dropout", "0.3"),
+    ],
+)
 def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, adapter):
     from vllm_dlm.training.progress import read_progress
 

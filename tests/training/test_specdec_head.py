@@ -207,6 +207,7 @@ def test_refusals(tmp_path, changes, message):
         specdec_head.train(output=tmp_path, **{**settings, **changes})
 
 
+@pytest.mark.slow  # Of weights that do not change.
 def test_the_shipped_head_knows_its_draft_model(models, answered):
     from vllm_dlm.config.aliases import resolve
     from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead

@@ -195,7 +195,9 @@ def test_learning_from_wrong_tokens_alone_forgets_the_right_ones(tmp_path):
 options_of = partial(train_command, "t2t")
 
 
-@pytest.mark.parametrize("more", [(), ("--on-policy",)])
+@pytest.mark.parametrize(
+    "more", [pytest.param((), marks=pytest.mark.slow), ("--on-policy",)]
+)
 def test_an_interrupted_run_ends_at_the_same_bits(tmp_path, more):
     folder = tiny_folder(tmp_path / "model")
     assert main(options_of(folder, tmp_path / "whole", *more)) == 0
