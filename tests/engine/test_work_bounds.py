@@ -7,10 +7,12 @@ import itertools
 import random
 from typing import Any, get_args
 
+import pytest
 import torch
 from engine.cases import make_prompt
 from engine.harness import Engine, params
 from reference.registered import NAMES
+from tiers import fast
 
 from vllm_dlm.config.options import SERVER_PARAMETER
 from vllm_dlm.option_types import WHOLE_CANVAS
@@ -67,17 +69,23 @@ def feeds_mixtures(name: str) -> bool:
     return name != "replay" and strategy.soft(strategy.Params()) is not None
 
 
-def test_every_strategy_at_its_extremes(engine: Engine):
-    check_extremes(engine, [name for name in NAMES if not feeds_mixtures(name)])
+# As a request leaves them and at both ends; the slow tier has each word there too.
+@pytest.mark.parametrize("most", fast(3, of=(3, None)))
+def test_every_strategy_at_its_extremes(engine: Engine, most: int | None):
+    check_extremes(engine, [name for name in NAMES if not feeds_mixtures(name)], most)
 
 
-def check_extremes(engine: Engine, names: list[str]) -> None:
-    """Requests of some strategies write what they are to, within their limits."""
+def check_extremes(engine: Engine, names: list[str], most: int | None = None) -> None:
+    """Requests of some strategies write what they are to, within their limits.
+
+    Args:
+        most: configurations of each; None for all.
+    """
     asked, limits = [], []
     source = random.Random(0)
     blocks = itertools.cycle((8, 1, WHOLE_CANVAS))
     for name in names:
-        for config in extremes(name):
+        for config in extremes(name)[:most]:
             block = 8 if name == "replay" else next(blocks)
             dlm = {"strategy": name, "strategy_config": config, "block_length": block}
             options: dict[str, Any] = {"dlm": dlm, "ignore_eos": True}
