@@ -299,6 +299,7 @@ def test_short_of_pages_and_of_rows(engines: Callable[..., Engine]):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS[:2], indirect=True)
 def test_block_models_short_of_pages(model: BlockEngines):
     options: dict[str, Any] = {"dlm": {"block_length": BLOCK}}
     usual = model(**options)
@@ -338,6 +339,7 @@ def test_compiled_with_full_attention(engine: Engine, engines: Callable[..., Eng
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS[1:2], indirect=True)
 def test_compiled_block_models(model: BlockEngines):
     options = {"block_length": BLOCK}
     usual = model(dlm=options)

@@ -134,7 +134,7 @@ def test_strategies_of_each_kind_compiled(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B"])
+@pytest.mark.parametrize("name", ["SDAR-4B-Chat-b16"])
 def test_block_models_compiled(
     name: str, engines: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
 ):

@@ -66,7 +66,7 @@ def test_registered_strategies_can_be_compiled(name: str):
 
 
 @pytest.mark.slow
-# Of each kind; model_executor/test_step_function.py compiles the steps of all.
+# With a filter, edits, a memory, and a length that changes.
 @pytest.mark.parametrize("name", ["learn2pd", "joint", "slowfast", "levenshtein"])
 def test_registered_strategies_decide_alike_compiled(name: str):
     # Of a model with a filter, for learn2pd.
