@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from vllm_dlm.admission.client_fields import field_of
 from vllm_dlm.admission.handover import NotedOptions
 from vllm_dlm.admission.waiting import FIELD
-from vllm_dlm.constraints.thoughts import ThoughtEnd
 from vllm_dlm.messages import OptionError
 
 if TYPE_CHECKING:
@@ -50,6 +49,9 @@ def note_thought(
         raise _refusal(name, "and the prompt has no tokens to look for its end in")
     from vllm.reasoning import ReasoningParserManager
     from vllm.tokenizers import cached_tokenizer_from_config
+
+    # Compiled code comes with it, which a process without constraints does not need.
+    from vllm_dlm.constraints.thoughts import ThoughtEnd
 
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
     kind = ReasoningParserManager.get_reasoning_parser(name)
