@@ -91,7 +91,7 @@ def run_v2(engine: Engine, cases: Sequence[Loop], **options: Any) -> list[Finish
     )
 
 
-@pytest.mark.parametrize("every", fast(5, of=(5, 1)))
+@pytest.mark.parametrize("every", fast(3, of=(3, 1)))
 def test_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel, every: int):
     """Lengths of a prompt's tail; eight at a time, and alone."""
     lengths = [*range(1, 34, every), *range(62, 98, every)]
