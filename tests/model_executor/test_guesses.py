@@ -50,6 +50,7 @@ class Table:
             commits_alone=False,
             max_canvas=12,
             max_model_len=LENGTH,
+            soft_inputs=False,
         )
         self.source = source
         self.layouts = []
