@@ -63,6 +63,7 @@ def test_the_text_model_of_a_released_config_is_served(folder):
         ({"strategy": "threshold"}, {}, "replaces random tokens. It serves: renoise"),
         ({"eotp": "block"}, {}, "eotp is for models with a mask"),
         ({"record_traces": True}, {}, "record_traces is for models with a mask"),
+        ({"trajectory_dir": "."}, {}, "trajectory_dir is for models with a mask"),
         ({}, {"pipeline_parallel_size": 2}, "pipeline parallelism is not supported"),
         ({}, {"hf_overrides": lambda config: config}, "must be a mapping"),
     ],

@@ -243,6 +243,7 @@ def resolve(
             "sub_block_length": config.sub_block_length != 0,
             "growth": growth != "none",
             "record_traces": server.record_traces,
+            "trajectory_dir": server.trajectory_dir is not None,
             "canvas": brings_canvas,
         },
         asked.names,

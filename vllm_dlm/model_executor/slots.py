@@ -95,13 +95,13 @@ class RequestSlots(Columns):
         self._slot_of[request.id] = slot
         config, layout = request.config, request.layout
         first_mask = layout.first_mask
-        tokens = self._undecided(request.seed)
+        tokens = self._undecided(request)
         masked = np.arange(self.length) >= first_mask
         if layout.canvas is not None:
             first, end = layout.prompt_len, layout.text_end
             tokens[first:end] = layout.canvas.tokens
             masked[first:end] = layout.canvas.is_hole
-            tokens[masked] = self._undecided(request.seed)[masked]
+            tokens[masked] = self._undecided(request)[masked]
             masked[: min(first_mask, len(known))] = False
             self._pins = self._pins or Pins(self.tokens.shape, self.device)
             self._pins.admit(slot, layout)
@@ -147,12 +147,12 @@ class RequestSlots(Columns):
         if request.canvas_end:
             self.host.canvas_end[slot] = request.canvas_end
 
-    def _undecided(self, seed: int) -> np.ndarray:
+    def _undecided(self, request: RequestFacts) -> np.ndarray:
         """[length] int32: what positions hold before the first step of their block."""
         if not self._noise_size:
             return np.full(self.length, self._mask_id, dtype=np.int32)
         positions = torch.arange(self.length)
-        of_request = torch.tensor(seed), positions, torch.tensor(0)
+        of_request = torch.tensor(request.seed), positions, torch.tensor(0)
         tokens: np.ndarray = random_tokens(*of_request, self._noise_size).int().numpy()
         return tokens
 

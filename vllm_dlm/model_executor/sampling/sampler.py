@@ -292,6 +292,9 @@ class DenoisingSampler:
         logits = self.head.logits(hidden.new_zeros(rows, hidden.shape[1]))
         token_stats(logits, need_entropy=True, need_margin=True)
         if self.facts.soft_inputs:
+            if self.facts.defaults.noise == "uniform":
+                # Divided by the strategy's temperature (`scheduled.py`).
+                logits = logits.to(torch.float32, copy=True)
             mixtures(logits, self.head, self.head.vocab_shard)
         self.constrained.rehearse(logits[:1])
 
