@@ -8,11 +8,12 @@ from itertools import product
 
 import numpy as np
 import pytest
+from constraints.path_cases import parts_of
 
 from vllm_dlm.constraints.automaton import UNBOUNDED, ConstraintError, compile_pattern
 from vllm_dlm.constraints.fitting import HOLE, first_misfit
 from vllm_dlm.constraints.limits import Limits
-from vllm_dlm.constraints.paths import walk
+from vllm_dlm.constraints.paths import OPEN, Graph, Problem, solve, walk
 from vllm_dlm.constraints.thoughts import ThoughtEnd, compile_answer
 from vllm_dlm.constraints.vocabulary import Vocabulary
 
@@ -45,6 +46,26 @@ def test_all_short_texts(pattern: str):
             state = walk(automaton, automaton.start, np.array(tokens, np.int64))
             matches = state >= 0 and bool(automaton.accepting[state])
             assert matches == is_right(pattern, tokens), tokens
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_canvas_in_any_order(seed: int):
+    """Whichever positions come first, what comes out is a thought and a match."""
+    random = np.random.default_rng(seed)
+    automaton = compile_answer("ab?|(b|ab){2}", THOUGHT, VOCABULARY, [STOP])
+    tokens = np.full(7, -1)
+    while (tokens < 0).any():
+        logits = random.normal(size=(len(tokens), len(TOKENS))) * 2
+        fixed = np.where(tokens < 0, OPEN, automaton.class_of[tokens])
+        numbers = parts_of(logits, automaton)
+        end = automaton.min_length == 0
+        solution = solve(
+            Problem(Graph.of(automaton), automaton.start, end, fixed, numbers)
+        )
+        assert solution.found
+        written = (tokens < 0) & (random.random(len(tokens)) < 0.4)
+        tokens[written] = solution.tokens[written]
+    assert is_right("ab?|(b|ab){2}", tuple(tokens.tolist()))
 
 
 def test_lengths():
