@@ -167,6 +167,6 @@ def test_nothing_of_a_request_is_kept(engine: Engine):
         assert abs(bytes_kept(engine) - before) < 1024
         assert set(engine.runner.sampler.groups._groups) == keys
     candidates = engine.runner.sampler.candidates
-    assert not candidates._restrictions
+    assert not candidates.restricted._restrictions
     assert candidates.stop_ids.further is None
     assert before < 2**20

@@ -198,18 +198,18 @@ def test_ends_of_text_outside_the_vocabulary_are_left_out(tmp_path: Path, caplog
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_dlm.config.model import ModelDefaults
-    from vllm_dlm.model_executor import config_hook
+    from vllm_dlm.model_executor import generation_config
 
     folder = write("sdar", tmp_path / "SDAR-4B-Chat", {})
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 777}))
     overrides = {"dlm_stop_ids": [4, 128, -3], "eos_token_id": [5, 999]}
-    config_hook.logger.addHandler(caplog.handler)
+    generation_config.logger.addHandler(caplog.handler)
     try:
         config = EngineArgs(
             str(folder), dtype="float32", hf_overrides=overrides
         ).create_engine_config()
     finally:
-        config_hook.logger.removeHandler(caplog.handler)
+        generation_config.logger.removeHandler(caplog.handler)
     hf_config = config.model_config.hf_config
     assert ModelDefaults.from_hf_config(hf_config).stop_ids == (4, 5)
     warnings = {r.getMessage() for r in caplog.records if "outside" in r.getMessage()}

@@ -19,14 +19,18 @@ from vllm.platforms import current_platform
 
 from vllm_dlm.admission.options import check_strategy
 from vllm_dlm.admission.server_options import refuse_server_options
-from vllm_dlm.config.model import ModelDefaults, as_ids, attention_of, declared_stop_ids
+from vllm_dlm.config.model import ModelDefaults, attention_of
 from vllm_dlm.config.noise import check_canvas_length
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import RequestConfig, resolve, server_config
 from vllm_dlm.model_executor.cpu_memory import size_kv_cache
+from vllm_dlm.model_executor.generation_config import (
+    check_stop_ids,
+    read_generation_config,
+    set_usual_sampling,
+)
 from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, usual_rows
 from vllm_dlm.model_executor.lora.targets import choose_targets
-from vllm_dlm.model_executor.models.config_fields import check_kind
 from vllm_dlm.model_executor.models.declarations import check_declarations
 from vllm_dlm.model_executor.running_ahead import loses_nothing, why_not_ahead
 from vllm_dlm.model_executor.sampling.observers import OBSERVERS
@@ -42,12 +46,6 @@ longer forwards take longer than their launches."""
 
 WIDEST_DEFAULT_CONTEXT = 8192
 """Positions; of full-attention models, where `--max-model-len` is not given."""
-
-NO_PENALTIES = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
 
 SCHEDULER = "vllm_dlm.model_executor.scheduling.scheduler.DiffusionStepScheduler"
 
@@ -91,12 +89,12 @@ class DlmModelConfig(VerifyAndUpdateConfig):
         _name_modules(hf_config)
         choose_targets(vllm_config)
         _limit_context(model_config)
-        _read_generation_config(model_config)
+        read_generation_config(model_config)
         # Validated here once and read by the API process at admission.
         server = server_config(vllm_config)
         defaults = ModelDefaults.from_hf_config(hf_config)
         check_canvas_length(server, defaults)
-        _check_stop_ids(model_config)
+        check_stop_ids(model_config)
         hf_config.dlm_server = server.model_dump()
         canvas = server.canvas_limit(model_config.max_model_len, defaults.max_canvas)
         hf_config.canvas_length = canvas
@@ -108,12 +106,7 @@ class DlmModelConfig(VerifyAndUpdateConfig):
                 "schedule; its own, %s, follows none.",
                 plain.strategy,
             )
-        # The references decode greedily unless told otherwise, and confidence rules
-        # are tuned for that; `--override-generation-config` says otherwise.
-        # (Random tokens need draws: without any, all entropies are 0.)
-        usual = 0.0 if defaults.noise == "mask" else 1.0
-        model_config.override_generation_config.setdefault("temperature", usual)
-        _drop_penalties(model_config)
+        set_usual_sampling(model_config)
 
         scheduler.scheduler_cls = SCHEDULER
         _schedule_ahead(vllm_config, plain, defaults, server)
@@ -175,59 +168,6 @@ def _schedule_ahead(
         )
 
 
-def _read_generation_config(model_config: ModelConfig) -> None:
-    """Take parameters of the model's strategy from generation_config.json.
-
-    Raises:
-        ValueError: one of them is not there.
-    """
-    hf_config = model_config.hf_config
-    fields = getattr(hf_config, "dlm_generation_fields", None) or {}
-    given = model_config.try_get_generation_config() if fields else {}
-    found = {}
-    for name, path in fields.items():
-        value: Any = given
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is None:
-            raise ValueError(
-                f"generation_config.json of this model has no {path}, by which it is "
-                "decoded: add it, or give a folder that has it with --generation-config"
-            )
-        found[name] = value
-    if found:
-        hf_config.dlm_strategy_config = {**found, **hf_config.dlm_strategy_config}
-        # Else no answer would be longer than the checkpoint's own default.
-        model_config.override_generation_config.setdefault("max_new_tokens", None)
-
-
-def _drop_penalties(model_config: ModelConfig) -> None:
-    """Do without the penalties that a checkpoint inherits with generation_config.json.
-
-    They are of the autoregressive model that it was made from, and each request that
-    set none would be refused for them.
-
-    Raises:
-        ValueError: the user asked for one.
-    """
-    inherited = model_config.try_get_generation_config()
-    override = model_config.override_generation_config
-    for name, unset in NO_PENALTIES.items():
-        if override.get(name) not in (None, unset):
-            raise ValueError(
-                f"{name} is not supported for diffusion language models; remove it "
-                "from --override-generation-config"
-            )
-        if inherited.get(name) not in (None, unset):
-            logger.info(
-                "Leaving out %s %s of generation_config.json: a canvas has no order "
-                "in which tokens could be counted.",
-                name,
-                inherited[name],
-            )
-            override[name] = unset
-
-
 def _limit_context(model_config: ModelConfig) -> None:
     """Serve a context that one forward of a full-attention model can hold.
 
@@ -255,38 +195,6 @@ def _name_modules(hf_config: Any) -> None:
     if names is not None and isinstance(quantisation, dict):
         hf_config.quantization_config = names.translate(
             quantisation, hf_config.num_hidden_layers
-        )
-
-
-def _check_stop_ids(model_config: ModelConfig) -> None:
-    """Some token must end a text, or each request writes all of its `max_tokens`.
-
-    Ids outside the vocabulary cannot be written: they are left out, with a warning.
-
-    Raises:
-        ValueError: config.json, generation_config.json and the family name none, or
-            what generation_config.json names is no id.
-    """
-    hf_config = model_config.hf_config
-    eos = model_config.try_get_generation_config().get("eos_token_id")
-    check_kind("eos_token_id", eos, "generation_config.json")
-    ids = {*declared_stop_ids(hf_config), *as_ids(eos)}
-    size = hf_config.vocab_size
-    outside = sorted(i for i in ids if not 0 <= i < size)
-    if outside:
-        logger.warning(
-            "Leaving out the ids %s, which should end a text and are outside the "
-            "vocabulary of %d: dlm_stop_ids and eos_token_id in config.json, and "
-            "eos_token_id in generation_config.json, set them.",
-            ", ".join(map(str, outside)),
-            size,
-        )
-    if len(outside) == len(ids):
-        raise ValueError(
-            "no token ends a text of this model: neither config.json nor "
-            "generation_config.json has an eos_token_id of its vocabulary of "
-            f"{size}; set it there, or with "
-            "--hf-overrides '{\"eos_token_id\": ID}'"
         )
 
 

@@ -31,16 +31,16 @@ from vllm_dlm.kernels.next_best import next_best
 from vllm_dlm.kernels.token_stats import prob_of, token_stats
 from vllm_dlm.model_executor.columns import STOP_IDS
 from vllm_dlm.model_executor.planning.block_rows import upload
-from vllm_dlm.model_executor.sampling.bad_words import MASKED
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
-from vllm_dlm.model_executor.sampling.restrictions import Restriction, known_ids
+from vllm_dlm.model_executor.sampling.restricted import RestrictedRequests, is_early
+from vllm_dlm.model_executor.sampling.restrictions import known_ids
 from vllm_dlm.model_executor.sampling.stop_ids import StopIds, padded
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import given
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.facts import EngineFacts
-    from vllm_dlm.model_executor.planning.block_rows import BlockRows, Blocks
+    from vllm_dlm.model_executor.planning.block_rows import Blocks
     from vllm_dlm.model_executor.slots import RequestSlots
 
 
@@ -73,15 +73,12 @@ class Candidates:
         self._measures_drawn, self._leads_greedily = flags(), flags()
         self._reads_other, self._reads_best = flags(), flags()
         self._cuts = flags()
-        self._restrictions: dict[int, Restriction] = {}
         self.stop_ids = StopIds(slots)
-        self._restricted_until = np.zeros(count, dtype=np.int64)
-        """[slots]: the position where a request's restriction ends, 0 without one."""
+        self.restricted = RestrictedRequests(slots, facts)
 
     def remove(self, slot: int) -> None:
         """Forget a request that has left, and its lists of tokens."""
-        self._restrictions.pop(slot, None)
-        self._restricted_until[slot] = 0
+        self.restricted.remove(slot)
         self.stop_ids.remove(slot)
 
     def add(self, slot: int) -> None:
@@ -120,31 +117,21 @@ class Candidates:
         exact = request.config.reference_exact
         # Fast-dLLM v2 never draws a block's lead.
         self._leads_greedily[slot] = shifts_leads and exact
-        restriction = None
         if is_free:
-            restriction = Restriction.of(request, vocab_size, self.facts.device)
-        self._restricted_until[slot] = 0
-        if restriction is not None:
-            self._restrictions[slot] = restriction
-            end = request.layout.prompt_len + min_tokens
-            for_ever = np.iinfo(np.int64).max
-            self._restricted_until[slot] = end if restriction.is_early else for_ever
+            self.restricted.add(slot, until=request.layout.prompt_len + min_tokens)
+        else:
+            self.restricted.remove(slot)
 
     # -- drawing -----------------------------------------------------------
 
     def are_special(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests needs more than its rows' argmax."""
-        special = self._draws | self._reads_other | self._restricts()
+        special = self._draws | self._reads_other | self.restricted.now()
         return bool(special[slots_np].any())
 
     def read_best(self, slots_np: np.ndarray) -> bool:
         """Whether any of these requests' strategies reads the best tokens."""
         return bool(self._reads_best[slots_np].any())
-
-    def have_bad_words(self, slots_np: np.ndarray) -> bool:
-        """Whether any of these requests forbids words."""
-        restricted = slots_np[self._restricts()[slots_np]].tolist()
-        return any(self._restrictions[s].bad_words is not None for s in restricted)
 
     def draw(self, slots_np: np.ndarray) -> np.ndarray:
         """[n] bool: requests of these slots [n] that draw."""
@@ -153,7 +140,7 @@ class Candidates:
 
     def shapes(self, slots_np: np.ndarray) -> np.ndarray:
         """[n] bool: requests in slots [n] that restrict or truncate their rows."""
-        shapes: np.ndarray = (self._restricts() | self._cuts)[slots_np]
+        shapes: np.ndarray = (self.restricted.now() | self._cuts)[slots_np]
         return shapes
 
     def shaped(self, tile: Tile, some: np.ndarray) -> torch.Tensor:
@@ -167,8 +154,8 @@ class Candidates:
         at, cut = upload(tile.values.device, some, self._cuts[slots].nonzero()[0])
         shaped = tile.logits.whole(tile.values[at], at + tile.rows.start)
         shaped = shaped.to(torch.float32, copy=True)
-        if self._restricts()[slots].any():
-            self._restrict(shaped, some + tile.own.start, rows)
+        if self.restricted.now()[slots].any():
+            self.restricted.apply(shaped, some + tile.own.start, rows)
         if len(cut):
             owners = rows.row_request[tile.own][at]
             sampling = self._sampling(rows.blocks.slots[owners]).at(cut)
@@ -188,7 +175,7 @@ class Candidates:
         Args:
             choice: of the tile's rows, each with its argmax: changed in place.
         """
-        slots, restricts = tile.slots_np, self._restricts()
+        slots, restricts = tile.slots_np, self.restricted.now()
         special = self._draws[slots] | restricts[slots]
         # Who draws from the model's own distribution needs no other rank's logits.
         shaped = (restricts | self._truncates | self._measures_drawn)[slots]
@@ -219,10 +206,10 @@ class Candidates:
         if gathers:
             raw = logits.whole(raw, at + tile.rows.start)
         processed, stuck = raw, None
-        if self._restricts()[slots].any():
+        if self.restricted.now()[slots].any():
             # A copy, also of float32: what is restricted must not move the confidence.
             processed = raw.to(torch.float32, copy=True)
-            self._restrict(processed, some + tile.own.start, rows)
+            self.restricted.apply(processed, some + tile.own.start, rows)
             left = token_stats(processed)
             argmax = left.argmax
             # A position that is written already needs no token.
@@ -277,13 +264,13 @@ class Candidates:
                 shard=logits.shard,
             )
         )
-        (some,) = self._restricts()[tile.slots_np].nonzero()
+        (some,) = self.restricted.now()[tile.slots_np].nonzero()
         if not len(some):
             return
         at = torch.from_numpy(some).to(logits.device, non_blocking=True)
         allowed = logits.whole(tile.values[at], at + tile.rows.start)
         allowed = allowed.to(torch.float32, copy=True)
-        self._restrict(allowed, some + tile.own.start, tile.blocks)
+        self.restricted.apply(allowed, some + tile.own.start, tile.blocks)
         choice.other[at] = next_best(allowed, choice.candidate[at], besides)
 
     def _sampling(self, slots: torch.Tensor) -> Sampling:
@@ -340,42 +327,12 @@ class Candidates:
         seed = blocks.requests.seed
         return uniform(seed[:, None], blocks.positions, step[:, None])
 
-    def _restricts(self) -> np.ndarray:
-        """[slots] bool: not every token is allowed in the active block."""
-        return self.slots.host.block_start < self._restricted_until
-
-    def _restrict(
-        self, logits: torch.Tensor, which: np.ndarray, rows: BlockRows
-    ) -> None:
-        """Apply requests' token restrictions in place.
-
-        Args:
-            logits: [n, V] float32.
-            which: [n]: which of `rows` these are.
-        """
-        early = self._early(rows.blocks)
-        requests = rows.row_request_np[which]
-        for request in np.unique(requests[self._restricts()[rows.row_slots_np[which]]]):
-            (mine,) = (requests == request).nonzero()
-            offsets = rows.row_offset_np[which[mine]]
-            restriction = self._restrictions[int(rows.slots_np[request])]
-            banned = self._banned(int(request), rows)
-            places = torch.from_numpy(offsets).to(logits.device, non_blocking=True)
-            # A request's rows follow each other.
-            part = logits[mine[0] : mine[-1] + 1]
-            restriction.apply(part, early[request, places], offsets, banned)
-
     # -- what ends a text --------------------------------------------------
-
-    def _early(self, blocks: Blocks) -> torch.Tensor:
-        """[R, B] bool: output positions at which `min_tokens` forbids to stop."""
-        output_index = blocks.positions - blocks.requests.prompt_len[:, None]
-        return output_index < blocks.requests.min_tokens[:, None]
 
     def is_stop(self, tokens: torch.Tensor, blocks: Blocks) -> torch.Tensor:
         """[R, B] bool: the token would end its request's text there."""
         is_stop = tokens[:, :, None] == self.stop_ids.of(blocks.slots)[:, None, :]
-        return is_stop.any(dim=2) & ~self._early(blocks)
+        return is_stop.any(dim=2) & ~is_early(blocks)
 
     def ends_text(
         self, tokens: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
@@ -385,55 +342,3 @@ class Candidates:
         is_stop = (tokens[:, None] == self.stop_ids.of(slots)).any(dim=1)
         early = positions - table.prompt_len[slots] < table.min_tokens[slots]
         return is_stop & ~early
-
-    # -- bad words ---------------------------------------------------------
-
-    def _banned(self, row: int, plan: BlockRows) -> list[tuple[int, int]]:
-        """(block offset, token) pairs that would complete a bad word."""
-        words = self._restrictions[int(plan.slots_np[row])].bad_words
-        if words is None:
-            return []
-        tokens, first = self._output(row, words.reach, plan)
-        banned = words.banned(tokens, begin=max(-first, 0))
-        return [(first + index, token) for index, token in banned]
-
-    def veto_bad_words(
-        self,
-        commit: torch.Tensor,
-        edit: torch.Tensor,
-        new_tokens: torch.Tensor,
-        plan: BlockRows,
-    ) -> list[int]:
-        """Withdraw, in place, commits and edits that would write a bad word.
-
-        Returns:
-            The rows, 0 to R - 1, that lost commits.
-        """
-        rows = []
-        for row in self._restricts()[plan.slots_np].nonzero()[0].tolist():
-            words = self._restrictions[int(plan.slots_np[row])].bad_words
-            if words is None:
-                continue
-            tokens, first = self._output(row, words.reach, plan)
-            (offsets,) = (commit[row] | edit[row]).nonzero(as_tuple=True)
-            indices = (offsets - first).tolist()
-            written = new_tokens[row, offsets].tolist()
-            vetoed = words.vetoed(tokens, dict(zip(indices, written, strict=True)))
-            places = torch.tensor(vetoed, dtype=torch.int64) + first
-            if commit[row, places].any():
-                rows.append(row)
-            commit[row, places] = edit[row, places] = False
-        return rows
-
-    def _output(self, row: int, reach: int, plan: BlockRows) -> tuple[list[int], int]:
-        """A block's output tokens and up to `reach` left of it, `MASKED` where open.
-
-        And the block offset of the first of them.
-        """
-        table, slot = self.slots, int(plan.slots_np[row])
-        block_start = int(table.host.block_start[slot])
-        begin = max(block_start - reach, int(table.host.prompt_len[slot]))
-        end = block_start + int(plan.valid_np[row].sum())
-        tokens = table.tokens[slot, begin:end]
-        hidden = table.masked[slot, begin:end]
-        return tokens.masked_fill(hidden, MASKED).tolist(), begin - block_start

@@ -137,7 +137,9 @@ class Safety:
         """
         commit, edit, new_tokens = decision.commit, decision.edit, decision.new_tokens
         before = commit | edit if decision.soft is not None else None
-        for row in self.candidates.veto_bad_words(commit, edit, new_tokens, rows):
+        for row in self.candidates.restricted.veto_bad_words(
+            commit, edit, new_tokens, rows
+        ):
             if commit[row].sum() <= decision.remask[row].sum():
                 commit[row] = best_masked(view)[row]
                 edit[row] = decision.remask[row] = False

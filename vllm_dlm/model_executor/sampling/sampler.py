@@ -249,7 +249,7 @@ class DenoisingSampler:
             self.logprobs.asked_by(rows)
             or bool(self.slots.host.growing(rows.slots_np).any())
             or bool(self.slots.host.has_canvas[rows.slots_np].any())
-            or self.candidates.have_bad_words(rows.slots_np)
+            or self.candidates.restricted.have_bad_words(rows.slots_np)
             or self.candidates.stop_ids.are_many(rows.slots_np)
             or any(one.watches(rows.slots_np) for one in self.observers.values())
         )
@@ -273,7 +273,7 @@ class DenoisingSampler:
         )
         measured, decision = function.decide(blocks, choice, extras, asked)
         view = measured.view
-        if self.candidates.have_bad_words(slots):
+        if self.candidates.restricted.have_bad_words(slots):
             self.safety.veto_bad_words(view, decision, rows)
         self.logprobs.record(logits, view.step, decision, rows)
         decision, canvas = function.write(measured, decision, blocks, asked)
