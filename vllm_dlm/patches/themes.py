@@ -22,6 +22,7 @@ THEMES = (
     "vllm_dlm.patches.handlers",
     "vllm_dlm.patches.frames",
     "vllm_dlm.patches.ray_failures",
+    "vllm_dlm.patches.endings",
     # By the plugin; what changes a model of vLLM's own, where that is loaded.
     "vllm_dlm.patches.diffusion_gemma",
 )
