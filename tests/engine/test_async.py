@@ -161,7 +161,7 @@ def block_requests() -> list[Request]:
 MODELS = ("SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B", "Nemotron-Labs-Diffusion-3B")
 
 
-@pytest.fixture(scope="module", params=fast(*MODELS[:2], of=MODELS))
+@pytest.fixture(scope="module", params=fast(MODELS[0], of=MODELS))
 def model(
     engines: Callable[..., Engine], tmp_path_factory, request: pytest.FixtureRequest
 ) -> BlockEngines:

@@ -17,9 +17,12 @@ from engine.block_engines import (
 from engine.cases import Expected, assert_same_tokens, make_prompt
 from engine.harness import Engine, drive
 from engine.test_independence import stores
+from tiers import fast
+
+MODELS = ("SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B")
 
 
-@pytest.fixture(params=["SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B"], scope="module")
+@pytest.fixture(params=fast(MODELS[1], of=MODELS), scope="module")
 def model(
     engines: Callable[..., Engine], tmp_path_factory, request: pytest.FixtureRequest
 ) -> BlockEngines:

@@ -33,7 +33,7 @@ def fast_dllm(engines: Callable[..., Engine], tmp_path_factory) -> BlockEngines:
     return BlockEngines(engines, tmp_path_factory.getbasetemp(), "Fast_dLLM_v2_7B")
 
 
-@pytest.fixture(params=["sdar", "fast_dllm"])
+@pytest.fixture(params=fast("fast_dllm", of=("sdar", "fast_dllm")))
 def model(request: pytest.FixtureRequest) -> BlockEngines:
     """Each kind of model in turn."""
     return request.getfixturevalue(request.param)

@@ -325,7 +325,7 @@ def fast_dllm(engines: Callable[..., Engine], tmp_path_factory) -> BlockEngines:
     return BlockEngines(engines, tmp_path_factory.getbasetemp(), "Fast_dLLM_v2_7B")
 
 
-@pytest.mark.parametrize("kind", ["sdar", "fast_dllm"])
+@pytest.mark.parametrize("kind", fast("sdar", of=("sdar", "fast_dllm")))
 def test_block_models(kind: str, request: pytest.FixtureRequest):
     model = request.getfixturevalue(kind)
     choose = random.Random(kind)

@@ -190,11 +190,7 @@ def serve(engines: Serve, tmp_path_factory: pytest.TempPathFactory) -> Serve:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        # Its blocks are those of the other SDAR.
-        pytest.param(name, marks=pytest.mark.slow) if "A3B" in name else name
-        for name in FAMILIES
-    ],
+    fast("SDAR-4B-Chat", "Fast_dLLM_v2_7B", of=FAMILIES),
 )
 def test_block_after_block(serve: Serve, name: str):
     compare(serve(name), block_sample(name, (2, 3, 4, 8)))

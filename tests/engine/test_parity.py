@@ -18,6 +18,7 @@ from engine.cases import (
 from engine.harness import Engine
 from reference.llada import TinyLLaDA
 from reference.procedures import CACHES
+from tiers import fast
 
 BLOCKS = (8, 16, 32)
 LENGTHS = range(1, 71)
@@ -76,8 +77,12 @@ def check(engine: Engine, oracle: TinyLLaDA, cases: list[Case], solo: int) -> No
     assert_equal(cases, got, [wanted[i] for i in alone])
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("cache", CACHES)
+CELLS = [*itertools.product(CACHES, BLOCKS)]
+
+
+@pytest.mark.parametrize(
+    ("cache", "block"), fast(*zip(CACHES, BLOCKS, strict=True), of=CELLS)
+)
 def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, block: int):
     check(engine, oracle, sample_cases(cache, block), solo=4)
 

@@ -19,11 +19,12 @@ from engine.block_engines import (
 )
 from engine.cases import Expected, assert_equal, assert_same_tokens, make_prompt
 from engine.harness import Engine, drive
+from tiers import fast
 
 SDAR, FAST_DLLM = "SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B"
 
 
-@pytest.fixture(params=[SDAR, FAST_DLLM], scope="module")
+@pytest.fixture(params=fast(SDAR, of=(SDAR, FAST_DLLM)), scope="module")
 def model(
     engines: Callable[..., Engine], tmp_path_factory, request: pytest.FixtureRequest
 ) -> BlockEngines:

@@ -217,7 +217,9 @@ def test_tokens_beyond_a_map_and_idle_steps(engine: Engine):
 # -- block after block ---------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["fast_dllm_v2", "nemotron"])
+@pytest.fixture(
+    scope="module", params=fast("nemotron", of=("fast_dllm_v2", "nemotron"))
+)
 def seeding(
     request: pytest.FixtureRequest,
     engines: Callable[..., Engine],

@@ -13,12 +13,16 @@ from engine.cases import make_prompt
 from engine.harness import Engine, params
 from reference.block_procedures import generate_blocks
 from reference.rules import threshold
+from tiers import fast
 from vllm.exceptions import VLLMValidationError
 
 CHECK = [7, 8, 9]
 
 
-@pytest.fixture(scope="module", params=["SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B"])
+MODELS = ("SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B")
+
+
+@pytest.fixture(scope="module", params=fast(MODELS[0], of=MODELS))
 def model(
     request: pytest.FixtureRequest, engines: Callable[..., Engine], tmp_path_factory
 ) -> BlockEngines:

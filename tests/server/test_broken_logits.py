@@ -40,6 +40,7 @@ def events(server: Server, route: str, body: dict[str, Any]) -> list[str]:
         return [line for line in reply.iter_lines() if line.startswith("data: ")]
 
 
+@pytest.mark.slow  # A server of its own; engine/ has the same of an engine.
 def test_a_request_fails_and_others_do_not(damaged: Server):
     alone = damaged.text(HEALTHY, max_tokens=40)
     with ThreadPoolExecutor(12) as pool:

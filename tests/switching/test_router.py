@@ -12,6 +12,7 @@ import pytest
 import torch
 from switching.conftest import make_router
 from switching.reference import EOS, VOCAB, write
+from tiers import fast
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -43,7 +44,7 @@ def letters(output: Any) -> str:
     return "".join(model[0] for model in output.models)
 
 
-@pytest.mark.parametrize("tau", [0, 1.5, 2, 2.5, 99])
+@pytest.mark.parametrize("tau", fast(0, 1.5, of=(0, 1.5, 2, 2.5, 99)))
 def test_tokens_and_switch_points_are_the_references(router, networks, tau):
     batch = generate(router, PROMPTS, greedy(ead_tau=tau))
     switches = 0
@@ -69,7 +70,9 @@ def test_alone_or_in_a_batch(router):
         assert (alone.token_ids, alone.models) == (together.token_ids, together.models)
 
 
-@pytest.mark.parametrize(("window", "min_tokens"), [(1, 1), (3, 4), (5, 20)])
+@pytest.mark.parametrize(
+    ("window", "min_tokens"), fast((3, 4), of=((1, 1), (3, 4), (5, 20)))
+)
 def test_window_and_dwell(router, networks, window, min_tokens):
     rule = {"window": window, "min_tokens": min_tokens}
     params = greedy(ead_tau=2, **{f"ead_{name}": value for name, value in rule.items()})
