@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -77,12 +78,11 @@ def test_importing_the_package_is_cheap():
     assert run_python(code) == "[]"
 
 
-def test_vllm_picks_the_platform():
+def test_the_plugin_switched_off_leaves_vllms_platform():
     code = (
         "from vllm.platforms import current_platform;"
         "print(type(current_platform).__module__)"
     )
-    assert run_python(code, VLLM_DLM_DISABLE="0") == "vllm_dlm.platform"
     assert run_python(code, VLLM_DLM_DISABLE="1") == "vllm.platforms.cpu"
 
 
@@ -225,6 +225,7 @@ def test_a_symbol_has_one_entry(monkeypatch):
 def test_only_diffusion_models_get_runner_v2():
     code = """
 from types import SimpleNamespace
+from typing import Any
 from vllm.config import VllmConfig
 from vllm_dlm.patches.cpu_runner import apply_cpu_patches
 from vllm_dlm.patches.ledger import applied
@@ -262,6 +263,7 @@ def test_our_engines_get_the_runner_that_they_were_made_for():
     code = """
 import vllm.config.vllm as vllm_config
 from types import SimpleNamespace
+from typing import Any
 vllm_config.HAS_TRITON = True
 from vllm_dlm.patches import cpu_runner
 from vllm_dlm.patches.ledger import wrap
@@ -279,33 +281,48 @@ print([config(keys) for keys in asked])
     assert run_python(code) == "[True, False, True]"
 
 
-def test_engine_core_applies_the_patches_before_its_scheduler():
-    """It unpickles its config: of the platform's hooks it calls only this one."""
-    code = """
+ENGINE_CORE = """
+import inspect, json
+import numba
+from vllm.platforms import current_platform
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm_dlm.patches.ledger import applied
-assert not applied()
+
+found = {"platform": type(current_platform).__module__, "before": bool(applied())}
 register_all_kvcache_specs(None)
-print(bool(applied()))
-"""
-    assert run_python(code, VLLM_DLM_DISABLE="0", VLLM_PLUGINS="dlm_cpu") == "True"
+found["after"] = bool(applied())
 
-
-def test_kernels_register_after_numba_was_imported():
-    """vLLM's own registration dies on llvmlite; see the patch ledger."""
-    code = """
-import numba
 from vllm.config import VllmConfig
-from vllm.platforms import current_platform
 for _ in range(2):
     current_platform.register_triton_kernel_overrides()
 from vllm.v1.worker.gpu import input_batch
 from vllm_dlm.kernels.runner_cpu.input_batch import _post_update_kernel
-import inspect
 ours = inspect.unwrap(input_batch._post_update_kernel.func)  # fitted to its parameters
-print(ours is _post_update_kernel)
+print(json.dumps(found | {"is our kernel": ours is _post_update_kernel}))
 """
-    assert run_python(code, VLLM_DLM_DISABLE="0") == "True"
+
+
+@pytest.fixture(scope="module")
+def engine_core() -> dict[str, Any]:
+    """What a process is like in which numba was imported, and a worker starts."""
+    said = run_python(ENGINE_CORE, VLLM_DLM_DISABLE="0", VLLM_PLUGINS="dlm_cpu")
+    return json.loads(said)
+
+
+def test_vllm_picks_the_platform(engine_core: dict[str, Any]):
+    assert engine_core["platform"] == "vllm_dlm.platform"
+
+
+def test_engine_core_applies_the_patches_before_its_scheduler(
+    engine_core: dict[str, Any],
+):
+    """It unpickles its config: of the platform's hooks it calls only this one."""
+    assert (engine_core["before"], engine_core["after"]) == (False, True)
+
+
+def test_kernels_register_after_numba_was_imported(engine_core: dict[str, Any]):
+    """vLLM's own registration dies on llvmlite; see the patch ledger."""
+    assert engine_core["is our kernel"]
 
 
 # Ordinary models ------------------------------------------------------------------

@@ -118,6 +118,7 @@ def test_what_is_written_are_the_network_s_own_tokens(network: LLaDAModel):
     assert torch.equal(edited, expected)
 
 
+@pytest.mark.slow  # test_t2t.py has it of a smaller model.
 def test_an_interrupted_training_ends_at_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
