@@ -11,7 +11,7 @@ import pytest
 from engine.block_engines import BLOCK, BlockEngines
 from engine.cases import follows_schedule, make_prompt
 from engine.harness import Engine, Finished, params
-from reference.registered import NAMES
+from reference.registered import PLAIN
 from tiers import fast
 
 from vllm_dlm.model_executor.sampling.bad_words import BadWords
@@ -30,6 +30,7 @@ BOLD: dict[str, dict[str, Any]] = {
     "cad": {"threshold": 0.05},
     "credit": {},
     "diffucoder": {},
+    "dmax": {"threshold": 0.02, "soft": False},
     "dream": {},
     "eb": {"bound": 10.0},
     "entropy": {"threshold": 4.0},
@@ -89,7 +90,7 @@ def assert_clean(
 
 
 def test_every_strategy_is_tried():
-    assert sorted(BOLD) == NAMES
+    assert sorted(BOLD) == sorted([*PLAIN, "dmax"])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from engine.cases import make_prompt
 from engine.harness import Engine, params
 from reference.checkpoints import write_checkpoint
-from reference.registered import NAMES
+from reference.registered import PLAIN
 from safetensors.torch import load_file, save_file
 from tiers import fast
 
@@ -107,7 +107,7 @@ def test_whatever_the_strategy(damaged_engine: Engine):
             ignore_eos=True,
             logprobs=2,
         )
-        for strategy in NAMES
+        for strategy in PLAIN
     ]
     prompts = [make_prompt(3 + 2 * number) for number in range(len(sampling))]
     alone = damaged_engine.run(prompts, sampling)

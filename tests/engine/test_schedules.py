@@ -29,7 +29,7 @@ from reference.block_procedures import generate_blocks
 from reference.checkpoints import write_checkpoint
 from reference.llada import TinyLLaDA
 from reference.network import TinyModel
-from reference.registered import NAMES
+from reference.registered import PLAIN
 from reference.rules import Rule, View
 from reference.stateful_rules import remembering
 from tiers import fast
@@ -149,7 +149,7 @@ def others() -> list[str]:
     """Those that write until no mask is left."""
     return [
         name
-        for name in [*NAMES, "threshold best"]
+        for name in [*PLAIN, "threshold best"]
         if name not in BLOCK_RULES and STRATEGIES[name.split()[0]].scope == "block"
     ]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine.cases import make_prompt
 from engine.harness import Engine, params
-from reference.registered import NAMES
+from reference.registered import PLAIN
 from tiers import fast
 
 from vllm_dlm.config.options import SERVER_PARAMETER
@@ -62,17 +62,10 @@ def most_forwards(block_length: int) -> int:
     return blocks * (2 * block_length + MOST_POST_STEPS + 1)
 
 
-def feeds_mixtures(name: str) -> bool:
-    """Whether a strategy takes an engine that makes input embeddings."""
-    strategy = STRATEGIES[name]
-    # `replay` has no default, and `dmax` can do without.
-    return name != "replay" and strategy.soft(strategy.Params()) is not None
-
-
 # As a request leaves them and at both ends; the slow tier has each word there too.
 @pytest.mark.parametrize("most", fast(3, of=(3, None)))
 def test_every_strategy_at_its_extremes(engine: Engine, most: int | None):
-    check_extremes(engine, [name for name in NAMES if not feeds_mixtures(name)], most)
+    check_extremes(engine, PLAIN, most)
 
 
 def check_extremes(engine: Engine, names: list[str], most: int | None = None) -> None:

@@ -27,6 +27,14 @@ NAMES = [
 # Parameters that have no default.
 GIVEN: dict[str, dict[str, Any]] = {"replay": {"recorded_steps": [1, 0, 2, 1]}}
 
+PLAIN = [
+    name
+    for name in NAMES
+    if STRATEGIES[name].soft(STRATEGIES[name].Params(**GIVEN.get(name, {}))) is None
+]
+"""With their defaults served by engines that make no input embeddings; the others are
+tried in `engine/test_soft_inputs.py`."""
+
 
 def build(name: str, width: int = 8, **params: Any) -> Strategy:
     """A strategy for blocks of `width` positions; what is not given is its default."""
