@@ -92,7 +92,8 @@ class StepBench:
             edit_tokens=EditTokens(0, 1),
         )
         made = kind(kind.Params(**params), block_length, context)
-        soft = soft_fields(kind.soft(made.params), block_length, 3, torch.float32)
+        inputs = kind.soft(made.params)
+        soft = soft_fields(inputs, block_length, 3, torch.float32) if inputs else {}
         self.group = Group(made, 0, soft)
         self.choice = Choice.room_for(num_slots * block_length, CPU)
         candidates = Candidates(self.table, self.facts)

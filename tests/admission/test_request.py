@@ -10,7 +10,6 @@ from vllm.sampling_params import (
     BeamSearchParams,
     RepetitionDetectionParams,
     SamplingParams,
-    StructuredOutputsParams,
 )
 
 from vllm_dlm.admission import body_guard
@@ -85,7 +84,6 @@ def test_honoured(options):
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"frequency_penalty": -0.5}, "frequency_penalty"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"structured_outputs": StructuredOutputsParams(grammar="a")}, "grammar"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"prompt_logprob_token_ids": [[1]]}, "prompt_logprob_token_ids"),
         ({"logprob_token_ids": [1]}, "logprob_token_ids"),

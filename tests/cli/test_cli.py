@@ -255,6 +255,7 @@ def test_an_option_is_declared_in_one_place():
     assert actions["dlm_tccf"].metavar == "JSON"
     only = {"max_canvas", "commit", "compile", "async_blocks", "online_learning"}
     only |= {"filter_dir", "record_traces", "trajectory_dir"}
+    only |= {"soft_inputs", "diffusion_gemma"}
     assert set(SERVER_ONLY) == only
     assert {*SERVER_ONLY, *REQUEST_OPTIONS} == set(DlmConfig.model_fields)
 

@@ -29,7 +29,7 @@ PROMPTS = [
     [(7 * i) % 99 for i in range(14)],
 ]
 SETTLING = {
-    **{"t_min": 0.1, "t_max": 0.2, "max_steps": 20, "entropy_bound": 1e3},
+    **{"t_min": 0.1, "t_max": 0.2, "max_denoising_steps": 20, "entropy_bound": 1e3},
     **{"stability": 2, "confidence": 0.5},
 }
 """With which canvases stand still before the last step."""

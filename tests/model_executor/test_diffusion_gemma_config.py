@@ -44,7 +44,7 @@ def test_the_text_model_of_a_released_config_is_served(folder):
         "entropy_bound": 0.1,
         "t_min": 0.4,
         "t_max": 0.8,
-        "max_steps": 6,
+        "max_denoising_steps": 6,
         "stability": 1,
         "confidence": 0.005,
     }

@@ -58,7 +58,7 @@ def canvas_view(
 
 
 def test_the_worked_step():
-    strategy = renoise(4, max_steps=4, entropy_bound=0.1)
+    strategy = renoise(4, max_denoising_steps=4, entropy_bound=0.1)
     params = row_params(strategy)
     (temperature,) = strategy.temperature(torch.tensor([1]), params).tolist()
     assert temperature == pytest.approx(0.7)
@@ -116,7 +116,9 @@ def test_a_canvas_stops_as_a_history_of_its_best_tokens_says(seed, stability, wi
     bests = torch.randint(0, 2, (12, width), generator=generator)
     # Ties among them.
     entropies = torch.randint(0, 4, (12, width), generator=generator) / 4
-    strategy = renoise(width, max_steps=12, stability=stability, confidence=0.4)
+    strategy = renoise(
+        width, max_denoising_steps=12, stability=stability, confidence=0.4
+    )
     history: list[list[int]] = []
     since = [0] * width
     for step, decision in enumerate(run(strategy, bests, entropies)):
@@ -159,7 +161,7 @@ def test_only_positions_of_the_canvas_count():
 
 def test_what_it_declares():
     assert Renoise.soft(RenoiseParams()) == SoftInputs("full", "condition")
-    assert "tokens of its own choice" in Renoise.why_unconstrained(RenoiseParams())
-    assert renoise(256).step_limit(RenoiseParams(max_steps=7)) == 7
+    assert "View.best" in Renoise.why_unconstrained(RenoiseParams())
+    assert renoise(256).step_limit(RenoiseParams(max_denoising_steps=7)) == 7
     with pytest.raises(ValidationError, match="t_min 0.9 is above t_max 0.8"):
         RenoiseParams(t_min=0.9)

@@ -36,7 +36,7 @@ FOREIGN: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("num_steps", "n_steps", "max_steps", "total_steps")
-        + ("denoise_steps", "denoising_steps", "max_denoising_steps")
+        + ("denoise_steps", "denoising_steps")
         + ("num_denoise_steps", "num_denoising_steps", "diffusion_steps")
         + ("num_diffusion_steps", "max_diffusion_steps", "sampling_steps")
         + ("num_sampling_steps", "generation_steps", "gen_steps", "unmasking_steps")

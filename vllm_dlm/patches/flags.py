@@ -204,8 +204,8 @@ def _refuse_options(
     Raises:
         ValueError: it says whose options they are.
     """
-    is_gemma = hf_config.model_type in ("diffusion_gemma", "diffusion_gemma_text")
-    if "diffusion_gemma" in options and not is_gemma:
+    gemmas = ("diffusion_gemma", "diffusion_gemma_text")
+    if "diffusion_gemma" in options and hf_config.model_type not in gemmas:
         raise ValueError(
             "the dlm option diffusion_gemma is for DiffusionGemma alone, and "
             f"{typed!r} is another model; leave it out"

@@ -59,7 +59,7 @@ class RenoiseParams(Params):
     t_max: float = Field(
         default=0.8, gt=0.0, le=100.0, description="The first step's temperature."
     )
-    max_steps: int = Field(
+    max_denoising_steps: int = Field(
         default=48, ge=1, le=1024, description="Most denoise steps of a canvas."
     )
     stability: int = Field(
@@ -124,12 +124,12 @@ class Renoise(Strategy):
 
     def step_limit(self, params: AnyParams) -> int:
         assert isinstance(params, RenoiseParams)
-        return params.max_steps
+        return params.max_denoising_steps
 
     def temperature(
         self, step: torch.Tensor, row_params: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        lowest, steps = row_params["t_min"], row_params["max_steps"]
+        lowest, steps = row_params["t_min"], row_params["max_denoising_steps"]
         left = (steps - step).clamp(min=1) / steps
         return lowest + (row_params["t_max"] - lowest) * left
 
@@ -146,7 +146,7 @@ class Renoise(Strategy):
         mean = torch.where(view.masked, entropy, 0.0).sum(dim=1) / count
         rests = same_for >= row_params["stability"]
         stop = rests & (mean < row_params["confidence"])
-        stop |= view.step + 1 >= row_params["max_steps"]
+        stop |= view.step + 1 >= row_params["max_denoising_steps"]
         return Decision(
             commit=view.masked & stop[:, None],
             new_tokens=best,

@@ -23,7 +23,7 @@ GENERATION_FIELDS = {
     "entropy_bound": "sampler_config.entropy_bound",
     "t_min": "t_min",
     "t_max": "t_max",
-    "max_steps": "max_denoising_steps",
+    "max_denoising_steps": "max_denoising_steps",
     "stability": "stability_threshold",
     "confidence": "confidence_threshold",
 }

@@ -214,13 +214,11 @@ class StrategyGroups:
         if key not in self._groups or not self._groups[key].strategy.is_current():
             context = replace(self.facts.context(config.cache), has_pattern=has_pattern)
             strategy = rule(config.params, config.block_length, context)
-            model = self.facts.model_config
-            soft = soft_fields(
-                rule.soft(config.params),
-                config.block_length,
-                model.get_inputs_embeds_size(),
-                model.dtype,
-            )
+            soft = {}
+            if (inputs := rule.soft(config.params)) is not None:
+                model = self.facts.model_config
+                size, dtype = model.get_inputs_embeds_size(), model.dtype
+                soft = soft_fields(inputs, config.block_length, size, dtype)
             self._groups[key] = Group(strategy, next(self._next_number), soft)
         return self._groups[key]
 

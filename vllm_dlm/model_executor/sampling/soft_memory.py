@@ -32,7 +32,7 @@ MIXTURES = "soft mixtures"
 
 
 def soft_fields(
-    inputs: SoftInputs | None, block_length: int, size: int, dtype: torch.dtype
+    inputs: SoftInputs, block_length: int, size: int, dtype: torch.dtype
 ) -> dict[str, StateField]:
     """What a group keeps for each request, by field.
 
@@ -42,8 +42,6 @@ def soft_fields(
         size: H, of an embedding.
         dtype: of embeddings.
     """
-    if inputs is None:
-        return {}
     each = block_length, inputs.num_ids
     fields = {WHERE: StateField(each[:1], torch.bool), WEIGHTS: StateField(each)}
     if inputs.source == "top":
