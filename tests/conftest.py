@@ -126,7 +126,8 @@ def pytest_runtest_call() -> None:
     """
     core = sys.modules.get("vllm.v1.engine.core")
     if core is not None and hasattr(core, "cleanup_dist_env_and_memory"):
-        core.cleanup_dist_env_and_memory = gc.collect  # type: ignore[attr-defined]
+        # Looked up when it is called: `engine.harness.end` has it collect nothing.
+        core.cleanup_dist_env_and_memory = lambda: gc.collect()  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
