@@ -18,6 +18,7 @@ from vllm_dlm.kernels.token_stats import write_stats
 from vllm_dlm.model_executor.sampling.choice import Choice, Tile
 from vllm_dlm.model_executor.sampling.logits import Head, Logits
 from vllm_dlm.model_executor.sampling.scheduled import Scheduled, choose
+from vllm_dlm.model_executor.sampling.soft_memory import keep_mixtures
 
 if TYPE_CHECKING:
     from vllm_dlm.model_executor.constrained import Constrained
@@ -44,16 +45,6 @@ class Mixing(NamedTuple):
     blocks: BlockRows
     memory: torch.Tensor
     """[seats + 1, B, H]: of the group."""
-
-    def keep(self, own: slice, mixed: torch.Tensor) -> None:
-        """Keep the mixtures [n, H] of some rows.
-
-        Args:
-            own: which of the rows of `blocks` they are.
-        """
-        seats = self.blocks.blocks.requests.seat[self.blocks.row_request[own]]
-        offsets = self.blocks.row_places[own] % self.blocks.width
-        self.memory[seats, offsets] = mixed
 
 
 def _rows_of(blocks: BlockRows, rows: slice) -> tuple[slice, slice]:
@@ -148,11 +139,12 @@ class Rows:
                 choice = self.choice.part(rows)
                 choice.best.copy_(choice.candidate)
                 choice.best_confidence.copy_(choice.confidence)
-            for one in mixing:
-                part, own = _rows_of(one.blocks, rows)
+            for mixed_blocks, memory in mixing:
+                part, own = _rows_of(mixed_blocks, rows)
                 if part.start < part.stop:
                     there = slice(part.start - rows.start, part.stop - rows.start)
-                    one.keep(own, mixtures(values[there], self.head, logits.shard))
+                    mixed = mixtures(values[there], self.head, logits.shard)
+                    keep_mixtures(memory, mixed_blocks, own, mixed)
             for blocks, masked, step in drawn:
                 part, _ = _rows_of(blocks, rows)
                 if part.start < part.stop:

@@ -16,6 +16,7 @@ import torch
 from vllm_dlm.kernels.draw import draw
 from vllm_dlm.kernels.mixtures import mixtures
 from vllm_dlm.kernels.token_stats import prob_of, token_stats
+from vllm_dlm.model_executor.sampling.soft_memory import keep_mixtures
 from vllm_dlm.strategies.base import given
 
 if TYPE_CHECKING:
@@ -38,16 +39,6 @@ class Scheduled(NamedTuple):
     """[R] float32, above 0."""
     memory: torch.Tensor | None
     """[seats + 1, B, H]: mixtures of the group; None where it makes none."""
-
-    def keep(self, own: torch.Tensor, mixed: torch.Tensor) -> None:
-        """Keep mixtures [n, H].
-
-        Args:
-            own: [n] int64: which of the rows of `blocks` they are of.
-        """
-        assert self.memory is not None
-        seats = self.blocks.blocks.requests.seat[self.blocks.row_request[own]]
-        self.memory[seats, self.blocks.row_places[own] % self.blocks.width] = mixed
 
 
 def choose(
@@ -125,11 +116,11 @@ def _choose(
     choice.margin[at] = given(stats.margin, "margin")
     choice.best[at], choice.best_confidence[at] = stats.argmax, stats.confidence
     if scheduled.memory is not None:
-        columns, whole = tile.logits.shard, scores
-        if is_whole and columns is not None:
-            scheduled.keep(own, _of_shard(whole, head, columns))
+        if is_whole and (columns := tile.logits.shard) is not None:
+            mixed = _of_shard(scores, head, columns)
         else:
-            scheduled.keep(own, mixtures(scores, head, shard))
+            mixed = mixtures(scores, head, shard)
+        keep_mixtures(scheduled.memory, rows, own, mixed)
 
 
 def _of_shard(scores: torch.Tensor, head: Head, shard: VocabShard) -> torch.Tensor:

@@ -22,7 +22,7 @@ from vllm_dlm.strategies.base import Soft, SoftInputs, StateField
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm_dlm.model_executor.planning.block_rows import Blocks
+    from vllm_dlm.model_executor.planning.block_rows import BlockRows, Blocks
 
 # No name of a strategy's state has a space.
 WHERE, WEIGHTS, IDS = "soft where", "soft weights", "soft ids"
@@ -47,6 +47,24 @@ def soft_fields(
     if inputs.source == "top":
         return {**fields, IDS: StateField(each, torch.int64)}
     return {**fields, MIXTURES: StateField((block_length, size), dtype)}
+
+
+def keep_mixtures(
+    memory: torch.Tensor,
+    blocks: BlockRows,
+    own: slice | torch.Tensor,
+    mixed: torch.Tensor,
+) -> None:
+    """Keep mixtures of all tokens.
+
+    Args:
+        memory: [seats + 1, B, H]: of the group.
+        blocks: R blocks of it.
+        own: which n of their rows the mixtures are of.
+        mixed: [n, H].
+    """
+    seats = blocks.blocks.requests.seat[blocks.row_request[own]]
+    memory[seats, blocks.row_places[own] % blocks.width] = mixed
 
 
 def keep_soft(
