@@ -251,8 +251,11 @@ def process_inputs(
             else:
                 params = private_copy(params)
                 add_the_servers(params, self.vllm_config)
-                with _refusing():
-                    note_thought(params, prompt, self.vllm_config)
+                if noted(params) is None:
+                    # Else it was checked before its answer began (`generate`), where
+                    # the options of its own reasoning parser are known, too.
+                    with _refusing():
+                        note_thought(params, prompt, self.vllm_config)
         made = original(self, request_id, prompt, params, *args, **kwargs)
         if ours and made.sampling_params is not None:
             config = noted(made.sampling_params)
