@@ -62,6 +62,13 @@ def test_a_strategy_has_a_page_with_its_parameters(name: str):
     assert f"[{name}](strategies/{name}.md)" in index
 
 
+def test_the_readme_counts_them():
+    """Where it introduces them, and where it compares servers."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    counted = re.findall(r"any of (\d+)\ndecoding|\| (\d+), and yours", text)
+    assert [int(a or b) for a, b in counted] == [len(OURS)] * 2
+
+
 def test_serving_names_who_follows_the_step_schedule():
     text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     (entry,) = re.findall(r"^- \*\*`steps`\*\*.*?(?=^- )", text, flags=re.M | re.S)
