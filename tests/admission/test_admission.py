@@ -20,6 +20,7 @@ from vllm_dlm.config.engine_keys import SPECULATION
 from vllm_dlm.messages import LONGEST_MESSAGE
 from vllm_dlm.patches import admission, handlers
 from vllm_dlm.patches.ledger import PATCHES, find
+from vllm_dlm.patches.unread_fields import handle
 
 STREAMED = {"output_kind": RequestOutputKind.DELTA}
 
@@ -46,7 +47,7 @@ def answer(route, body, sent=None, config=None, original=None):
     async def plain(self, request, raw_request=None):
         return "done"
 
-    handler = admission.handle(route)(original or plain)
+    handler = handle(route)(original or plain)
     engine = SimpleNamespace(model_config=config or model_config())
     raw_request = None if sent is None else RawRequest(sent)
     return asyncio.run(handler(engine, body, raw_request))
@@ -172,7 +173,7 @@ def test_a_handler_that_hands_on():
     """Fields that vLLM itself puts into the second body are not the client's."""
 
     async def hands_on(self, request, raw_request=None):
-        inner = admission.handle(CHAT)(_refuses)
+        inner = handle(CHAT)(_refuses)
         _, body = chat(max_completion_tokens=9, dlm_steps=4)
         return await inner(self, body, raw_request)
 

@@ -23,7 +23,7 @@ from vllm_dlm.admission.client_fields import CHAT
 from vllm_dlm.constraints.cache import Cache, Compiled, Job, Source
 from vllm_dlm.constraints.limits import ConstraintError
 from vllm_dlm.constraints.vocabulary import Vocabulary
-from vllm_dlm.patches.admission import handle
+from vllm_dlm.patches.unread_fields import handle
 
 BYTES = Vocabulary.of_tokens({byte: bytes([byte]) for byte in range(256)}, 257)
 

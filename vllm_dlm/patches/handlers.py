@@ -3,7 +3,7 @@
 
 vLLM makes a handler for each kind of request and offers no hook; but all share one base
 class, whose constructor is wrapped. What the subclasses do otherwise is in
-`admission.py` (refusals) and `replies.py` (answers).
+`unread_fields.py` and `admission.py` (refusals), and `replies.py` (answers).
 
 An ASGI middleware could not take their place: what the client sent is known in full
 only after vLLM has parsed the body (its own errors come first), `vllm run-batch` and
@@ -26,7 +26,7 @@ from vllm_dlm.admission.client_fields import (
     RESPONSES,
     Route,
 )
-from vllm_dlm.patches.admission import checked_before_the_stream, handle
+from vllm_dlm.patches.admission import checked_before_the_stream
 from vllm_dlm.patches.ledger import Make, Where, patch
 from vllm_dlm.patches.replies import (
     chat_response,
@@ -35,6 +35,7 @@ from vllm_dlm.patches.replies import (
     completion_stream,
     raise_if_error,
 )
+from vllm_dlm.patches.unread_fields import handle
 from vllm_dlm.vllm_objects import missing
 
 if TYPE_CHECKING:
