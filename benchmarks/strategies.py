@@ -30,7 +30,7 @@ Measured by `{command}`: the built-in
 llada-tiny (1.1 M parameters), {problems} held-out problems per row, the same for all
 rows of a table, or the first of them where a row says so; greedy, cache `none`, at most
 {requests} requests at a time. Blocks of 32, but for strategies of the whole canvas. On
-{hardware}, vLLM {vllm}, bfloat16.
+{hardware}, vLLM {vllm}, float32.
 
 - **forwards**: per request, until its end of text is final. A forward is one call of
   the model, however much it computes: `freedave` evaluates several drafts in one.
@@ -90,6 +90,8 @@ def main() -> int:
             max_num_batched_tokens=65536,
             # Nothing is timed: to compile each strategy would take longer than to ask.
             enforce_eager=True,
+            # It rounds least, so that other machines make the same table.
+            dtype="float32",
         )
         counter = RowCounter(llm)
         total = sum(one.is_measured(work) for work in WORKLOADS for one in settings)

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.platforms.cpu import CpuPlatform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -25,6 +26,19 @@ def platform_plugin() -> str | None:
     if os.environ.get("VLLM_DLM_DISABLE") == "1" or not _is_cpu_build():
         return None
     return f"{__name__}.DlmCpuPlatform"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether matrices in bfloat16 are multiplied by oneDNN here.
+
+    On x86 without AVX-512 torch has only a plain loop, which takes about ten times as
+    long as a product in float32.
+    """
+    import torch
+
+    has = torch.cpu.get_capabilities()
+    needed = ("avx512_bw", "avx512_vl", "avx512_dq")
+    return has.get("architecture") != "x86_64" or all(has.get(each) for each in needed)
 
 
 def _is_cpu_build() -> bool:
@@ -52,6 +66,16 @@ def _make_platform_class() -> "type[CpuPlatform]":
         # vLLM's Ray executor refuses a platform without a device key. On a CPU
         # cluster start Ray with logical GPUs: `ray start --num-gpus=<ranks>`.
         ray_device_key: str = "GPU"
+
+        @property
+        def supported_dtypes(self) -> "list[torch.dtype]":
+            """The first is what `--dtype auto` makes of a checkpoint in float32."""
+            import torch
+
+            dtypes = super().supported_dtypes
+            if multiplies_bfloat16():
+                return dtypes
+            return sorted(dtypes, key=lambda dtype: dtype != torch.float32)
 
         @classmethod
         def pre_register_and_update(

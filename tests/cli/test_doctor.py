@@ -67,7 +67,7 @@ def test_a_vllm_that_fits():
         f"ok  vllm: 0.33.7 (tested with: {', '.join(TESTED_VLLM)}; "
         f"accepted: {SUPPORTED_VLLM})" in findings
     )
-    for subject in ("kernels", "tcmalloc"):
+    for subject in ("kernels", "tcmalloc", "bfloat16"):
         assert any(line.startswith(f"ok  {subject}: ") for line in findings)
 
 
