@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +55,8 @@ def serving(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
+            # A group of their own, of which nothing is left in the end.
+            start_new_session=True,
         )
     try:
         started = time.monotonic()
@@ -66,12 +70,20 @@ def serving(
         if process.poll() is not None:
             raise ServerFailed(f"the server died:\n{tail(log)}")
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, in order if it can, and the processes that it has left behind.
+
+    Its engine's outlive one that is killed, or that ends while it starts.
+    """
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=STOP_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _answers(url: str) -> bool:
