@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from spec_decode.harness import Engine, params, ragged_prompts
+from tiers import fast
 from vllm.exceptions import VLLMValidationError
 
 MASK = 63
@@ -43,7 +44,7 @@ def parallel(draft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["ngram", "suffix", "parallel"])
+@pytest.mark.parametrize("method", fast("ngram", of=("ngram", "suffix", "parallel")))
 def test_greedy_texts(
     plain: Engine, engines: Callable[..., Engine], parallel: Path, method: str
 ):

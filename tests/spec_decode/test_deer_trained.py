@@ -47,6 +47,7 @@ def submitted(engine: Engine) -> tuple[list[list[int]], dict[tuple[int, ...], An
     return answers, drafts
 
 
+@pytest.mark.slow
 def test_answers_and_drafts(
     engines: Callable[..., Engine], deer: Callable[..., Engine]
 ):
@@ -68,6 +69,7 @@ def test_answers_and_drafts(
 @pytest.mark.parametrize(
     "context", ["cached", pytest.param("recompute", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_drafter_rows(context: str, deer: Callable[..., Engine]):
     engine = deer(context)
     for prompt in (PROMPTS[0], LONG):

@@ -85,7 +85,7 @@ def shape(rounds: list[Round]) -> list[tuple[int, int, int, tuple[int, ...]]]:
     return [(r.num_tokens, r.choice.exit, r.choice.length, r.tokens) for r in rounds]
 
 
-@pytest.mark.parametrize("count", fast(8, of=(1, 8)))
+@pytest.mark.parametrize("count", fast(3, of=(1, 3, 8)))
 def test_texts_are_those_of_plain_decoding(pair: tuple[Engine, Engine], count: int):
     plain, engine = pair
     prompts = ragged_prompts(count)
@@ -121,42 +121,45 @@ def stop(pair: tuple[Engine, Engine], request: pytest.FixtureRequest) -> Iterato
 
 
 @pytest.mark.parametrize(
-    ("stop", "prompt"),
+    ("stop", "prompt", "length"),
     fast(
-        ("confidence", 2),
-        ("gain", 2),
+        ("confidence", 2, 20),
         of=[
-            *(("confidence", prompt) for prompt in (0, 2, 5)),
-            *((stop, 2) for stop in STOPS if stop != "confidence"),
+            ("confidence", 2, 20),
+            *(("confidence", prompt, 60) for prompt in (0, 2, 5)),
+            *((stop, 2, 60) for stop in STOPS if stop != "confidence"),
         ],
     ),
     indirect=["stop"],
 )
 def test_choices_and_drafts_are_the_oracles(
-    model: Path, pair: tuple[Engine, Engine], stop: str, prompt: int
+    model: Path, pair: tuple[Engine, Engine], stop: str, prompt: int, length: int
 ):
     tokens = ragged_prompts(8)[prompt]
-    texts, [rounds] = run(pair[1], [tokens], params(60))
+    texts, [rounds] = run(pair[1], [tokens], params(length))
     oracle = Oracle(model, [1, 2, 3, 4, 5], NUM_LAYERS, stop)
-    assert shape(rounds) == oracle.rounds(tokens, 60)
-    assert texts == pair[0].run([tokens], params(60))
+    assert shape(rounds) == oracle.rounds(tokens, length)
+    assert texts == pair[0].run([tokens], params(length))
 
 
 @pytest.mark.parametrize("stop", fast("gain", of=STOPS), indirect=True)
 def test_texts_of_a_batch_with_each_rule(pair: tuple[Engine, Engine], stop: str):
-    prompts = ragged_prompts(8)
-    texts, rounds = run(pair[1], prompts, params(MAX_MODEL_LEN))
-    assert texts == pair[0].run(prompts, params(MAX_MODEL_LEN))
+    prompts = ragged_prompts(4)
+    texts, rounds = run(pair[1], prompts, params(60))
+    assert texts == pair[0].run(prompts, params(60))
     every = [entry for request in rounds for entry in request]
     beyond = [r for r in every if len(r.tokens) > r.choice.length]
     assert bool(beyond) == (stop in ("confidence", "gain"))
     assert all(len(r.tokens) <= r.choice.most for r in every)
 
 
-def test_neighbours_change_nothing(pair: tuple[Engine, Engine]):
-    prompts = ragged_prompts(8)
-    _, together = run(pair[1], prompts, params(40))
-    alone = [run(pair[1], [prompt], params(40))[1][0] for prompt in prompts]
+@pytest.mark.parametrize(("count", "length"), fast((3, 16), of=((3, 16), (8, 40))))
+def test_neighbours_change_nothing(
+    pair: tuple[Engine, Engine], count: int, length: int
+):
+    prompts, asked = ragged_prompts(count), params(length)
+    _, together = run(pair[1], prompts, asked)
+    alone = [run(pair[1], [prompt], asked)[1][0] for prompt in prompts]
     assert [shape(rounds) for rounds in together] == [shape(r) for r in alone]
 
 
@@ -165,6 +168,7 @@ def tight(model: Path, engines: Callable[..., Engine]) -> Engine:
     return engines(DEL, model=model, **TIGHT)
 
 
+@pytest.mark.slow
 def test_prompts_in_chunks(pair: tuple[Engine, Engine], tight: Engine):
     """The first round's statistics are of the same positions."""
     prompt = ragged_prompts(8)[2]
@@ -188,6 +192,7 @@ def test_cached_prompts(pair: tuple[Engine, Engine]):
     assert all(result.num_cached_tokens >= 32 for result in results)
 
 
+@pytest.mark.slow
 def test_requests_that_are_preempted(pair: tuple[Engine, Engine], tight: Engine):
     """Their text is computed anew in chunks, without drafts on missing keys."""
     prompts = ragged_prompts(8)
@@ -200,6 +205,7 @@ def test_requests_that_are_preempted(pair: tuple[Engine, Engine], tight: Engine)
         assert at == sorted(set(at))
 
 
+@pytest.mark.slow
 def test_rounds_without_drafts_go_on_learning(
     plain: Engine, target: Path, engines: Callable[..., Engine]
 ):
@@ -253,16 +259,21 @@ def test_shared_statistics(pair: tuple[Engine, Engine], shared: Engine):
     assert alone[0].acceptance[0] == pytest.approx(every[-1].acceptance[0], abs=0.02)
 
 
-def test_each_token_is_counted_once_if_preempted(shared: Engine):
+def test_each_token_is_counted_once_if_preempted(
+    pair: tuple[Engine, Engine], shared: Engine
+):
     run(shared, [[5]], params(1))
     [before] = set(shared.drafter.shared.counts.sum(axis=0).tolist())
+    prompts = ragged_prompts(8)
     with preemptions(shared) as preempted:
-        texts, _ = run(shared, ragged_prompts(8), params(80))
+        texts, _ = run(shared, prompts, params(80))
     assert preempted
+    assert texts == pair[0].run(prompts, params(80))
     counted = before + sum(map(len, texts))
     assert shared.drafter.shared.counts.sum(axis=0).tolist() == [counted] * 2
 
 
+@pytest.mark.slow
 def test_each_token_is_counted_once(pair: tuple[Engine, Engine], shared: Engine):
     """To the end of the text: what was accepted behind it is not of the text."""
     counted, last = 0, []
@@ -282,6 +293,7 @@ def test_each_token_is_counted_once(pair: tuple[Engine, Engine], shared: Engine)
     assert any(last)
 
 
+@pytest.mark.slow
 def test_the_built_in_model(engines: Callable[..., Engine]):
     """Trained to be read out after each layer: drafts save more than half."""
     model = Path(resolve("llama-tiny"))

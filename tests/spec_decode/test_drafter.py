@@ -75,7 +75,8 @@ def right_tokens(texts: dict[tuple[int, ...], list[int]], longer: int = 0) -> An
 
 
 @pytest.mark.parametrize(
-    ("count", "longer"), fast((8, 3), of=itertools.product((1, 8), (0, 3)))
+    ("count", "longer"),
+    fast((3, 3), of=[(3, 3), *itertools.product((1, 8), (0, 3))]),
 )
 def test_right_drafts_to_the_end_of_the_context(
     engine: Engine, plain: Engine, count: int, longer: int

@@ -35,6 +35,7 @@ def recordings(folder: Path) -> list[Recording]:
     return [record(network, prompt, MAX_TOKENS) for prompt in PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", STOPS)
 def test_rounds_are_the_oracles(folder: Path, recordings: list[Recording], stop: str):
     counts = play(

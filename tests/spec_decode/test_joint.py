@@ -105,11 +105,11 @@ def trimmed(own: list[float]) -> int:
     ("keep", "attach", "lossless"),
     [
         pytest.param(len, True, True, id="all", marks=pytest.mark.slow),
-        pytest.param(lagged, True, True, id="lagged"),
+        pytest.param(lagged, True, True, id="lagged", marks=pytest.mark.slow),
         pytest.param(
             trimmed, False, True, id="trimmed, point masses", marks=pytest.mark.slow
         ),
-        pytest.param(trimmed, True, False, id="trimmed"),
+        pytest.param(trimmed, True, False, id="trimmed", marks=pytest.mark.slow),
     ],
 )
 def test_stop_rules(
@@ -168,18 +168,23 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     }
 
 
+QUICK = [
+    (method, runner, {}, joint.FEW)
+    for method, runner in (("specdec++", 1), ("deer", 2), ("aded", 1))
+]
+
+
 @pytest.mark.parametrize(
-    ("method", "runner", "changes"),
+    ("method", "runner", "changes", "samples"),
     # Drafts with their probabilities, on either runner, and without.
     fast(
-        ("specdec++", 1, {}),
-        ("deer", 2, {}),
-        ("aded", 1, {}),
+        *QUICK,
         of=[
-            *((method, 1, {}) for method in METHODS),
-            ("deer", 2, {}),
-            ("del", 1, {"stop": "gain"}),
-            ("aded", 1, {"memory": "shared"}),
+            *QUICK,
+            *((method, 1, {}, joint.SAMPLES) for method in METHODS),
+            ("deer", 2, {}, joint.SAMPLES),
+            ("del", 1, {"stop": "gain"}, joint.SAMPLES),
+            ("aded", 1, {"memory": "shared"}, joint.SAMPLES),
         ],
     ),
     ids=str,
@@ -192,6 +197,7 @@ def test_each_method(
     method: str,
     runner: int,
     changes: dict[str, Any],
+    samples: int,
 ):
     config = {"method": method, "num_speculative_tokens": 3, **configs[method]}
     engine = engines(config, model=small, runner=runner, **MANY)
@@ -200,7 +206,7 @@ def test_each_method(
     if changes:
         drafter.options = own.model_copy(update=changes)
         drafter.forget()
-    observed = joint.counts(engine, joint.PROMPT, joint.SAMPLES)
+    observed = joint.counts(engine, joint.PROMPT, samples)
     if changes:
         drafter.options = own
         drafter.forget()
@@ -240,6 +246,7 @@ def draft_model(model: Path) -> dict[str, Any]:
     return {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
 
 
+@pytest.mark.slow
 def test_vllms_draft_model_beside_this_package(
     small: Path, engines: Callable[..., Engine], probability: Any
 ):

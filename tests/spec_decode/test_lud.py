@@ -57,7 +57,7 @@ def lud(engines: Callable[..., Engine]) -> Engine:
 
 def test_drafts_are_those_of_the_network(plain: Engine, lud: Engine, target: Path):
     """Greedy texts stay, to the end of the context, and each draft is transformers'."""
-    prompts = ragged_prompts(8)
+    prompts = ragged_prompts(4)
     many = [params(127 - len(prompt)) for prompt in prompts]
     rounds = Rounds(lud.drafter)
     texts = lud.run(prompts, many)
@@ -75,9 +75,10 @@ def test_drafts_are_those_of_the_network(plain: Engine, lud: Engine, target: Pat
         # The first token of a draft is the target's next one: it is accepted.
         lengths = [len(tokens) for tokens, _ in request]
         assert min(b - a for a, b in zip(lengths, lengths[1:], strict=False)) >= 2
-    assert compared > 300
+    assert compared > 150
 
 
+@pytest.mark.slow
 def test_neighbours_pages_and_limits(
     plain: Engine, lud: Engine, engines: Callable[..., Engine]
 ):
