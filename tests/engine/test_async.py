@@ -55,9 +55,12 @@ def same(got: Sequence[Finished], wanted: Sequence[Finished]) -> None:
     assert [one.tokens for one in got] == [one.tokens for one in wanted]
 
 
-def test_texts_are_those_of_a_synchronous_engine(engine: Engine, ahead: Engine):
+@pytest.mark.parametrize("count", fast(12, of=(12, len(RULES))))
+def test_texts_are_those_of_a_synchronous_engine(
+    engine: Engine, ahead: Engine, count: int
+):
     """Together: eight at a time, all kinds in a batch; and one by one."""
-    requests = mixed_requests(len(RULES))
+    requests = mixed_requests(count)
     wanted = engine.run(*zip(*requests, strict=True))
     with withholding(ahead) as steps:
         got = ahead.run(*zip(*requests, strict=True))
@@ -179,8 +182,8 @@ def test_blocks(model: BlockEngines):
     same(got, wanted)
     assert steps.ahead > steps.launched // 2
     with withholding(ahead):
-        alone = [ahead.run([prompt], one)[0] for prompt, one in requests[::7]]
-    same(alone, wanted[::7])
+        alone = [ahead.run([prompt], one)[0] for prompt, one in requests[::14]]
+    same(alone, wanted[::14])
 
     more = [a.forwards - u.forwards for a, u in zip(got, wanted, strict=True)]
     has_leads = ahead.scheduler.dlm_defaults.leads_blocks
@@ -377,6 +380,7 @@ def test_a_cpu_schedules_synchronously_unless_asked(engine: Engine, ahead: Engin
     assert found == [False, True]
 
 
+@pytest.mark.slow
 def test_requests_with_a_canvas_among_others(engine: Engine, ahead: Engine):
     """They sit out while a forward of theirs is on its way; others run ahead."""
     requests = mixed_requests(6, shift=3)

@@ -93,9 +93,7 @@ def test_every_strategy_is_tried():
     assert sorted(BOLD) == sorted([*PLAIN, "dmax"])
 
 
-@pytest.mark.parametrize(
-    "strategy", fast("joint", "static", "threshold", of=sorted(BOLD))
-)
+@pytest.mark.parametrize("strategy", fast("static", "threshold", of=sorted(BOLD)))
 def test_no_strategy_writes_one(engine: Engine, strategy: str):
     dlm = {"strategy": strategy, "strategy_config": BOLD[strategy]}
     if STRATEGIES[strategy].scope == "block":
@@ -112,7 +110,7 @@ FAMILIES = ("SDAR-4B-Chat-b16", "Fast_dLLM_v2_7B", "Qwen3-0.6B-diffusion-bd3lm-v
 @pytest.mark.parametrize(
     ("name", "exact"),
     fast(
-        *zip(FAMILIES, (False, True, False), strict=True),
+        *zip(FAMILIES[1:], (True, False), strict=True),
         of=itertools.product(FAMILIES, (False, True)),
     ),
 )

@@ -38,7 +38,7 @@ CASES = [
         steps_per_block=(None, 5, 8)[number % 3],
         ignore_eos=number % 2 == 0,
     )
-    for number in range(16)
+    for number in range(10)
 ]
 
 
@@ -87,12 +87,12 @@ def test_neighbours_are_preempted_and_aborted(engine: Engine, wanted: list[Expec
             engine.abort(unharmed.pop(source.randrange(len(unharmed))))
 
     done = drive(engine, meddle)
-    assert hit >= 20
+    assert hit >= 10
     assert set(victims) - set(done)
     assert_same_tokens([done[i].tokens for i in ids], wanted)
 
 
-FAST = [(False, 3, "static"), (True, 20, "static"), (True, 32, "threshold")]
+FAST = [(False, 3, "static"), (True, 32, "threshold")]
 """Whether its pages may be found again, a prompt's length, and a rule."""
 
 EVERY_STEP = [

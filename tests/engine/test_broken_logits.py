@@ -145,10 +145,8 @@ FAMILIES = {
 }
 
 
-# One whose blocks begin with a seed, and one with full attention.
-@pytest.mark.parametrize(
-    "name", fast("Fast_dLLM_v2_7B", "Dream-v0-Instruct-7B", of=FAMILIES)
-)
+# One whose blocks begin with a seed; the tests above have one with full attention.
+@pytest.mark.parametrize("name", fast("Fast_dLLM_v2_7B", of=FAMILIES))
 def test_whatever_the_class(engines: Callable[..., Engine], tmp_path: Path, name: str):
     """Seeds are the first that a damaged prompt's rows predict."""
     family, changes = FAMILIES[name]

@@ -40,9 +40,12 @@ def test_the_end_of_text_may_stand_in_the_config(
     assert result.tokens == whole
 
 
-@pytest.mark.parametrize("cache", fast("none", of=("none", "prefix", "dual")))
+@pytest.mark.parametrize(
+    ("cache", "every"),
+    fast(("none", 5), of=[("none", 5), *itertools.product(CACHES, (1,))]),
+)
 def test_outputs_longer_than_a_canvas_continue_on_another(
-    small_engine: Engine, oracle: TinyLLaDA, cache: str
+    small_engine: Engine, oracle: TinyLLaDA, cache: str, every: int
 ):
     cases = [
         Case(
@@ -57,17 +60,17 @@ def test_outputs_longer_than_a_canvas_continue_on_another(
             ignore_eos=number % 4 == 0 or not rule.startswith("learn2pd"),
             seed=number,
         )
-        for number, rule in enumerate(RULES)
+        for number, rule in list(enumerate(RULES))[::every]
     ]
     wanted = [expect(case, oracle, max_canvas=32) for case in cases]
     got = []
     for i in range(0, len(cases), 3):  # as many as have room: a replay takes forwards
         got += run_cases(small_engine, cases[i : i + 3])
     assert_equal(cases, got, wanted)
-    assert sum(len(expected.tokens) > 32 for expected in wanted) >= 6
+    assert sum(len(expected.tokens) > 32 for expected in wanted) >= len(cases) // 6
 
 
-@pytest.mark.parametrize("cache", fast("none", "dual", of=CACHES))
+@pytest.mark.parametrize("cache", fast("none", of=CACHES))
 def test_canvas_is_cut_at_the_context_length(
     small_engine: Engine, oracle: TinyLLaDA, cache: str
 ):
@@ -100,6 +103,7 @@ def first_blocks_first(rule: Rule, block: int) -> Rule:
     return Rule(select, rule.ends_by_schedule)
 
 
+@pytest.mark.slow
 def test_last_of_several_blocks_is_cut_at_the_context_length(
     small_engine: Engine, oracle: TinyLLaDA
 ):
@@ -132,7 +136,7 @@ def test_last_of_several_blocks_is_cut_at_the_context_length(
         ), case
 
 
-@pytest.mark.parametrize("cache", fast("none", "dual", of=CACHES))
+@pytest.mark.parametrize("cache", fast("none", of=CACHES))
 def test_literal_mask_token_in_a_prompt_is_text(
     engine: Engine, oracle: TinyLLaDA, cache: str
 ):
@@ -187,7 +191,7 @@ PREDICTED = [*itertools.product(CACHES, ("token", "block", "canvas"))]
 
 @pytest.mark.parametrize(
     ("cache", "eotp"),
-    fast(("none", "token"), ("dual", "block"), ("none", "canvas"), of=PREDICTED),
+    fast(("none", "token"), ("dual", "block"), of=PREDICTED),
 )
 def test_end_of_text_predicted_wrongly(
     engine: Engine, oracle: TinyLLaDA, cache: str, eotp: str

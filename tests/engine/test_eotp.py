@@ -20,10 +20,7 @@ from reference.cached_procedures import ALL_CACHES
 from reference.llada import TinyLLaDA
 from tiers import fast
 
-CACHES = [
-    cache if cache in ("none", "dual") else pytest.param(cache, marks=pytest.mark.slow)
-    for cache in ALL_CACHES
-]
+CACHES = fast("dual", of=ALL_CACHES)
 
 LENGTHS = range(1, 25)
 
@@ -145,12 +142,15 @@ def test_what_is_dropped_is_not_computed(engine: Engine, oracle: TinyLLaDA, cach
         whole = Counting(oracle)
         expect(replace(case, rule="threshold"), whole)
         shrunk += model.rows != whole.rows
-    assert shrunk >= 3
+        if shrunk == 3:
+            return
+    raise AssertionError("too few canvases that shrink")
 
 
-def test_a_request_decodes_alone_as_beside_others(engine: Engine):
+@pytest.mark.parametrize("count", fast(8, of=(8, 24)))
+def test_a_request_decodes_alone_as_beside_others(engine: Engine, count: int):
     """Some look ahead, some do not; what one sees is not another's."""
-    lengths, requests = range(1, 25), []
+    lengths, requests = range(1, count + 1), []
     for number, _ in enumerate(lengths):
         dlm = {
             "strategy": ("threshold", "learn2pd", "klass", "static")[number % 4],
@@ -160,7 +160,7 @@ def test_a_request_decodes_alone_as_beside_others(engine: Engine):
         }
         if dlm["eotp"] != "off":
             dlm["eotp_threshold"] = 0.03
-        requests.append(params(96, dlm=dlm))
+        requests.append(params(64, dlm=dlm))
     prompts = [make_prompt(length, 1) for length in lengths]
     together = engine.run(prompts, requests)
     alone = [

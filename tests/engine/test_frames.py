@@ -13,6 +13,7 @@ from engine.cases import MASK_ID, RULES, Case, make_prompt
 from engine.families import BLOCK_CAUSAL, CAUSAL_CONTEXT, Served, names, serving
 from engine.harness import Engine, params
 from engine.test_no_waits import Waits
+from tiers import fast
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput
 
@@ -67,15 +68,15 @@ def watched() -> Iterator[Replay]:
         yield replay
 
 
-def requests_of_every_rule(max_tokens: int = 40) -> list[tuple[Any, Any]]:
+def requests_of_every_rule(every: int = 1) -> list[tuple[Any, Any]]:
     made = []
-    for number, rule in enumerate(RULES):
+    for number, rule in list(enumerate(RULES))[::every]:
         case = Case(
             make_prompt(3 + 7 * number % 40, number),
             rule=rule,
             cache=("none", "dual", "window")[number % 3],
             block=(8, 16, 32)[number % 3],
-            max_tokens=max_tokens - number % 9,
+            max_tokens=40 - number % 9,
             ignore_eos=number % 2 == 0,
             seed=number,
         )
@@ -85,8 +86,13 @@ def requests_of_every_rule(max_tokens: int = 40) -> list[tuple[Any, Any]]:
     return made
 
 
-def test_every_rule(engine: Engine):
-    requests = requests_of_every_rule()
+EVERY = pytest.mark.parametrize("every", fast(4, of=(4, 1)))
+"""Each rule, or every fourth."""
+
+
+@EVERY
+def test_every_rule(engine: Engine, every: int):
+    requests = requests_of_every_rule(every)
     wanted = engine.outputs(*zip(*requests, strict=True))
     with watched() as replay:
         outputs = engine.outputs(*zip(*requests, strict=True))
@@ -185,9 +191,10 @@ def test_preempted(engine: Engine):
     assert began_again >= 4
 
 
-def test_asynchronous(engines: Callable[..., Engine], engine: Engine):
+@EVERY
+def test_asynchronous(engines: Callable[..., Engine], engine: Engine, every: int):
     ahead = engines(async_scheduling=True)
-    requests = requests_of_every_rule()
+    requests = requests_of_every_rule(every)
     for _, sampling in requests:
         # Who asks for a map does not run ahead.
         del sampling.extra_args["dlm"]["step_map"]

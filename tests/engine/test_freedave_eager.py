@@ -52,9 +52,7 @@ def test_the_text_of_static(serve: Serve, name: str):
 COUNTED = [*itertools.product((False, True), ("SDAR-4B-Chat", BD3LM))]
 
 
-@pytest.mark.parametrize(
-    ("eager", "name"), fast((True, "SDAR-4B-Chat"), (False, BD3LM), of=COUNTED)
-)
+@pytest.mark.parametrize(("eager", "name"), fast((True, "SDAR-4B-Chat"), of=COUNTED))
 def test_forwards_are_those_of_the_rule(
     serve: Serve, tmp_path_factory: pytest.TempPathFactory, name: str, eager: bool
 ):

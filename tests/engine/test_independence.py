@@ -22,7 +22,7 @@ def make_requests(count: int, max_tokens: int, longest: int) -> list[Request]:
     """Every rule and cache, blocks of 8 to 32, some drawn, some with logprobs."""
     requests = []
     for number in range(count):
-        rule = RULES[number % len(RULES)]
+        rule = RULES[2 * number % len(RULES)]
         case = Case(
             make_prompt(1 + 7 * number % longest, number),
             rule=rule,
@@ -43,18 +43,21 @@ def make_requests(count: int, max_tokens: int, longest: int) -> list[Request]:
     return requests
 
 
-REQUESTS = make_requests(26, max_tokens=60, longest=60)
+@pytest.fixture(scope="module", params=fast(16, of=(16, len(RULES))))
+def requests(request: pytest.FixtureRequest) -> list[Request]:
+    """By every second rule, or by all."""
+    return make_requests(request.param, max_tokens=44, longest=60)
 
 
 @pytest.fixture(scope="module")
-def solo(engine: Engine) -> Tokens:
+def solo(engine: Engine, requests: list[Request]) -> Tokens:
     """What each request says when it is alone."""
-    return [engine.run([prompt], sampling)[0].tokens for prompt, sampling in REQUESTS]
+    return [engine.run([prompt], sampling)[0].tokens for prompt, sampling in requests]
 
 
-@pytest.fixture(scope="module")
-def small_requests() -> list[Request]:
-    return make_requests(14, max_tokens=90, longest=16)
+@pytest.fixture(scope="module", params=fast(7, of=(7, 14)))
+def small_requests(request: pytest.FixtureRequest) -> list[Request]:
+    return make_requests(request.param, max_tokens=90, longest=16)
 
 
 @pytest.fixture(scope="module")
@@ -65,26 +68,33 @@ def small_solo(small_engine: Engine, small_requests: list[Request]) -> Tokens:
     ]
 
 
-def test_mixed_batch_equals_solo_runs(engine: Engine, solo: Tokens):
-    prompts, sampling = zip(*REQUESTS, strict=True)
+def test_mixed_batch_equals_solo_runs(
+    engine: Engine, requests: list[Request], solo: Tokens
+):
+    prompts, sampling = zip(*requests, strict=True)
     assert [result.tokens for result in engine.run(prompts, sampling)] == solo
 
 
 @pytest.mark.parametrize("seed", fast(1, of=(1, 2)))
-def test_order_of_admission(engine: Engine, solo: Tokens, seed: int):
-    order = random.Random(seed).sample(range(len(REQUESTS)), len(REQUESTS))
-    prompts, sampling = zip(*(REQUESTS[i] for i in order), strict=True)
+@pytest.mark.slow
+def test_order_of_admission(
+    engine: Engine, requests: list[Request], solo: Tokens, seed: int
+):
+    order = random.Random(seed).sample(range(len(requests)), len(requests))
+    prompts, sampling = zip(*(requests[i] for i in order), strict=True)
     got = [result.tokens for result in engine.run(prompts, sampling)]
     assert got == [solo[i] for i in order]
 
 
-def test_requests_join_while_others_decode(engine: Engine, solo: Tokens):
-    number_of = {engine.add(*REQUESTS[0]): 0}
+def test_requests_join_while_others_decode(
+    engine: Engine, requests: list[Request], solo: Tokens
+):
+    number_of = {engine.add(*requests[0]): 0}
 
     def join(step: int) -> None:
-        if step % 3 == 0 and len(number_of) < len(REQUESTS):
+        if step % 3 == 0 and len(number_of) < len(requests):
             number = len(number_of)
-            number_of[engine.add(*REQUESTS[number])] = number
+            number_of[engine.add(*requests[number])] = number
 
     done = drive(engine, join)
     assert {number_of[i]: result.tokens for i, result in done.items()} == dict(
@@ -92,12 +102,12 @@ def test_requests_join_while_others_decode(engine: Engine, solo: Tokens):
     )
 
 
-def test_neighbours_are_aborted(engine: Engine, solo: Tokens):
+def test_neighbours_are_aborted(engine: Engine, requests: list[Request], solo: Tokens):
     source = random.Random(3)
     victims, number_of = [], {}
-    for number, request in enumerate(REQUESTS):
+    for number, request in enumerate(requests):
         number_of[engine.add(*request)] = number
-        victims.append(engine.add(*source.choice(REQUESTS)))
+        victims.append(engine.add(*source.choice(requests)))
     unharmed = set(victims)
 
     def abort(step: int) -> None:
@@ -112,9 +122,9 @@ def test_neighbours_are_aborted(engine: Engine, solo: Tokens):
     assert got == dict(enumerate(solo))
 
 
-def test_preempted_at_any_step(engine: Engine, solo: Tokens):
+def test_preempted_at_any_step(engine: Engine, requests: list[Request], solo: Tokens):
     source = random.Random(4)
-    number_of = {engine.add(*request): i for i, request in enumerate(REQUESTS)}
+    number_of = {engine.add(*request): i for i, request in enumerate(requests)}
     hit = 0
 
     def meddle(step: int) -> None:
@@ -125,7 +135,7 @@ def test_preempted_at_any_step(engine: Engine, solo: Tokens):
             hit += 1
 
     done = drive(engine, meddle)
-    assert hit >= 20
+    assert hit >= 0.6 * len(requests)
     got = {number_of[i]: result.tokens for i, result in done.items()}
     assert got == dict(enumerate(solo))
 
@@ -184,7 +194,7 @@ def test_memory_runs_out(
     """A further canvas finds no pages: someone is preempted, nobody notices."""
     prompts, sampling = zip(*small_requests, strict=True)
     outputs, preempted = small_engine.run_short_of_pages(prompts, sampling)
-    assert len(preempted) >= 3
+    assert len(preempted) >= 2
     assert [list(output.outputs[0].token_ids) for output in outputs] == small_solo
 
 
@@ -210,7 +220,7 @@ def test_nothing_is_left_of_a_hundred_requests(engine: Engine):
     engine.flush()
     pages = engine.free_pages
     source = random.Random(5)
-    waiting = make_requests(100, max_tokens=40, longest=60)
+    waiting = make_requests(100, max_tokens=24, longest=60)
     added: list[str] = []
 
     def meddle(step: int) -> None:

@@ -166,6 +166,7 @@ def test_full_attention(engine: Engine, wanted: list[Decoded]):
     assert sum(branch > 0 for branch in kept) > len(kept) / 8
 
 
+@pytest.mark.slow
 def test_among_others(engine: Engine, wanted: list[Decoded]):
     others = [
         params(40, dlm={"strategy": name, "block_length": 8}, ignore_eos=True)

@@ -36,17 +36,17 @@ def one_per_strategy() -> dict[str, str]:
     return {rule.partition("/")[0]: rule for rule in reversed(RULES)}
 
 
-def test_sixteen_requests_of_eight_strategies(wide_engine: Engine):
+@pytest.mark.parametrize("first", fast(0, of=range(0, len(one_per_strategy()), 8)))
+def test_sixteen_requests_of_eight_strategies(wide_engine: Engine, first: int):
     rules = sorted(one_per_strategy().values())
-    for first in range(0, len(rules), 8):
-        chosen = (rules[first:] + rules)[:8]
-        requests = [make_request(i, chosen[i % 8]) for i in range(16)]
-        prompts, sampling = zip(*requests, strict=True)
-        together = wide_engine.run(prompts, sampling)
-        alone = [wide_engine.run([prompt], one)[0] for prompt, one in requests]
-        assert [(r.tokens, r.forwards) for r in together] == [
-            (r.tokens, r.forwards) for r in alone
-        ]
+    chosen = (rules[first:] + rules)[:8]
+    requests = [make_request(i, chosen[i % 8]) for i in range(16)]
+    prompts, sampling = zip(*requests, strict=True)
+    together = wide_engine.run(prompts, sampling)
+    alone = [wide_engine.run([prompt], one)[0] for prompt, one in requests]
+    assert [(r.tokens, r.forwards) for r in together] == [
+        (r.tokens, r.forwards) for r in alone
+    ]
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_canvas_without_masks_but_one_takes_one_forward(engine: Engine):
     "options",
     [
         {"strategy": "lopa"},
-        {"strategy": "joint", "pinned": False},
+        pytest.param({"strategy": "joint", "pinned": False}, marks=pytest.mark.slow),
         *(
             pytest.param({"strategy": name}, marks=pytest.mark.slow)
             for name in ("freedave", "dream", "diffucoder", "klass")
@@ -207,12 +207,13 @@ def preempting(engine: Engine) -> Callable[[int], None]:
     ("name", "options"),
     [
         ("SDAR-4B-Chat-b16", {"strategy": "multi_block", "block_length": 48}),
-        (
+        pytest.param(
             "SDAR-4B-Chat-b16",
             {"strategy": "freedave", "strategy_config": {"drafts": 4}},
+            marks=pytest.mark.slow,
         ),
-        ("SDAR-4B-Chat-b16", {"strategy": "lopa"}),
-        ("Fast_dLLM_v2_7B", {"cache": "dual"}),
+        pytest.param("SDAR-4B-Chat-b16", {"strategy": "lopa"}, marks=pytest.mark.slow),
+        pytest.param("Fast_dLLM_v2_7B", {"cache": "dual"}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
@@ -234,8 +235,12 @@ BLOCK_MODELS = (
 
 @pytest.fixture(
     params=[
-        *BLOCK_MODELS[:2],
-        *(pytest.param(name, marks=pytest.mark.slow) for name in BLOCK_MODELS[2:]),
+        BLOCK_MODELS[1],
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in BLOCK_MODELS
+            if name != BLOCK_MODELS[1]
+        ),
     ],
     scope="module",
 )

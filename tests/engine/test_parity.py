@@ -58,13 +58,14 @@ def all_cases(cache: str, block: int) -> list[Case]:
 
 
 def sample_cases(cache: str, block: int) -> list[Case]:
-    """Every rule with and without fewer steps, a prompt length drawn for each."""
+    """Every rule, with or without fewer steps, a prompt length drawn for each."""
     source = random.Random(f"{cache}:{block}")
     combinations = itertools.product(RULES, (False, True))
-    return [
+    both = [
         make_case(rule, cache, block, source.choice(LENGTHS), fewer_steps, number)
         for number, (rule, fewer_steps) in enumerate(combinations)
     ]
+    return [case for number, case in enumerate(both) if number % 4 in (0, 3)]
 
 
 def check(engine: Engine, oracle: TinyLLaDA, cases: list[Case], solo: int) -> None:
@@ -84,7 +85,7 @@ CELLS = [*itertools.product(CACHES, BLOCKS)]
     ("cache", "block"), fast(*zip(CACHES, BLOCKS, strict=True), of=CELLS)
 )
 def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, block: int):
-    check(engine, oracle, sample_cases(cache, block), solo=4)
+    check(engine, oracle, sample_cases(cache, block), solo=3)
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_prompts_that_differ_in_one_token(model: BlockEngines, engine: Engine):
         assert_same_tokens([asked.tokens], [expected])
 
 
-@pytest.mark.parametrize("how", ["preempted", "aborted"])
+@pytest.mark.parametrize("how", fast("preempted", of=("preempted", "aborted")))
 def test_pages_of_a_request_that_left_inside_a_block(
     model: BlockEngines, engine: Engine, how: str
 ):

@@ -26,7 +26,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=fast(*list(MODELS)[:2], of=MODELS), scope="module")
+@pytest.fixture(params=fast(list(MODELS)[1], of=MODELS), scope="module")
 def model(
     engines: Callable[..., Engine], tmp_path_factory, request: pytest.FixtureRequest
 ) -> BlockEngines:

@@ -15,6 +15,7 @@ from engine.harness import Engine
 from reference.checkpoints import write_checkpoint
 from reference.llada21 import NeverEnds, generate_llada21
 from reference.network import TinyModel
+from tiers import fast
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -41,7 +42,7 @@ def sample() -> list[BlockCase]:
             rule="joint",
             ignore_eos=length % 3 == 0,
         )
-        for length in range(1, 2 * BLOCK + 1)
+        for length in range(1, BLOCK + 1)
     ]
 
 
@@ -176,15 +177,18 @@ def check_exactly(engine: Engine, oracle: TinyModel, cases: list[Exact]) -> None
         compared += 1
         assert result.tokens == wanted, case
         assert result.forwards == sum(forwards), case
-    assert compared > 0.9 * len(cases)
+    assert compared > 0.8 * len(cases)
     alone = [engine.run([case.prompt], [case.params])[0] for case in cases[::7]]
     assert alone == got[::7]
 
 
-def test_whole_texts_are_the_published_loops(served: tuple[Engine, TinyModel]):
+@pytest.mark.parametrize("times", fast(2, of=(2, 6)))
+def test_whole_texts_are_the_published_loops(
+    served: tuple[Engine, TinyModel], times: int
+):
     """With `reference_exact`: the mask id is written, edited in, and written over."""
     low = [(0.3, 0.1, 3), (0.1, 0.0, 1), (0.05, 0.05, 16), (0.2, 0.1, 0)]
-    check_exactly(*served, exact_cases([*low, ("quality", 16), ("speed", 2)] * 6))
+    check_exactly(*served, exact_cases([*low, ("quality", 16), ("speed", 2)] * times))
 
 
 @pytest.mark.slow

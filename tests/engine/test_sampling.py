@@ -142,7 +142,8 @@ def cells_of(*rows: torch.Tensor) -> dict[tuple[int, ...], float]:
     }
 
 
-@pytest.mark.parametrize("temperature", fast(0.6, of=(1.0, 0.6, 1.7)))
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", (1.0, 0.6, 1.7))
 def test_draws_follow_the_model(engine: Engine, oracle: TinyLLaDA, temperature: float):
     prompt = make_prompt(9, 4)
     (row,) = raw_logprobs(oracle, prompt, 1)
@@ -153,7 +154,8 @@ def test_draws_follow_the_model(engine: Engine, oracle: TinyLLaDA, temperature: 
 def test_draws_at_two_positions_are_independent(engine: Engine, oracle: TinyLLaDA):
     prompt = make_prompt(9, 4)
     rows = raw_logprobs(oracle, prompt, 2)
-    counts = draw_many(engine, prompt, 1500, width=2, temperature=1.0)
+    # Of both together, and so of each.
+    counts = draw_many(engine, prompt, 1000, width=2, temperature=1.0)
     assert_distributed(counts, cells_of(*rows.exp()))
 
 
@@ -162,7 +164,7 @@ TRUNCATIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", fast(*TRUNCATIONS[2:], of=TRUNCATIONS))
+@pytest.mark.parametrize("options", fast(TRUNCATIONS[3], of=TRUNCATIONS))
 def test_truncation_leaves_the_rest_as_it_was(
     engine: Engine, oracle: TinyLLaDA, options: dict
 ):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 from engine.cases import RULES, Case, Expected, expect, make_prompt
@@ -23,9 +23,11 @@ def out_after(expected: Expected, forward: int) -> int:
     return len(expected.tokens)
 
 
-@pytest.mark.parametrize("cache", fast("none", "dual", of=CACHES))
+@pytest.mark.parametrize(
+    ("cache", "count"), fast(("dual", 4), of=[("dual", 4), *product(CACHES, (8,))])
+)
 def test_tokens_stream_when_they_are_final(
-    engine: Engine, oracle: TinyLLaDA, cache: str
+    engine: Engine, oracle: TinyLLaDA, cache: str, count: int
 ):
     """After every forward of every request, exactly what the oracle has final."""
     cases = [
@@ -41,10 +43,10 @@ def test_tokens_stream_when_they_are_final(
         for number, rule in enumerate(RULES)
     ]
     met = ((case, expect(case, oracle)) for case in cases)
-    # Eight at a time start together; the oracle decodes no more.
+    # At most eight at a time start together; the oracle decodes no more.
     clear = ((case, expected) for case, expected in met if not expected.near_tie)
-    both = list(islice(clear, 8))
-    assert len(both) >= 7
+    both = list(islice(clear, count))
+    assert len(both) >= count - 1
     ids = [engine.add(case.prompt, case.params()) for case, _ in both]
     seen: list[list[int]] = [[] for _ in both]
     early = forward = 0
@@ -61,7 +63,7 @@ def test_tokens_stream_when_they_are_final(
             assert seen[i] == expected.tokens[: out_after(expected, forward)], case
         forward += 1
     assert forward == max(expected.forwards for _, expected in both)
-    assert early >= 20
+    assert early >= 2.5 * count
 
 
 @pytest.mark.parametrize("cache", fast("none", of=CACHES))
@@ -103,4 +105,6 @@ def test_eos_ends_a_request_at_once(engine: Engine, oracle: TinyLLaDA):
         assert list(output.outputs[0].token_ids) == expected.tokens
         assert engine.free_pages == pages
         assert not engine.busy
-    assert ends >= 3
+        if ends == 3:
+            return
+    raise AssertionError("too few ends")

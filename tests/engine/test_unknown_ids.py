@@ -86,6 +86,7 @@ def test_prompts_that_the_model_cannot_read(careless: Engine):
         llm.generate({"prompt_token_ids": [3, 201]}, params(8), use_tqdm=False)
 
 
+@pytest.mark.slow
 def test_large_numbers(careless: Engine):
     """`max_tokens` is cut by the context offline, and `min_tokens` with it."""
     sampling = params(2**30, min_tokens=2**30, top_k=2**62, temperature=0.5, seed=3)
