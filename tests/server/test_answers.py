@@ -19,16 +19,16 @@ from vllm_dlm.tasks.problems import NAMES
 QUESTION = "Sort [Eva, Rosa, Hana, Hugo, Liam]"
 NO_END = {"0": -100, "5": -100}
 """Bias against <|endoftext|> and <|eot_id|>."""
-LONG: dict[str, Any] = {"max_tokens": 96, "logit_bias": NO_END}
-"""A text of 96 tokens, over three blocks."""
-WARM = {**LONG, "max_tokens": 48, "temperature": 1.5}
+LONG: dict[str, Any] = {"max_tokens": 64, "logit_bias": NO_END}
+"""A text of 64 tokens, over two blocks."""
+WARM = {**LONG, "max_tokens": 24, "temperature": 1.5}
 """Drawn: few tokens, as a step writes hardly more than one."""
 
 
 @pytest.fixture(scope="module")
 def long_text(server: Server) -> str:
     text = server.text(QUESTION, **LONG)
-    assert len(text) >= 96
+    assert len(text) >= 64
     return text
 
 
@@ -77,8 +77,8 @@ def test_max_tokens(server: Server, max_tokens: int):
 
 
 def test_chat_without_max_tokens_has_the_rest_of_the_context(server: Server):
-    # One step a block: the canvas is as wide as the context.
-    xargs = {"dlm_threshold": 0.001}
+    # One step: the canvas is as wide as the context, and so is its block.
+    xargs = {"dlm_threshold": 0.001, "dlm_block_length": "canvas"}
     result = server.chat(QUESTION, ignore_eos=True, vllm_xargs=xargs)
     assert result.usage.total_tokens == 1088
     assert result.choices[0].finish_reason == "length"
@@ -116,7 +116,7 @@ def test_stop_string(server: Server, long_text: str, is_included: bool):
 
 def test_stop_token(server: Server):
     ids = server.complete(QUESTION, return_token_ids=True, **LONG).choices[0].token_ids
-    stop = ids[50]
+    stop = ids[40]
     result = server.complete(
         QUESTION, stop_token_ids=[stop], return_token_ids=True, **LONG
     ).choices[0]
@@ -179,7 +179,7 @@ def test_several_choices(server: Server):
     assert [choice.index for choice in result.choices] == [0, 1]
     first, second = (choice.text for choice in result.choices)
     assert first and second and first != second
-    assert result.usage.completion_tokens == 2 * 48
+    assert result.usage.completion_tokens == 2 * WARM["max_tokens"]
 
     seeded = server.chat(QUESTION, n=2, seed=5, **WARM)
     again = server.chat(QUESTION, n=2, seed=5, **WARM)
@@ -235,7 +235,7 @@ def test_completion_streams(server: Server, long_text: str):
     pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
     assert sum(map(bool, pieces)) >= 2
     assert "".join(pieces) == long_text
-    assert chunks[-1].usage.completion_tokens == 96
+    assert chunks[-1].usage.completion_tokens == 64
 
 
 def test_chat_streams(server: Server):

@@ -240,14 +240,14 @@ def test_refusals_change_no_other_request(server: Server):
             "Spell ngkkkx backwards",
             vllm_xargs={"dlm_strategy": ("static", "threshold")[number % 2]},
             logit_bias={"0": -100, "5": -100},
-            max_tokens=96,
+            max_tokens=64,
             temperature=0.8,
             seed=number,
         )
 
-    alone = [ask(number) for number in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(ask, number) for number in range(4)]
+    alone = [ask(number) for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(ask, number) for number in range(2)]
         for options, _ in CASES.values():
             refuse(server.complete, options)
         for options, _ in CHAT_CASES.values():

@@ -42,8 +42,8 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-FAST = ("unknown strategy", "speculative method")
-"""One of each parser; importing takes every run ten seconds."""
+FAST = ("unknown strategy",)
+"""Importing takes every run ten seconds; the parsers have tests without a process."""
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,7 @@ def test_a_wrong_flag_is_one_clear_message(name: str):
     assert not [part for part in fragments if part not in message], message
 
 
+@pytest.mark.slow
 def test_help_shows_the_flags():
     shown = run(["--help=DlmConfig"])
     assert shown.returncode == 0

@@ -154,7 +154,7 @@ def test_two_strategies_at_once(server: Server):
     bias = {"logit_bias": {"0": -100, "5": -100}}
     requests: list[dict[str, Any]] = [
         {"vllm_xargs": {"dlm_strategy": "static"}, "max_tokens": 64, **bias},
-        {"vllm_xargs": {"dlm_threshold": 0.5}, "max_tokens": 96, **bias},
+        {"vllm_xargs": {"dlm_threshold": 0.5}, "max_tokens": 80, **bias},
         {"vllm_xargs": {"dlm_strategy": "factor", "dlm_block_length": 16}, **bias},
         {"vllm_xargs": {"dlm_strategy": "learn2pd"}, "max_tokens": 80},
         {
@@ -167,12 +167,12 @@ def test_two_strategies_at_once(server: Server):
     ]
 
     def ask(number: int) -> list[int]:
-        options = {"max_tokens": 48, **requests[number % len(requests)]}
-        prompt = f"{QUESTION} {number % len(requests)}"
+        options = {"max_tokens": 48, **requests[number]}
+        prompt = f"{QUESTION} {number}"
         reply = server.complete(prompt, return_token_ids=True, **options)
         return reply.choices[0].token_ids
 
     alone = [ask(number) for number in range(len(requests))]
-    with ThreadPoolExecutor(12) as pool:
-        together = list(pool.map(ask, range(2 * len(requests))))
-    assert together == alone * 2
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = list(pool.map(ask, range(len(requests))))
+    assert together == alone
