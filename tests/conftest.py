@@ -26,11 +26,11 @@ import slow_order
 from hypothesis import HealthCheck, settings
 
 # No limits of time: on shared cores they say nothing. CI repeats the same examples
-# every time, so that it fails only for what a change did. 15 of them: an example here
+# every time, so that it fails only for what a change did. 8 of them: an example here
 # is a whole block of several rows; `--hypothesis-profile=vllm-dlm-thorough` tries 500.
 settings.register_profile(
     "vllm-dlm",
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize="CI" in os.environ,

@@ -80,6 +80,7 @@ def test_plain_loop(strategy: str, num_steps: int):
     )
 
 
+@pytest.mark.slow
 def test_plain_loop_says_what_it_cannot_decode():
     example = ROOT / "examples/plain_loop.py"
     done = subprocess.run(

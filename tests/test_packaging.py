@@ -88,6 +88,7 @@ def test_transformers_finds_hf_kernels_not_ours(fake_hf_kernels: Path) -> None:
     assert result.stdout.strip().startswith(str(fake_hf_kernels))
 
 
+@pytest.mark.slow
 def test_transformers_imports_without_hf_kernels() -> None:
     result = run_python("import transformers.activations")
     assert result.returncode == 0, result.stderr

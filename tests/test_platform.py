@@ -104,6 +104,7 @@ def test_importing_the_package_is_cheap():
     assert run_python(code) == "[]"
 
 
+@pytest.mark.slow
 def test_the_plugin_switched_off_leaves_vllms_platform():
     code = (
         "from vllm.platforms import current_platform;"
@@ -248,13 +249,9 @@ def test_a_symbol_has_one_entry(monkeypatch):
         patches.patch("vllm:nothing", **said)(lambda original: original)
 
 
-def test_only_diffusion_models_get_runner_v2():
-    code = """
+RUNNERS = """
 from types import SimpleNamespace
-from typing import Any
-from vllm.config import VllmConfig
 from vllm_dlm.patches.cpu_runner import apply_cpu_patches
-from vllm_dlm.patches.ledger import applied
 apply_cpu_patches()
 apply_cpu_patches()
 assert len(applied()) == len(set(applied())) > 0
@@ -279,11 +276,11 @@ except ValueError as error:
     assert "on a CPU without Triton: unset it" in str(error), error
 else:
     raise AssertionError
-print([config(True).use_v2_model_runner, config(False).use_v2_model_runner])
+runners = [config(True).use_v2_model_runner, config(False).use_v2_model_runner]
 """
-    assert run_python(code) == "[True, False]"
 
 
+@pytest.mark.slow
 def test_our_engines_get_the_runner_that_they_were_made_for():
     """Where V2 is usual."""
     code = """
@@ -324,15 +321,18 @@ for _ in range(2):
 from vllm.v1.worker.gpu import input_batch
 from vllm_dlm.kernels.runner_cpu.input_batch import _post_update_kernel
 ours = inspect.unwrap(input_batch._post_update_kernel.func)  # fitted to its parameters
-print(json.dumps(found | {"is our kernel": ours is _post_update_kernel}))
+"""
+SAID = """
+found |= {"is our kernel": ours is _post_update_kernel, "runners": runners}
+print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def engine_core() -> dict[str, Any]:
     """What a process is like in which numba was imported, and a worker starts."""
-    said = run_python(ENGINE_CORE, VLLM_DLM_DISABLE="0", VLLM_PLUGINS="dlm_cpu")
-    return json.loads(said)
+    code = ENGINE_CORE + RUNNERS + SAID
+    return json.loads(run_python(code, VLLM_DLM_DISABLE="0", VLLM_PLUGINS="dlm_cpu"))
 
 
 def test_vllm_picks_the_platform(engine_core: dict[str, Any]):
@@ -344,6 +344,10 @@ def test_engine_core_applies_the_patches_before_its_scheduler(
 ):
     """It unpickles its config: of the platform's hooks it calls only this one."""
     assert (engine_core["before"], engine_core["after"]) == (False, True)
+
+
+def test_only_diffusion_models_get_runner_v2(engine_core: dict[str, Any]):
+    assert engine_core["runners"] == [True, False]
 
 
 def test_kernels_register_after_numba_was_imported(engine_core: dict[str, Any]):

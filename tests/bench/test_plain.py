@@ -86,7 +86,6 @@ COMPARED = [
     ("strategy", "cache", "steps"),
     fast(
         ("static", "none", 12),
-        ("static", "prefix", None),
         ("threshold", "dual", 16),
         of=COMPARED,
     ),

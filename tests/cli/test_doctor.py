@@ -60,6 +60,7 @@ def doctor(change: str) -> tuple[int, list[str]]:
 
 
 @on_cpu
+@pytest.mark.slow  # imports all that is imported anywhere, as the next one does
 def test_a_vllm_that_fits():
     status, findings = doctor("vllm.__version__ = '0.33.7'")
     assert status == 0 and not [line for line in findings if line.startswith("BAD")]

@@ -204,6 +204,7 @@ def test_refused_before_an_engine_starts(arguments: list[str], message: str):
         command.run(args)
 
 
+@pytest.mark.slow
 def test_a_run(evaluate):
     """A real engine; what it writes is no sentence, and the file says so."""
     name = "parallelbench/words_to_sentence_easy"

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiers import fast
 
 from vllm_dlm.kernels.class_stats import (
     TokenClasses,
@@ -35,22 +36,24 @@ def device(request):
 
 @NEEDS_TRITON
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
-def test_in_tritons_interpreter():
+@pytest.mark.parametrize("tier", fast("not slow", of=("not slow", "slow")))
+def test_in_tritons_interpreter(tier):
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "interpreter"]
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "interpreter", __file__],
+        [*command, "-m", tier, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert f"{NUM_CASES} passed, 1 skipped" in finished.stdout, finished.stdout
+    assert f"{NUM_CASES[tier]} passed, 1 skipped" in finished.stdout, finished.stdout
 
 
-CASES = [
-    (torch.bfloat16, 1), (torch.float32, 2), (torch.float16, 9),
-    (torch.float32, 3001), (torch.bfloat16, 32_769),
-]  # fmt: skip
-NUM_CASES = 3 * len(CASES) + 1
+QUICK = [(torch.float16, 9), (torch.float32, 3001)]
+CASES = fast(*QUICK, of=[
+    (torch.bfloat16, 1), (torch.float32, 2), *QUICK, (torch.bfloat16, 32_769),
+])  # fmt: skip
+NUM_CASES = {"not slow": 3 * len(QUICK), "slow": 3 * (len(CASES) - len(QUICK)) + 1}
 
 
 def rows_for(odd_logits, vocab, dtype, device):
@@ -130,6 +133,7 @@ def test_classes_of_tokens(device, odd_logits, dtype, vocab):
     assert torch.equal(places[drawn], want_places[drawn])
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others(device, odd_logits):
     from vllm_dlm.kernels import triton_rows
 

@@ -13,6 +13,7 @@ from reference.checkpoints import write_checkpoint
 from reference.llada21 import NeverEnds, generate_llada21
 from reference.network import TinyModel
 from reference.rewriting_rules import joint
+from tiers import fast
 
 MASK, EOS, VOCAB = 7, 6, 8
 
@@ -93,9 +94,14 @@ def test_the_prompt_stays_and_the_text_ends_with_its_block():
         decode(Scripted([(MASK, 0.9)] * 4), [])
 
 
-@pytest.mark.parametrize("numbers", [(0.3, 0.1, 3), (0.05, 0.05, 16)])
-def test_the_general_loop_with_joint_is_this_one(tmp_path: Path, numbers: tuple):
+@pytest.mark.parametrize(
+    ("mask", "edit", "most"), fast((0.3, 0.1, 3), of=((0.3, 0.1, 3), (0.05, 0.05, 16)))
+)
+def test_the_general_loop_with_joint_is_this_one(
+    tmp_path: Path, mask: float, edit: float, most: int
+):
     """Tokens and forwards; the mask id is chosen by this model now and then."""
+    numbers = (mask, edit, most)
     folder = write_checkpoint("llada2", tmp_path / "LLaDA2.1-mini", seed=2)
     model = TinyModel.from_folder(folder)
     names = ("mask_threshold", "edit_threshold", "max_post_steps")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from tiers import fast
 
 from vllm_dlm import search
 from vllm_dlm.search.base import Candidate
@@ -80,12 +81,16 @@ def problems() -> list[Problem]:
     return sample_problems(32, seed=7, split="heldout", tasks=tasks)
 
 
-def test_best_of_16(llama: Any, problems: list[Problem]):
+@pytest.mark.parametrize("count", fast(8, of=(8, 32)))
+def test_best_of_16(llama: Any, problems: list[Problem], count: int):
     """As measured: 47 % greedily, 69 % with 224 generated tokens a prompt."""
+    problems = problems[:count]
     greedy = ask(llama, "best_of_n", problems, n=1, temperature=0, max_tokens=40)
     best = ask(llama, "best_of_n", problems, scorer=check, n=16, max_tokens=40)
-    assert accuracy(greedy) <= 0.6 <= accuracy(best)
-    assert 150 < mean(best, "generated") < 300
+    assert accuracy(greedy) <= accuracy(best)
+    if count == 32:
+        assert accuracy(greedy) <= 0.6 <= accuracy(best)
+    assert 100 < mean(best, "generated") < 350
     assert mean(best, "requests") == mean(best, "scores") == 16
 
 
@@ -211,6 +216,7 @@ def shuffles() -> list[Problem]:
     return sample_problems(30, seed=7, split="heldout", tasks=["shuffle"])
 
 
+@pytest.mark.slow
 def test_best_of_8_blocks(llada: Any, shuffles: list[Problem]):
     """As measured: 15 % on average, the best of 8 70 %."""
     sampling = dlm(**BLOCKS)

@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiers import fast
 
 TIE = 1e-3
 
 
 @pytest.mark.parametrize(
-    ("mu", "keep", "count"), [(-1.2, 0.1, 20), (2.0, 0.0, 20), (0.0, 0.0, 6)]
+    ("mu", "keep", "count"),
+    fast(
+        (-1.2, 0.1, 8),
+        (0.0, 0.0, 4),
+        of=[(-1.2, 0.1, 8), (0.0, 0.0, 4), (-1.2, 0.1, 20), (2.0, 0.0, 20)],
+    ),
 )
 def test_texts_are_those_of_a_plain_loop(steered, pair, prompts, mu, keep, count):
     steered.set(mu, keep)
@@ -25,7 +31,8 @@ def test_steering_changes_texts(steered, prompts):
     texts = {}
     for mu in (0.0, 2.0, -1.2):
         steered.set(mu, 0.0)
-        texts[mu] = steered.write(prompts)
+        # Of random tokens: of the questions the model is too sure.
+        texts[mu] = steered.write(prompts[1::2], max_tokens=16)
     changed = [
         sum(one != other for one, other in zip(texts[0.0], texts[mu], strict=True))
         for mu in (2.0, -1.2)
@@ -34,16 +41,16 @@ def test_steering_changes_texts(steered, prompts):
 
 
 def test_alone_as_in_a_batch(steered, prompts):
-    beside = steered.write(prompts)
-    assert [steered.write([prompt])[0] for prompt in prompts[:6]] == beside[:6]
+    beside = steered.write(prompts[:8])
+    assert [steered.write([prompt])[0] for prompt in prompts[:3]] == beside[:3]
 
 
 def test_a_seed_gives_one_text(steered, prompts):
     steered.set(2.0, 0.0)
     options = {"temperature": 1.5, "seed": 5}
-    beside = steered.write(prompts[:8], **options)
-    assert [steered.write([each], **options)[0] for each in prompts[:8]] == beside
-    assert steered.write(prompts[:8], temperature=1.5, seed=6) != beside
+    beside = steered.write(prompts[:4], **options)
+    assert [steered.write([each], **options)[0] for each in prompts[:4]] == beside
+    assert steered.write(prompts[:4], temperature=1.5, seed=6) != beside
 
 
 def test_logprobs_are_of_the_steered_distribution(steered, pair, prompts):
@@ -105,8 +112,8 @@ def test_prefix_caching(steered, prompts):
 
 def test_chunked_prefill_and_preemption(steered, prompts):
     """More requests than the pages hold at a time."""
-    long = [(prompt * 20)[:180] for prompt in prompts]
+    long = [(prompt * 20)[:180] for prompt in prompts[:9]]
     found = steered.write(long, max_tokens=40, ignore_eos=True)
-    for index in (3, 19):
+    for index in (3, 8):
         alone = steered.write([long[index]], max_tokens=40, ignore_eos=True)
         assert alone[0] == found[index]

@@ -103,6 +103,7 @@ def test_tied_weights_and_a_block_length_of_the_name(tmp_path):
     assert again.draft(prefixes, 9) == drafter.draft(prefixes, 9)
 
 
+@pytest.mark.slow
 def test_it_learns_and_an_engine_drafts_with_it(tmp_path):
     from spec_decode.deer_reference import TrainedReference, speculative
     from spec_decode.harness import Engine, Rounds, params

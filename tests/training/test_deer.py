@@ -120,6 +120,7 @@ def options(steps):
     return LoopOptions(steps=steps, compile_model=False, eval_steps=steps)
 
 
+@pytest.mark.slow
 def test_a_fresh_drafter_learns_and_loads(tmp_path):
     from training.drafter_losses import losses
 

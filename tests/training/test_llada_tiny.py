@@ -13,7 +13,7 @@ from vllm_dlm.training.tiny.export import export
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape, load_llada
 
 # The first six steps are the first phase's, the last one is the second's.
-OPTIONS = LoopOptions(steps=7, compile_model=False)
+OPTIONS = LoopOptions(steps=2, compile_model=False)
 
 
 def test_the_second_phase_begins_with_the_weights_of_a_folder(

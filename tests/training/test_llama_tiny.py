@@ -139,7 +139,7 @@ def test_training_lowers_the_loss_and_resumes(tmp_path):
 
 
 def test_the_command_learns_and_writes_a_folder(tmp_path):
-    options = LoopOptions(steps=25, compile_model=False, eval_steps=25)
+    options = LoopOptions(steps=15, compile_model=False, eval_steps=15)
     assert llama_tiny.train(tmp_path, options, name="test", shape=TINY, exit_weight=0.5)
     model = load_llama(tmp_path)
     torch.manual_seed(options.seed)
@@ -149,7 +149,7 @@ def test_the_command_learns_and_writes_a_folder(tmp_path):
         before, after = (
             llama_tiny.exit_loss(m, m, ids, weights, 0.5).item() for m in (fresh, model)
         )
-    assert after < before - 0.5
+    assert after < before - 0.1
 
 
 @pytest.mark.parametrize(

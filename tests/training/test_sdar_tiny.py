@@ -106,7 +106,7 @@ def test_training_exports_blocks_of_eight(
 
     monkeypatch.setattr(sdar_data, "BATCH_TOKENS", 512)
     monkeypatch.setattr(sdar_tiny, "NUM_PROGRESS_PROBLEMS", 2)
-    options = LoopOptions(steps=6, compile_model=False)
+    options = LoopOptions(steps=2, compile_model=False)
     assert sdar_tiny.train(tmp_path, options)
     model = load_block_causal(tmp_path)
     assert model.attention_block == 8

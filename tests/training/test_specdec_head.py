@@ -125,6 +125,7 @@ def test_the_state_at_a_token_judges_that_token(models):
     torch.testing.assert_close(hidden, states[[2, 3, 5]], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_beats_a_constant_verdict(models, answered):
     from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 
