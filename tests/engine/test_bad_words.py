@@ -93,7 +93,7 @@ def test_every_strategy_is_tried():
     assert sorted(BOLD) == sorted([*PLAIN, "dmax"])
 
 
-@pytest.mark.parametrize("strategy", fast("static", "threshold", of=sorted(BOLD)))
+@pytest.mark.parametrize("strategy", fast("threshold", of=sorted(BOLD)))
 def test_no_strategy_writes_one(engine: Engine, strategy: str):
     dlm = {"strategy": strategy, "strategy_config": BOLD[strategy]}
     if STRATEGIES[strategy].scope == "block":

@@ -92,7 +92,7 @@ def test_neighbours_are_preempted_and_aborted(engine: Engine, wanted: list[Expec
     assert_same_tokens([done[i].tokens for i in ids], wanted)
 
 
-FAST = [(False, 3, "static"), (True, 32, "threshold")]
+FAST = [(True, 32, "threshold")]
 """Whether its pages may be found again, a prompt's length, and a rule."""
 
 EVERY_STEP = [

@@ -125,12 +125,16 @@ def test_whatever_the_strategy(damaged_engine: Engine):
 
 @pytest.mark.parametrize(
     "options",
-    [
+    fast(
         {"temperature": 0.8, "seed": 1, "top_k": 5, "top_p": 0.9},
         {"min_tokens": 4, "allowed_token_ids": [3, 5, 8, 121]},
-        {"bad_words": ["t3", "t5 t8"], "logit_bias": {7: 3.0}},
-        {"dlm": {"step_map": True, "cache": "dual"}},
-    ],
+        of=[
+            {"temperature": 0.8, "seed": 1, "top_k": 5, "top_p": 0.9},
+            {"min_tokens": 4, "allowed_token_ids": [3, 5, 8, 121]},
+            {"bad_words": ["t3", "t5 t8"], "logit_bias": {7: 3.0}},
+            {"dlm": {"step_map": True, "cache": "dual"}},
+        ],
+    ),
     ids=str,
 )
 def test_whatever_the_request_asks(damaged_engine: Engine, options: dict[str, Any]):

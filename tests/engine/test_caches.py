@@ -122,6 +122,7 @@ def published(number: int) -> tuple[Case, dict[str, int]]:
 
 
 @pytest.mark.parametrize("shift", fast(1, of=(0, 1)))
+@pytest.mark.slow
 def test_the_published_loop_of_windows(
     engines: Callable[..., Engine],
     oracle: TinyLLaDA,
@@ -163,7 +164,7 @@ def test_the_published_loop_of_windows(
         assert counts.rows == [end - start for start, end in wanted[number].rows]
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual", *MOVING_CACHES])
+@pytest.mark.parametrize("cache", fast("window", of=("prefix", "dual", *MOVING_CACHES)))
 def test_a_prompt_of_one_token(
     engines: Callable[..., Engine], dream_folder: Path, cache: str
 ):

@@ -191,7 +191,7 @@ PREDICTED = [*itertools.product(CACHES, ("token", "block", "canvas"))]
 
 @pytest.mark.parametrize(
     ("cache", "eotp"),
-    fast(("none", "token"), ("dual", "block"), of=PREDICTED),
+    fast(("dual", "block"), of=PREDICTED),
 )
 def test_end_of_text_predicted_wrongly(
     engine: Engine, oracle: TinyLLaDA, cache: str, eotp: str

@@ -165,7 +165,7 @@ def test_what_the_request_brings_itself(engine: Engine):
 
 def test_preempted(engine: Engine):
     """What was handed out is never masked again; the rest of the block is."""
-    requests = requests_of_every_rule()[:8]
+    requests = requests_of_every_rule()[:4]
     with watched() as replay:
         names = [engine.add(*request) for request in requests]
 
@@ -188,7 +188,7 @@ def test_preempted(engine: Engine):
                 assert write.token is not None or write.position >= final
         steps = [frame.forward for frame in replay.frames[number, 0]]
         began_again += steps != [*range(len(steps))]
-    assert began_again >= 4
+    assert began_again >= 2
 
 
 @EVERY

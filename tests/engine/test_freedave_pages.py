@@ -111,6 +111,7 @@ def test_few_pages_in_full_attention(small_engine: Engine):
 @pytest.mark.parametrize(
     "name", [pytest.param("SDAR-4B-Chat", marks=pytest.mark.slow), "Fast_dLLM_v2_7B"]
 )
+@pytest.mark.slow
 def test_few_pages_block_after_block(serve: Serve, name: str):
     engine = serve(name, num_gpu_blocks_override=13, max_num_batched_tokens=64)
     asked = [

@@ -66,6 +66,7 @@ def test_parity(engine: Engine, oracle: TinyLLaDA, cache: str, every: int):
 
 
 @pytest.mark.parametrize("cache", fast("dual", of=("none", "dual")))
+@pytest.mark.slow
 def test_a_preempted_request_grows_as_before(engine: Engine, cache: str):
     cases = make_cases(cache)[:8]
     wanted = run_cases(engine, cases)

@@ -145,7 +145,7 @@ CUT = [*itertools.product(ALL_CACHES, ("learn2pd/token", "learn2pd/block"))]
 
 @pytest.mark.parametrize(
     ("cache", "rule"),
-    fast(("none", "learn2pd/token"), ("dual", "learn2pd/block"), of=CUT),
+    fast(("none", "learn2pd/token"), of=CUT),
 )
 def test_preempted_after_its_canvas_was_cut(engine: Engine, rule: str, cache: str):
     """The block is replayed with the canvas that it began with."""

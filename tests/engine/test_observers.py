@@ -12,6 +12,7 @@ import torch
 from engine.cases import make_prompt
 from engine.harness import Engine, params
 from engine.test_no_waits import Waits
+from tiers import fast
 from vllm.outputs import RequestOutput
 
 from vllm_dlm.learn2pd.oracle import register_oracle
@@ -142,7 +143,7 @@ def own_names(transcript: Transcript) -> dict[str, str]:
     return {request.rpartition("-")[0]: request for request in transcript.steps}
 
 
-@pytest.mark.parametrize("strategy", ["static", "threshold", "saber"])
+@pytest.mark.parametrize("strategy", fast("saber", of=("static", "threshold", "saber")))
 def test_what_was_written_adds_up_to_the_answer(
     observed: Callable[[str], Engine], strategy: str
 ):

@@ -151,6 +151,7 @@ def test_draws_follow_the_model(engine: Engine, oracle: TinyLLaDA, temperature: 
     assert_distributed(counts, cells_of((row / temperature).softmax(dim=0)))
 
 
+@pytest.mark.slow
 def test_draws_at_two_positions_are_independent(engine: Engine, oracle: TinyLLaDA):
     prompt = make_prompt(9, 4)
     rows = raw_logprobs(oracle, prompt, 2)

@@ -22,6 +22,7 @@ from reference.llada import TinyLLaDA
 from reference.network import TinyModel
 from reference.registered import NAMES, PLAIN
 from reference.soft_inputs import Softly, generate_dmax, generate_smooth
+from tiers import fast
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -226,7 +227,7 @@ def test_without_weight_it_writes_what_threshold_does(llada: Engine):
     assert [one.tokens for one in got] == [one.tokens for one in wanted]
 
 
-@pytest.mark.parametrize("steps", [2, 5, 6])
+@pytest.mark.parametrize("steps", fast(5, of=(2, 5, 6)))
 def test_preempted_requests_write_the_same(
     llada2: tuple[Engine, TinyModel], steps: int
 ):

@@ -106,6 +106,7 @@ def test_log_probabilities_in_float64(engine: Engine, oracle: TinyLLaDA):
                 assert found.logprobs[i] == pytest.approx(logprob, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_preempted_requests_have_the_same_maps(small_engine: Engine):
     """Canvases of 32, so two per request; pages for three of six requests."""
     cases = [

@@ -84,6 +84,7 @@ def test_full_attention(logging_engine: Engine, folder: Path, oracle: TinyLLaDA)
     assert wanted.near_tie or step_map(outputs[0]).steps == wanted.written_at
 
 
+@pytest.mark.slow
 def test_blocks_with_seeds(
     engines: Callable[..., Engine],
     folder: Path,

@@ -163,6 +163,7 @@ def test_which_steps_are_replays(serve: Serve, served: Served, all_of_them: bool
     assert len(rows) - len(graphs.replayed) == (0 if all_of_them else blocks - 1)
 
 
+@pytest.mark.slow
 def test_blocks_of_half_the_length(serve: Serve):
     """A step has as many rows as the server's usual step, and two segments.
 

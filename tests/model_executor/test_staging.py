@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from operations import Operations
+from tiers import fast
 
 from vllm_dlm.config.model import ModelDefaults
 from vllm_dlm.config.options import DlmConfig
@@ -233,7 +234,7 @@ def test_staged_together_is_written_one_by_one(model: ModelDefaults, data: Any):
             assert torch.equal(one[slot], other[slot])
 
 
-@pytest.mark.parametrize("model", [FULL, LEADS], ids=["full", "leads"])
+@pytest.mark.parametrize("model", fast(LEADS, of=(FULL, LEADS)), ids=["full", "leads"])
 @given(data=st.data())
 def test_stop_ids_in_any_number(model: ModelDefaults, data: Any):
     """Those that the table has no room for end a text, too, of their request alone."""

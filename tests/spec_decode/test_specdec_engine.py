@@ -249,6 +249,7 @@ def test_drawn_drafts_come_with_what_they_were_drawn_from(
             torch.testing.assert_close(call.probs[0], probs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_greedy_rows_beside_drawn_ones(
     engine: Engine, plain: Engine, calls: Calls
 ) -> None:

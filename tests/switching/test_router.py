@@ -88,6 +88,7 @@ def test_window_and_dwell(router, networks, window, min_tokens):
         assert all(each.tokens >= min_tokens for each in output.segments[:-1])
 
 
+@pytest.mark.slow
 def test_up_to_the_context_length(router, networks):
     [output] = generate(router, [PROMPTS[3]], greedy(max_tokens=None))
     expected = write(networks, PROMPTS[3], 256 - len(PROMPTS[3]), 2)
