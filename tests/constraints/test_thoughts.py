@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 from constraints.path_cases import parts_of
 
-from vllm_dlm.constraints.automaton import UNBOUNDED, ConstraintError, compile_pattern
+from vllm_dlm.constraints import thoughts
+from vllm_dlm.constraints.automaton import (
+    UNBOUNDED,
+    Automaton,
+    ConstraintError,
+    compile_pattern,
+)
 from vllm_dlm.constraints.fitting import HOLE, first_misfit
 from vllm_dlm.constraints.limits import Limits
 from vllm_dlm.constraints.paths import OPEN, Graph, Problem, solve, walk
@@ -104,3 +111,24 @@ def test_refusals():
         compile_answer(
             "a{30}", THOUGHT, VOCABULARY, [STOP], limits=Limits(states=32, classes=99)
         )
+
+
+def test_the_thought_is_compiled_once_for_all_patterns(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    compiled = []
+
+    def counting(pattern: str, *more: Any) -> Automaton:
+        compiled.append(pattern)
+        return compile_pattern(pattern, *more)
+
+    monkeypatch.setattr(thoughts, "compile_pattern", counting)
+    vocabulary = Vocabulary.of_tokens(TOKENS)
+    for pattern in ("a+", "b+", "(ab)*"):
+        compile_answer(pattern, THOUGHT, vocabulary, [STOP])
+    free = compiled[1]
+    assert compiled == ["a+", free, "b+", "(ab)*"]
+    # Where other tokens may be written, or others end it, it is another one.
+    compile_answer("b+", THOUGHT, vocabulary, [STOP], barred=[0])
+    compile_answer("a+", ThoughtEnd(4, ">"), vocabulary, [STOP])
+    assert len(compiled) == 8 and compiled[5] == free != compiled[7]

@@ -9,6 +9,7 @@ that token comes is left to the model, as long as a match still fits behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -55,9 +56,28 @@ def compile_answer(
             f"the token {thought.text!r} ends the thought in front of the answer, and "
             "may not be forbidden, nor end the text"
         )
-    free = write(without([thought.text]))
-    text = compile_pattern(free, vocabulary, end_ids, barred, limits)
+    text = _thought_text(
+        *(thought.text, vocabulary, tuple(end_ids), tuple(barred), limits)
+    )
     return _joined(text, thought.token, answer, limits)
+
+
+@lru_cache(maxsize=8)
+def _thought_text(
+    end: str,
+    vocabulary: Vocabulary,
+    end_ids: tuple[int, ...],
+    barred: tuple[int, ...],
+    limits: Limits,
+) -> Automaton:
+    """Any text in which the end of a thought is not spelt: the same for all patterns.
+
+    Args:
+        end: how the end reads.
+        vocabulary, end_ids, barred, limits: as in `compile_pattern`.
+    """
+    free = write(without([end]))
+    return compile_pattern(free, vocabulary, end_ids, barred, limits)
 
 
 def _joined(

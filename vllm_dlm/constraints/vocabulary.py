@@ -24,9 +24,9 @@ BLANK = "\u2581"
 """SentencePiece's letter for a blank."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The tokens that have bytes, in the order of these.
+    """The tokens that have bytes, in the order of these. Compared as an object.
 
     Shapes: T tokens with bytes.
     """

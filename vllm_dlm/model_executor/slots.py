@@ -99,9 +99,8 @@ class RequestSlots(Columns):
         masked = np.arange(self.length) >= first_mask
         if layout.canvas is not None:
             first, end = layout.prompt_len, layout.text_end
-            tokens[first:end] = layout.canvas.tokens
-            masked[first:end] = layout.canvas.is_hole
-            tokens[masked] = self._undecided(request)[masked]
+            masked[first:end] = is_hole = layout.canvas.is_hole
+            np.copyto(tokens[first:end], layout.canvas.tokens, where=~is_hole)
             masked[: min(first_mask, len(known))] = False
             self._pins = self._pins or Pins(self.tokens.shape, self.device)
             self._pins.admit(slot, layout)
