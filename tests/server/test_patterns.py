@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patterns that llada-tiny's few words can spell, over HTTP: every text matches.
 
-JSON and tools take a model with other tokens: `test_structured.py`.
+JSON and tools take a model with other tokens: `test_structured.py`, `test_tools.py`.
 """
 
 from __future__ import annotations
