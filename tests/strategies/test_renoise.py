@@ -82,7 +82,7 @@ def test_the_worked_step():
         def mixed(self, probabilities: torch.Tensor) -> torch.Tensor:
             return probabilities @ torch.tensor(EMBEDDINGS) * math.sqrt(2)
 
-    mixed = mixtures(logits, Head(), temperature=torch.full((4,), temperature))
+    mixed = mixtures(logits / temperature, Head())
     assert mixed[0].tolist() == pytest.approx([1.4121, 0.0009], abs=1e-4)
     assert mixed[1].tolist() == pytest.approx([0.6721, 0.5775], abs=1e-4)
 

@@ -27,7 +27,7 @@ def mixtures(
     logits: torch.Tensor,
     mixer: Mixer,
     shard: VocabShard | None = None,
-    temperature: torch.Tensor | None = None,
+    logsumexp: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[N, H]: of each row, the sum over tokens of probability times embedding.
 
@@ -37,31 +37,24 @@ def mixtures(
     Args:
         logits: [N, V], in the type of the embeddings; of this rank.
         shard: which part of the vocabulary the columns are; None if they are all of it.
-        temperature: [N], above 0: by what logits are divided; None for 1.
+        logsumexp: [N] of whole rows, all tokens counted, where it is known.
     """
     columns = logits if shard is None else shard.columns(logits)
-    logsumexp = _logsumexp(columns, temperature, shard)
+    if logsumexp is None:
+        logsumexp = _logsumexp(columns, shard)
+    logsumexp = logsumexp.float()
     probabilities = torch.empty_like(columns, memory_format=torch.contiguous_format)
     for rows in row_slices(columns):
-        scores = _scaled(columns, temperature, rows) - logsumexp[rows, None]
+        scores = columns[rows].float() - logsumexp[rows, None]
         probabilities[rows] = scores.exp_()
     return mixer.mixed(probabilities)
 
 
-def _scaled(
-    columns: torch.Tensor, temperature: torch.Tensor | None, rows: slice
-) -> torch.Tensor:
-    scores = columns[rows].float()
-    return scores if temperature is None else scores / temperature[rows, None]
-
-
-def _logsumexp(
-    columns: torch.Tensor, temperature: torch.Tensor | None, shard: VocabShard | None
-) -> torch.Tensor:
-    """[N] float32 of whole rows, from each rank's largest logit and sum."""
+def _logsumexp(columns: torch.Tensor, shard: VocabShard | None) -> torch.Tensor:
+    """[N] float64 of whole rows, from each rank's largest logit and sum."""
     parts = columns.new_empty((len(columns), 2), dtype=torch.float64)
     for rows in row_slices(columns):
-        scores = _scaled(columns, temperature, rows)
+        scores = columns[rows].float()
         if scores.shape[1] == 0:
             # A rank that holds padding alone.
             parts[rows, 0], parts[rows, 1] = -torch.inf, 0.0
@@ -74,4 +67,4 @@ def _logsumexp(
     best = top.amax(dim=0)
     weight = torch.where(total > 0, (top - best).exp(), torch.zeros_like(top))
     # NaN stays NaN: 0 * NaN is.
-    return (best + (weight * total).sum(dim=0).log()).float()
+    return best + (weight * total).sum(dim=0).log()

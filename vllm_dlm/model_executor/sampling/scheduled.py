@@ -119,7 +119,7 @@ def _choose(
         if is_whole and (columns := tile.logits.shard) is not None:
             mixed = _of_shard(scores, head, columns)
         else:
-            mixed = mixtures(scores, head, shard)
+            mixed = mixtures(scores, head, shard, stats.logsumexp)
         keep_mixtures(scheduled.memory, rows, own, mixed)
 
 
