@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_dlm.config.constraints import constrained_strategies, why_unconstrained
-from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.model import NO_MASK, ModelDefaults
 from vllm_dlm.config.options import DlmConfig
 from vllm_dlm.config.request import resolve
 
@@ -33,6 +33,15 @@ def test_the_reason_names_strategies_that_can():
     refused = why_unconstrained(resolve(DlmConfig(), {"dlm": options}, blocks))
     assert refused is not None
     assert "'freedave'" in refused and "threshold" in refused
+
+
+def test_strategies_for_masks_are_no_remedy_for_random_tokens():
+    gemma = ModelDefaults(
+        "renoise", 16, mask_token_id=NO_MASK, attention="causal", noise="uniform"
+    )
+    refused = why_unconstrained(resolve(DlmConfig(), None, gemma))
+    assert refused is not None
+    assert "'renoise'" in refused and refused.endswith("that can: none")
 
 
 def test_published_loops_are_refused():

@@ -38,21 +38,28 @@ def why_unconstrained(config: RequestConfig) -> str | None:
             "cannot be combined with holes 'shrink': what a pattern holds is the text "
             "with all of its holes; leave holes out"
         )
-    why = STRATEGIES[config.strategy].why_unconstrained(config.params)
+    rule = STRATEGIES[config.strategy]
+    why = rule.why_unconstrained(config.params)
     if why is not None:
+        able = ", ".join(constrained_strategies(rule.noise))
         return (
             f"does not work with the strategy {config.strategy!r} and these "
-            f"parameters: {why}. Strategies that can: "
-            f"{', '.join(constrained_strategies())}"
+            f"parameters: {why}. Strategies of this model that can: {able or 'none'}"
         )
     return None
 
 
-def constrained_strategies() -> list[str]:
-    """The strategies whose texts can be held to a pattern, with default parameters."""
+def constrained_strategies(noise: str = "mask") -> list[str]:
+    """The strategies whose texts can be held to a pattern, with default parameters.
+
+    Args:
+        noise: what the model replaces (`Strategy.noise`).
+    """
     found = []
     for name in STRATEGIES:
         rule = STRATEGIES[name]
+        if rule.noise != noise:
+            continue
         try:
             params = rule.Params()
         except ValueError:
