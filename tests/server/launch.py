@@ -33,8 +33,8 @@ COMMAND = [
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
 ]
 
-REPLY_SECONDS = 120
-IDLE_SECONDS = 60
+REPLY_SECONDS = 300
+IDLE_SECONDS = 180
 """Limits against hanging, generous: cores may be shared."""
 
 

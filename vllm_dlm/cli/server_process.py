@@ -16,7 +16,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
-START_SECONDS = 300
+START_SECONDS = 900
 STOP_SECONDS = 60
 """Limits against hanging, generous: cores may be shared."""
 
