@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -259,6 +260,7 @@ def test_requests_that_need_the_host_do_not_run_ahead():
     assert not asks(BLOCKS, strategy="multi_block")
     assert not asks(BLOCKS, strategy="freedave", strategy_config=EAGER)
     assert asks(CAUSAL) and not asks(CAUSAL, strategy="linear_spec")
+    assert not asks(replace(FULL, expand_token=5))
     assert not asks(BLOCKS, tccf={"trigger": [1], "check": [2]})
 
 
@@ -287,6 +289,8 @@ def test_reasons_name_a_remedy():
     own = ["learn2pd", "trajectory_log"]
     assert why_not_ahead(plain, FULL, server, own) is None
     assert "uninstall" in (why_not_ahead(plain, FULL, server, [*own, "mine"]) or "")
+    model = replace(FULL, expand_token=5)
+    assert "another model" in (why_not_ahead(plain, model, server) or "")
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def test_what_is_not_implemented_is_refused(read, released, fields, message):
         (LLADA2, {"delete_token_id": 5}, "delete_token_id 5, and not the other"),
         (LLADA2_2, {"split_token_id": 10**6}, "not both inside the vocabulary"),
         (LLADA2_2, {"split_token_id": 156930}, "not two ids besides mask_token_id"),
+        (DREAM, {"expand_token_id": 10**6}, "expand_token_id 1000000 is outside"),
         (
             A2D_QWEN3
             | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"},

@@ -85,6 +85,9 @@ class ModelDefaults:
     """What a position holds where nothing is decided: the mask, or a random token."""
     edit_tokens: EditTokens | None = None
     """By which the model deletes and inserts positions; None if it does neither."""
+    expand_token: int | None = None
+    """By which the model asks for two masks in place of one (DreamOn): no text, and
+    never written. None if it does not."""
     soft_inputs: bool = False
     """The engine makes the input embeddings of each forward itself, as the model needs
     or the server wants: then strategies may feed mixtures (`Strategy.soft`)."""
@@ -151,6 +154,7 @@ class ModelDefaults:
             draft_length=getattr(hf_config, "dlm_draft_length", None),
             noise=getattr(hf_config, "dlm_noise", "mask"),
             edit_tokens=edit_tokens_of(hf_config),
+            expand_token=getattr(hf_config, "expand_token_id", None),
             soft_inputs=getattr(hf_config, "dlm_soft_inputs", False),
         )
 

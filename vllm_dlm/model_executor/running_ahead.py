@@ -91,6 +91,8 @@ def why_not_ahead(
         )
     if defaults.edit_tokens is not None:
         return "a model that inserts and deletes tokens: choose another model"
+    if defaults.expand_token is not None:
+        return "a model with a token that is no text: choose another model"
     if server.trajectory_dir is not None or server.record_traces:
         option = "record-traces" if server.record_traces else "trajectory-dir"
         return f"--dlm-{option}, for which each step is looked at: leave that out"
@@ -128,6 +130,7 @@ def runs_ahead(
     return (
         repeats_rows(config, defaults)
         and defaults.edit_tokens is None
+        and defaults.expand_token is None
         and not strategy.needs_with(config.params) & NEED_HOST
         and not is_observed(config, server)
         and config.tccf is None

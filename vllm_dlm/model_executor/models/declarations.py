@@ -82,10 +82,23 @@ def check_declarations(hf_config: Any) -> None:
     elif edits := _problem_with_edit_tokens(hf_config):
         problem = edits
         example = '{"delete_token_id": ID, "split_token_id": ID}'
+    elif expands := _problem_with_expand_token(hf_config):
+        problem = expands
+        example = '{"expand_token_id": ID}'
     else:
         return
     raise ValueError(
         f"{problem}; set it in config.json, or with --hf-overrides '{example}'"
+    )
+
+
+def _problem_with_expand_token(hf_config: Any) -> str:
+    """What is wrong with the token that asks for masks; "" if nothing is."""
+    token = getattr(hf_config, "expand_token_id", None)
+    if token is None or 0 <= token < hf_config.vocab_size:
+        return ""
+    return (
+        f"expand_token_id {token} is outside the vocabulary of {hf_config.vocab_size}"
     )
 
 

@@ -40,7 +40,7 @@ class RestrictedRequests:
         """
         self.remove(slot)
         request, facts = self._slots.requests[slot], self._facts
-        restriction = Restriction.of(request, facts.vocab_size, facts.device)
+        restriction = Restriction.of(request, facts)
         if restriction is not None:
             self._restrictions[slot] = restriction
             for_ever = np.iinfo(np.int64).max

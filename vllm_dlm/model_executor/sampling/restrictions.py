@@ -17,7 +17,7 @@ import torch
 from vllm_dlm.model_executor.sampling.bad_words import BadWords
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.facts import RequestFacts
+    from vllm_dlm.model_executor.facts import EngineFacts, RequestFacts
 
 
 def known_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -49,20 +49,17 @@ class Restriction:
     """[k] int64: the bad words that are one token."""
 
     @classmethod
-    def of(
-        cls, request: RequestFacts, vocab_size: int, device: torch.device
-    ) -> Restriction | None:
-        """The restriction of a request; None if the request restricts no token.
-
-        Args:
-            vocab_size: columns of the logits.
-        """
-        params = request.params
+    def of(cls, request: RequestFacts, engine: EngineFacts) -> Restriction | None:
+        """The restriction of a request; None if all tokens may be written."""
+        params, expands = request.params, engine.defaults.expand_token
+        vocab_size, device = engine.vocab_size, engine.device
         words = [
             word
             for word in params.bad_words_token_ids or []
             if len(known_ids(word, vocab_size)) == len(set(word))
         ]
+        if expands is not None:
+            words.append([expands])
         allowed = known_ids(params.allowed_token_ids or (), vocab_size)
         ends = {*params.all_stop_token_ids, *request.stop_ids}
         if request.layout.canvas is not None:
