@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random patterns and schemas on a tiny random model: all texts match.
 
-400 of them, or as many as the variable RANDOM_PATTERNS says.
+400 of them, or as many as the variable RANDOM_PATTERNS says. With `-s` it says how many
+are taken, and how many refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,11 +31,14 @@ LENGTH = 96
 BYTES_OF = {256: b"unused"}
 """Of the one token of text that is no byte."""
 STRATEGIES: list[dict[str, Any]] = [
-    {"strategy": "threshold", "strategy_config": {"threshold": 0.5}},
+    {"strategy": "threshold", "strategy_config": {"threshold": 0.02}},
     {"strategy": "static", "steps": 12},
-    {"strategy": "saber"},
-    {"strategy": "eb"},
+    {"strategy": "saber", "strategy_config": {"fewest": 4}},
+    {"strategy": "eb", "strategy_config": {"bound": 10.0}},
 ]
+"""Bold, so that a random model writes many tokens in a step: that must match, too."""
+ENDS = ("block", "canvas", "off")
+"""Of the option `eotp`."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(14_400)]
 
@@ -43,17 +48,37 @@ def spelling(
     engines: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
 ) -> Engine:
     folder = write_byte_model(tmp_path_factory.mktemp("model") / "LLaDA-bytes")
-    return engines(model=str(folder))
+    # All of a batch at once: a step costs little more than one of a single text.
+    return engines(
+        model=str(folder),
+        max_num_seqs=TOGETHER,
+        num_gpu_blocks_override=TOGETHER * 4 + 1,
+    )
 
 
-def texts_of(engine: Engine, asked: list[dict[str, Any]]) -> list[tuple[Any, str]]:
+@pytest.fixture
+def tally() -> Iterator[Counter[str]]:
+    """Counts what a test has asked for: most of it is to be taken."""
+    counts: Counter[str] = Counter()
+    yield counts
+    print(dict(counts))
+    assert counts["taken"] > counts["refused"]
+
+
+def texts_of(
+    engine: Engine, asked: list[dict[str, Any]], tally: Counter[str]
+) -> list[tuple[Any, str]]:
     """The texts of those that are not refused, each with what it has to match."""
     wanted = []
     for i, each in enumerate(asked):
         (what,) = each.values()
         options = params(
             LENGTH,
-            dlm={"block_length": (8, 32)[i % 2], **STRATEGIES[i % len(STRATEGIES)]},
+            dlm={
+                "block_length": (8, 32)[i % 2],
+                "eotp": ENDS[i // 3 % len(ENDS)],
+                **STRATEGIES[i // 2 % len(STRATEGIES)],
+            },
             structured_outputs=StructuredOutputsParams(**each),
             **({"temperature": 1.0, "seed": i} if i % 3 else {}),
         )
@@ -62,8 +87,10 @@ def texts_of(engine: Engine, asked: list[dict[str, Any]]) -> list[tuple[Any, str
         except VLLMValidationError as error:
             known = "json schema|too large|shortest match|no text|repeat|regex"
             assert re.search(known, str(error)), error
+            tally["refused"] += 1
             continue
         wanted.append((name, what))
+    tally["taken"] += len(wanted)
     done = engine.drive(lambda step: None)
     found = []
     for name, what in wanted:
@@ -85,14 +112,15 @@ many = settings(
 
 @given(st.lists(patterns, min_size=TOGETHER, max_size=TOGETHER))
 @many
-def test_random_patterns(spelling: Engine, chosen: list[str]):
-    for pattern, text in texts_of(spelling, [{"regex": each} for each in chosen]):
+def test_random_patterns(spelling: Engine, tally: Counter[str], chosen: list[str]):
+    asked = [{"regex": each} for each in chosen]
+    for pattern, text in texts_of(spelling, asked, tally):
         assert re.fullmatch(pattern, text, re.ASCII), (pattern, text)
 
 
 @given(st.lists(schemas, min_size=TOGETHER, max_size=TOGETHER))
 @many
-def test_random_schemas(spelling: Engine, chosen: list[Any]):
+def test_random_schemas(spelling: Engine, tally: Counter[str], chosen: list[Any]):
     asked = [{"json": json.dumps(each)} for each in chosen]
-    for schema, text in texts_of(spelling, asked):
+    for schema, text in texts_of(spelling, asked, tally):
         Draft202012Validator(json.loads(schema)).validate(json.loads(text))
