@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_dlm.config.options import LONGEST_REQUEST_BLOCK
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.tasks.problems import FREE_TASKS
 
@@ -24,7 +25,8 @@ class Workload:
     """Fewer where the first forward of a request is wide; None is all."""
     defaults_only: bool = False
     """Only strategies as they are, and none that writes the canvas whole: that takes a
-    forward or more for each of its positions."""
+    forward or more for each of its positions. Nor those that look at several blocks as
+    one, where that is longer than a request may ask for."""
 
 
 FEW_PROBLEMS = 32
@@ -69,7 +71,9 @@ class Setting:
     def is_measured(self, workload: Workload) -> bool:
         """Whether a workload has a row of it."""
         is_default = self.label == "default"
-        in_blocks = STRATEGIES[self.strategy].scope != "canvas"
+        scope = STRATEGIES[self.strategy].scope
+        fits = scope == "block" or workload.canvas <= LONGEST_REQUEST_BLOCK
+        in_blocks = fits and scope != "canvas"
         return not workload.defaults_only or (is_default and in_blocks)
 
     def most_problems(self, workload: Workload) -> int | None:
