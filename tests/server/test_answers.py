@@ -77,8 +77,8 @@ def test_max_tokens(server: Server, max_tokens: int):
 
 
 def test_chat_without_max_tokens_has_the_rest_of_the_context(server: Server):
-    # One step: the canvas is as wide as the context, and so is its block.
-    xargs = {"dlm_threshold": 0.001, "dlm_block_length": "canvas"}
+    # One step for each of the longest blocks: the canvas is as wide as the context.
+    xargs = {"dlm_threshold": 0.001, "dlm_block_length": 256}
     result = server.chat(QUESTION, ignore_eos=True, vllm_xargs=xargs)
     assert result.usage.total_tokens == 1088
     assert result.choices[0].finish_reason == "length"

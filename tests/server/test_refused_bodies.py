@@ -49,8 +49,8 @@ def with_options(carrier: str, body: dict[str, Any], **options: Any) -> dict[str
 def test_every_route_refuses_what_it_would_not_read(server: Server, path: str):
     body, carrier = ROUTES[path]
     # None of our business, and a field of ours: answered.
-    # Chats may go on to the end of the context: in a single step.
-    few_steps = {"dlm_threshold": 0.001, "dlm_block_length": "canvas"}
+    # Chats go on to the end of the context: a step for each of the longest blocks.
+    few_steps = {"dlm_threshold": 0.001, "dlm_block_length": 256}
     good = with_options(carrier, body, **few_steps) | {"unknown": 1}
     assert post(server, path, good).status_code == 200
     assert "'max_tokens'" in said(post(server, path, {**body, "gen_length": 64}))
