@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine.harness import Engine, params
 from reference.diffusion_gemma import WINDOW, generate, write_random_checkpoint
+from reference.llada import write_tokenizer
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
@@ -37,13 +38,21 @@ SETTLING = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(
+    folder = write_random_checkpoint(
         tmp_path_factory.mktemp("diffusion-gemma"),
         seed=0,
         canvas_length=CANVAS,
         # So that some canvases stand still.
         gain=0.3,
     )
+    write_tokenizer(
+        folder,
+        vocab_size=VOCABULARY,
+        mask_token_id=124,
+        eos_token_id=1,
+        max_length=160,
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,6 @@ def gemma(engines: Callable[..., Engine], folder: Path) -> Engine:
     return engines(
         {"diffusion_gemma": "engine"},
         model=str(folder),
-        skip_tokenizer_init=True,
         max_model_len=160,
         weight_transfer_config=None,
     )
@@ -225,15 +233,17 @@ def test_chunked_prompts_and_found_pages_change_nothing(gemma, engines, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dlm", "options"),
-    [({"commit": "separate"}, {}), ({}, {"async_scheduling": True})],
+    [
+        ({"commit": "separate"}, {}),
+        ({}, {"async_scheduling": True}),
+        # The layers' scalars are hooks, which a compiled network must have too.
+        ({}, {"enforce_eager": False}),
+    ],
 )
-def test_a_forward_of_its_own_for_keys_changes_nothing(
-    gemma, engines, folder, dlm, options
-):
+def test_how_forwards_are_made_changes_nothing(gemma, engines, folder, dlm, options):
     engine = engines(
         {"diffusion_gemma": "engine", **dlm},
         model=str(folder),
-        skip_tokenizer_init=True,
         max_model_len=160,
         weight_transfer_config=None,
         **options,
@@ -267,6 +277,56 @@ def test_a_canvas_ends_with_the_context(gemma):
 def test_what_cannot_be_honoured_is_refused(gemma, options, says):
     with pytest.raises((VLLMValidationError, ValueError), match=says):
         gemma.run(PROMPTS[:1], sampling(**options))
+
+
+WRITTEN = "t40 t41 {{11}} t42 {{4}} t43 t44 {{20}} t45 {{3}}"
+"""Two canvases and a half, the first positions written, and one in each of them."""
+PINS = {0: 40, 1: 41, 13: 42, 18: 43, 19: 44, 40: 45}
+
+
+def test_what_a_request_has_written_stays(gemma):
+    """In every forward, and in the text: no step renoises it."""
+    asks = [sampling(seed, 44, dlm={"canvas_text": WRITTEN}) for seed in (1, 2)]
+    number = gemma.add(PROMPTS[0], asks[0])
+    first, fed = len(PROMPTS[0]), []
+
+    def note(step: int) -> None:
+        if not gemma.scheduler.running:
+            return
+        name = gemma.scheduler.running[0].request_id
+        slot = gemma.runner.req_states.req_id_to_index[name]
+        table, canvas = gemma.runner.model_state.slots, slice(first, first + 44)
+        fed.append(table.tokens[slot, canvas].tolist())
+        assert not table.masked[slot, canvas][list(PINS)].any()
+        assert all(fed[-1][at] == token for at, token in PINS.items())
+
+    done = gemma.drive(note)[number].outputs[0]
+    tokens = list(done.token_ids)
+    assert len(tokens) == 44 and len(fed) >= 3 * STEPS - 1
+    # What is open changes with most steps.
+    assert len({tuple(one) for one in fed}) > len(fed) * 3 // 4
+    assert [tokens[at] for at in PINS] == list(PINS.values())
+
+    prompts = [*PROMPTS[:2], PROMPTS[0], PROMPTS[0]]
+    moved = sampling(1, 44, dlm={"canvas_text": WRITTEN.replace("t42", "t52")})
+    found = gemma.run(prompts, [asks[0], asks[1], asks[0], moved])
+    assert found[0].tokens == found[2].tokens == tokens
+    assert [found[1].tokens[at] for at in PINS] == list(PINS.values())
+    assert found[3].tokens[13] == 52
+
+
+def test_a_preempted_canvas_keeps_what_is_written(gemma):
+    ask = sampling(1, 44, dlm={"canvas_text": WRITTEN})
+    expected = gemma.run(PROMPTS[:2], ask)
+    ids = [gemma.add(prompt, ask) for prompt in PROMPTS[:2]]
+
+    def preempt(step: int) -> None:
+        if step in (2, STEPS + 3):
+            gemma.preempt(gemma.scheduler.running[1].request_id)
+
+    done = gemma.drive(preempt)
+    tokens = [list(done[number].outputs[0].token_ids) for number in ids]
+    assert tokens == [one.tokens for one in expected]
 
 
 def test_images_are_refused(gemma):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm_dlm.admission.canvas_text import Hole, parse
 from vllm_dlm.admission.client_fields import field_of, gave_length, has_place_for
 from vllm_dlm.config.canvas import Canvas, CanvasOptions, source_of
-from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.model import NO_MASK, ModelDefaults
 from vllm_dlm.config.stop_ids import closing_ids
 from vllm_dlm.messages import OptionError, quote
 
@@ -88,7 +88,8 @@ class CanvasReader:
                     "/v1/chat/completions",
                     set_as,
                 )
-            check_tokens(tokens, self._model_config, set_as)
+            written = [token for token in tokens if token != NO_MASK]
+            check_tokens(written, self._model_config, set_as)
             canvas = Canvas(tuple(tokens), tuple(holes), **more)
         self._check(canvas, set_as)
         return canvas
@@ -135,10 +136,11 @@ class CanvasReader:
         """Refuse what cannot be filled, and say once what is not seen."""
         params, longest = self._params, self._model_config.max_model_len
         if not canvas.holes:
+            mask_id = self._model.mask_token_id
+            marks = "" if mask_id == NO_MASK else f"the mask id {mask_id} or, "
             raise OptionError(
-                f"{set_as} has no hole, so there is nothing to write: put the mask id "
-                f"{self._model.mask_token_id} where the model shall write, or, in "
-                "canvas_text, {{12}}",
+                f"{set_as} has no hole, so there is nothing to write: put {marks}in "
+                "canvas_text, {{12}} where the model shall write",
                 set_as,
             )
         if canvas.width >= longest:

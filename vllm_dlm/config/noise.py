@@ -49,9 +49,10 @@ def check_noise(
     asked = [option for option, is_set in options.items() if is_set]
     if asked:
         set_as = names.get(asked[0], asked[0])
+        instead = "set canvas_text" if asked[0] == "canvas" else "leave it out"
         raise OptionError(
             f"{set_as} is for models with a mask: this one holds random tokens until a "
-            "whole canvas is finished; leave it out",
+            f"whole canvas is finished; {instead}",
             set_as,
         )
 

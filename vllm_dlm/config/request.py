@@ -244,7 +244,8 @@ def resolve(
             "growth": growth != "none",
             "record_traces": server.record_traces,
             "trajectory_dir": server.trajectory_dir is not None,
-            "canvas": brings_canvas,
+            # In which holes are marked with the mask id.
+            "canvas": asked.canvas.canvas is not None,
         },
         asked.names,
     )
