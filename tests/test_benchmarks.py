@@ -15,7 +15,13 @@ from vllm_dlm.strategies import STRATEGIES
 
 # They are no part of the package: found beside it, for this import only.
 sys.path.append(str(Path(__file__).parent.parent))
-from benchmarks import decodes, picture, settings, strategies  # noqa: E402
+from benchmarks import (  # noqa: E402
+    decodes,
+    picture,
+    settings,
+    soft_inputs,
+    strategies,
+)
 from benchmarks.tables import save  # noqa: E402
 
 sys.path.pop()
@@ -39,6 +45,13 @@ def test_settings_are_valid(setting):
             continue
         options = setting.request_options(workload)
         assert resolve(DlmConfig(), {"dlm": options}, LLADA).strategy
+
+
+@pytest.mark.parametrize("label", soft_inputs.ROWS)
+def test_rows_of_mixtures_are_valid(label):
+    strategy, config = soft_inputs.ROWS[label]
+    request = {"dlm": {"strategy": strategy, "strategy_config": config}}
+    assert resolve(DlmConfig(soft_inputs=True), request, LLADA).strategy == strategy
 
 
 def row(name: str, right: int, forwards: int) -> strategies.Row:
