@@ -2,11 +2,11 @@
 """Count what a denoise step asks a GPU to launch outside the network.
 
 No GPU is needed: what is counted does not depend on the device
-(`launch_counter.py` says what is). llada-tiny decodes questions with each strategy, and
-the largest count of a few steady steps is shown: all requests are in the midst of
-decoding, none comes or goes. The row `4 strategies` is a batch that is decided by
-static, threshold, entropy and slowfast together. Admissions are counted per round:
-what all requests that come with one step cost together.
+(`vllm_dlm/bench/launch_counter.py` says what is). llada-tiny decodes questions with
+each strategy, and the largest count of a few steady steps is shown: all requests are in
+the midst of decoding, none comes or goes. The row `4 strategies` is a batch that is
+decided by static, threshold, entropy and slowfast together. Admissions are counted per
+round: what all requests that come with one step cost together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.launch_counter import (
+from vllm_dlm.bench.launch_counter import (
     ADMISSION,
     STEP_PARTS,
     LaunchCounter,

@@ -4,24 +4,18 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-# The benchmarks are no part of the package.
-sys.path.append(str(Path(__file__).parent.parent))
-from benchmarks.launch_counter import (  # noqa: E402
+from vllm_dlm.bench.launch_counter import (
     LaunchCounter,
     Launches,
     TritonTwins,
     launches_in,
 )
-
-sys.path.pop()
 
 
 class Parts:

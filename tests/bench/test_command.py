@@ -19,7 +19,7 @@ PLAIN = (
 SHORT = ("--prompt-len", "8", "--max-tokens", "16", "--block-length", "8")
 
 ADAPTER = '''
-from vllm_dlm.bench.engine import Answer, Unsupported
+from vllm_dlm.bench.engine import Answer, Costs, Unsupported
 
 
 class Echo:
@@ -40,6 +40,20 @@ class Echo:
 
     def stop(self):
         pass
+
+
+class Weighed(Echo):
+    """Says what its steps cost, too: as many launches as prompts were answered."""
+
+    def generate(self, prompts, work, on_answer):
+        self.answered = len(prompts)
+        return super().generate(prompts, work, on_answer)
+
+    def start_costing(self):
+        self.answered = 0
+
+    def costs(self):
+        return Costs(4, 10 * self.answered, 3 << 19, 5 << 20)
 
 
 class Half:
@@ -145,6 +159,28 @@ def test_an_adapter_is_measured_and_may_refuse(bench, adapter, capsys):
     assert str(Path(adapter).parent) not in json.dumps(data)
 
 
+def test_what_steps_cost_is_measured_where_it_is_asked_for(bench, adapter, capsys):
+    arguments = (
+        *("--model", TINY, "--skip-ours", *SHORT, "--strategies", "static"),
+        *("--against", f"adapter:{adapter.replace('Echo', 'Weighed')}"),
+        *("--adapter-option", "delay=0.25", "--requests", "8", "--concurrency", "2"),
+    )
+    (cell,) = bench(*arguments)["cells"]
+    assert "launches_per_step" not in cell
+    assert "launches/step" not in capsys.readouterr().out
+    (_, cell) = bench(*arguments, "--step-costs", "--resume")["cells"]
+    # Of one round of requests, by themselves.
+    assert cell["launches_per_step"] == 10 * 2 / 4
+    assert (cell["sampling_mib"], cell["state_mib"]) == (1.5, 5.0)
+    shown = capsys.readouterr().out
+    assert "launches/step" in shown and "5.000" in shown
+
+
+def test_native_is_of_one_model(bench):
+    with pytest.raises(ValueError, match="another model: leave native out"):
+        bench("--model", TINY, "--skip-ours", "--against", "native")
+
+
 def test_broken_adapters_say_what_is_wrong(adapter):
     path = adapter.rpartition(":")[0]
     with pytest.raises(ValueError, match="lacks generate, stop"):
@@ -164,7 +200,7 @@ def test_broken_adapters_say_what_is_wrong(adapter):
         (("--dtype", "float8"), "'float8' is not one of float32, bfloat16"),
         (("--strategies", "thresold"), "threshold"),
         (("--strategies", "threshold:limit=1"), "Valid: threshold"),
-        (("--against", "sglang"), "plain, ar, adapter:FILE.py:Class"),
+        (("--against", "sglang"), "plain, ar, native, adapter:FILE.py:Class"),
         (("--concurrency", "1,0"), "'0' is not a whole number >= 1"),
         (("--mode", "both"), "serve"),
         (("--engine-option", "enforce_eager"), "expected NAME=VALUE"),
@@ -183,7 +219,7 @@ def test_wrong_arguments_name_the_right_ones(arguments, message, capsys):
     ("model", "message"),
     [
         ("random:depth=3", "Valid: d, layers, heads, mlp, vocab, family"),
-        ("random:family=gpt", "llada, sdar"),
+        ("random:family=gpt", "llada, sdar, diffusion_gemma"),
         ("random:d=0", "d must be a whole number >= 1"),
         ("random:d=65", "multiple of twice"),
         ("random:vocab=2", "at least 8"),

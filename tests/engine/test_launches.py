@@ -11,8 +11,8 @@ from engine.harness import Engine
 
 # The benchmarks are no part of the package.
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks.launch_counter import STEP_PARTS  # noqa: E402
 from benchmarks.launches import BATCHES, MIXED, Count, count  # noqa: E402
+from vllm_dlm.bench.launch_counter import STEP_PARTS  # noqa: E402
 
 sys.path.pop()
 

@@ -20,7 +20,7 @@ Setting: TypeAlias = tuple[str, dict[str, Any]]
 """A strategy or a cache policy, and its parameters."""
 
 DTYPES = ("float32", "bfloat16")
-AGAINST = ("plain", "ar", "adapter:FILE.py:Class")
+AGAINST = ("plain", "ar", "native", "adapter:FILE.py:Class")
 
 
 def add_settings(group: argparse._ArgumentGroup) -> None:
@@ -148,7 +148,7 @@ def against(text: str) -> list[str]:
     """Names of `AGAINST`, with commas between."""
     names = [name for name in text.split(",") if name]
     for name in names:
-        if name in ("plain", "ar"):
+        if name in ("plain", "ar", "native"):
             continue
         kind, _, spec = name.partition(":")
         if kind != "adapter":

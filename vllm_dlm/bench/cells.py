@@ -35,7 +35,7 @@ class Cell:
     """What one measurement is of."""
 
     engine: str
-    """"vllm-dlm", "plain", "ar" or an adapter's spec."""
+    """"vllm-dlm", "plain", "ar", "native" or an adapter's spec."""
     dtype: str
     concurrency: int
     strategy: str = ""
@@ -47,7 +47,7 @@ class Cell:
     def setting(self) -> str:
         """Strategy, its parameters and the cache policy, in words."""
         if not self.strategy:
-            return "autoregressive"
+            return "autoregressive" if self.engine == "ar" else "its own"
         settings = (
             (self.strategy, self.strategy_config),
             (self.cache, self.cache_config),

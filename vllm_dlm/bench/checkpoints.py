@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vllm_dlm.bench.gemma_checkpoint import write_gemma
 from vllm_dlm.bench.shapes import RandomModel, Shape
 from vllm_dlm.files.tensor_files import write_safetensors
 from vllm_dlm.files.whole_files import write_json
@@ -42,10 +43,13 @@ def write_random(
     """Write config.json and model.safetensors of a diffusion model; its folder.
 
     Args:
-        block_length: models with block attention are declared with it.
+        block_length: models with block attention are declared with it; of
+            DiffusionGemma it is the length of a canvas.
         seed: the same seed gives the same weights.
     """
     shape = model.shape
+    if model.family == "diffusion_gemma":
+        return write_gemma(folder, shape, canvas_length=block_length, seed=seed)
     weights = _weights(shape, seed)
     if model.family == "llada":
         weights = {llada_name(name): weight for name, weight in weights.items()}

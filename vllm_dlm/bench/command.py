@@ -32,6 +32,8 @@ examples:
   vllm-dlm bench --model random-60m --caches dual --strategies static --steps 64 \\
       --concurrency 1,16 --against plain,ar --json runs/60m.json --plot runs/60m.png
   vllm-dlm bench --model ./my-model --prompts questions.jsonl
+  vllm-dlm bench --model random:family=diffusion_gemma --strategies renoise \\
+      --against native --step-costs
   vllm-dlm bench --against adapter:benchmarks/openai_endpoint.py:OpenAIEndpoint \\
       --adapter-option url=http://localhost:8000/v1
 
@@ -50,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="llada-tiny",
         help="llada-tiny (with problems whose answers are checked), random-60m, "
         "random:d=64,layers=2,heads=2,mlp=128,vocab=256,family=sdar (what is not named "
-        "is as in random-60m; families llada and sdar), or a folder, hub id or alias "
+        "is as in random-60m; families llada, sdar and diffusion_gemma), or a folder, "
+        "hub id or alias "
         "(default: %(default)s)",
     )
     work.add_argument(
@@ -114,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="also measure: plain (a PyTorch loop, one request at a time: static and "
         "threshold), ar (an autoregressive model of this size on the same vLLM), "
+        "native (DiffusionGemma by vLLM's own code), "
         "adapter:FILE.py:Class (any other engine)",
     )
     cells.add_argument(
@@ -166,6 +170,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="count rows, time forwards and steps in vLLM's worker (default: on a CPU; "
         "on an accelerator it waits for the device at each reading)",
     )
+    engines.add_argument(
+        "--step-costs",
+        action="store_true",
+        help="after each cell of vLLM's, run requests once more and count what "
+        "steps launch and allocate, and what the engine holds for its requests",
+    )
 
     add_outputs(parser)
 
@@ -211,6 +221,8 @@ def _set_threads(threads: int) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # What counts memory says when it begins and ends, otherwise (`step_costs.py`).
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def _shown(args: argparse.Namespace) -> dict[str, Any]:

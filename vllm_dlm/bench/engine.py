@@ -27,13 +27,15 @@ UNKNOWN_TOKEN = -1
 
 @dataclass(frozen=True)
 class Work:
-    """How the prompts of a cell are to be answered, greedily."""
+    """How the prompts of a cell are to be answered."""
 
     max_tokens: int
     concurrency: int
     """Requests in flight: one that ends makes room for the next."""
     ignore_eos: bool
     """Write all of `max_tokens`, whatever the tokens are."""
+    temperature: float = 0.0
+    """Of the requests; 0 is greedy."""
     strategy: str = ""
     """Decoding strategy; empty for an engine that is not asked for one."""
     strategy_config: Mapping[str, Any] = field(default_factory=dict)
@@ -131,6 +133,30 @@ class Counts:
     head_cpu: float | None = None
     sampler_cpu: float | None = None
     step_cpu: float | None = None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the steps of an engine cost beside time; see `step_costs`."""
+
+    steps: int
+    launches: int
+    """Of all these steps, the network left out."""
+    sampling_bytes: int
+    """Most bytes allocated at a time from a step's hidden states to its tokens."""
+    state_bytes: int
+    """Bytes that the engine holds for its requests, KV cache left out."""
+
+
+@runtime_checkable
+class Costing(Engine, Protocol):
+    """An engine that says what its steps cost, which makes them slower."""
+
+    def start_costing(self) -> None:
+        """Count from here on."""
+
+    def costs(self) -> Costs:
+        """What the steps since then cost; counting ends."""
 
 
 @runtime_checkable

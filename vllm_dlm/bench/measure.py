@@ -21,6 +21,7 @@ import psutil
 from vllm_dlm.bench.engine import (
     UNKNOWN_TOKEN,
     Answer,
+    Costing,
     Counting,
     Counts,
     Engine,
@@ -79,6 +80,22 @@ def measure(
         right = [workload.check(i, a.tokens) for i, a in enumerate(answers)]
         numbers["accuracy"] = mean(right)
     return numbers
+
+
+def measure_costs(engine: Costing, workload: Workload, work: Work) -> dict[str, Any]:
+    """What steps cost beside time, in a run of their own; see `step_costs`.
+
+    One round of requests is answered: `work.concurrency` of them, all at a time.
+    """
+    engine.start_costing()
+    engine.generate(workload.prompts[: work.concurrency], work, lambda: None)
+    costs = engine.costs()
+    return {
+        "cost_steps": costs.steps,
+        "launches_per_step": costs.launches / costs.steps,
+        "sampling_mib": costs.sampling_bytes / 2**20,
+        "state_mib": costs.state_bytes / 2**20,
+    }
 
 
 def summarise(answers: Sequence[Answer], seconds: float, cpu: float) -> dict[str, Any]:

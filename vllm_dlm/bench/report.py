@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm_dlm.bench.aup import scores
 from vllm_dlm.files.whole_files import replacing
@@ -45,6 +45,26 @@ COLUMNS: dict[str, Callable[[Result], str]] = {
 """Heading -> what stands below it; a column without any number is left out."""
 
 
+def _count(name: str) -> Callable[[Result], str]:
+    def show(cell: Result) -> str:
+        counts = cell.get("counts")
+        return "-" if counts is None else str(counts[name])
+
+    return show
+
+
+COSTS: dict[str, Callable[[Result], str]] = {
+    **{name: COLUMNS[name] for name in ("engine", "setting", "dtype", "at once")},
+    "forwards": _count("forwards"),
+    "rows": _count("rows"),
+    "lm_head rows": _count("head_rows"),
+    "launches/step": _number("launches_per_step", 1),
+    "sampling MiB": _number("sampling_mib", 3),
+    "held MiB": _number("state_mib", 3),
+}
+"""The same, of cells with `--step-costs`."""
+
+
 def _share(cell: Result) -> str:
     if not cell.get("gflops"):
         return "-"
@@ -59,15 +79,19 @@ def print_table(cells: Sequence[Result]) -> None:
     # Rather let a narrow terminal break lines than cut numbers.
     console = Console(width=1000, highlight=False)
     done = [cell for cell in cells if "error" not in cell]
-    rows = [{name: show(cell) for name, show in COLUMNS.items()} for cell in done]
-    names = [name for name in COLUMNS if any(row[name] != "-" for row in rows)]
-    table = Table(box=None, pad_edge=False)
-    for name in names:
-        is_text = name in ("engine", "setting", "dtype")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=is_text)
-    for row in rows:
-        table.add_row(*(row[name] for name in names))
-    console.print(table)
+    costed = [cell for cell in done if "launches_per_step" in cell]
+    for columns, shown in ((COLUMNS, done), (COSTS, costed)):
+        rows = [{name: show(cell) for name, show in columns.items()} for cell in shown]
+        names = [name for name in columns if any(row[name] != "-" for row in rows)]
+        table = Table(box=None, pad_edge=False)
+        for name in names:
+            is_text = name in ("engine", "setting", "dtype")
+            side: Literal["left", "right"] = "left" if is_text else "right"
+            table.add_column(name, justify=side, no_wrap=is_text)
+        for row in rows:
+            table.add_row(*(row[name] for name in names))
+        if columns is COLUMNS or rows:
+            console.print(table)
     judged = scores(done)
     if judged:
         table = Table(box=None, pad_edge=False)

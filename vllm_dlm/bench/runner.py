@@ -15,12 +15,12 @@ import torch
 
 from vllm_dlm.bench.cells import Cell, Results, digest
 from vllm_dlm.bench.checkpoints import write_autoregressive
-from vllm_dlm.bench.engine import Engine, Unsupported, Work, load_adapter
+from vllm_dlm.bench.engine import Costing, Engine, Unsupported, Work, load_adapter
 from vllm_dlm.bench.environment import peak_gflops
-from vllm_dlm.bench.measure import Limit, measure
+from vllm_dlm.bench.measure import Limit, measure, measure_costs
 from vllm_dlm.bench.workloads import make_workload
 
-OURS, PLAIN, AUTOREGRESSIVE = "vllm-dlm", "plain", "ar"
+OURS, PLAIN, AUTOREGRESSIVE, NATIVE = "vllm-dlm", "plain", "ar", "native"
 FEWEST_REQUESTS = 4
 
 
@@ -49,6 +49,11 @@ class Runner:
             seed=args.seed,
             prompts_file=args.prompts,
         )
+        if NATIVE in args.against and self.workload.gemma is None:
+            raise ValueError(
+                "--against native is DiffusionGemma by vLLM's own code, and "
+                f"{args.model} is another model: leave native out"
+            )
 
     def run(self) -> set[str]:
         """Measure what is not measured yet; the keys of all cells of this run."""
@@ -86,6 +91,7 @@ class Runner:
             concurrency=cell.concurrency,
             # An autoregressive model of random weights would end anywhere.
             ignore_eos=workload.ignore_eos or is_other,
+            temperature=workload.temperature,
             strategy=cell.strategy,
             strategy_config=cell.strategy_config,
             cache=cell.cache,
@@ -94,15 +100,20 @@ class Runner:
             steps=args.steps,
         )
         try:
-            return measure(engine, workload, work, limit=limit, on_answer=on_answer)
+            numbers = measure(engine, workload, work, limit=limit, on_answer=on_answer)
         except Unsupported as error:
             return {"error": str(error)}
+        if args.step_costs and isinstance(engine, Costing):
+            numbers |= measure_costs(engine, workload, work)
+        return numbers
 
     @contextmanager
     def _started(self, name: str, dtype: str) -> Iterator[Engine]:
         """An engine with its model loaded; it is stopped in the end."""
         args, workload = self.args, self.workload
         block = workload.block_length or 64
+        if workload.gemma is not None:
+            block = workload.gemma.canvas_length
         options: dict[str, Any] = {
             "dtype": dtype,
             "threads": args.threads,
@@ -119,24 +130,34 @@ class Runner:
             from vllm_dlm.bench.plain import PlainEngine
 
             engine = PlainEngine(args.plain_batch, args.plain_softmax)
-        elif name in (OURS, AUTOREGRESSIVE):
-            from vllm_dlm.bench.served import AutoregressiveEngine, VllmEngine
+        elif name in (OURS, AUTOREGRESSIVE, NATIVE):
+            from vllm_dlm.bench.served import (
+                AutoregressiveEngine,
+                NativeEngine,
+                VllmEngine,
+            )
 
             wanted = dict(args.engine_option)
             kind = VllmEngine
+            size = getattr(torch, dtype).itemsize
+            if name == NATIVE:
+                kind = NativeEngine
+                assert workload.gemma is not None
+                options["token_bytes"] = size * workload.gemma.numbers_per_token
             if name == OURS:
                 # As a server of each strategy would run: the warm-up compiles.
                 eager = wanted.get("enforce_eager", False)
                 server = {"compile": "none" if eager else "all"}
+                if workload.gemma is not None:
+                    server["diffusion_gemma"] = "engine"
                 wanted["additional_config"] = {"dlm": server | dict(args.server_option)}
             if name == AUTOREGRESSIVE:
                 kind = AutoregressiveEngine
                 shape = workload.dense_shape
                 folder = self.folder / "autoregressive"
                 model = str(write_autoregressive(folder, shape, seed=args.seed))
-                size = getattr(torch, dtype).itemsize
                 options["token_bytes"] = size * shape.numbers_per_token
-            engine = kind(wanted, args.mode, self._times_steps())
+            engine = kind(wanted, args.mode, self._times_steps(), args.step_costs)
         else:
             engine = load_adapter(name.partition(":")[2])()
             options |= dict(args.adapter_option)
@@ -170,12 +191,14 @@ class Runner:
             # What names and folders do not tell apart.
             "inputs": digest([args.model, args.prompts, cell.engine]),
         }
+        if args.step_costs:
+            facts["step_costs"] = True
         if cell.engine == PLAIN:
             return facts | {"softmax": args.plain_softmax}
         # Of options the file has no folder, address or key: their digest.
-        if cell.engine in (OURS, AUTOREGRESSIVE):
+        if cell.engine in (OURS, AUTOREGRESSIVE, NATIVE):
             facts |= {"mode": args.mode, "engine_options": digest(args.engine_option)}
-            server = [] if cell.engine == AUTOREGRESSIVE else args.server_option
+            server = args.server_option if cell.engine == OURS else []
             return facts | {"server_options": digest(server)}
         return facts | {"adapter_options": digest(args.adapter_option)}
 
@@ -188,7 +211,7 @@ def _all_cells(args: argparse.Namespace) -> Iterator[Cell]:
     ]
     for dtype in args.dtype:
         for engine in engines:
-            if engine == AUTOREGRESSIVE:
+            if engine in (AUTOREGRESSIVE, NATIVE):
                 for concurrency in args.concurrency:
                     yield Cell(engine, dtype, concurrency)
                 continue

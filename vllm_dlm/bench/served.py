@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM under test: a diffusion model through this package, or an autoregressive one.
+"""vLLM under test: a diffusion model through this package, DiffusionGemma through
+vLLM's own code, or an autoregressive model.
 
 As a server has it (`AsyncLLM`: front end, engine and worker are processes of their own)
 or, "offline", as `vllm.LLM` has it in one process, which costs less where there is one
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-from vllm_dlm.bench.clock import EXTENSION
-from vllm_dlm.bench.engine import Answer, Counts, Work, closed_loop
+from vllm_dlm.bench import clock, step_costs
+from vllm_dlm.bench.engine import Answer, Costs, Counts, Work, closed_loop
 
 CPU_PAGE = 128
 """Tokens in a KV page of vLLM on a CPU."""
@@ -46,9 +47,9 @@ class _Record:
         if completion.spec_decode_metrics is not None:
             self.forwards = sum(completion.spec_decode_metrics.histogram)
 
-    def answer(self, is_diffusion: bool) -> Answer:
+    def answer(self, by_token: bool) -> Answer:
         # An autoregressive model writes one token in each forward.
-        forwards = self.forwards if is_diffusion else len(self.tokens)
+        forwards = len(self.tokens) if by_token else self.forwards
         return Answer(self.tokens, self.first, self.first_tokens, self.last, forwards)
 
 
@@ -59,16 +60,25 @@ class VllmEngine:
         engine_options: further arguments of vLLM's `EngineArgs`.
         mode: "serve" or "offline".
         step_times: time forwards and steps in the worker; see `clock`.
+        costs_steps: be able to say what steps cost; see `step_costs`.
     """
 
-    is_diffusion = True
+    by_token = False
+    """Whether each forward of a request writes one token."""
+    has_options = True
+    """Whether requests may have options of this package."""
 
     def __init__(
-        self, engine_options: Mapping[str, Any], mode: str, step_times: bool
+        self,
+        engine_options: Mapping[str, Any],
+        mode: str,
+        step_times: bool,
+        costs_steps: bool = False,
     ) -> None:
         self.engine_options = engine_options
         self.mode = mode
         self.step_times = step_times
+        self.costs_steps = costs_steps
         self.count = 0
 
     def start(self, model: str, options: Mapping[str, Any]) -> None:
@@ -85,8 +95,9 @@ class VllmEngine:
             # Repeated prompts would be answered from it.
             "enable_prefix_caching": False,
         }
-        if self.step_times:
-            arguments["worker_extension_cls"] = EXTENSION
+        if self.step_times or self.costs_steps:
+            wanted = step_costs if self.costs_steps else clock
+            arguments["worker_extension_cls"] = wanted.EXTENSION
         arguments |= self._own_arguments(options)
         arguments |= self.engine_options
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self.mode == "serve"))
@@ -125,7 +136,7 @@ class VllmEngine:
         )
 
     def sampling_params(self, work: Work) -> Any:
-        """What vLLM is asked with each prompt: greedy, and the options of `work`."""
+        """What vLLM is asked with each prompt, the options of `work` among it."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -138,12 +149,12 @@ class VllmEngine:
             "steps": work.scheduled_steps,
         }
         return SamplingParams(
-            temperature=0.0,
+            temperature=work.temperature,
             max_tokens=work.max_tokens,
             ignore_eos=work.ignore_eos,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args={"dlm": options} if self.is_diffusion else None,
+            extra_args={"dlm": options} if self.has_options else None,
         )
 
     async def _serve(
@@ -160,7 +171,7 @@ class VllmEngine:
             )
             async for output in stream:
                 record.add(output)
-            return record.answer(self.is_diffusion)
+            return record.answer(self.by_token)
 
         return await closed_loop(prompts, work.concurrency, ask, on_answer)
 
@@ -187,7 +198,7 @@ class VllmEngine:
                 if output.finished:
                     running -= 1
                     on_answer()
-        return [records[name].answer(self.is_diffusion) for name in order]
+        return [records[name].answer(self.by_token) for name in order]
 
     def _new_id(self) -> str:
         self.count += 1
@@ -204,6 +215,14 @@ class VllmEngine:
         The workers of a tensor-parallel group do the same steps.
         """
         return Counts(**self._rpc("dlm_clock_read")[0]) if self.step_times else None
+
+    def start_costing(self) -> None:
+        """See `Costing.start_costing`."""
+        self._rpc("dlm_costs_start")
+
+    def costs(self) -> Costs:
+        """The first worker's; see `Costing.costs`."""
+        return Costs(**self._rpc("dlm_costs_read")[0])
 
     def _rpc(self, method: str) -> list[Any]:
         answer = self.engine.collective_rpc(method)
@@ -227,17 +246,34 @@ class VllmEngine:
         self.loop.close()
 
 
+class NativeEngine(VllmEngine):
+    """DiffusionGemma by vLLM's own code, which takes no options of ours."""
+
+    has_options = False
+
+    def _own_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        # Prompts here are text: nothing is to be kept for images.
+        text_alone = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+        return text_alone | _cache_size(options)
+
+
 class AutoregressiveEngine(VllmEngine):
     """vLLM with an ordinary model: neither strategy nor cache policy."""
 
-    is_diffusion = False
+    by_token = True
+    has_options = False
 
     def _own_arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        from vllm.platforms import current_platform
+        return _cache_size(options)
 
-        if not current_platform.is_cpu():
-            return {}
-        # As large as our engine's: vLLM's default takes and clears most of the memory.
-        pages = -(-options["max_length"] // CPU_PAGE)
-        tokens = (options["max_concurrency"] * pages + 1) * CPU_PAGE
-        return {"kv_cache_memory_bytes": tokens * options["token_bytes"]}
+
+def _cache_size(options: Mapping[str, Any]) -> dict[str, Any]:
+    """On a CPU a KV cache as large as our engine's: vLLM's default takes and clears
+    most of the memory."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return {}
+    pages = -(-options["max_length"] // CPU_PAGE)
+    tokens = (options["max_concurrency"] * pages + 1) * CPU_PAGE
+    return {"kv_cache_memory_bytes": tokens * options["token_bytes"]}

@@ -83,7 +83,7 @@ _FIELDS = {
 }
 """Short name in `random:d=64,...` -> field of `Shape`."""
 
-FAMILIES = ("llada", "sdar")
+FAMILIES = ("llada", "sdar", "diffusion_gemma")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class RandomModel:
 
     shape: Shape = Shape()
     family: str = "llada"
-    """llada (full attention) or sdar (block attention)."""
+    """llada (full attention), sdar (block attention) or diffusion_gemma (random tokens
+    are denoised; a mixture of experts)."""
 
     @classmethod
     def parse(cls, text: str) -> RandomModel:

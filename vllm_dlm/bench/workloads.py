@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,27 @@ from vllm_dlm.config.aliases import resolve
 from vllm_dlm.files.whole_files import parse_json, read_lines
 
 BUILT_IN = "llada-tiny"
+
+
+@dataclass(frozen=True)
+class Gemma:
+    """What is particular about DiffusionGemma, which vLLM can serve itself."""
+
+    canvas_length: int
+    numbers_per_token: int
+    """Numbers in the keys and values of one token, at most."""
+
+    @classmethod
+    def of(cls, config: Any) -> Gemma | None:
+        """By a model's config; None for all other models."""
+        if config.model_type != "diffusion_gemma":
+            return None
+        # By its attributes such a config says nothing that differs between layers.
+        text = config.get_text_config().to_dict()
+        names = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+        heads = prod(text[name] for name in names)
+        # Heads of full layers are wider, and pages are of one size for all layers.
+        return cls(config.canvas_length, 2 * heads * 4)
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,14 @@ class Workload:
 
     block_length: int | None = None
     """Block length that every request asks for; None leaves it to the model."""
+    gemma: Gemma | None = None
+    """None for other models than DiffusionGemma."""
+
+    @property
+    def temperature(self) -> float:
+        """Of the requests: greedy, but 1 for DiffusionGemma, whose sampler draws, and
+        of which vLLM's own code takes no other."""
+        return 0.0 if self.gemma is None else 1.0
 
     def first(self, num: int) -> Workload:
         """This workload with its first `num` prompts only."""
@@ -93,6 +123,17 @@ def make_workload(
             folder / "model", random_model, block_length=length, seed=seed
         )
         shape = random_model.shape
+        if random_model.family == "diffusion_gemma":
+            config = _read_config(str(path))
+            ids = _text_ids(config)
+            return Workload(
+                model,
+                str(path),
+                None,
+                _random_prompts(num_prompts, prompt_length, ids, seed),
+                ignore_eos=True,
+                gemma=Gemma.of(config),
+            )
         # The last two ids are the end of the text and the mask.
         prompts = _random_prompts(
             num_prompts, prompt_length, range(shape.vocabulary - 2), seed
@@ -107,15 +148,21 @@ def make_workload(
         return replace(_tiny_tasks(num_prompts, seed), block_length=block_length)
     config = _read_config(model)
     name = Path(model).name if Path(model).is_dir() else model
-    text_shape = Shape.from_hf_config(config)
+    text_shape = Shape.from_hf_config(config.get_text_config())
+    gemma = Gemma.of(config)
     if prompts_file is not None:
         prompts, check = _read_prompts(prompts_file, model, num_prompts)
-        return Workload(name, model, text_shape, prompts, False, check, block_length)
-    special = _special_ids(config)
-    ids = [i for i in range(config.vocab_size) if i not in special]
-    prompts = _random_prompts(num_prompts, prompt_length, ids, seed)
+        return Workload(
+            name, model, text_shape, prompts, False, check, block_length, gemma
+        )
     return Workload(
-        name, model, text_shape, prompts, ignore_eos=True, block_length=block_length
+        name,
+        model,
+        text_shape,
+        _random_prompts(num_prompts, prompt_length, _text_ids(config), seed),
+        ignore_eos=True,
+        block_length=block_length,
+        gemma=gemma,
     )
 
 
@@ -155,14 +202,20 @@ def _read_config(model: str) -> Any:
     return get_config(resolve(model), trust_remote_code=False)
 
 
-def _special_ids(config: Any) -> set[int]:
-    """The mask and what may end a text."""
-    eos = getattr(config, "eos_token_id", None)
-    return {
-        getattr(config, "mask_token_id", None),
+def _text_ids(config: Any) -> list[int]:
+    """All tokens but the mask, what may end a text, and what stands for an image."""
+    text = config.get_text_config()
+    eos = getattr(text, "eos_token_id", None)
+    special = {
+        getattr(text, "mask_token_id", None),
         *(eos if isinstance(eos, list) else [eos]),
         *getattr(config, "dlm_stop_ids", ()),
-    } - {None}
+        *(
+            getattr(config, f"{name}_token_id", None)
+            for name in ("image", "boi", "eoi")
+        ),
+    }
+    return [i for i in range(text.vocab_size) if i not in special]
 
 
 def _read_prompts(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -38,6 +38,8 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
+Seam = tuple[Any, str, str]
+"""An object, the name of a function of it, and which part of a step that is."""
 STEP_PARTS = ("plan", "inputs", "attention", "sampler")
 ADMISSION = "admission"
 
@@ -160,6 +162,12 @@ class LaunchCounter(TorchDispatchMode):
             (sampler, "add_request", ADMISSION),
             (sampler, "apply_staged_writes", ADMISSION),
         ]
+        with self.counting_calls(seams):
+            yield self
+
+    @contextmanager
+    def counting_calls(self, seams: Iterable[Seam]) -> Iterator[LaunchCounter]:
+        """Count what some functions launch, of any engine."""
         with ExitStack() as stack:
             for owner, name, part in seams:
                 counted = self._counted(getattr(owner, name), part)
