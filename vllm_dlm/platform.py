@@ -124,12 +124,14 @@ def _make_platform_class() -> "type[CpuPlatform]":
         def register_triton_kernel_overrides(cls) -> None:
             """Runs in each worker before its class is resolved."""
             from vllm_dlm.kernels.runner_cpu import register
+            from vllm_dlm.patches.cpu_experts import apply_expert_patches
             from vllm_dlm.patches.cpu_runner import apply_worker_patches
             from vllm_dlm.patches.cpu_verification import apply_verification_patches
 
             # First: they repair the registration, and what is registered.
             _apply_patches()
             apply_verification_patches()
+            apply_expert_patches()
             apply_worker_patches()
             super().register_triton_kernel_overrides()
             register()

@@ -15,6 +15,8 @@ THEMES = (
     "vllm_dlm.patches.cpu_runner",
     # Drafts verified rightly on a CPU: by the platform, in workers.
     "vllm_dlm.patches.cpu_verification",
+    # Experts by their numbers on a rank, on a CPU: by the platform, in workers.
+    "vllm_dlm.patches.cpu_experts",
     # By the plugin, in every process; what only a server needs, there alone.
     "vllm_dlm.patches.flags",
     "vllm_dlm.patches.adapters",
