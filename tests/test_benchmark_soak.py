@@ -18,6 +18,7 @@ from benchmarks.soak_load import MODELS, make_jobs  # noqa: E402
 sys.path.pop()
 
 SOUND = {
+    "minutes": 30.0,
     "wrong": [],
     "preemptions": 3,
     "broken": 0,
@@ -34,6 +35,7 @@ SOUND = {
         ({"preemptions": 0}, "the load was too small"),
         ({"broken": 1}, "broken 1"),
         ({"memory_mib": {"engine": {"growth": 50.0}}}, "the engine grew by 50.0 MiB"),
+        ({"memory_mib": {"engine": {"growth": 50.0}}, "minutes": 29.0}, None),
     ],
 )
 def test_what_is_not_as_it_should_be(change: dict, found: str | None):
