@@ -14,11 +14,11 @@ SHARED_MEMORY = "/dev/shm/"
 
 @dataclass(frozen=True)
 class Processes:
-    """One server's: the one with its port, its engine's, and its worker's."""
+    """One server's: the one with its port, its engine's, and its workers'."""
 
     server: psutil.Process
     engine: psutil.Process
-    worker: psutil.Process
+    workers: tuple[psutil.Process, ...]
 
     @classmethod
     def of(cls, url: str) -> Processes:
@@ -31,8 +31,8 @@ class Processes:
         )
         named = {" ".join(one.cmdline()): one for one in server.children(True)}
         (engine,) = (one for name, one in named.items() if "EngineCore" in name)
-        (worker,) = (one for name, one in named.items() if "Worker" in name)
-        return cls(server, engine, worker)
+        workers = (one for name, one in sorted(named.items()) if "Worker" in name)
+        return cls(server, engine, tuple(workers))
 
     def all(self) -> list[psutil.Process]:
         """These and all of their children."""

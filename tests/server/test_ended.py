@@ -3,7 +3,7 @@
 
 Clients get an error or a closed connection, never silence and never half a text as if
 it were whole; the server is gone afterwards, with all its processes, and leaves no
-shared memory behind. A lost worker of several: `tests/distributed/`.
+shared memory behind.
 """
 
 from __future__ import annotations
@@ -11,56 +11,19 @@ from __future__ import annotations
 import signal
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import httpx
 import openai
 import psutil
 import pytest
 from server.launch import COMMAND, Server, running_server, until
+from server.long_answers import ERRORS, streamed, whole
 from server.processes import Processes, still_there
 
 from vllm_dlm.cli.server_process import ServerFailed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-GONE_SECONDS = 60
-LONG: dict[str, Any] = {
-    # A token a step: it takes a while.
-    "prompt": "Copy [Ada, Ben]",
-    "max_tokens": 128,
-    "ignore_eos": True,
-    "vllm_xargs": {"dlm_strategy": "static", "dlm_block_length": 8},
-}
-
-
-class Aborted(Exception):
-    """An answer that says that it is a part: `finish_reason` "abort"."""
-
-
-ERRORS = (openai.APIError, httpx.TransportError, Aborted)
-
-
-def whole(server: Server) -> str:
-    choice = server.complete(**LONG).choices[0]
-    return complete(choice.text, choice.finish_reason)
-
-
-def streamed(server: Server) -> str:
-    text, reason = "", None
-    for event in server.complete(stream=True, **LONG):
-        text += event.choices[0].text
-        reason = event.choices[0].finish_reason or reason
-    return complete(text, reason)
-
-
-def complete(text: str, reason: str | None) -> str:
-    if reason is None:
-        raise httpx.RemoteProtocolError("the stream ended too early")
-    if reason == "abort":
-        raise Aborted
-    assert reason == "length", reason
-    return text
+GONE_SECONDS = 180
 
 
 class Ending:
@@ -99,15 +62,24 @@ class Ending:
         return status
 
 
-@pytest.mark.parametrize("lost", ["engine", "worker"])
-def test_a_lost_process_ends_the_server(tmp_path: Path, lost: str):
+@pytest.mark.parametrize("lost", ["engine", "worker", "one of two workers"])
+def test_a_lost_process_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+):
     """It is killed, as the system does it when memory runs out."""
+    command = list(COMMAND)
+    if lost == "one of two workers":
+        command += ["--tensor-parallel-size", "2"]
+        # By default a worker takes a NUMA node for itself.
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with (
         pytest.raises(ServerFailed, match="the server died"),
-        running_server(COMMAND, tmp_path / "log") as server,
+        running_server(command, tmp_path / "log") as server,
     ):
         ending = Ending(server)
-        getattr(ending.processes, lost).kill()
+        processes = ending.processes
+        assert len(processes.workers) == 1 + (lost == "one of two workers")
+        (processes.engine if lost == "engine" else processes.workers[-1]).kill()
         assert len(ending.errors()) == len(ending.replies)
         ending.exit_status()  # which it is, is vLLM's
 
