@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 
+from vllm_dlm.strategies import STRATEGIES as REGISTERED
+
 Body = dict[str, Any]
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -38,6 +40,8 @@ STRATEGIES = (
     *("credit", "saber", "freedave", "localleap", "joint", "slowfast", "eoser"),
 )
 """Rules that remember steps, rewrite, draft, and read whole rows among them."""
+IN_BLOCKS = tuple(name for name in STRATEGIES if REGISTERED[name].scope != "canvas")
+"""Those that do not decide over the whole output at once."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def make_jobs(model: str, count: int, seed: int) -> list[Job]:
 
 
 def _options(kind: Kind, rng: random.Random) -> Body:
-    strategy = rng.choice(STRATEGIES)
+    strategy = rng.choice(STRATEGIES if kind.full_attention else IN_BLOCKS)
     chosen: Body = {"dlm_strategy": strategy}
     if not kind.full_attention:
         return chosen

@@ -50,6 +50,8 @@ def test_jobs_are_the_same_every_time(model: str):
     assert jobs == make_jobs(model, 84, 1) != make_jobs(model, 84, 2)
     assert len({job.path for job in jobs}) == 4
     assert all(job.body["temperature"] == 0 or "seed" in job.body for job in jobs)
+    asked = {job.body.get("vllm_xargs", {}).get("dlm_strategy") for job in jobs}
+    assert ("eoser" in asked) == MODELS[model].full_attention
 
 
 @pytest.mark.slow
