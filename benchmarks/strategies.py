@@ -216,7 +216,7 @@ def _document(rows: list[Row]) -> str:
     import vllm
 
     tables = [
-        f"## {workload.title}\n\n{_table(rows, workload)}"
+        f"## {workload.title}\n\n{_share(workload)}{_table(rows, workload)}"
         for workload in WORKLOADS
         if any(row.workload == workload for row in rows)
     ]
@@ -234,6 +234,12 @@ def _document(rows: list[Row]) -> str:
         left_out="\n".join(left_out),
         tables="\n\n".join(tables),
     )
+
+
+def _share(workload: Workload) -> str:
+    """How many of the problems a table is about, where not all."""
+    most = workload.most_problems
+    return f"The first {most} problems, and strategies by default.\n\n" if most else ""
 
 
 def _table(rows: list[Row], workload: Workload) -> str:
