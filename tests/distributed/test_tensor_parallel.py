@@ -25,7 +25,8 @@ from engine.harness import Engine, params
 from engine.test_frames import watched
 from engine.test_soft_inputs import Wanted, dmax, smooth
 from engine.test_soft_inputs import run as run_soft
-from reference.llada import TinyLLaDA
+from reference.diffusion_gemma import write_random_checkpoint as write_gemma
+from reference.llada import TinyLLaDA, write_tokenizer
 from vllm.sampling_params import StructuredOutputsParams
 
 pytestmark = pytest.mark.slow
@@ -83,6 +84,33 @@ def test_mixtures_of_tokens(engines: Engines, llada: Path, backend: str):
     edited = [replace(dmax(number), more={"block_length": 8}) for number in range(6)]
     one = run_soft(engines(llada, "mp", 1, soft_inputs=True), edited)
     assert run_soft(dual, edited) == one
+
+
+def test_diffusion_gemma(
+    engines: Engines, tmp_path_factory: pytest.TempPathFactory, backend: str
+):
+    """Canvases whose every step mixes all tokens, each worker's half of them; drawn,
+    greedy, and with rows that are restricted."""
+    folder = tmp_path_factory.getbasetemp() / "diffusion-gemma"
+    if not folder.exists():
+        write_gemma(folder, seed=0, canvas_length=16)
+        words = {"vocab_size": 128, "mask_token_id": 124, "eos_token_id": 1}
+        write_tokenizer(folder, **words, max_length=256)
+    plain = {"ignore_eos": True, "detokenize": False}
+    sampling = [
+        params(32, temperature=temperature, seed=seed, **plain, **more)
+        for seed, (temperature, more) in enumerate(
+            [(1.0, {}), (0.0, {}), (0.7, {}), (1.0, {"logprobs": 2})]
+            + [(1.0, {"top_k": 20, "min_p": 0.01, "logit_bias": {3: 2.0}})]
+        )
+    ]
+    prompts = [make_prompt(length, 5) for length in (3, 9, 5, 12, 7)]
+    one, two = (
+        engines(folder, how, degree, diffusion_gemma="engine").run(prompts, sampling)
+        for how, degree in (("mp", 1), (backend, 2))
+    )
+    assert len({tuple(found.tokens) for found in one}) == len(prompts)
+    assert two == one
 
 
 def test_drawn_tokens_and_log_probabilities(

@@ -68,8 +68,8 @@ CACHES = [
     ("dual", 0.0, 1),
     ("dual", 0.7, 1),
 ]
-"""Policies under which steps may share a forward, temperatures, and every how manieth
-request of the sample."""
+"""Policies under which steps may share a forward, temperatures, and n: every n-th
+request of the sample is tried."""
 
 
 @pytest.mark.parametrize(("cache", "temperature", "every"), fast(CACHES[0], of=CACHES))

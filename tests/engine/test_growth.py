@@ -50,7 +50,7 @@ def make_cases(cache: str) -> list[Case]:
 
 
 QUICK = [("none", 3), ("dual", 5)]
-"""A policy, and every how manieth case."""
+"""A policy, and n: every n-th case is tried."""
 
 
 @pytest.mark.parametrize(
