@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed.workers import start_engine
 from engine.harness import Engine
 from engine.model_files import write_filters
 from reference.checkpoints import write_checkpoint
@@ -85,23 +86,14 @@ def engines() -> Iterator[Callable[..., Engine]]:
     started: dict[tuple[Any, ...], Engine] = {}
 
     def engine(model: Path, backend: str, degree: int, **options: Any) -> Engine:
-        from vllm import LLM
-
         key = (model, backend, degree, *options.items())
         if key not in started:
-            llm = LLM(
-                str(model),
+            started[key] = start_engine(
+                model,
+                options,
                 tensor_parallel_size=degree,
                 distributed_executor_backend=backend,
-                additional_config={"dlm": {"online_learning": False} | options},
-                dtype="float32",
-                enforce_eager=True,
-                max_model_len=256,
-                max_num_seqs=8,
-                block_size=32,
-                num_gpu_blocks_override=80,
             )
-            started[key] = Engine(llm)
         return started[key]
 
     yield engine

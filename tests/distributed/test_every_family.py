@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed.workers import start_engine
 from engine import block_cases
 from engine.block_cases import BlockCase
 from engine.cases import Case, assert_equal, expect, make_prompt
@@ -49,22 +50,8 @@ def start() -> Iterator[Callable[..., Engine]]:
     running: list[Engine] = []
 
     def engine(folder: Path, dlm: dict[str, Any], **options: Any) -> Engine:
-        from vllm import LLM
-
-        llm = LLM(
-            str(folder),
-            tensor_parallel_size=2,
-            additional_config={"dlm": {"online_learning": False} | dlm},
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=256,
-            max_num_seqs=8,
-            block_size=32,
-            num_gpu_blocks_override=80,
-            disable_log_stats=True,
-            **options,
-        )
-        running.append(Engine(llm))
+        two = {"tensor_parallel_size": 2, "disable_log_stats": True}
+        running.append(start_engine(folder, dlm, **two, **options))
         return running[-1]
 
     yield engine
