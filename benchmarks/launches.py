@@ -158,6 +158,8 @@ def engine(mode: str, requests: int, twins: TritonTwins | None) -> Iterator[Any]
             stack.enter_context(twins.generating())
         llm = start_engine(
             folder,
+            # As on the GPU whose launches are meant.
+            dtype="bfloat16",
             enforce_eager=mode == "eager",
             dlm_compile="none" if mode == "eager" else "all",
             # The network is not counted: its compilation would only take time.

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.engine import start_engine
+from benchmarks.engine import DTYPE, start_engine
 from benchmarks.tables import hardware
 from vllm_dlm.tasks.evaluation import evaluate_served
 from vllm_dlm.tasks.problems import sample_problems
@@ -54,7 +54,6 @@ def main() -> int:
         llm = start_engine(
             folder,
             dlm_soft_inputs=True,
-            dtype="bfloat16",
             max_num_seqs=REQUESTS_AT_A_TIME,
             enforce_eager=True,
         )
@@ -70,7 +69,7 @@ def main() -> int:
             )
             lines.append(f"| {label} | {found.right} | {found.forwards} |")
         llm.llm_engine.engine_core.shutdown()
-    print(f"{len(problems)} problems, bfloat16, on {hardware()}\n")
+    print(f"{len(problems)} problems, {DTYPE}, on {hardware()}\n")
     print("\n".join(lines))
     return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.engine import RowCounter, start_engine
+from benchmarks.engine import DTYPE, RowCounter, start_engine
 from benchmarks.settings import LEFT_OUT, SETTINGS, WORKLOADS, Setting, Workload
 from benchmarks.tables import ROOT, hardware, save, served_facts
 from vllm_dlm.tasks.evaluation import Served, evaluate_served
@@ -30,7 +30,7 @@ Measured by `{command}`: the built-in
 llada-tiny (1.1 M parameters), {problems} held-out problems per row, the same for all
 rows of a table, or the first of them where a row says so; greedy, cache `none`, at most
 {requests} requests at a time. Blocks of 32, but for strategies of the whole canvas. On
-{hardware}, vLLM {vllm}, float32.
+{hardware}, vLLM {vllm}, {dtype}.
 
 - **forwards**: per request, until its end of text is final. A forward is one call of
   the model, however much it computes: `freedave` evaluates several drafts in one.
@@ -90,8 +90,6 @@ def main() -> int:
             max_num_batched_tokens=65536,
             # Nothing is timed: to compile each strategy would take longer than to ask.
             enforce_eager=True,
-            # It rounds least, so that other machines make the same table.
-            dtype="float32",
         )
         counter = RowCounter(llm)
         total = sum(one.is_measured(work) for work in WORKLOADS for one in settings)
@@ -231,6 +229,7 @@ def _document(rows: list[Row]) -> str:
         requests=REQUESTS_AT_A_TIME,
         hardware=hardware(),
         vllm=vllm.__version__,
+        dtype=DTYPE,
         left_out="\n".join(left_out),
         tables="\n\n".join(tables),
     )

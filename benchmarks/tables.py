@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine import DTYPE
 from vllm_dlm.tasks.evaluation import Served
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +97,8 @@ def measured_by(name: str) -> str:
     import vllm
 
     command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
-    return f"Measured by `{command}` on {hardware()}, vLLM {vllm.__version__}, bfloat16"
+    made = f"{hardware()}, vLLM {vllm.__version__}, {DTYPE}"
+    return f"Measured by `{command}` on {made}"
 
 
 def hardware() -> str:

@@ -91,8 +91,8 @@ def test_what_the_cache_takes(monkeypatch, tmp_path: Path) -> None:
     # Keys and values, 8 layers of 128 numbers in bfloat16; 4 requests of 8 pages of
     # 128 tokens, and a page of vLLM's own.
     plain = 2 * 8 * 128 * 2 * (4 * 8 + 1) * 128
-    assert cache_bytes("llama-tiny") == plain
-    drafted = cache_bytes("llama-tiny", speculative_config=DEER)
+    assert cache_bytes("llama-tiny", dtype="bfloat16") == plain
+    drafted = cache_bytes("llama-tiny", dtype="bfloat16", speculative_config=DEER)
     assert drafted is not None and drafted > plain  # the drafter has keys as well
     # It is the user's where the user says, and vLLM's for other models.
     assert cache_bytes("llama-tiny", gpu_memory_utilization=0.5) is None

@@ -80,6 +80,13 @@ def sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint("sdar", folder, seed=2, vocab_size=VOCABULARY)
 
 
+@pytest.fixture(scope="session")
+def llada2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with block attention and experts."""
+    folder = tmp_path_factory.mktemp("llada2") / "LLaDA2.0-mini"
+    return write_checkpoint("llada2", folder, seed=2, vocab_size=VOCABULARY)
+
+
 @pytest.fixture(scope="module")
 def engines() -> Iterator[Callable[..., Engine]]:
     """`engines(model, backend, degree, **options)`: an engine, started once a file."""
