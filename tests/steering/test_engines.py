@@ -12,6 +12,7 @@ import torch
 from steering.conftest import Steered
 from steering.reference import BASE, TUNED
 from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import envs
 
 from vllm_dlm.config.aliases import local_folder
 
@@ -81,6 +82,8 @@ def write_llama(folder: Path, seed: int, layers: int) -> str:
 
 def test_two_ranks_write_what_one_writes(tmp_path, prompts, monkeypatch):
     """Both heads' vocabularies are gathered."""
+    # vLLM has kept what the variables were when this process' last engine started.
+    envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     tuned = write_llama(tmp_path / "tuned", 1, 2)
