@@ -18,6 +18,7 @@ from engine.harness import Engine
 from engine.model_files import write_filters
 from reference.checkpoints import write_checkpoint
 from reference.llada import write_random_checkpoint
+from vllm import envs
 
 VOCABULARY = 150
 
@@ -29,6 +30,8 @@ def users_environment() -> Iterator[None]:
     By default a vLLM worker takes a NUMA node for itself, and a small machine has one.
     """
     torch.set_num_threads(1)
+    # vLLM has kept what the variables were when this process' last engine started.
+    envs.disable_envs_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
