@@ -6,11 +6,17 @@ Here it is the token that the random model writes most.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+from byte_model import write_byte_model
 from engine.cases import make_prompt
 from engine.harness import Engine, params
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 SUFFIX = [5, 6, 7]
 OPTIONS = [
@@ -39,3 +45,23 @@ def test_it_is_never_written(engine: Engine, engines: Callable[..., Engine]):
     option = OPTIONS[0].clone()
     option._bad_words_token_ids = [[expand]]
     assert engine.run(PROMPTS[:1], option) == together[:1]
+
+
+def test_a_text_that_must_match_does_without_it(
+    engines: Callable[..., Engine], tmp_path: Path
+):
+    """Also where its bytes would match: no path leads through it."""
+    folder = write_byte_model(tmp_path / "LLaDA-bytes")
+    pattern = StructuredOutputsParams(regex="[ab]{6}")
+    prompts = [[1 + number, 2, 3] for number in range(4)]
+    asked = [
+        params(8, dlm={"strategy": "threshold"}, structured_outputs=pattern, **more)
+        for more in ({}, *({"temperature": 1.0, "seed": seed} for seed in range(3)))
+    ]
+    own = {"hf_overrides": {"expand_token_id": ord("a")}}
+    for options, text in (({}, rb"[ab]{6}"), (own, rb"b{6}")):
+        for one in engines(model=str(folder), **options).run(prompts, asked):
+            assert re.fullmatch(text, bytes(one.tokens[:6]))
+    asked[0].structured_outputs = StructuredOutputsParams(regex="a{6}")
+    with pytest.raises(VLLMValidationError, match="cannot write any text"):
+        engines(model=str(folder), **own).run(prompts[:1], asked[:1])

@@ -93,6 +93,7 @@ class Decoder:
         self.table = RequestSlots(2, self.end + 2 * block, MASK, CPU)
         facts: Any = SimpleNamespace(
             device=CPU, vocab_size=VOCAB, mask_id=MASK, max_model_len=1000,
+            defaults=SimpleNamespace(no_text=(MASK,)),
             model_config=SimpleNamespace(
                 tokenizer="", tokenizer_revision="", get_vocab_size=lambda: VOCAB
             ),

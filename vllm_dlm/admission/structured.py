@@ -10,6 +10,7 @@ happens in a thread, while the handler of the request waits and others go on.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from threading import Lock
@@ -186,22 +187,21 @@ def _job(source: Source, params: SamplingParams, model_config: ModelConfig) -> J
         vocabulary=partial(vocabulary_of, model_config),
         tokenizer=_tokenizer_key(model_config),
         end_ids=tuple(sorted(token for token in ends if 0 <= token < size)),
-        barred=barred_ids(params, size, defaults.mask_token_id),
+        barred=barred_ids(params, size, defaults.no_text),
         thought=getattr(params.extra_args, "thought", None),
     )
 
 
 def barred_ids(
-    params: SamplingParams, vocab_size: int, mask_id: int | None
+    params: SamplingParams, vocab_size: int, no_text: Iterable[int]
 ) -> tuple[int, ...]:
     """Tokens that a request rules out everywhere, in rising order.
 
     Args:
-        mask_id: the token that stands for a mask, which is never written.
+        no_text: tokens of the model that are never written (`ModelDefaults.no_text`).
     """
     barred = {word[0] for word in params.bad_words_token_ids or () if len(word) == 1}
-    if mask_id is not None:
-        barred.add(mask_id)
+    barred.update(no_text)
     if params.allowed_token_ids:
         barred |= {*range(vocab_size)} - {*params.allowed_token_ids}
     return tuple(sorted(token for token in barred if 0 <= token < vocab_size))

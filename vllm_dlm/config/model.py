@@ -98,6 +98,12 @@ class ModelDefaults:
         return self.attention != "full"
 
     @property
+    def no_text(self) -> tuple[int, ...]:
+        """Tokens that are never written: what holds a place, or asks for places."""
+        expand = () if self.expand_token is None else (self.expand_token,)
+        return (self.mask_token_id, *expand)
+
+    @property
     def leads_blocks(self) -> bool:
         """Whether a block's first token is predicted by the row to its left.
 

@@ -93,7 +93,7 @@ class Constrained:
             request.pattern,
             params,
             request.stop_ids,
-            self._facts.mask_id,
+            self._facts.defaults.no_text,
         )
         canvas, automaton = request.layout.canvas, pattern.automaton
         length = params.max_tokens if canvas is None else canvas.max_tokens

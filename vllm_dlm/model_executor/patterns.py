@@ -11,7 +11,7 @@ error.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -77,7 +77,7 @@ def pattern_of(
     text: str,
     params: SamplingParams,
     stop_ids: Sequence[int],
-    mask_id: int,
+    no_text: Iterable[int],
 ) -> Pattern:
     """A request's pattern.
 
@@ -85,12 +85,12 @@ def pattern_of(
         text: the regular expression.
         params: of the request: tokens that it rules out are ruled out.
         stop_ids: tokens that end the request.
-        mask_id: the token that stands for a mask.
+        no_text: tokens of the model that are never written (`ModelDefaults.no_text`).
     """
     size = model_config.get_vocab_size()
     name = model_config.tokenizer, model_config.tokenizer_revision, size
     ends = tuple(sorted(known_ids(stop_ids, size)))
-    barred = barred_ids(params, size, mask_id)
+    barred = barred_ids(params, size, no_text)
     beside = params.extra_args or {}
     thought = ThoughtEnd(*beside[THOUGHT]) if THOUGHT in beside else None
     key = name, text, thought, ends, barred

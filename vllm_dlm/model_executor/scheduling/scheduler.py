@@ -408,7 +408,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             pattern,
             params,
             sorted(request.stop_ids),
-            self.dlm_defaults.mask_token_id,
+            self.dlm_defaults.no_text,
         )
         return compiled.matches(list(request.output_token_ids))
 
