@@ -60,20 +60,26 @@ class DMaxParams(Params):
         default=0.5,
         ge=0.0,
         le=2.0,
-        description="Probability below which a mask ends the run that a step writes. "
-        "Lower is faster, and leaves more to corrections. At most `sure`.",
+        description=(
+            "Probability below which a mask ends the run that a step writes. Lower is "
+            "faster, and leaves more to corrections. At most `sure`."
+        ),
     )
     sure: float = Field(
         default=0.9,
         gt=0.0,
         le=2.0,
-        description="A block ends when all of its tokens are this probable. Above 1 it "
-        "ends when a step changes nothing.",
+        description=(
+            "A block ends when all of its tokens are this probable. Above 1 it ends "
+            "when a step changes nothing."
+        ),
     )
     soft: bool = Field(
         default=True,
-        description="Whether written positions are fed mixtures of token and mask, "
-        "which the server must be able to make (`--dlm-soft-inputs`).",
+        description=(
+            "Whether written positions are fed mixtures of token and mask, which the "
+            "server must be able to make (`--dlm-soft-inputs`)."
+        ),
     )
 
 
@@ -135,14 +141,20 @@ class DMax(Strategy):
         all_sure = (sure >= row_params["sure"][:, None]) | ~active
         is_over = all_sure.all(dim=1) | ~(commit | edit).any(dim=1)
         is_over = is_over | (view.step + 1 >= self.block_length)
-        fed = active & (view.decided | commit)
-        ids = torch.stack([best, torch.full_like(best, self.context.mask_id or 0)], -1)
-        weights = torch.stack([sure, 1.0 - sure], -1)
         return Decision(
             commit,
             tokens,
             edit=edit,
             hold=is_full & ~is_over,
             state={"active": active},
-            soft=Soft(fed, weights, ids) if self.params.soft else None,
+            soft=self._soft(best, sure, active & (view.decided | commit)),
         )
+
+    def _soft(
+        self, best: torch.Tensor, sure: torch.Tensor, where: torch.Tensor
+    ) -> Soft | None:
+        """What written positions are fed."""
+        if not self.params.soft:
+            return None
+        ids = torch.stack([best, torch.full_like(best, self.context.mask_id or 0)], -1)
+        return Soft(where, torch.stack([sure, 1.0 - sure], -1), ids)

@@ -14,13 +14,15 @@ too: the mean of the embeddings under softmax(logits / T).
 
 The canvas ends, and its text is the best tokens, as soon as these are the same as in
 each of the last `stability` steps and the mean of H is below `confidence`; or with step
-N. Source: transformers, `models/diffusion_gemma`; the acceptance is arXiv 2505.24857's.
+N. So every position may change in every step, and what was accepted may be lost again.
+Source: transformers, `models/diffusion_gemma`; its acceptance is the EB-Sampler's
+(arXiv 2505.24857).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -39,30 +41,44 @@ from vllm_dlm.strategies.base import (
 )
 
 
-def _positive(default: float, description: str, most: float = 100.0) -> Any:
-    return Field(default=default, gt=0.0, le=most, description=description)
-
-
 class RenoiseParams(Params):
     """Parameters of `Renoise`; the defaults are the released model's."""
 
-    entropy_bound: float = _positive(
-        0.1,
-        "Most, in nats, that the entropies below an accepted position's own may be "
-        "together. Higher accepts more positions in a step.",
-        most=1e6,
+    entropy_bound: float = Field(
+        default=0.1,
+        gt=0.0,
+        le=1e6,
+        description=(
+            "Most, in nats, that the entropies below an accepted position's own may be "
+            "together. Higher accepts more positions in a step."
+        ),
     )
-    t_min: float = _positive(0.4, "The schedule's lowest temperature.")
-    t_max: float = _positive(0.8, "The first step's temperature.")
+    t_min: float = Field(
+        default=0.4, gt=0.0, le=100.0, description="The schedule's lowest temperature."
+    )
+    t_max: float = Field(
+        default=0.8, gt=0.0, le=100.0, description="The first step's temperature."
+    )
     max_denoising_steps: int = Field(
         default=48, ge=1, le=1024, description="Most denoise steps of a canvas."
     )
     stability: int = Field(
-        default=1, ge=0, le=1024, description="Steps before with the same best tokens."
+        default=1,
+        ge=0,
+        le=1024,
+        description=(
+            "Steps before, in which the best tokens must have been the same for the "
+            "canvas to end."
+        ),
     )
-    confidence: float = _positive(
-        0.005,
-        "Mean entropy, in nats, below which the canvas may end: higher is faster.",
+    confidence: float = Field(
+        default=0.005,
+        gt=0.0,
+        le=100.0,
+        description=(
+            "The canvas may end once the mean entropy of its positions, in nats, is "
+            "below. Higher is faster and less exact."
+        ),
     )
 
     @model_validator(mode="after")
@@ -79,7 +95,9 @@ class Renoise(Strategy):
 
     name = "renoise"
     paper = "transformers, models/diffusion_gemma"
-    summary = "random tokens are drawn anew until the text stands still"
+    summary = (
+        "random tokens are denoised, and others drawn, until the text stands still"
+    )
     Params = RenoiseParams
     needs = frozenset({"entropy", "best", "noise"})
     measures = "drawn"
@@ -124,7 +142,8 @@ class Renoise(Strategy):
         since = torch.where(same, view.state["since"], view.step[:, None])
         count = view.masked.sum(dim=1).clamp(min=1)
         mean = torch.where(view.masked, entropy, 0.0).sum(dim=1) / count
-        stop = (same_for >= row_params["stability"]) & (mean < row_params["confidence"])
+        rests = same_for >= row_params["stability"]
+        stop = rests & (mean < row_params["confidence"])
         stop |= view.step + 1 >= row_params["max_denoising_steps"]
         return Decision(
             commit=view.masked & stop[:, None],
