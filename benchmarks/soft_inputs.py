@@ -14,8 +14,8 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.engine import DTYPE, start_engine
-from benchmarks.tables import hardware
+from benchmarks.engine import start_engine
+from benchmarks.tables import measured_by
 from vllm_dlm.tasks.evaluation import evaluate_served
 from vllm_dlm.tasks.problems import sample_problems
 
@@ -69,7 +69,7 @@ def main() -> int:
             )
             lines.append(f"| {label} | {found.right} | {found.forwards} |")
         llm.llm_engine.engine_core.shutdown()
-    print(f"{len(problems)} problems, {DTYPE}, on {hardware()}\n")
+    print(f"{measured_by('soft_inputs')}, {len(problems)} problems\n")
     print("\n".join(lines))
     return 0
 

@@ -20,7 +20,8 @@ Setting: TypeAlias = tuple[str, dict[str, Any]]
 """A strategy or a cache policy, and its parameters."""
 
 DTYPES = ("float32", "bfloat16")
-AGAINST = ("plain", "ar", "native", "adapter:FILE.py:Class")
+BUILT_IN = ("plain", "ar", "native")
+AGAINST = (*BUILT_IN, "adapter:FILE.py:Class")
 
 
 def add_settings(group: argparse._ArgumentGroup) -> None:
@@ -148,7 +149,7 @@ def against(text: str) -> list[str]:
     """Names of `AGAINST`, with commas between."""
     names = [name for name in text.split(",") if name]
     for name in names:
-        if name in ("plain", "ar", "native"):
+        if name in BUILT_IN:
             continue
         kind, _, spec = name.partition(":")
         if kind != "adapter":

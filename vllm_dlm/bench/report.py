@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vllm_dlm.bench.aup import scores
 from vllm_dlm.files.whole_files import replacing
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Result = Mapping[str, Any]
 
@@ -71,6 +74,22 @@ def _share(cell: Result) -> str:
     return f"{100 * cell['gflops'] / cell['peak_gflops']:.0f}"
 
 
+def _table(
+    columns: Mapping[str, Callable[[Result], str]], cells: Sequence[Result]
+) -> Table:
+    from rich.table import Table
+
+    rows = [{name: show(cell) for name, show in columns.items()} for cell in cells]
+    names = [name for name in columns if any(row[name] != "-" for row in rows)]
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        is_text = name in ("engine", "setting", "dtype")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=is_text)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    return table
+
+
 def print_table(cells: Sequence[Result]) -> None:
     """Print results, AUP where answers were checked, and the cells that gave none."""
     from rich.console import Console
@@ -80,18 +99,9 @@ def print_table(cells: Sequence[Result]) -> None:
     console = Console(width=1000, highlight=False)
     done = [cell for cell in cells if "error" not in cell]
     costed = [cell for cell in done if "launches_per_step" in cell]
-    for columns, shown in ((COLUMNS, done), (COSTS, costed)):
-        rows = [{name: show(cell) for name, show in columns.items()} for cell in shown]
-        names = [name for name in columns if any(row[name] != "-" for row in rows)]
-        table = Table(box=None, pad_edge=False)
-        for name in names:
-            is_text = name in ("engine", "setting", "dtype")
-            side: Literal["left", "right"] = "left" if is_text else "right"
-            table.add_column(name, justify=side, no_wrap=is_text)
-        for row in rows:
-            table.add_row(*(row[name] for name in names))
-        if columns is COLUMNS or rows:
-            console.print(table)
+    console.print(_table(COLUMNS, done))
+    if costed:
+        console.print(_table(COSTS, costed))
     judged = scores(done)
     if judged:
         table = Table(box=None, pad_edge=False)
