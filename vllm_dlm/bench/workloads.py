@@ -124,16 +124,16 @@ def make_workload(
         )
         shape = random_model.shape
         if random_model.family == "diffusion_gemma":
-            config = _read_config(str(path))
-            ids = _text_ids(config)
-            return Workload(
-                model,
+            # The canvas' length is the checkpoint's: requests do not ask for one.
+            written = make_workload(
                 str(path),
-                None,
-                _random_prompts(num_prompts, prompt_length, ids, seed),
-                ignore_eos=True,
-                gemma=Gemma.of(config),
+                folder,
+                num_prompts=num_prompts,
+                prompt_length=prompt_length,
+                block_length=None,
+                seed=seed,
             )
+            return replace(written, name=model)
         # The last two ids are the end of the text and the mask.
         prompts = _random_prompts(
             num_prompts, prompt_length, range(shape.vocabulary - 2), seed
