@@ -127,7 +127,7 @@ def _about_bfloat16() -> str:
     from vllm_dlm.platform import multiplies_bfloat16
 
     if multiplies_bfloat16():
-        return "this CPU has instructions for it, or for its products"
+        return "matrices are multiplied by oneDNN, as those in float32"
     return (
         "slow here, without AVX-512: `--dtype float32` is about ten times as fast, "
         "takes twice the memory, and is what `auto` means for checkpoints in float32"
