@@ -38,7 +38,8 @@ SUITES = {
         "spec_decode/test_verification_cpu.py"
     ),
     "platform": (
-        "test_platform.py test_plugin.py test_overrides.py admission/test_request.py"
+        "test_platform.py test_cpu_dtypes.py test_plugin.py test_overrides.py "
+        "admission/test_request.py"
     ),
     "prefix-cache": (
         "model_executor/test_page_publishing.py engine/test_prefix_cache.py"
