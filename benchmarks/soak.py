@@ -33,7 +33,7 @@ import httpx
 import psutil
 
 from benchmarks.soak_load import COMPLETIONS, MODELS, Job, Visitor, ask, make_jobs
-from vllm_dlm.cli.server_process import VLLM, serving
+from vllm_dlm.cli.server_process import VLLM, server_at, serving
 
 SEATS = 8
 CLIENTS = 20
@@ -119,20 +119,17 @@ class Memory:
         }
 
 
-def processes_of_server() -> dict[str, psutil.Process]:
-    """The server that this process has started, its engine, and the worker that the
-    engine has started where the model is not in its own process; by name."""
-    found = {}
-    for child in psutil.Process().children():
-        if "serve" in child.cmdline():
-            found["server"] = child
-            for inner in child.children(recursive=True):
-                title = " ".join(inner.cmdline())
-                for name, part in (("engine", "EngineCore"), ("worker", "Worker")):
-                    if part in title:
-                        found[name] = inner
-    if not found.keys() >= {"server", "engine"}:
-        raise RuntimeError(f"no server and engine among the processes: {found}")
+def processes_of_server(url: str) -> dict[str, psutil.Process]:
+    """The server that this process has started at `url`, its engine, and its worker if
+    the model is not in the process of the engine; by name."""
+    found = {"server": server_at(url)}
+    for inner in found["server"].children(recursive=True):
+        title = " ".join(inner.cmdline())
+        for name, part in (("engine", "EngineCore"), ("worker", "Worker")):
+            if part in title:
+                found[name] = inner
+    if "engine" not in found:
+        raise RuntimeError(f"no engine among the processes of the server: {found}")
     return found
 
 
@@ -297,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         log = Path(folder, "log")
         with serving(command, log, environment=environment) as url:
-            memory = Memory(processes_of_server())
+            memory = Memory(processes_of_server(url))
             report = asyncio.run(soak(url, args.model, args.minutes, args.seed, memory))
     found = judge(report, args.most_growth)
     report["wrong"] = found

@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
-import psutil
 import pytest
 from distributed.workers import youngest_workers
 from server.launch import COMMAND, Server, running_server, until
 
-from vllm_dlm.cli.server_process import ServerFailed
+from vllm_dlm.cli.server_process import ServerFailed, server_at
 
 pytestmark = pytest.mark.slow
 
@@ -83,9 +82,7 @@ def test_a_lost_worker_ends_requests_with_an_error(server: Server, backend: str)
         return "".join(event.choices[0].text for event in events)
 
     right = {prompt: whole(prompt) for prompt in QUESTIONS}
-    (process,) = (
-        child for child in psutil.Process().children() if "serve" in child.cmdline()
-    )
+    process = server_at(server.url)
     with ThreadPoolExecutor(8) as pool:
         replies = [
             (prompt, pool.submit(ask, prompt))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from vllm_dlm.cli.server_process import server_at
+
 SHARED_MEMORY = "/dev/shm/"
 
 
@@ -23,12 +25,7 @@ class Processes:
     @classmethod
     def of(cls, url: str) -> Processes:
         """Those of the server that listens at `url`, a child of this process."""
-        port = url.rpartition(":")[2]
-        (server,) = (
-            child
-            for child in psutil.Process().children()
-            if {"serve", port} <= set(child.cmdline())
-        )
+        server = server_at(url)
         named = {" ".join(one.cmdline()): one for one in server.children(True)}
         (engine,) = (one for name, one in named.items() if "EngineCore" in name)
         workers = (one for name, one in sorted(named.items()) if "Worker" in name)

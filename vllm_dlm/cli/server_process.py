@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
+
 VLLM = str(Path(sys.executable).with_name("vllm"))
 START_SECONDS = 900
 STOP_SECONDS = 60
@@ -71,6 +73,20 @@ def serving(
             raise ServerFailed(f"the server died:\n{tail(log)}")
     finally:
         _end(process)
+
+
+def server_at(url: str) -> psutil.Process:
+    """The server at an address, which this process has started (`serving`).
+
+    Raises:
+        ValueError: there is none.
+    """
+    port = url.rpartition(":")[2]
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone since, or a zombie
+            if {"serve", port} <= set(child.cmdline()):
+                return child
+    raise ValueError(f"no child of this process serves {url}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
