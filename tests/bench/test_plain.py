@@ -84,11 +84,7 @@ COMPARED = [
 
 @pytest.mark.parametrize(
     ("strategy", "cache", "steps"),
-    fast(
-        ("static", "none", 12),
-        ("threshold", "dual", 16),
-        of=COMPARED,
-    ),
+    fast(("threshold", "dual", 16), of=COMPARED),
 )
 def test_full_attention(full_attention, strategy, cache, steps):
     job = work(strategy, cache=cache, steps=steps, block_length=BLOCK)

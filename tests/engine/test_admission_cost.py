@@ -54,7 +54,10 @@ def admit(engine: Engine, mode: Any, requests: int, **options: Any) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"dlm": {"strategy": "threshold", "block_length": 8}},
+        pytest.param(
+            {"dlm": {"strategy": "threshold", "block_length": 8}},
+            marks=pytest.mark.slow,
+        ),
         {"dlm": {"strategy": "cad", "eotp": "block"}, "temperature": 0.7, "seed": 3},
         {"dlm": {"strategy": "static"}, "stop_token_ids": [7, 8, 9], "top_k": 4},
     ],

@@ -94,6 +94,7 @@ def assert_only_the_damaged_fail(engine: Engine, sampling: Any) -> None:
 PARAMETERS: dict[str, dict[str, Any]] = {"replay": {"recorded_steps": [0, 1, 2, 3] * 8}}
 
 
+@pytest.mark.slow
 def test_whatever_the_strategy(damaged_engine: Engine):
     """All of them in one batch, each with a healthy request and a damaged one."""
     sampling = [

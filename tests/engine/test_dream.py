@@ -94,7 +94,7 @@ ALGS = [*itertools.product((16, "canvas"), DREAM_ALGS)]
 @pytest.mark.parametrize(
     ("block", "alg"),
     # Blocks of 16 are drawn in the same way, and sooner.
-    fast(*((16, alg) for alg in DREAM_ALGS), ("canvas", "maskgit_plus"), of=ALGS),
+    fast((16, "topk_margin"), (16, "entropy"), ("canvas", "maskgit_plus"), of=ALGS),
 )
 def test_algs(dream_engine: Engine, oracle: TinyModel, alg: str, block: int | str):
     requests = [

@@ -79,6 +79,7 @@ def test_a_token_cut_ends_the_text_of_block_causal_models(block_engine: Engine):
     assert earlier >= 2
 
 
+@pytest.mark.slow
 def test_where_tokens_may_change_a_block_is_kept_whole(engine: Engine):
     config = {"strategy": "hierarchy", "remask": True}
     token, block = decode(engine, "token", **config), decode(engine, "block", **config)

@@ -98,11 +98,8 @@ def test_block_parity(serve: Serve, served: Served, is_every: bool):
     assert_equal([cases[i] for i in alone], got, [wanted[i] for i in alone])
 
 
-@pytest.mark.parametrize(
-    "served",
-    others_slow(REUSES_BLOCKS, "Fast_dLLM_v2_7B"),
-    ids=names(REUSES_BLOCKS),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("served", REUSES_BLOCKS, ids=names(REUSES_BLOCKS))
 def test_in_chunks_and_few_pages(serve: Serve, served: Served):
     """Prompts of several forwards; requests that lose their pages and start over."""
     engine, oracle = serve(

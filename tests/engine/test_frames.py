@@ -163,6 +163,7 @@ def test_what_the_request_brings_itself(engine: Engine):
         assert brought in (MASK_ID, token)
 
 
+@pytest.mark.slow
 def test_preempted(engine: Engine):
     """What was handed out is never masked again; the rest of the block is."""
     requests = requests_of_every_rule()[:4]

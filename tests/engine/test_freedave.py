@@ -83,9 +83,8 @@ def dream_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint("dream", folder, seed=5)
 
 
-@pytest.mark.parametrize(
-    ("exact", "every"), fast((True, 3), of=((True, 3), (True, 1), (False, 1)))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("exact", "every"), [(True, 1), (False, 1)])
 def test_with_a_shift_and_keys_that_stay(
     engines: Serve, dream_folder: Path, exact: bool, every: int
 ):
@@ -151,7 +150,8 @@ def test_with_a_threshold_it_follows_threshold(engine: Engine, threshold: float)
     assert_nothing_is_lost(asked, alone, wanted)
 
 
-@pytest.mark.parametrize("temperature", fast(0.7, of=(0.0, 0.7)))
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_its_map_is_replayed(engine: Engine, temperature: float):
     asked = full_attention_sample(temperature)
     got = run(engine, asked, Asked.drafted)

@@ -171,6 +171,7 @@ def test_preempted_after_its_canvas_was_cut(engine: Engine, rule: str, cache: st
     raise AssertionError("too few cuts")
 
 
+@pytest.mark.slow
 def test_all_preempted_together(
     small_engine: Engine, small_requests: list[Request], small_solo: Tokens
 ):

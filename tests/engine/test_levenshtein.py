@@ -121,6 +121,7 @@ def test_it_is_the_models_default(served: tuple[Engine, TinyModel]):
     assert engine.run(prompts, plain) == engine.run(prompts, named)
 
 
+@pytest.mark.slow
 def test_drawn_restricted_and_observed(served: tuple[Engine, TinyModel]):
     """What else requests ask for: the text is the same in a batch and alone."""
     engine, _ = served

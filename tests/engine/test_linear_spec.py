@@ -188,6 +188,7 @@ def test_preempted_in_the_midst(engine: Engine):
     assert got == [one.tokens for one in wanted]
 
 
+@pytest.mark.slow
 def test_in_an_asynchronous_engine(engine: Engine, serve: Serve):
     """It sits steps out there, among requests that run ahead."""
     prompts, lengths = zip(*sample(), strict=True)

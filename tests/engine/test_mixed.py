@@ -73,6 +73,7 @@ def test_a_recycled_slot_remembers_nothing(small_engine: Engine, rule: str):
         assert (again.tokens, again.forwards) == (fresh.tokens, fresh.forwards)
 
 
+@pytest.mark.slow
 def test_strategies_that_nobody_uses_are_dropped(wide_engine: Engine):
     """Each block length makes a group of its own."""
     sampling = [

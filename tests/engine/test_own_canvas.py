@@ -143,14 +143,14 @@ def test_a_canvas_without_masks_but_one_takes_one_forward(engine: Engine):
     assert_pinned([case], [result])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
-        {"strategy": "lopa"},
-        pytest.param({"strategy": "joint", "pinned": False}, marks=pytest.mark.slow),
+        {"strategy": "joint", "pinned": False},
         *(
-            pytest.param({"strategy": name}, marks=pytest.mark.slow)
-            for name in ("freedave", "dream", "diffucoder", "klass")
+            {"strategy": name}
+            for name in ("lopa", "freedave", "dream", "diffucoder", "klass")
         ),
     ],
     ids=lambda options: options["strategy"],

@@ -179,7 +179,8 @@ def live(engine: Engine, seed: int, count: int) -> int:
 HOSTS = (caching_after_tokens, caching_at_any_time)
 
 
-@pytest.mark.parametrize("host", fast(HOSTS[0], of=HOSTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS)
 def test_pages_that_can_be_found_are_final(model: BlockEngines, host: Any):
     engine = model(max_num_batched_tokens=4 * BLOCK)
     with host(engine):

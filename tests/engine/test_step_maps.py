@@ -240,6 +240,7 @@ def seeding(
     return engine, TinyModel.from_folder(folder)
 
 
+@pytest.mark.slow
 def test_blocks_with_seeds(seeding: tuple[Engine, TinyModel]):
     """Steps, replays, preempted or not, of prompts that end anywhere in a block."""
     engine, oracle = seeding

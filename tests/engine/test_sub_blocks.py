@@ -134,7 +134,8 @@ SEEDS_OF_MASKS = (47, 226, 262)
 """Prompts of 32 tokens behind which the mask id is the most probable."""
 
 
-@pytest.mark.parametrize("cache", fast("dual", of=("none", "dual")))
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["none", "dual"])
 def test_a_seed_that_is_the_mask_id(
     v2_engine: Engine, v2_oracle: TinyModel, cache: str
 ):
@@ -183,6 +184,7 @@ def test_rows_of_sub_blocks(v2_engine: Engine, v2_oracle: TinyModel, length: int
         assert 8 in rows and 32 in rows
 
 
+@pytest.mark.slow
 def test_sub_blocks_without_a_shift(engines: Callable[..., Engine], tmp_path: Path):
     """Of any block-causal model, if a request or the server sets their length."""
     folder = write_checkpoint("sdar", tmp_path / "SDAR-4B-Chat-b32", seed=2)
@@ -193,6 +195,7 @@ def test_sub_blocks_without_a_shift(engines: Callable[..., Engine], tmp_path: Pa
     assert_equal(cases, run_v2(engine, cases), wanted)
 
 
+@pytest.mark.slow
 def test_drawn_sub_blocks_are_those_of_any_batch(v2_engine: Engine):
     cases = [replace(case, mask=True) for case in v2_cases((5, 32, 40, 64, 90), "T")]
     sampling = [

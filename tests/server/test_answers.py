@@ -150,6 +150,7 @@ def test_allowed_tokens_and_bad_words(server: Server, long_text: str, vera: int)
     assert name not in server.text(QUESTION, bad_words=[name], **LONG)
 
 
+@pytest.mark.slow
 def test_temperature_zero_repeats_itself(server: Server, long_text: str):
     assert server.text(QUESTION, **LONG) == long_text
     # Also the server's default: the model's generation_config.
@@ -187,6 +188,7 @@ def test_several_choices(server: Server):
     assert texts == [choice.message.content for choice in again.choices]
 
 
+@pytest.mark.slow
 def test_top_k_of_one_is_greedy(server: Server, long_text: str):
     hot = {**LONG, "temperature": 1.5}
     assert server.text(QUESTION, top_k=1, **hot) == long_text

@@ -26,6 +26,8 @@ from reference.rules import Rule, View, static, threshold
 from server.launch import SIZES, VLLM, Server, running_server, until
 from tokenizers import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 EOS = COMMON["eos_token_id"]
 STOP = 11
 """An ordinary word that the checkpoints declare as a second end of text."""
@@ -85,7 +87,7 @@ Expect = Callable[[Ask], ReferenceResult]
 
 @pytest.fixture(
     scope="module",
-    params=[SDAR, pytest.param(FAST_DLLM, marks=pytest.mark.slow)],
+    params=[SDAR, FAST_DLLM],
     ids=lambda served: served.family,
 )
 def served(request: pytest.FixtureRequest) -> Served:

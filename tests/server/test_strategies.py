@@ -71,6 +71,7 @@ def cost(server: Server) -> Callable[..., Work]:
 # -- options take effect ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_static_costs_a_step_per_token(cost: Callable[..., Work]):
     assert cost(32, dlm_strategy="static") == Work(32, 32 * 32, 32)
     # The canvas is whole blocks, all of it is evaluated in each step; the second block
@@ -90,6 +91,7 @@ def test_threshold(cost: Callable[..., Work]):
     assert cost(64, dlm_threshold=1.5).steps == 64
 
 
+@pytest.mark.slow
 def test_factor(cost: Callable[..., Work]):
     assert cost(64, dlm_strategy="factor", dlm_factor=100).steps == 2
     # A token that the model itself finds improbable.

@@ -112,7 +112,7 @@ def test_texts_and_drafts(
         assert engine.run(PROMPTS, TO_THE_END) == wanted
     rounds.close()
     assert not engine.drafter.failed
-    assert references(family).check(rounds, every=6) > 30
+    assert references(family).check(rounds, every=12) > 15
     texts = [[len(text) for text, _ in r] for r in rounds.of.values()]
     assert max(after - now for r in texts for now, after in pairwise(r)) == MASKS + 1
     ends = [len(text) + len(draft) for r in rounds.of.values() for text, draft in r]

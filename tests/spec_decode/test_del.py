@@ -142,7 +142,8 @@ def test_choices_and_drafts_are_the_oracles(
     assert texts == pair[0].run([tokens], params(length))
 
 
-@pytest.mark.parametrize("stop", fast("gain", of=STOPS), indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS, indirect=True)
 def test_texts_of_a_batch_with_each_rule(pair: tuple[Engine, Engine], stop: str):
     prompts = ragged_prompts(4)
     texts, rounds = run(pair[1], prompts, params(60))
@@ -247,6 +248,7 @@ def shared(model: Path, engines: Callable[..., Engine]) -> Engine:
     return engine
 
 
+@pytest.mark.slow
 def test_shared_statistics(pair: tuple[Engine, Engine], shared: Engine):
     prompts = ragged_prompts(8)
     texts, rounds = run(shared, prompts, params(60))
@@ -259,6 +261,7 @@ def test_shared_statistics(pair: tuple[Engine, Engine], shared: Engine):
     assert alone[0].acceptance[0] == pytest.approx(every[-1].acceptance[0], abs=0.02)
 
 
+@pytest.mark.slow
 def test_each_token_is_counted_once_if_preempted(
     pair: tuple[Engine, Engine], shared: Engine
 ):

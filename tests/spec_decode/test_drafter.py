@@ -205,6 +205,7 @@ def test_the_memory_that_is_reserved_holds_what_a_step_takes(engine: Engine):
     assert max(found) == most
 
 
+@pytest.mark.slow
 def test_requests_share_a_steps_token_budget(
     engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ):

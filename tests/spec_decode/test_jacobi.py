@@ -105,6 +105,7 @@ def test_drafts_are_those_of_a_plain_loop(
     assert guesses > 25 * count
 
 
+@pytest.mark.slow
 def test_neighbours_pages_and_limits(
     plain: Engine, jacobi: Engine, engines: Callable[..., Engine]
 ):

@@ -169,14 +169,13 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 QUICK = [
-    (method, runner, {}, joint.FEW)
-    for method, runner in (("specdec++", 1), ("deer", 2), ("aded", 1))
+    (method, runner, {}, joint.FEW) for method, runner in (("deer", 2), ("aded", 1))
 ]
 
 
 @pytest.mark.parametrize(
     ("method", "runner", "changes", "samples"),
-    # Drafts with their probabilities, on either runner, and without.
+    # Drafts with their probabilities, and without.
     fast(
         *QUICK,
         of=[

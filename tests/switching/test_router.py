@@ -201,6 +201,7 @@ def test_a_seed_gives_one_text(router):
     assert other.token_ids != batch[0].token_ids
 
 
+@pytest.mark.slow
 def test_both_runners_take_the_entropy_before_a_repetition_penalty(routers):
     """V2 applies the penalty first; the same texts, which plain ones are not."""
     params = greedy(repetition_penalty=1.3)

@@ -48,7 +48,14 @@ EAGER = {"credit", "freedave", "klass", "linear_spec", "lopa", "prophet"}
 ALL = [*NAMES, *OF_EDITING_MODELS, *OF_CAUSAL_MODELS, *OF_RANDOM_TOKENS]
 
 
-@pytest.mark.parametrize("name", ALL)
+QUICK = (
+    # One of each kind: stateless, with a memory, with edits, of several forwards, ...
+    *("static", "threshold", "credit", "hierarchy", "freedave", "replay"),
+    *(*OF_EDITING_MODELS, *OF_CAUSAL_MODELS, *OF_RANDOM_TOKENS),
+)
+
+
+@pytest.mark.parametrize("name", fast(*QUICK, of=ALL))
 def test_registered_strategies_keep_the_contract(name: str):
     check_strategy(STRATEGIES[name], params=GIVEN.get(name), compiling="no")
 

@@ -138,6 +138,7 @@ def test_training_lowers_the_loss_and_resumes(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_command_learns_and_writes_a_folder(tmp_path):
     options = LoopOptions(steps=15, compile_model=False, eval_steps=15)
     assert llama_tiny.train(tmp_path, options, name="test", shape=TINY, exit_weight=0.5)

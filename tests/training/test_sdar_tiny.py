@@ -99,6 +99,7 @@ def test_the_stages_are_the_steps():
     assert counts == sdar_stages.stage_steps(90) and found == sorted(found)
 
 
+@pytest.mark.slow
 def test_training_exports_blocks_of_eight(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
