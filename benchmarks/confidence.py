@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.answers import MAX_TOKENS, TARGET
-from benchmarks.speculation import DRAFT
+from benchmarks.ways_to_draft import DRAFT
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.spec_decode.specdec_pp.head import AcceptanceHead
 from vllm_dlm.tasks.problems import sample_problems

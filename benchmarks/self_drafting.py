@@ -17,8 +17,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.answers import TARGET, built_in
-from benchmarks.speculation import Row, Setting, add_load, measure, table
+from benchmarks.speculation import Row, add_load, measure, table
 from benchmarks.tables import hardware
+from benchmarks.ways_to_draft import Setting
 from vllm_dlm.config.aliases import resolve
 from vllm_dlm.files.model_folders import Config
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.llada import KVStore, TinyLLaDA, write_random_checkpoint
+from reference.llada import TinyLLaDA, write_random_checkpoint
 from reference.procedures import (
     CACHES,
     STATIC_MODES,
-    ReferenceResult,
     Rule,
     View,
     factor,
@@ -22,7 +21,6 @@ from reference.procedures import (
 )
 
 PROMPT = [5, 17, 93, 2, 41, 60, 11]
-MASK, EOS = 7, 6  # of the scripted model below
 C8 = [0.99, 0.97, 0.80, 0.55, 0.78, 0.93, 0.40, 0.76]
 
 
@@ -47,35 +45,6 @@ def hand_filter(tau: float, width: int = 8) -> Rule:
     eye = torch.eye(width)
     zero, bias = torch.zeros(width), torch.full((width,), -35.0)
     return learn2pd(eye, zero, 40 * eye, bias, tau=tau, k=1)
-
-
-class ScriptedModel:
-    """Says the same (token, probability) for a position at every step."""
-
-    mask_id, eos_id = MASK, EOS
-
-    def __init__(self, script: list[tuple[int, float]]) -> None:
-        self.script = script
-        self.calls: list[tuple[int, int, int]] = []
-
-    def new_store(self, length: int) -> KVStore:
-        return KVStore([torch.zeros(length, 1, 1)], [torch.zeros(length, 1, 1)])
-
-    def forward(self, input_ids, positions, store=None) -> torch.Tensor:
-        length = 0 if store is None else len(store)
-        self.calls.append((positions[0], positions[-1] + 1, length))
-        rows = []
-        for position in positions:
-            token, probability = self.script[position]
-            row = torch.full((8,), (1 - probability) / 7)
-            row[token] = probability
-            rows.append(row.log())
-        return torch.stack(rows)
-
-
-def scripted(script: list[tuple[int, float]], **options) -> ReferenceResult:
-    options = {"gen_length": 4, "block_length": 4, "rule": static()} | options
-    return generate(ScriptedModel(script), [], **options)
 
 
 # --- The rules -----------------------------------------------------------------
@@ -262,126 +231,6 @@ def test_eos_stop_is_a_shorter_run_of_the_same_request(tmp_path, cache):
         assert short.forwards == max(short.step_of_position) + 1 < full.forwards
 
 
-# --- End of text, and upstream's mask id, on a scripted model --------------------
-
-
-def test_eos_stop_waits_for_masks_to_its_left():
-    script = [(1, 0.5), (2, 0.6), (EOS, 0.9), (3, 0.8)]
-    assert scripted(script) == ReferenceResult([1, 2, EOS], 4, [3, 2, 0])
-    script = [(1, 0.9), (EOS, 0.8), (3, 0.5), (3, 0.6)]
-    assert scripted(script) == ReferenceResult([1, EOS], 2, [0, 1])
-    # An EOS of the prompt ends nothing.
-    result = generate(
-        ScriptedModel([(1, 0.9)] * 5),
-        [EOS],
-        gen_length=4,
-        block_length=4,
-        rule=static(),
-    )
-    assert result.tokens == [1] * 4
-
-
-@pytest.mark.parametrize("eotp", ["first", "paper"])
-def test_eotp_cuts_after_the_first_eos_just_committed(eotp):
-    script = [(1, 0.5), (EOS, 0.95), (2, 0.6), (EOS, 0.95)] + [(3, 0.9)] * 4
-    result = scripted(
-        script, gen_length=8, rule=threshold(0.9), eotp=eotp, eos_stop=False
-    )
-    assert result == ReferenceResult([1, EOS], 2, [1, 0])
-
-
-def test_eotp_first_cuts_at_the_leftmost_sure_eos_of_the_active_block():
-    script = [(1, 0.99), (EOS, 0.7), (EOS, 0.91), (EOS, 0.98)] + [(EOS, 0.985)] * 4
-    options = {"gen_length": 8, "eos_stop": False}
-    result = scripted(script, eotp="first", **options)
-    # Cut after position 2, which commits next; the 0.7 is committed, not cut, then.
-    assert result == ReferenceResult([1, EOS], 3, [0, 2])
-    result = scripted(script, eotp="first", eot_threshold=0.6, **options)
-    assert result == ReferenceResult([1, EOS], 2, [0, 1])
-    assert scripted(script, eotp="first", eot_threshold=0.99, **options).forwards > 2
-
-
-@pytest.mark.parametrize(
-    ("cache", "eot_threshold", "ends"),
-    [
-        ("none", 0.9, [16, 8, 8]),  # the first sure end is at 6
-        ("none", 0.95, [16, 12, 12]),  # at 8
-        ("none", 1.0, [16, 16, 16]),
-        ("prefix", 0.9, [16, 8, 8]),
-        ("dual", 0.9, [16, 4, 4]),  # later steps compute the block alone
-    ],
-)
-def test_eotp_canvas_cuts_behind_the_block_of_the_first_sure_eos(
-    cache, eot_threshold, ends
-):
-    script = [(1, 0.6)] * 4 + [(EOS, 0.3), (2, 0.99), (EOS, 0.91), (EOS, 0.2)]
-    model = ScriptedModel(script + [(EOS, 0.99)] * 8)
-    generate(
-        model,
-        [],
-        gen_length=16,
-        block_length=4,
-        rule=threshold(0.9),
-        cache=cache,
-        eotp="canvas",
-        eot_threshold=eot_threshold,
-        eos_stop=False,
-    )
-    assert [end for _, end, _ in model.calls[:3]] == ends
-
-
-@pytest.mark.parametrize(("shift", "cut"), [(0, 8), (1, 12)])
-def test_eotp_canvas_looks_at_rows_right_of_the_block_only(shift, cut):
-    """With a shift, a row of the block predicts the first position behind it."""
-    script = [(1, 0.6)] * 4 + [(2, 0.6)] * 12
-    script[4 - shift], script[9 - shift] = (EOS, 0.95), (EOS, 0.95)
-    model = ScriptedModel(script)
-    options = {"gen_length": 16, "block_length": 4, "rule": threshold(0.99)}
-    generate(model, [], eotp="canvas", shift=shift, eos_stop=False, **options)
-    assert model.calls[1][1] == cut
-
-
-def test_eotp_paper_cuts_at_the_most_confident_eos_of_the_canvas():
-    script = [(1, 0.99), (2, 0.8), (EOS, 0.2), (2, 0.8)] + [(2, 0.5), (EOS, 0.3)] * 2
-    options = {"gen_length": 8, "eos_stop": False}
-    result = scripted(script, eotp="paper", **options)
-    # Tie between 5 and 7: cut after 5. Then block 0 as usual, and its own EOS cuts.
-    assert result.tokens == [1, 2, EOS] and result.forwards == 4
-    sizes: list[int] = []
-    scripted(
-        [*script[:2], (1, 0.2), *script[3:6], (1, 0.5), (1, 0.5)],
-        eotp="paper",
-        observe=lambda view, _: sizes.append(len(view.masked)),
-        **options,
-    )
-    assert sizes == [4, 4, 4, 4, 2, 2]
-
-
-@pytest.mark.parametrize(
-    ("cache", "calls"),
-    [
-        ("none", [(0, 10, 0), (0, 5, 0), (0, 5, 0)]),
-        ("prefix", [(0, 10, 10), (2, 5, 5), (2, 5, 5)]),
-        ("dual", [(0, 10, 10), (2, 5, 5), (2, 5, 5)]),
-    ],
-)
-def test_eotp_cut_rows_are_neither_computed_nor_seen(cache, calls):
-    script = [(0, 0.5)] * 2 + [(1, 0.5), (2, 0.6), (EOS, 0.9)] + [(3, 0.8)] * 5
-    model = ScriptedModel(script)
-    result = generate(
-        model,
-        [1, 1],
-        gen_length=8,
-        block_length=4,
-        rule=static(),
-        cache=cache,
-        eotp="first",
-        eos_stop=False,
-    )
-    assert result == ReferenceResult([1, 2, EOS], 3, [2, 1, 0])
-    assert model.calls == calls  # first row, one past the last, length of the store
-
-
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("eotp", ["first", "paper"])
 def test_eotp_with_learn2pd_on_a_real_forward(tmp_path, eotp, cache):
@@ -400,20 +249,6 @@ def test_eotp_with_learn2pd_on_a_real_forward(tmp_path, eotp, cache):
     assert len(result.tokens) < 32  # (a predicted EOS may yet become another token)
     assert model.mask_id not in result.tokens
     assert result.forwards == max(result.step_of_position) + 1 == len(widths)
-
-
-def test_mask_id_is_banned_unless_allowed():
-    script = [(1, 0.5), (MASK, 0.9), (2, 0.6), (3, 0.8)]
-    assert MASK not in scripted(script).tokens
-    # Allowed: it wins every step, is chosen every step, and stays masked.
-    result = scripted(script, forbid_mask=False)
-    assert result == ReferenceResult([MASK] * 4, 4, [-1] * 4)
-    with pytest.raises(RuntimeError, match="no progress"):
-        scripted(script, forbid_mask=False, rule=threshold(0.9))
-    # A mask left behind competes again in the next block, as upstream's loop has it.
-    script = [(1, 0.5), (MASK, 0.55), (2, 0.6), (3, 0.8)]
-    result = scripted(script, block_length=2, forbid_mask=False)
-    assert result == ReferenceResult([MASK, MASK, 2, 3], 4, [-1, -1, 3, 2])
 
 
 def test_options_are_checked(model):
