@@ -48,6 +48,10 @@ SUITES = {
     "families": "engine/test_families.py engine/test_family_logits.py",
     "step-maps": "engine/test_step_maps.py server/test_step_maps.py",
     "refusals": "server/test_refusals.py server/test_refused_bodies.py",
+    "diffusion-gemma": (
+        "model_executor/test_diffusion_gemma_config.py engine/test_diffusion_gemma.py "
+        "engine/test_renoise.py engine/test_soft_inputs.py"
+    ),
     "speculation": "spec_decode/test_deer_engine.py spec_decode/test_aded_engine.py",
     "serve-pair": "switching",
     "ray": "distributed/test_ray_cluster.py",
