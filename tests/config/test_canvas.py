@@ -51,6 +51,21 @@ def test_it_travels(tokens: list[int]):
     assert Canvas.from_plain(canvas.to_plain()) == canvas
 
 
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(0, 5), st.integers(1, 9))
+def test_an_elastic_hole(left: int, most: int, right: int, initial: int):
+    initial = min(initial, most)
+    ids = [1] * left + [MASK] * most + [2] * right
+    canvas = Canvas.of_ids(ids, MASK, initial=initial)
+    assert canvas.is_elastic and Canvas.from_plain(canvas.to_plain()) == canvas
+    begun = canvas.begun
+    assert begun == Canvas.of_ids([1] * left + [MASK] * initial + [2] * right, MASK)
+    assert begun.begun is begun and not begun.is_elastic
+    assert canvas.most_widenings == 2 * (most + right)
+    hidden = Canvas.of_ids(ids, MASK, initial=initial, handed=left + most)
+    assert (hidden.hidden, canvas.hidden) == (right, 0)
+    assert hidden.begun.max_tokens == left + initial
+
+
 def test_a_literal_mask_is_text():
     canvas = Canvas((MASK, 1, MASK), ((2, 1),))
     assert canvas.is_hole.tolist() == [False, False, True]
@@ -111,6 +126,47 @@ def test_what_it_cannot_be_combined_with(model: ModelDefaults, asked, told: str)
     request = {"dlm": {"canvas": [1, MASK], **asked}}
     with pytest.raises(OptionError, match=told):
         resolve(DlmConfig(), request, model, build)
+
+
+ON = replace(MODEL, expand_token=5)
+ELASTIC = {"canvas": [1, MASK], "holes": "elastic"}
+
+
+def test_a_request_with_an_elastic_hole_is_decoded_as_published():
+    """Whatever the server decodes others by."""
+    server = DlmConfig(
+        strategy="threshold",
+        strategy_config={"threshold": 0.5},
+        cache="dual",
+        block_length=8,
+        steps=3,
+        eotp="block",
+        growth="daedal",
+    )
+    plain = resolve(server, None, ON)
+    assert (plain.strategy, plain.cache, plain.eotp) == ("threshold", "dual", "block")
+    for own, mode in (({}, "entropy"), ({"mode": "margin"}, "margin")):
+        asked = {"dlm": ELASTIC | {"strategy_config": own}}
+        config = resolve(server, asked, ON, build)
+        assert (config.strategy, config.params.mode) == ("static", mode)
+        assert (config.cache, config.eotp, config.growth) == ("none", "off", "none")
+        assert (config.block_length, config.steps) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("server", "model", "told"),
+    [
+        ({}, MODEL, "no expand_token_id"),
+        ({}, replace(BLOCKS, expand_token=5), "block after block"),
+        ({"frames": "text"}, ON, "cannot be combined with dlm.frames"),
+        ({"step_map": True}, ON, "cannot be combined with dlm.step_map"),
+        ({"reference_exact": True}, ON, "cannot be combined with reference_exact"),
+        ({"record_traces": True}, ON, "--dlm-record-traces"),
+    ],
+)
+def test_where_elastic_holes_are_refused(server, model: ModelDefaults, told: str):
+    with pytest.raises(OptionError, match=told):
+        resolve(DlmConfig(**server), {"dlm": ELASTIC}, model, build)
 
 
 def test_looking_ahead_is_left_out():

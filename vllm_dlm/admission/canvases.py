@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dlm.admission.canvas_text import Hole, parse
 from vllm_dlm.admission.client_fields import field_of, gave_length, has_place_for
+from vllm_dlm.admission.elastic import ElasticCanvases
 from vllm_dlm.config.canvas import Canvas, CanvasOptions, source_of
+from vllm_dlm.config.elastic import INITIAL
 from vllm_dlm.config.model import NO_MASK, ModelDefaults
 from vllm_dlm.config.stop_ids import closing_ids
 from vllm_dlm.messages import OptionError, quote
@@ -92,6 +94,10 @@ class CanvasReader:
             check_tokens(written, self._model_config, set_as)
             canvas = Canvas(tuple(tokens), tuple(holes), **more)
         self._check(canvas, set_as)
+        if options.holes == "elastic":
+            initial = options.initial_hole or INITIAL
+            elastic = ElasticCanvases(self._params, self._model, names)
+            return elastic.of(canvas, initial)
         return canvas
 
     def _before_suffix(

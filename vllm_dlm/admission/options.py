@@ -117,6 +117,16 @@ def _check_block_length(config: RequestConfig, own: int | str, canvas: int) -> N
     limit = canvas
     if own != WHOLE_CANVAS:
         limit = min(max(int(own), LONGEST_REQUEST_BLOCK), canvas)
+    if config.canvas is not None and config.canvas.is_elastic:
+        # What is written around the hole has no row of logits.
+        ((_, length),) = config.canvas.holes
+        if length > limit:
+            raise ValueError(
+                f"a hole of {length} tokens is more than this server takes in an "
+                f"elastic one: {limit}; ask for less, or start the server with "
+                "--dlm-block-length canvas"
+            )
+        return
     if config.block_length > limit:
         raise ValueError(
             f"block_length {config.block_length} is more than this server takes in a "

@@ -11,7 +11,7 @@ position, which is the output's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -56,11 +56,19 @@ class CanvasOptions(BaseModel):
         "false, strategies that rewrite may change those that share a block with a "
         "hole.",
     )
-    holes: Literal["exact", "shrink"] | None = Field(
+    holes: Literal["exact", "shrink", "elastic"] | None = Field(
         default=None,
         description="`exact` (the default): a hole is filled to its last position. "
         "`shrink`: a hole closes where the model writes an end of text or a pad token "
-        "in it, and what is behind that in the hole is left out of the answer.",
+        "in it, and what is behind that in the hole is left out of the answer. "
+        "`elastic`, of models that ask for places (DreamOn): the one hole begins with "
+        "`initial_hole` masks and widens and narrows while it is written, up to the "
+        "length that it is given.",
+    )
+    initial_hole: Annotated[Count, Field(ge=1)] | None = Field(
+        default=None,
+        description="With how many masks an elastic hole begins: 4 by default, and no "
+        "more than it may have.",
     )
 
 
@@ -86,6 +94,37 @@ class Canvas:
     handed: int | None = None
     """How many tokens are handed out, from the left; None for all. What is behind
     them (a suffix) is seen by the model alone."""
+    initial: int | None = None
+    """The one hole is elastic, and begins with so many masks; its length is the most
+    that it may have. None for holes of fixed lengths."""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the hole widens and narrows while it is written."""
+        return self.initial is not None
+
+    @cached_property
+    def begun(self) -> Canvas:
+        """The canvas as it is when nothing is written yet: itself, but where the hole
+        is elastic."""
+        if self.initial is None:
+            return self
+        ((start, length),) = self.holes
+        tokens = self.tokens[: start + self.initial] + self.tokens[start + length :]
+        handed = None if self.handed is None else start + self.initial
+        hole = (start, self.initial)
+        return replace(self, tokens=tokens, holes=(hole,), handed=handed, initial=None)
+
+    @property
+    def hidden(self) -> int:
+        """Positions at the canvas's end that are not handed out."""
+        return self.width - self.max_tokens
+
+    @property
+    def most_widenings(self) -> int:
+        """How often an elastic hole may widen: DreamOn's `expand_budget`, twice the
+        positions of hole and suffix at the most."""
+        return 2 * (self.width - self.holes[0][0])
 
     @property
     def width(self) -> int:
@@ -161,6 +200,7 @@ class Canvas:
             "pinned": self.pinned,
             "shrinks": self.shrinks,
             "handed": self.handed,
+            "initial": self.initial,
         }
 
     @classmethod
@@ -201,6 +241,13 @@ def refuse_without_canvas(options: CanvasOptions, names: Mapping[str, str]) -> N
             f"{names[given[0]]} says how a canvas is filled, and there is none: set "
             "canvas, canvas_text or suffix beside it, or leave it out",
             names[given[0]],
+        )
+    if options.initial_hole is not None and options.holes != "elastic":
+        name = names["initial_hole"]
+        raise OptionError(
+            f"{name} says how an elastic hole begins, and none is; set holes to "
+            "'elastic', or leave it out",
+            name,
         )
 
 

@@ -33,9 +33,11 @@ def why_unconstrained(config: RequestConfig) -> str | None:
             "cannot be combined with reference_exact: published loops write tokens "
             "that no pattern knows of"
         )
-    if config.canvas is not None and config.canvas.shrinks:
+    canvas = config.canvas
+    if canvas is not None and (canvas.shrinks or canvas.is_elastic):
+        kind = "shrink" if canvas.shrinks else "elastic"
         return (
-            "cannot be combined with holes 'shrink': what a pattern holds is the text "
+            f"cannot be combined with holes {kind!r}: what a pattern holds is the text "
             "with all of its holes; leave holes out"
         )
     rule = STRATEGIES[config.strategy]

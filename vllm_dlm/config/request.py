@@ -21,6 +21,7 @@ from vllm_dlm.config.canvas import (
     check_combination,
     refuse_without_canvas,
 )
+from vllm_dlm.config.elastic import as_published, check_elastic
 from vllm_dlm.config.growth import GROWTHS, GrowthName, GrowthPolicy
 from vllm_dlm.config.lengths import (
     block_length_of,
@@ -184,6 +185,10 @@ def resolve(
     """
     asked = read_request(extra_args)
     request = asked.options
+    refuse_without_canvas(asked.canvas, asked.names)
+    is_elastic = asked.canvas.holes == "elastic"
+    if is_elastic:
+        server = as_published(asked, server, defaults)
     strategy = request.strategy or server.strategy or defaults.strategy
     rule = STRATEGIES[strategy]
     params = _params(asked, server, defaults, strategy)
@@ -294,7 +299,9 @@ def resolve(
             "tccf is for block-causal models: with full attention, shorter blocks are "
             "not finer; leave it out"
         )
-    refuse_without_canvas(asked.canvas, asked.names)
+    if is_elastic:
+        by_place = {"step_map": step_map, "frames": config.frames != "off"}
+        check_elastic(asked, server, by_place)
     if brings_canvas:
         combined = {
             "growth": growth != "none",

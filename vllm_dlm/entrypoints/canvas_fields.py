@@ -111,10 +111,20 @@ class _NamedHoles:
 
     named: list[Named]
     tokenizer: TokenizerLike
+    behind: int | None = None
+    """Of an elastic hole, tokens to its right."""
 
     def texts(self, output: CompletionOutput) -> dict[str, str]:
         """What a finished output has in them."""
         tokens = list(output.token_ids)
+        if self.behind is not None:
+            end = len(tokens) - self.behind
+            return {
+                hole.name: self.tokenizer.decode(
+                    tokens[hole.start : end], skip_special_tokens=True
+                )
+                for hole in self.named
+            }
         offsets: Iterable[float] = range(len(tokens))
         rows = output.routed_experts
         if rows is not None and rows.shape[1] > has_step_map(output) * 3:
@@ -182,11 +192,15 @@ def _named_holes(
     """The named holes of a request's text; None without such a text."""
     if not extra_args:
         return None
-    text = read_request(extra_args).canvas.canvas_text
+    canvas = read_request(extra_args).canvas
+    text, behind = canvas.canvas_text, None
     if text is None:
         return None
 
     def tokenize(piece: str) -> list[int]:
         return list(tokenizer.encode(piece, add_special_tokens=False))
 
-    return _NamedHoles(taken_apart(text, "canvas_text", tokenize, 0)[2], tokenizer)
+    tokens, holes, named = taken_apart(text, "canvas_text", tokenize, 0)
+    if canvas.holes == "elastic":
+        behind = len(tokens) - sum(holes[0])
+    return _NamedHoles(named, tokenizer, behind)

@@ -188,12 +188,14 @@ class RequestFacts:
     def min_tokens(self) -> int:
         """Output positions at which the text must not end.
 
-        Not left of what the request has written itself, unless its holes shrink.
+        Not left of what the request has written itself, unless its holes close.
         """
         canvas = self.layout.canvas
         if canvas is None:
             return int(self.params.min_tokens)
-        return 0 if canvas.shrinks else max(self.params.min_tokens, canvas.pins_end)
+        if canvas.shrinks or canvas.is_elastic:
+            return 0
+        return max(self.params.min_tokens, canvas.pins_end)
 
     @classmethod
     def of(cls, new: NewRequestData, engine: EngineFacts) -> RequestFacts:
@@ -238,6 +240,7 @@ class RequestFacts:
             seed=own_seed if seed is None else seed,
             stop_ids=tuple(sorted(stop_ids(params))),
             measures_drawn=follows_reference
+            or layout.is_elastic
             or STRATEGIES[config.strategy].measures == "drawn",
             runs_ahead=engine.is_async
             and runs_ahead(config, params, engine.defaults, engine.server),

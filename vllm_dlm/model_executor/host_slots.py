@@ -96,6 +96,8 @@ class HostSlots:
         """Whether the columns that steps change are known on the device alone."""
         self.has_canvas = per_slot(bool)
         """Whether the request has brought a canvas (`pins.py`)."""
+        self.is_elastic = per_slot(bool)
+        """Whether the canvas's hole widens and narrows (`elastic.py`)."""
         self.reply_width = per_slot()
         """Tokens that one step may hand out at most."""
         self._arriving: deque[_Sent] = deque()
@@ -152,6 +154,7 @@ class HostSlots:
         self.masked[slot, : len(masked[:width])] = masked[:width]
         canvas = layout.canvas
         self.has_canvas[slot] = canvas is not None
+        self.is_elastic[slot] = layout.is_elastic
         written = 0 if canvas is None else canvas.handed_along
         self.reply_width[slot] = width + written
 

@@ -90,6 +90,11 @@ class RequestLayout:
     """What the request has brought; None for masks alone."""
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether the canvas's end moves to both sides while its hole is written."""
+        return self.canvas is not None and self.canvas.is_elastic
+
+    @property
     def num_emitted(self) -> int:
         """Output tokens that the scheduler has been handed at (re-)admission."""
         return self.num_known - self.prompt_len
@@ -146,6 +151,8 @@ class RequestLayout:
         whole, it is at most `max_canvas` wide, and where it grows, it begins with
         `Growth.initial`.
         """
+        if self.canvas is not None and self.is_elastic:
+            return self.prompt_len + self.canvas.begun.width
         if not self.is_full or self.canvas is not None:
             return self.text_end
         width = canvas_width(
@@ -202,6 +209,7 @@ def lay_out(
     if canvas is not None:
         end = prompt_len + max_tokens
     is_full = not model.reuses_blocks
+    is_elastic = canvas is not None and canvas.is_elastic
     steps = config.steps_per_block
     if steps is None:
         width = canvas_width(max_tokens, length, limits.max_canvas)
@@ -224,7 +232,8 @@ def lay_out(
         leads_first=begins_with_lead and num_known <= first_block,
         knows_lead=knows_lead,
         text_end=min(end, limits.max_model_len),
-        steps_per_block=min(steps, length),
+        # One token per step for as long as it takes, if the hole is elastic.
+        steps_per_block=FAR if is_elastic else min(steps, length),
         reach=config.reach(model.shift),
         opens_alone=config.opens_alone and is_full and model.shift == 1,
         growth=config.growth_policy.growth(),
@@ -238,6 +247,9 @@ def next_hole(canvas: Canvas | None, prompt_len: int, position: int) -> int:
     One past the canvas where there is none.
     """
     if canvas is None or position >= prompt_len + canvas.width:
+        return position
+    if canvas.is_elastic:
+        # What is written moves: all of it is one block, whatever stands where.
         return position
     return prompt_len + canvas.next_hole(max(position - prompt_len, 0))
 

@@ -51,6 +51,11 @@ class Pins:
         canvas, first = layout.canvas, layout.prompt_len
         assert canvas is not None
         self._slots.add(slot)
+        if canvas.is_elastic:
+            # What it has written moves along: nothing of it has a place of its own.
+            begun = canvas.begun
+            self._handed_end[slot] = first + begun.max_tokens
+            return
         device, end = self.pinned.device, first + canvas.width
         is_hole, before, hole_at = upload(
             device,
@@ -126,6 +131,14 @@ class Pins:
         """
         last = self._pins_end[blocks.slots] - 1 - blocks.requests.block_start
         return torch.where(cut < last, -1, cut)
+
+    def move_handed_end(self, slots: torch.Tensor, end: torch.Tensor) -> None:
+        """Note where what is handed out ends now, of requests with an elastic hole.
+
+        Args:
+            slots, end: [n] int64.
+        """
+        self._handed_end[slots] = end
 
     def handed_end(self, slots: torch.Tensor) -> torch.Tensor:
         """[n] int64: where what is handed out ends at the latest."""

@@ -29,6 +29,7 @@ import torch
 from vllm_dlm.kernels.draw import random_tokens
 from vllm_dlm.model_executor.columns import NEVER, REACH, Columns, number_columns
 from vllm_dlm.model_executor.drafts import Drafts
+from vllm_dlm.model_executor.elastic import Elastic
 from vllm_dlm.model_executor.host_slots import BLOCK, MASKS, OPEN_MASKS, HostSlots
 from vllm_dlm.model_executor.pins import Pins
 from vllm_dlm.model_executor.sampling.eotp import MODES
@@ -69,12 +70,19 @@ class RequestSlots(Columns):
         """By slot: what decides each of them."""
         self._slot_of: dict[str, int] = {}
         self._pins: Pins | None = None
+        self._elastic: Elastic | None = None
 
     @property
     def pins(self) -> Pins | None:
         """What requests have written of their canvases; None where none has brought
         one, and in a compiled step, whose requests have not."""
         return None if torch.compiler.is_compiling() else self._pins
+
+    @property
+    def elastic(self) -> Elastic | None:
+        """Of requests whose hole widens and narrows; None where there is none. No
+        compiled step asks."""
+        return self._elastic
 
     @cached_property
     def drafts(self) -> Drafts:
@@ -98,12 +106,16 @@ class RequestSlots(Columns):
         tokens = self._undecided(request)
         masked = np.arange(self.length) >= first_mask
         if layout.canvas is not None:
-            first, end = layout.prompt_len, layout.text_end
-            masked[first:end] = is_hole = layout.canvas.is_hole
-            np.copyto(tokens[first:end], layout.canvas.tokens, where=~is_hole)
+            begun, first = layout.canvas.begun, layout.prompt_len
+            end = min(first + begun.width, layout.text_end)
+            masked[first:end] = is_hole = begun.is_hole
+            np.copyto(tokens[first:end], begun.tokens, where=~is_hole)
             masked[: min(first_mask, len(known))] = False
             self._pins = self._pins or Pins(self.tokens.shape, self.device)
             self._pins.admit(slot, layout)
+        if layout.is_elastic:
+            self._elastic = self._elastic or Elastic(self.num_slots, self.device)
+            self._elastic.admit(slot, layout, request.closing_ids)
         kept = known[:first_mask]
         tokens[: len(kept)] = kept
         self.stage(
@@ -186,7 +198,8 @@ class RequestSlots(Columns):
         self.stage(
             slot,
             seat=seat,
-            may_rewrite=strategy.may_rewrite,
+            # What moves is not final before all of it is, as what may be rewritten.
+            may_rewrite=strategy.may_rewrite or request.layout.is_elastic,
             step_limit=strategy.step_limit(config.params) + wasted_steps,
             reference_steps=NEVER if reference_steps is None else reference_steps,
             has_branches=has_branches,
@@ -206,6 +219,8 @@ class RequestSlots(Columns):
         self.strategies.pop(slot, None)
         if self._pins is not None and not self._pins.forget(slot):
             self._pins = None
+        if self._elastic is not None and not self._elastic.forget(slot):
+            self._elastic = None
 
     def slot_of(self, req_id: str) -> int | None:
         """The slot of a request; None if it is not running."""

@@ -2,8 +2,8 @@
 """Advance: what a step's decision makes of the requests.
 
 From a request's admission on, this alone writes where the request stands: tokens and
-masks first (`write_canvas`), then block, canvas end, step, frontier and what is emitted
-(`move_on`). A cut canvas stays cut.
+masks first (`write_canvas`; `moving.py` where they move), then block, canvas end, step,
+frontier and what is emitted (`move_on`). A cut canvas stays cut.
 """
 
 from __future__ import annotations

@@ -108,7 +108,9 @@ class Candidates:
         self._draws[slot] = draws
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
         self._cuts[slot] = self._truncates[slot] or (draws and params.min_p > 0)
-        self._measures_drawn[slot] = draws and request.measures_drawn
+        # Where the hole is elastic, what may be drawn changes, also at temperature 0.
+        shapes = draws or request.layout.is_elastic
+        self._measures_drawn[slot] = shapes and request.measures_drawn
         needs = STRATEGIES[request.config.strategy].needs
         self._reads_other[slot] = "other" in needs
         self._reads_best[slot] = "best" in needs
@@ -300,7 +302,9 @@ class Candidates:
         """
         # Sorting a row takes several times its memory: some rows at a time.
         for part in measured.split(rows_per_slice(processed)):
-            shaped = tempered(processed[part], *sampling.at(part))
+            own = sampling.at(part)
+            heat = torch.where(own.temperature > 0, own.temperature, 1.0)
+            shaped = tempered(processed[part], *own._replace(temperature=heat))
             stats = token_stats(shaped, need_entropy=True, need_margin=True)
             places = at[part]
             tokens = choice.candidate[places]

@@ -233,13 +233,17 @@ class StrategyGroups:
         # A block that was preempted goes on behind its lead.
         seat = group.admit(slot, forget=request.layout.first_step > 0)
         # A lead that is the mask id (`reference_exact`) is a step that writes nothing.
-        wasted = request.config.reference_exact and self.facts.defaults.leads_blocks
+        exact = request.config.reference_exact
+        wasted = int(exact and self.facts.defaults.leads_blocks)
+        if request.layout.is_elastic and request.layout.canvas is not None:
+            # Each step writes, and each widening is one more mask to write.
+            wasted += 2 * request.layout.canvas.most_widenings
         self.slots.assign_strategy(
             slot,
             group.strategy,
             group=group.number,
             seat=seat,
-            wasted_steps=int(wasted),
+            wasted_steps=wasted,
         )
 
     def remove(self, slot: int) -> None:
@@ -278,5 +282,6 @@ def group_key(config: RequestConfig, has_pattern: bool = False) -> GroupKey:
         config.window,
         config.cache,
         has_pattern,
+        config.canvas is not None and config.canvas.is_elastic,
         *sorted((name, repr(value)) for name, value in fixed.items()),
     )

@@ -62,7 +62,8 @@ class RestrictedRequests:
             logits: [n, V] float32.
             which: [n]: which of `rows` these are.
         """
-        early = is_early(rows.blocks)
+        early, elastic = is_early(rows.blocks), self._slots.elastic
+        narrow = None if elastic is None else elastic.cannot_widen(rows.blocks)
         requests = rows.row_request_np[which]
         for request in np.unique(requests[self.now()[rows.row_slots_np[which]]]):
             (mine,) = (requests == request).nonzero()
@@ -72,7 +73,13 @@ class RestrictedRequests:
             places = torch.from_numpy(offsets).to(logits.device, non_blocking=True)
             # A request's rows follow each other.
             part = logits[mine[0] : mine[-1] + 1]
-            restriction.apply(part, early[request, places], offsets, banned)
+            restriction.apply(
+                part,
+                early[request, places],
+                offsets,
+                banned,
+                None if narrow is None else narrow[request],
+            )
 
     # -- bad words ---------------------------------------------------------
 

@@ -47,6 +47,8 @@ class Restriction:
     bad_words: BadWords | None
     bad_tokens: torch.Tensor
     """[k] int64: the bad words that are one token."""
+    widening: torch.Tensor
+    """[k] int64: what may not be written while an elastic hole cannot widen."""
 
     @classmethod
     def of(cls, request: RequestFacts, engine: EngineFacts) -> Restriction | None:
@@ -58,7 +60,10 @@ class Restriction:
             for word in params.bad_words_token_ids or []
             if len(known_ids(word, vocab_size)) == len(set(word))
         ]
-        if expands is not None:
+        widening = []
+        if expands is not None and request.layout.is_elastic:
+            widening.append(expands)
+        elif expands is not None:
             words.append([expands])
         allowed = known_ids(params.allowed_token_ids or (), vocab_size)
         ends = {*params.all_stop_token_ids, *request.stop_ids}
@@ -67,7 +72,7 @@ class Restriction:
         ending = known_ids(ends, vocab_size) if request.min_tokens else []
         biases = params.logit_bias or {}
         bias = {token: biases[token] for token in known_ids(biases, vocab_size)}
-        if not (bias or allowed or ending or words):
+        if not (bias or allowed or ending or words or widening):
             return None
         bad_words = BadWords(words) if words else None
         single = bad_words.single if bad_words else []
@@ -78,12 +83,18 @@ class Restriction:
             torch.tensor(ending, dtype=torch.int64, device=device),
             bad_words,
             torch.tensor(single, dtype=torch.int64, device=device),
+            torch.tensor(widening, dtype=torch.int64, device=device),
         )
 
     @property
     def is_early(self) -> bool:
         """Whether `min_tokens` alone restricts: later positions are not restricted."""
-        return not (len(self.biased) or self.allowed is not None or self.bad_words)
+        return not (
+            len(self.biased)
+            or self.allowed is not None
+            or self.bad_words
+            or len(self.widening)
+        )
 
     def apply(
         self,
@@ -91,6 +102,7 @@ class Restriction:
         early: torch.Tensor,
         offsets: np.ndarray,
         banned: list[tuple[int, int]],
+        cannot_widen: torch.Tensor | None = None,
     ) -> None:
         """Change logits in place.
 
@@ -100,6 +112,8 @@ class Restriction:
             offsets: [n], each row's place in the block.
             banned: (place in the block, token) that would complete a bad word of
                 several tokens.
+            cannot_widen: bool, of no dimension: whether the hole cannot; None without
+                an elastic one.
         """
         logits[:, self.biased] += self.bias
         if self.allowed is not None:
@@ -109,6 +123,10 @@ class Restriction:
         if len(self.ending):
             ending = logits[:, self.ending]
             logits[:, self.ending] = ending.masked_fill(early[:, None], -torch.inf)
+        if len(self.widening) and cannot_widen is not None:
+            widening = logits[:, self.widening]
+            widening = widening.masked_fill(cannot_widen, -torch.inf)
+            logits[:, self.widening] = widening
         if self.bad_words is not None:
             before = None if self.allowed is None else logits[:, self.allowed]
             self._ban_words(logits, offsets, banned)

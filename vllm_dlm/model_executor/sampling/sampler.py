@@ -264,6 +264,7 @@ class DenoisingSampler:
             eotp=bool(host.predicts_end[slots].any()),
             opening=bool(host.opens_alone[slots].any()),
             growth=bool(host.growing(slots).any()),
+            elastic=bool(host.is_elastic[slots[0]]),
         )
         extras = Extras(
             self.constrained.probabilities(logits, choice.logsumexp, rows)

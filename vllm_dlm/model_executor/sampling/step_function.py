@@ -35,6 +35,7 @@ from vllm_dlm.config.cache import POLICIES
 from vllm_dlm.model_executor.planning.block_rows import NOT_VALID, Blocks, pack
 from vllm_dlm.model_executor.planning.guesses import Settled, settle
 from vllm_dlm.model_executor.reply import Reply
+from vllm_dlm.model_executor.sampling.moving import write_moved
 from vllm_dlm.model_executor.sampling.opening import opened
 from vllm_dlm.model_executor.sampling.soft_memory import keep_soft
 from vllm_dlm.model_executor.sampling.views import Extras, Measured
@@ -64,8 +65,8 @@ NO_EXTRAS = Extras()
 
 
 class Asked(NamedTuple):
-    """What some request of a group asks for. A compiled step serves all but growth,
-    and no canvas that a request has brought (`pins.py`)."""
+    """What some request of a group asks for. A compiled step serves all but the last
+    two, and no canvas that a request has brought (`pins.py`)."""
 
     eotp: bool = True
     """The option of this name."""
@@ -73,6 +74,8 @@ class Asked(NamedTuple):
     """A block's first token alone in its first step (`opening.py`)."""
     growth: bool = False
     """A look whether the canvas is wide enough (`growth.py`)."""
+    elastic: bool = False
+    """All its requests do: a hole that widens and narrows (`moving.py`)."""
 
 
 EVERYTHING = Asked()
@@ -138,7 +141,12 @@ class StepFunction:
         if pins is not None and cut is not None:
             decision = replace(decision, truncate_at=pins.spared(cut, blocks))
         keep_soft(self.group.memory, decision.soft, blocks)
-        return decision, self.advance.write_canvas(measured.view, decision, blocks)
+        view = measured.view
+        if asked.elastic:
+            canvas = write_moved(self.slots, self.facts, view, decision, blocks)
+        else:
+            canvas = self.advance.write_canvas(view, decision, blocks)
+        return decision, canvas
 
     def step(self, packed: torch.Tensor, choice: Choice, reply: Reply) -> None:
         """The whole step of R blocks; the reply's rows are written.

@@ -111,6 +111,10 @@ class CanvasRequest(Request):
     canvas's end."""
     said_end: int | None
     """What the worker has said of that with the last step."""
+    is_filled: bool
+    """The last step has left no mask in its elastic hole: the text ends."""
+    ends_bare: bool
+    """And hands out no token: there is none."""
     kv_final: int
     """Leading positions whose KV never changes again; 0 with full attention."""
     refreshed_block: int
@@ -206,6 +210,7 @@ class CanvasRequest(Request):
         request._note_block(request.layout.first_block)
         request.last_step = -1
         request.in_flight, request.said_end = deque(), None
+        request.is_filled = request.ends_bare = False
         request.allotted = request.branch_rows = 0
         request._begin()
         return request
@@ -531,12 +536,22 @@ class CanvasRequest(Request):
                 # The forward wrote nothing: the block begins anew.
                 self.canvas_end = canvas_end
                 return
-            self.canvas_end = min(self.canvas_end, canvas_end)
+            if not self.layout.is_elastic:
+                canvas_end = min(self.canvas_end, canvas_end)
+            self.canvas_end = canvas_end
         # Tokens that became final behind the end of the text are padding.
         del tokens[self.num_tokens_to_stop(tokens) :]
         if self.stages is not None:
             del tokens[self.stages.first_stage(self.output_token_ids, tokens) :]
         self.note_step()
+        canvas = self.layout.canvas
+        if canvas is not None and canvas.is_elastic:
+            # All of it is handed out at once, when it has no mask.
+            end = len(self._all_token_ids) + len(tokens) + canvas.hidden
+            self.is_filled = end == self.canvas_end
+            self.ends_bare = self.is_filled and not tokens
+            if self.ends_bare:
+                tokens.append(0)  # vLLM looks at a request that got tokens
 
     def num_tokens_to_stop(self, tokens: list[int]) -> int:
         """How many of the tokens that follow the output belong to the text."""
@@ -554,6 +569,8 @@ class CanvasRequest(Request):
         canvas = self.layout.canvas
         if canvas is None:
             return 0
+        if canvas.is_elastic:
+            return len(tokens)
         # A suffix is never handed out: an end in front of it ends the text.
         end = canvas.pins_end if canvas.handed is None else 0
         return min(max(end - 1 - self.num_output_tokens, 0), len(tokens))

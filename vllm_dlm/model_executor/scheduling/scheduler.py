@@ -369,6 +369,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.stop_reason = broken_logits.REASON
             return [], True
         assert isinstance(request, CanvasRequest)
+        if request.ends_bare:
+            new_token_ids = []
         barred = request.num_barred(new_token_ids)
         request.append_output_token_ids(new_token_ids[:barred])
         rest, stopped = super()._update_request_with_output(
@@ -383,8 +385,11 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 request, list(request.stages.check), is_stale
             )
             return [*thoughts, *check], stopped
-        if not stopped and request.was_cut():
-            request.status = RequestStatus.FINISHED_STOPPED
+        if not stopped and (request.was_cut() or request.is_filled):
+            is_long = request.is_filled and (
+                request.num_output_tokens == request.max_tokens
+            )
+            request.status = TO_THE_END[is_long]
             stopped = True
         if stopped and not self._matches(request):
             request.status = RequestStatus.FINISHED_ERROR
@@ -450,7 +455,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
             stats = SpecDecodingStats.new(0)
         stats.num_drafts += 1
         stats.num_draft_tokens += num_draft_tokens
-        stats.num_accepted_tokens += num_accepted_tokens
+        bare = self.requests[request_id].ends_bare
+        stats.num_accepted_tokens += num_accepted_tokens - bare
         return stats
 
     def make_stats(

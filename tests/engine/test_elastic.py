@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holes that widen and narrow while they are written: the engine against the oracle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine.cases import MASK_ID, make_prompt
+from engine.harness import Engine, drive, finished, params
+from engine.test_counts import counting
+from reference.checkpoints import write_checkpoint
+from reference.dreamon import Choose, Filled, at_least, infill, least_entropy
+from reference.llada import TinyLLaDA
+from reference.network import TinyModel
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+from vllm_dlm.entrypoints.canvas_fields import canvas_fields
+from vllm_dlm.kernels.draw import draw, tempered
+
+EXPAND, EOS = 5, 121
+"""With seed 2 the model writes both in a hole, now and then."""
+
+
+@dataclass(frozen=True)
+class Infill:
+    """A request, in terms of engine and oracle."""
+
+    prompt: tuple[int, ...]
+    suffix: tuple[int, ...]
+    most: int
+    initial: int | None = None
+    threshold: float | None = None
+    """Of the strategy `threshold`; else the published choice."""
+    widen: float = 0.0
+    """Added to the logits of the token that widens."""
+    end: float = 0.0
+    """Added to those of the end of the text."""
+    source: str = "suffix"
+
+    def params(self, **more: Any) -> SamplingParams:
+        dlm: dict[str, Any] = {"holes": "elastic"}
+        if self.initial is not None:
+            dlm["initial_hole"] = self.initial
+        if self.threshold is not None:
+            dlm |= {"strategy": "threshold", "threshold": self.threshold}
+            dlm["strategy_config"] = {"threshold": dlm.pop("threshold")}
+        if self.source == "suffix":
+            dlm["suffix"] = list(self.suffix)
+        else:
+            dlm["canvas"] = [3, 4, *[MASK_ID] * self.most, *self.suffix]
+        bias = {EXPAND: self.widen, EOS: self.end}
+        width = self.most + (2 + len(self.suffix)) * (self.source != "suffix")
+        return params(width, dlm=dlm, logit_bias=bias, **more)
+
+    def expected(
+        self, oracle: TinyLLaDA | TinyModel, shift: int = 0, **more: Any
+    ) -> Filled:
+        choose: Choose = least_entropy()
+        if self.threshold is not None:
+            choose = at_least(self.threshold)
+        written = () if self.source == "suffix" else (3, 4)
+        filled = infill(
+            Biased(oracle, {EXPAND: self.widen, EOS: self.end}),
+            [*self.prompt, *written],
+            self.suffix,
+            mask_id=oracle.mask_id,
+            expand_id=EXPAND,
+            closing={EOS},
+            most=self.most,
+            initial=4 if self.initial is None else self.initial,
+            shift=shift,
+            choose=choose,
+            **more,
+        )
+        if self.source != "suffix":
+            filled.tokens = [*written, *filled.tokens, *self.suffix]
+        return filled
+
+
+@dataclass
+class Biased:
+    """A network with the request's `logit_bias`."""
+
+    oracle: TinyLLaDA | TinyModel
+    bias: dict[int, float]
+
+    def forward(self, ids: list[int]) -> torch.Tensor:
+        logits = self.oracle.forward(ids).clone()
+        for token, value in self.bias.items():
+            logits[:, token] += value
+        return logits
+
+
+EVENTFUL = (
+    # Prompt's number, most, initial, threshold, widen, end.
+    (2, 12, 6, 0.3, 5.0, 2.0),
+    (35, 19, 6, None, 5.0, 2.0),
+    (21, 12, None, 0.1, 5.0, 3.0),
+    (6, 33, None, 0.3, 5.0, 4.0),
+    (16, 7, 6, 0.1, 5.0, 0.0),
+    (2, 9, None, 0.1, 5.0, 4.0),
+    (9, 9, None, None, 6.0, 1.0),
+    (13, 17, 1, None, 6.0, 0.0),
+    (1, 9, 1, None, 0.0, 0.0),
+    (8, 3, 9, None, 0.0, 2.0),
+)
+"""Of LLaDA: all that can happen in a hole does."""
+
+EVENTFUL_SHIFTED = (
+    (14, 33, 6, None, 5.0, 3.0),
+    (26, 7, 6, 0.2, 5.0, 4.0),
+    (31, 7, 6, None, 5.0, 4.0),
+    (31, 33, None, 0.3, 5.0, 4.0),
+    (24, 12, 6, None, 5.0, 2.0),
+)
+"""Of Dream."""
+
+
+def make_cases(table: Sequence[tuple[Any, ...]] = EVENTFUL) -> list[Infill]:
+    return [
+        Infill(
+            make_prompt(3 + number, number),
+            make_prompt(1 + number % 5, 50 + number),
+            *more,
+        )
+        for number, *more in table
+    ] + [
+        Infill(make_prompt(3 + n, n), (9, 8), *more, source="canvas")
+        for n, *more in table[2:4]
+    ]
+
+
+def assert_eventful(wanted: Sequence[Filled]) -> None:
+    seen = sum((one.seen for one in wanted), Counter())
+    assert min(seen[kind] for kind in ("text", "goes", "widens")) >= 15
+    assert seen["barred"] >= 5 and seen["again"] >= 1
+
+
+@pytest.fixture(scope="module")
+def elastic(engines: Callable[..., Engine]) -> Engine:
+    return engines(hf_overrides={"expand_token_id": EXPAND})
+
+
+ORDINARY = [
+    params(24, dlm={"strategy": "static", "steps": 8, "block_length": 8}),
+    params(16, dlm={"suffix": [5, 6, 7], "block_length": 16}),
+    params(40, dlm={"strategy": "threshold", "block_length": 32}),
+]
+PLAIN = [make_prompt(9, 7 + number) for number in range(len(ORDINARY))]
+
+
+def test_parity(elastic: Engine, oracle: TinyLLaDA):
+    """Together with ordinary requests, which are decoded as alone."""
+    cases = make_cases()
+    wanted = [case.expected(oracle) for case in cases]
+    assert_eventful(wanted)
+    alone = [elastic.run([p], o)[0] for p, o in zip(PLAIN, ORDINARY, strict=True)]
+    got = elastic.run(
+        [*PLAIN, *(case.prompt for case in cases)],
+        [*ORDINARY, *(case.params() for case in cases)],
+    )
+    assert got[: len(PLAIN)] == alone
+    got = got[len(PLAIN) :]
+    for case, want, one in zip(cases, wanted, got, strict=True):
+        assert (one.tokens, one.forwards) == (want.tokens, want.forwards), case
+        is_long = len(one.tokens) == case.params().max_tokens
+        assert one.output.finish_reason == ("length" if is_long else "stop"), case
+    solo = [elastic.run([case.prompt], case.params())[0] for case in cases[::5]]
+    assert solo == got[::5]
+
+
+def test_a_forward_computes_what_there_is(elastic: Engine, oracle: TinyLLaDA):
+    """Prompt, hole and suffix, as long as they are; a row of logits for each mask."""
+    case = make_cases()[1]
+    wanted = case.expected(oracle)
+    with counting(elastic) as counts:
+        (got,) = elastic.run([case.prompt], case.params())
+    assert got.tokens == wanted.tokens
+    around = len(case.prompt) + len(case.suffix) + 2 * (case.source != "suffix")
+    assert counts.rows == [around + length for length in wanted.lengths]
+    assert len(set(wanted.lengths)) > 3
+
+
+def test_drawn_tokens(elastic: Engine, oracle: TinyLLaDA):
+    """Confidence is that of the distribution that is drawn from, as published."""
+    heat, top_p = torch.tensor([0.7]), torch.tensor([0.9])
+    off, zero = torch.tensor([0]), torch.tensor([0.0])
+    for seed, case in enumerate(make_cases()[::3]):
+
+        def shaped(logits: torch.Tensor) -> torch.Tensor:
+            rows = len(logits)
+            shaping = (heat, off, top_p, zero)
+            return tempered(logits, *(one.expand(rows) for one in shaping))
+
+        def drawing(
+            logits: torch.Tensor, places: list[int], step: int, seed: int = seed
+        ) -> torch.Tensor:
+            rows = len(logits)
+            return draw(
+                logits,
+                logits.argmax(dim=-1),
+                *(one.expand(rows) for one in (heat, off, top_p, zero)),
+                seed=torch.full((rows,), seed),
+                position=torch.tensor(places),
+                step=torch.full((rows,), step),
+            )
+
+        wanted = replace(case, threshold=None).expected(
+            oracle, draw=drawing, shaped=shaped
+        )
+        more = {"temperature": 0.7, "top_p": 0.9, "seed": seed}
+        (got,) = elastic.run(
+            [case.prompt], replace(case, threshold=None).params(**more)
+        )
+        assert (got.tokens, got.forwards) == (wanted.tokens, wanted.forwards), case
+
+
+def test_a_hole_may_close(elastic: Engine):
+    """With nothing in it: an answer without a token, or what is around it."""
+    case = Infill(make_prompt(8), (7, 8), most=9, end=100.0)
+    with_text = replace(case, source="canvas")
+    no_suffix = replace(with_text, suffix=())
+    cases = [case, with_text, no_suffix]
+    got = elastic.run([case.prompt] * 3, [one.params() for one in cases])
+    assert [one.tokens for one in got] == [[], [3, 4, 7, 8], [3, 4]]
+    assert [one.forwards for one in got] == [4, 4, 4]
+    assert {one.output.finish_reason for one in got} == {"stop"}
+    assert got[0].output.text == ""
+
+
+def test_after_preemptions(elastic: Engine):
+    """The request begins anew, and writes the same."""
+    cases = make_cases()[:8]
+    asked = [case.params() for case in cases]
+    for number, one in enumerate(asked[::3]):
+        one.temperature, one.seed = 0.8, number
+    prompts = [case.prompt for case in cases]
+    together = elastic.run(prompts, asked)
+    names = [elastic.add(*one) for one in zip(prompts, asked, strict=True)]
+    hit = 0
+
+    def preempt(step: int) -> None:
+        nonlocal hit
+        running = [r for r in elastic.scheduler.running if r.num_preemptions < 2]
+        if running and step < 30:
+            elastic.preempt(running[step % len(running)].request_id)
+            hit += 1
+
+    done = drive(elastic, preempt)
+    assert [done[name].tokens for name in names] == [one.tokens for one in together]
+    assert hit >= 8
+
+
+def test_streams_and_several_outputs(elastic: Engine):
+    case = make_cases()[0]
+    whole = elastic.run([case.prompt], case.params())[0].tokens
+    sampling = case.params()
+    sampling.output_kind = RequestOutputKind.DELTA
+    elastic.add(case.prompt, sampling)
+    tokens: list[int] = []
+    while elastic.busy:
+        for output in elastic.step():
+            tokens += output.outputs[0].token_ids
+    assert tokens == whole
+    (result,) = elastic.outputs(
+        [case.prompt], case.params(n=3, temperature=1.0, seed=1)
+    )
+    texts = {tuple(finished(output).tokens) for output in result.outputs}
+    assert len(texts) > 1
+
+
+def test_names_of_an_elastic_hole(elastic: Engine):
+    """Offsets from the right: what is behind the hole has moved."""
+    tokenizer = elastic.llm.get_tokenizer()
+    dlm = {"canvas_text": "t1 {{name:9}}t2 t3", "holes": "elastic", "initial_hole": 1}
+    for bias in ({EOS: 100.0}, {EXPAND: 4.0}):
+        asked = params(None, dlm=dlm, logit_bias=bias)
+        (result,) = elastic.outputs([make_prompt(5)], asked)
+        tokens = list(result.outputs[0].token_ids)
+        assert tokens[0] == 1 and tokens[-2:] == [2, 3]
+        fields = canvas_fields(result, asked, tokenizer)
+        assert fields == {"name": tokenizer.decode(tokens[1:-2])}
+
+
+def test_with_dreams_shift(engines: Callable[..., Engine], tmp_path: Path):
+    folder = write_checkpoint("dream", tmp_path / "DreamOn-v0-7B", seed=5)
+    oracle = TinyModel.from_folder(folder)
+    engine = engines(model=str(folder), hf_overrides={"expand_token_id": EXPAND})
+    cases = make_cases(EVENTFUL_SHIFTED)
+    wanted = [case.expected(oracle, shift=1) for case in cases]
+    assert_eventful(wanted)
+    got = engine.run([c.prompt for c in cases], [case.params() for case in cases])
+    for case, want, one in zip(cases, wanted, got, strict=True):
+        assert (one.tokens, one.forwards) == (want.tokens, want.forwards), case
+
+
+SUFFIX = {"suffix": [5, 6], "holes": "elastic"}
+
+
+@pytest.mark.parametrize(
+    ("dlm", "more", "told"),
+    [
+        ({"block_length": 8}, {}, ["dlm.block_length", "one block"]),
+        ({"steps": 4}, {}, ["dlm.steps", "no number of steps"]),
+        ({"cache": "dual"}, {}, ["dlm.cache", "'none'"]),
+        ({"eotp": "block"}, {}, ["dlm.eotp", "'off'"]),
+        ({"strategy": "klass"}, {}, ["dlm.strategy 'klass'", "static", "entropy"]),
+        ({"strategy": "joint"}, {}, ["dlm.strategy 'joint'"]),
+        ({"growth": "daedal"}, {}, ["growth"]),
+        ({"reference_exact": True}, {}, ["reference_exact"]),
+        ({"step_map": True}, {}, ["dlm.step_map"]),
+        ({"pinned": False}, {}, ["dlm.pinned"]),
+        ({"initial_hole": 0}, {}, ["dlm.initial_hole"]),
+        ({"holes": None, "initial_hole": 3}, {}, ["dlm.initial_hole", "elastic"]),
+        (
+            {"suffix": None, "canvas": [MASK_ID, 1, MASK_ID]},
+            {"max_tokens": 3},
+            ["dlm.holes", "one hole", "has 2"],
+        ),
+        ({}, {"min_tokens": 2}, ["min_tokens", "no token at all"]),
+        ({}, {"stop": ["a"]}, ["stop"]),
+        ({}, {"logprobs": 0}, ["logprobs"]),
+        ({}, {"bad_words": ["t3"]}, ["bad_words", "neighbours"]),
+        ({}, {"allowed_token_ids": [EXPAND]}, ["allowed_token_ids", "no text"]),
+        (
+            {},
+            {"structured_outputs": StructuredOutputsParams(regex="a*")},
+            ["holes 'elastic'"],
+        ),
+        ({}, {"max_tokens": 251}, ["253 positions", "256"]),
+    ],
+    ids=str,
+)
+def test_refused(elastic: Engine, dlm: dict[str, Any], more: dict, told: list[str]):
+    asked = params(**{"max_tokens": 9, **more}, dlm=SUFFIX | dlm)
+    with pytest.raises(VLLMValidationError) as caught:
+        elastic.run([make_prompt(5)], asked)
+    for text in told:
+        assert text in str(caught.value)
+
+
+def test_models_that_do_not_ask_for_places_refuse_it(engine: Engine):
+    with pytest.raises(VLLMValidationError, match="no expand_token_id"):
+        engine.run([make_prompt(5)], params(9, dlm=SUFFIX))
