@@ -80,8 +80,11 @@ class Infill:
             choose=choose,
             **more,
         )
+        is_long = len(filled.tokens) == self.most
         if self.source != "suffix":
             filled.tokens = [*written, *filled.tokens, *self.suffix]
+        if not is_long:
+            filled.tokens.append(EOS)  # as every text that ends before it is full
         return filled
 
 
@@ -171,8 +174,8 @@ def test_parity(elastic: Engine, oracle: TinyLLaDA):
     got = got[len(PLAIN) :]
     for case, want, one in zip(cases, wanted, got, strict=True):
         assert (one.tokens, one.forwards) == (want.tokens, want.forwards), case
-        is_long = len(one.tokens) == case.params().max_tokens
-        assert one.output.finish_reason == ("length" if is_long else "stop"), case
+        is_over = one.tokens[-1] == EOS
+        assert one.output.finish_reason == ("stop" if is_over else "length"), case
     solo = [elastic.run([case.prompt], case.params())[0] for case in cases[::5]]
     assert solo == got[::5]
 
@@ -224,16 +227,21 @@ def test_drawn_tokens(elastic: Engine, oracle: TinyLLaDA):
 
 
 def test_a_hole_may_close(elastic: Engine):
-    """With nothing in it: an answer without a token, or what is around it."""
+    """With nothing in it: an answer without a text, or what is around it."""
     case = Infill(make_prompt(8), (7, 8), most=9, end=100.0)
     with_text = replace(case, source="canvas")
     no_suffix = replace(with_text, suffix=())
     cases = [case, with_text, no_suffix]
     got = elastic.run([case.prompt] * 3, [one.params() for one in cases])
-    assert [one.tokens for one in got] == [[], [3, 4, 7, 8], [3, 4]]
+    assert [one.tokens for one in got] == [
+        [EOS],
+        [3, 4, 7, 8, EOS],
+        [3, 4, EOS],
+    ]
     assert [one.forwards for one in got] == [4, 4, 4]
     assert {one.output.finish_reason for one in got} == {"stop"}
-    assert got[0].output.text == ""
+    texts = [one.output.text.strip() for one in got]
+    assert texts == ["", "t3 t4 t7 t8", "t3 t4"]
 
 
 def test_after_preemptions(elastic: Engine):
@@ -285,9 +293,22 @@ def test_names_of_an_elastic_hole(elastic: Engine):
         asked = params(None, dlm=dlm, logit_bias=bias)
         (result,) = elastic.outputs([make_prompt(5)], asked)
         tokens = list(result.outputs[0].token_ids)
+        if result.outputs[0].finish_reason == "stop":
+            assert tokens.pop() == EOS
         assert tokens[0] == 1 and tokens[-2:] == [2, 3]
         fields = canvas_fields(result, asked, tokenizer)
         assert fields == {"name": tokenizer.decode(tokens[1:-2])}
+        assert result.outputs[0].text.strip() == tokenizer.decode(tokens)
+
+
+def test_an_end_that_the_request_writes_is_the_texts(elastic: Engine):
+    """No second one comes behind it, and a hole that is full ends there too."""
+    for bias in ({EOS: 100.0}, {EXPAND: 100.0}):
+        dlm = {"canvas": [3, MASK_ID, MASK_ID, EOS], "holes": "elastic"}
+        asked = params(4, dlm=dlm, logit_bias=bias)
+        (one,) = elastic.run([make_prompt(5)], asked)
+        assert one.tokens.count(EOS) == 1 and one.tokens[-1] == EOS
+        assert one.output.finish_reason == "stop"
 
 
 def test_with_dreams_shift(engines: Callable[..., Engine], tmp_path: Path):

@@ -157,7 +157,7 @@ FITTING: dict[str, Bodies] = {
     "block_length": st.sampled_from((8, 16, 32, "canvas")),
     "eotp": st.sampled_from(("off", "block", "token", "canvas")),
     "frames": st.sampled_from(("off", "writes", "text")),
-    "holes": st.sampled_from(("exact", "shrink")),
+    "holes": st.sampled_from(("exact", "shrink", "elastic")),
     "canvas": st.lists(st.sampled_from((5, 6, 125, 126, 127)), max_size=9),
     "canvas_text": st.sampled_from(("{{3}} and {{name:2}}", "[Ada, {{4}}]")),
     "steps": st.sampled_from((1, 2, 8)),

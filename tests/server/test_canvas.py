@@ -190,6 +190,11 @@ def test_a_client_that_leaves(server: Server):
             "prompt",
         ),
         ({"vllm_xargs": {"dlm_holes": "shrink"}}, ["none"], "vllm_xargs.dlm_holes"),
+        (
+            {"suffix": "a", "vllm_xargs": {"dlm_holes": "elastic"}},
+            ["no expand_token_id", "'shrink'"],
+            "vllm_xargs.dlm_holes",
+        ),
     ],
     ids=str,
 )

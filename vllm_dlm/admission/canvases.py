@@ -97,7 +97,8 @@ class CanvasReader:
         if options.holes == "elastic":
             initial = options.initial_hole or INITIAL
             elastic = ElasticCanvases(self._params, self._model, names)
-            return elastic.of(canvas, initial)
+            ends = closing_ids(self._params, self._model, self._model_config.hf_config)
+            return elastic.of(canvas, initial, ends)
         return canvas
 
     def _before_suffix(

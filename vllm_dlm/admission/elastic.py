@@ -40,8 +40,11 @@ class ElasticCanvases:
     names: Mapping[str, str]
     """Option -> the name that it was set under."""
 
-    def of(self, canvas: Canvas, initial: int) -> Canvas:
+    def of(self, canvas: Canvas, initial: int, ends: frozenset[int]) -> Canvas:
         """The canvas, whose one hole begins with `initial` masks, or all that it has.
+
+        Args:
+            ends: tokens that end a text, or pad one: they take positions away.
 
         Raises:
             OptionError: there are several holes, or the request asks for what only
@@ -53,6 +56,12 @@ class ElasticCanvases:
                 f"{holes} 'elastic' is for one hole, and the canvas has "
                 f"{len(canvas.holes)}: send the text with one hole at a time, or use "
                 "'exact' or 'shrink'",
+                holes,
+            )
+        if not ends:
+            raise OptionError(
+                f"{holes} 'elastic': neither model nor tokenizer declare an end of "
+                "text, which is what makes a hole narrower; use 'exact'",
                 holes,
             )
         for name, why in REFUSED.items():

@@ -111,14 +111,16 @@ class _NamedHoles:
 
     named: list[Named]
     tokenizer: TokenizerLike
-    behind: int | None = None
+    behind: list[int] | None = None
     """Of an elastic hole, tokens to its right."""
 
     def texts(self, output: CompletionOutput) -> dict[str, str]:
         """What a finished output has in them."""
         tokens = list(output.token_ids)
         if self.behind is not None:
-            end = len(tokens) - self.behind
+            if output.finish_reason == "stop" and tokens[-1:] != self.behind[-1:]:
+                tokens.pop()  # the end of the text
+            end = len(tokens) - len(self.behind)
             return {
                 hole.name: self.tokenizer.decode(
                     tokens[hole.start : end], skip_special_tokens=True
@@ -202,5 +204,5 @@ def _named_holes(
 
     tokens, holes, named = taken_apart(text, "canvas_text", tokenize, 0)
     if canvas.holes == "elastic":
-        behind = len(tokens) - sum(holes[0])
+        behind = tokens[sum(holes[0]) :]
     return _NamedHoles(named, tokenizer, behind)

@@ -113,8 +113,6 @@ class CanvasRequest(Request):
     """What the worker has said of that with the last step."""
     is_filled: bool
     """The last step has left no mask in its elastic hole: the text ends."""
-    ends_bare: bool
-    """And hands out no token: there is none."""
     kv_final: int
     """Leading positions whose KV never changes again; 0 with full attention."""
     refreshed_block: int
@@ -210,7 +208,7 @@ class CanvasRequest(Request):
         request._note_block(request.layout.first_block)
         request.last_step = -1
         request.in_flight, request.said_end = deque(), None
-        request.is_filled = request.ends_bare = False
+        request.is_filled = False
         request.allotted = request.branch_rows = 0
         request._begin()
         return request
@@ -549,9 +547,8 @@ class CanvasRequest(Request):
             # All of it is handed out at once, when it has no mask.
             end = len(self._all_token_ids) + len(tokens) + canvas.hidden
             self.is_filled = end == self.canvas_end
-            self.ends_bare = self.is_filled and not tokens
-            if self.ends_bare:
-                tokens.append(0)  # vLLM looks at a request that got tokens
+            if self.is_filled and len(tokens) < self.max_tokens:
+                self._end_text(tokens)
 
     def num_tokens_to_stop(self, tokens: list[int]) -> int:
         """How many of the tokens that follow the output belong to the text."""
@@ -574,6 +571,17 @@ class CanvasRequest(Request):
         # A suffix is never handed out: an end in front of it ends the text.
         end = canvas.pins_end if canvas.handed is None else 0
         return min(max(end - 1 - self.num_output_tokens, 0), len(tokens))
+
+    def _end_text(self, tokens: list[int]) -> None:
+        """Put an end behind a text that none has ended, in place.
+
+        vLLM takes the last token of a text that ends before its `max_tokens` for that,
+        and shows what is left of it; and a text has a token.
+        """
+        if not tokens or tokens[-1] not in self.closing_ids:
+            own = self.sampling_params.eos_token_id
+            ends = self.model.stop_ids or self.closing_ids
+            tokens.append(min(ends) if own is None else own)
 
     def note_step(self) -> None:
         """Count a denoise step; its tokens are not appended yet."""

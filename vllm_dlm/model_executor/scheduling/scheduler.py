@@ -369,8 +369,6 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.stop_reason = broken_logits.REASON
             return [], True
         assert isinstance(request, CanvasRequest)
-        if request.ends_bare:
-            new_token_ids = []
         barred = request.num_barred(new_token_ids)
         request.append_output_token_ids(new_token_ids[:barred])
         rest, stopped = super()._update_request_with_output(
@@ -386,10 +384,10 @@ class DiffusionStepScheduler(DiffusionScheduler):
             )
             return [*thoughts, *check], stopped
         if not stopped and (request.was_cut() or request.is_filled):
-            is_long = request.is_filled and (
-                request.num_output_tokens == request.max_tokens
+            is_open = request.is_filled and (
+                request.output_token_ids[-1] not in request.closing_ids
             )
-            request.status = TO_THE_END[is_long]
+            request.status = TO_THE_END[is_open]
             stopped = True
         if stopped and not self._matches(request):
             request.status = RequestStatus.FINISHED_ERROR
@@ -455,8 +453,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             stats = SpecDecodingStats.new(0)
         stats.num_drafts += 1
         stats.num_draft_tokens += num_draft_tokens
-        bare = self.requests[request_id].ends_bare
-        stats.num_accepted_tokens += num_accepted_tokens - bare
+        stats.num_accepted_tokens += num_accepted_tokens
         return stats
 
     def make_stats(
