@@ -14,6 +14,7 @@ import torch
 from engine.cases import MASK_ID, make_prompt
 from engine.harness import Engine, drive, finished, params
 from engine.test_counts import counting
+from engine.test_no_waits import Waits
 from reference.checkpoints import write_checkpoint
 from reference.dreamon import Choose, Filled, at_least, infill, least_entropy
 from reference.llada import TinyLLaDA
@@ -265,6 +266,39 @@ def test_after_preemptions(elastic: Engine):
     done = drive(elastic, preempt)
     assert [done[name].tokens for name in names] == [one.tokens for one in together]
     assert hit >= 8
+
+
+def test_steps_do_not_wait_for_the_device(elastic: Engine):
+    for case, more in zip(make_cases()[1:3], ({}, {"temperature": 0.8}), strict=True):
+        elastic.add(case.prompt, case.params(**more))
+    elastic.step()  # what is made of a request once
+    with Waits() as waits:
+        for _ in range(6):
+            elastic.step()
+    while elastic.busy:
+        elastic.step()
+    assert not waits.seen
+
+
+@pytest.mark.slow  # an engine of its own
+def test_short_of_pages(engines: Callable[..., Engine], oracle: TinyLLaDA):
+    """Holes that widen ask for pages: some requests lose theirs, and begin anew."""
+    engine = engines(
+        hf_overrides={"expand_token_id": EXPAND},
+        max_model_len=128,
+        num_gpu_blocks_override=8,
+    )
+    cases = [
+        Infill(make_prompt(28, number), (number,), most=40, initial=6, widen=20.0)
+        for number in range(4)
+    ]
+    wanted = [case.expected(oracle).tokens for case in cases]
+    outputs, _ = engine.run_short_of_pages(
+        [case.prompt for case in cases], [case.params() for case in cases]
+    )
+    assert [list(one.outputs[0].token_ids) for one in outputs] == wanted
+    engine.flush()
+    assert engine.free_pages == 7
 
 
 def test_streams_and_several_outputs(elastic: Engine):

@@ -303,8 +303,11 @@ class Candidates:
         # Sorting a row takes several times its memory: some rows at a time.
         for part in measured.split(rows_per_slice(processed)):
             own = sampling.at(part)
-            heat = torch.where(own.temperature > 0, own.temperature, 1.0)
-            shaped = tempered(processed[part], *own._replace(temperature=heat))
+            if self.slots.elastic is not None:
+                # One of those may be greedy: only what it truncates counts.
+                heat = torch.where(own.temperature > 0, own.temperature, 1.0)
+                own = own._replace(temperature=heat)
+            shaped = tempered(processed[part], *own)
             stats = token_stats(shaped, need_entropy=True, need_margin=True)
             places = at[part]
             tokens = choice.candidate[places]
