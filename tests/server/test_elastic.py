@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 from engine.cases import make_prompt
-from engine.test_elastic import EOS, EVENTFUL_SHIFTED, EXPAND, Infill
+from engine.elastic_cases import EOS, EVENTFUL_SHIFTED, EXPAND, Infill
 from reference.checkpoints import write_checkpoint
 from reference.dreamon import Filled
 from reference.network import TinyModel
