@@ -255,3 +255,37 @@ def test_other_logprobs_than_the_raw_ones():
 def test_a_pooling_server():
     with pytest.raises(ValueError, match="--runner pooling and --convert"):
         refuse_server_options(server_options(runner_type="pooling"))
+
+
+@pytest.mark.parametrize(
+    ("hole", "options", "told", "parameter"),
+    [
+        (9, {"stop": ["a"]}, "no mask left", "stop"),
+        (9, {"min_tokens": 1}, "no token at all", "min_tokens"),
+        (9, {"logprobs": 0}, "no place of their own", "logprobs"),
+        (
+            9,
+            {"repetition_detection": RepetitionDetectionParams(4, 1, 3)},
+            "no mask left",
+            "repetition_detection",
+        ),
+        (300, {}, "300 tokens is more than this server takes", "extra_args"),
+    ],
+)
+def test_beside_an_elastic_hole(hole, options, told, parameter):
+    """The field that is to be left out is named, as the client has sent it."""
+    config = model_config(expand_token_id=5)
+    config.max_model_len = 512
+    canvas = {"canvas": [1] + [MASK] * hole, "holes": "elastic"}
+    verify(SamplingParams(extra_args={"dlm": canvas | {"canvas": [MASK]}}), config)
+    with pytest.raises(VLLMValidationError, match=told) as caught:
+        verify(SamplingParams(extra_args={"dlm": canvas}, **options), config)
+    assert caught.value.parameter == parameter
+
+
+def test_an_elastic_hole_needs_an_end_of_text():
+    """Nothing would make it narrower."""
+    config = model_config(expand_token_id=5, eos_token_id=None)
+    canvas = {"canvas": [1, MASK], "holes": "elastic"}
+    with pytest.raises(VLLMValidationError, match="neither model nor tokenizer"):
+        verify(SamplingParams(extra_args={"dlm": canvas}), config)

@@ -87,7 +87,7 @@ class ModelDefaults:
     """By which the model deletes and inserts positions; None if it does neither."""
     expand_token: int | None = None
     """By which the model asks for two masks in place of one (DreamOn): no text, and
-    never written. None if it does not."""
+    written in elastic holes alone (`elastic.py`). None if it does not."""
     soft_inputs: bool = False
     """The engine makes the input embeddings of each forward itself, as the model needs
     or the server wants: then strategies may feed mixtures (`Strategy.soft`)."""
