@@ -384,9 +384,8 @@ class DiffusionStepScheduler(DiffusionScheduler):
             )
             return [*thoughts, *check], stopped
         if not stopped and (request.was_cut() or request.is_filled):
-            is_open = request.is_filled and (
-                request.output_token_ids[-1] not in request.closing_ids
-            )
+            # The last token of a text that stops is its end, for vLLM, and not shown.
+            is_open = request.output_token_ids[-1] not in request.closing_ids
             request.status = TO_THE_END[is_open]
             stopped = True
         if stopped and not self._matches(request):
