@@ -108,6 +108,7 @@ ALIASES: dict[str, Alias] = {
     "dream-coder-base": Alias(
         DREAM, "Dream-org/Dream-Coder-v0-Base-7B", "7B, code, plain text"
     ),
+    "dreamon": Alias(DREAM, "Dream-org/DreamOn-v0-7B", "7B, fills holes in code"),
     "diffucoder": Alias(DREAM, "apple/DiffuCoder-7B-cpGRPO", "7B, code"),
     "diffucoder-base": Alias(DREAM, "apple/DiffuCoder-7B-Base", "7B, code, plain text"),
     **{
