@@ -102,7 +102,7 @@ def test_texts_and_drafts(
     assert engine.worker.use_v2_model_runner == (runner == 2)
     assert engine.drafter.context == context
     assert engine.run(PROMPTS[:1], TO_THE_END[:1]) == wanted[:1]
-    assert engine.run(PROMPTS, TO_THE_END) == wanted
+    assert engine.run(PROMPTS[::3], TO_THE_END[::3]) == wanted[::3]
     rounds = Rounds(engine.drafter)
     with luck(engine.drafter, wanted):
         assert engine.run(PROMPTS, TO_THE_END) == wanted
