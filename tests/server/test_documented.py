@@ -13,12 +13,13 @@ import pytest
 from documented import commands
 from server.launch import MODEL, REPLY_SECONDS, Server
 
-OF_ANOTHER_SERVER = ("pair",)
-"""Models whose server has other options; tests/switching asks it."""
+OF_ANOTHER_SERVER = ("pair", "dreamon")
+"""Models whose server has other options; tests/switching and test_elastic.py ask it."""
 
 
-def shown_requests() -> list[tuple[str, str, dict[str, Any]]]:
-    """Page, path and body of every request that is shown as a curl command.
+def shown_requests(*models: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Page, path and body of every request that is shown as a curl command: of these
+    models, or without any, of all that llada-tiny can stand for.
 
     Where the page starts a server before, its strategy goes into the request.
     """
@@ -31,7 +32,8 @@ def shown_requests() -> list[tuple[str, str, dict[str, Any]]]:
             continue
         body = json.loads(pairs["-d"])
         # What names no model asks for no text: test_vllm_features.py.
-        if body.get("model") in (None, *OF_ANOTHER_SERVER):
+        model = body.get("model")
+        if model not in models if models else model in (None, *OF_ANOTHER_SERVER):
             continue
         if strategy := served.get(page):
             own = body.get("vllm_xargs", {})

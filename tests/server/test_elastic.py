@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from engine.cases import make_prompt
@@ -16,7 +17,8 @@ from engine.elastic_cases import EOS, EVENTFUL_SHIFTED, EXPAND, Infill
 from reference.checkpoints import write_checkpoint
 from reference.dreamon import Filled
 from reference.network import TinyModel
-from server.launch import SIZES, VLLM, Server, running_server
+from server.launch import REPLY_SECONDS, SIZES, VLLM, Server, running_server
+from server.test_documented import shown_requests
 
 pytestmark = pytest.mark.slow  # a server of its own
 
@@ -96,6 +98,16 @@ def test_suffix(dreamon: Server, folder: Path):
         tokens += chunk.choices[0].token_ids or []
     assert tokens == wanted[0].tokens
     dreamon.wait_until_idle()
+
+
+def test_the_documented_request(dreamon: Server):
+    """As it is shown, but for words that this tokenizer has."""
+    ((_, path, body),) = shown_requests("dreamon")
+    own = {"model": dreamon.model, "prompt": "t5 t6", "suffix": "t7 t8"}
+    reply = httpx.post(f"{dreamon.url}{path}", json=body | own, timeout=REPLY_SECONDS)
+    assert reply.status_code == 200, reply.text
+    (choice,) = reply.json()["choices"]
+    assert choice["finish_reason"] in ("stop", "length")
 
 
 def test_a_hole_that_closes(dreamon: Server):
