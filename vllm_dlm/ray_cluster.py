@@ -49,6 +49,9 @@ def connect(devices: int) -> None:
             # Ray Data and Ray Serve also count cores: one for each engine, some more
             # for the rest. A small machine shares its cores.
             cores = max(os.cpu_count() or 1, 2 * devices + 2) if on_cpu else None
+            if on_cpu:
+                # Ray lets workers give way to other processes: here, the model.
+                os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
                 "local",
                 num_cpus=cores,

@@ -12,9 +12,10 @@ import pytest
 from vllm_dlm.ray_cluster import connect
 
 RESOURCES = """
-import ray
+import os, ray
 ray.init(log_to_driver=False)
 print("GPUs", int(ray.cluster_resources()["GPU"]))
+print("niceness", ray.get(ray.remote(lambda: os.nice(0)).remote()), "here", os.nice(0))
 """
 
 
@@ -34,5 +35,7 @@ def test_processes_join_and_devices_are_counted():
         [sys.executable, "-c", RESOURCES], capture_output=True, text=True, check=True
     )
     assert "GPUs 4" in child.stdout
+    # On a CPU, a worker takes its turn as any process.
+    assert f"niceness {os.nice(0)} here {os.nice(0)}" in child.stdout
     with pytest.raises(ValueError, match=r"has 4 GPUs, and 5 are wanted.*--num-gpus=5"):
         connect(devices=5)
