@@ -54,6 +54,11 @@ def client(monkeypatch):
             "sampling_params.allowed_token_ids",
             "'a'",
         ),
+        # Of any size: vLLM reads into it before it knows what it is.
+        *(
+            ({"structured_outputs": wrong}, "structured_outputs", "expected an object")
+            for wrong in ([1], [], "x", 0, 1.5, True, ["a"] * MANY)
+        ),
     ],
 )
 def test_the_first_wrong_entry_is_named(client, body, field, entry):
@@ -76,6 +81,9 @@ def test_the_first_wrong_entry_is_named(client, body, field, entry):
         {"prompt": ["a"] * LARGE, "stop_token_ids": None, "bad_words": []},
         {"messages": [1] * LARGE, "vllm_xargs": None},
         [1] * LARGE,
+        {"prompt": "structured_outputs", "structured_outputs": {"regex": "a"}},
+        {"structured_outputs": None},
+        ["structured_outputs"],
     ],
 )
 def test_what_is_right_or_not_ours_comes_through(client, body):

@@ -40,7 +40,9 @@ class Target:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.http = httpx.Client(base_url=server.url, timeout=SECONDS)
+        # A connection that is kept may be closed by the server while it is taken up.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=server.url, timeout=SECONDS, limits=limits)
         self.openapi = self.http.get("/openapi.json").json()
         self.maker = Maker(self.openapi)
         self.calls = [

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses large bodies whose long fields hold something wrong, at the first of it.
+"""Refuses bodies that vLLM's protocol classes cannot take, before these see them.
 
-vLLM's protocol classes validate every entry of a list, by each type it may have, and
-report each that is none: a million bad entries take a minute, in which the server
-answers nobody. Here the entries are looked at one by one, up to the first wrong one.
+They validate every entry of a list, by each type it may have, and report each that is
+none: a million bad entries take a minute, in which the server answers nobody. Here the
+entries of large bodies are looked at one by one, up to the first wrong one. And they
+read into `structured_outputs` before they know that it is an object, a 500 where it is
+none.
 """
 
 from __future__ import annotations
@@ -13,20 +15,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_dlm.messages import OptionError, bounded, name_of, quote
 
 LARGE = 1 << 16
-"""Bytes from which a body is looked at: smaller ones hold no long lists."""
+"""Bytes from which lists are looked at: smaller bodies hold no long ones."""
 
 MOST_OPTIONS = 256
 """Most keys of `vllm_xargs`: far more than there are options."""
 
 MOST_IDS = 1 << 18
 """Most entries of a sampling parameter: no vocabulary is larger."""
+
+_READ_INTO = "structured_outputs"
 
 process = {"ours": False}
 """Whether this process is the front end of one of our models: neither the middleware
@@ -47,7 +50,7 @@ class BodyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on as it came, or answer 400."""
-        if not process["ours"] or not _is_large(scope):
+        if not process["ours"] or not _has_body(scope):
             await self._app(scope, receive, send)
             return
         came: deque[Message] = deque()
@@ -65,12 +68,8 @@ class BodyGuard:
         await self._app(scope, again, send)
 
 
-def _is_large(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return False
-    length = Headers(scope=scope).get("content-length", "")
-    # A body without a length comes in pieces, and may be of any length.
-    return not length.isdigit() or int(length) >= LARGE
+def _has_body(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["method"] == "POST"
 
 
 def _answer(path: str, error: OptionError) -> JSONResponse:
@@ -86,16 +85,26 @@ def _answer(path: str, error: OptionError) -> JSONResponse:
 
 
 def check_body(text: bytes) -> None:
-    """Check the fields of a body that may be long.
+    """Check the fields of a body that may be long, and `structured_outputs`.
 
     Raises:
         OptionError: a field holds an entry of a wrong type; it names the first.
     """
+    is_large = len(text) >= LARGE
+    if not is_large and _READ_INTO.encode() not in text:
+        return
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
         return  # vLLM says what is wrong with it.
     if not isinstance(body, dict):
+        return
+    constraint = body.get(_READ_INTO)
+    if constraint is not None and not isinstance(constraint, dict):
+        raise OptionError(
+            f"{_READ_INTO}: expected an object, got {quote(constraint)}", _READ_INTO
+        )
+    if not is_large:
         return
     _check_fields(body, "")
     inner = body.get("sampling_params")
