@@ -89,6 +89,11 @@ CORPUS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/chat/completions", _CHAT | {"structured_outputs": "a"}),
     ("/v1/chat/completions", {"messages": 1}),
     ("/v1/responses", {"input": "Copy [Ada, Ben]", "tools": 1}),
+    *(
+        ("/v1/responses", {"input": "Copy [Ada, Ben]", name: None, "stream": stream})
+        for name in ("background", "truncation")
+        for stream in (False, True)
+    ),
     ("/v1/completions", _PROMPT | {"structured_outputs": {"json": {"$ref": "#"}}}),
     ("/v1/completions", _PROMPT | {"structured_outputs": {}}),
     ("/v1/completions", _PROMPT | {"structured_outputs": {"structural_tag": "{}"}}),

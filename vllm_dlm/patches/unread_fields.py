@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from vllm.entrypoints.serve.engine.serving import BaseServing
 
 
+NULL_IS_DEFAULT = ("background", "truncation")
+"""Fields of `/v1/responses` that may be null. vLLM's answer repeats them, and may not
+hold a null: a stream would break off, and other answers be a 500."""
+
+
 def handle(route: Route, *, has_frames: bool = False) -> Make:
     """A route's handler: what the client sent is known here, under its own names.
 
@@ -52,6 +57,7 @@ def handle(route: Route, *, has_frames: bool = False) -> Make:
                         given["request"] = suffixes.as_option(body)
                     if not ours:
                         return await original(self, *args, **kwargs)
+                    _fill_nulls(body)
 
                     async def once(own: Any) -> Any:
                         sent = {**given, "request": own}
@@ -67,6 +73,13 @@ def handle(route: Route, *, has_frames: bool = False) -> Make:
         return answer
 
     return make
+
+
+def _fill_nulls(body: Any) -> None:
+    fields = type(body).model_fields
+    for name in NULL_IS_DEFAULT:
+        if name in fields and getattr(body, name) is None:
+            setattr(body, name, fields[name].default)
 
 
 async def _refuse_unread(
