@@ -123,6 +123,22 @@ def test_suffix_becomes_an_option_of_our_models():
     assert error.parameter == "echo"
 
 
+def test_a_null_that_vllm_cannot_repeat_is_the_default():
+    seen = []
+
+    async def note(self, request, raw_request=None):
+        seen.append((request.background, request.truncation))
+        return "done"
+
+    nulls = {"background": None, "truncation": None}
+    assert answer(*responses(**nulls), original=note) == "done"
+    own = {"background": True, "truncation": "auto"}
+    assert answer(*responses(**own), original=note) == "done"
+    theirs = answer(*responses(**nulls), original=note, config=autoregressive())
+    assert theirs == "done"
+    assert seen == [(False, "disabled"), (True, "auto"), (None, None)]
+
+
 def test_what_vllm_repeats_is_cut_short():
     async def repeats(self, request, raw_request=None):
         ids = list(range(10**5)) + ["\ud800"]
