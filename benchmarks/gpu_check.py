@@ -52,7 +52,7 @@ SHORTEST = 10.0
 """Seconds: with less left, nothing is begun."""
 
 _PARITY = "tests/engine/test_parity.py::test_parity"
-_BLOCKS = "tests/engine/test_families.py::test_block_parity[SDAR-4B-Chat-b16]"
+_BLOCKS = "tests/engine/test_families.py::test_block_parity[SDAR-4B-Chat-b16-False]"
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -178,6 +178,7 @@ def jobs(parts: Sequence[str], quick: bool, cuda: bool) -> list[Job]:
         tests = [f"{_PARITY}[dual-16]"]
         tests += [] if quick else [f"{_PARITY}[none-32]", f"{_PARITY}[prefix-8]"]
         tests += [] if quick else [_BLOCKS]
+        tests += ["-m", "slow or not slow"]  # whichever tier they are in
         # The oracle is plain float32: no tf32 in attention.
         exact = {"TRITON_F32_DEFAULT": "ieee"}
         found.append(job("parity", "", 120, "tests", "--", *tests, **exact))

@@ -162,17 +162,18 @@ def test_launches_are_told_apart_by_where_they_are():
 
 @pytest.mark.slow
 def test_its_tests_exist():
-    """Those that it names, for a CPU and for a GPU."""
-    named = {
-        part
+    """Those that it names, and runs, for a CPU and for a GPU."""
+    found = {
+        one.command[one.command.index("--") + 1 :]
         for cuda in (False, True)
         for one in gpu_check.jobs(("kernels", "parity"), False, cuda)
-        for part in one.command
-        if part.startswith("tests/")
     }
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *sorted(named)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for arguments in sorted(found):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        cases = [name for name in arguments if "[" in name]
+        assert set(cases) <= set(done.stdout.splitlines())
 
 
 @pytest.mark.slow
