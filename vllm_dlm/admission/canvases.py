@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_dlm.admission.canvas_text import Hole, parse
 from vllm_dlm.admission.client_fields import field_of, gave_length, has_place_for
-from vllm_dlm.admission.elastic import ElasticCanvases
+from vllm_dlm.admission.elastic import made_elastic
 from vllm_dlm.config.canvas import Canvas, CanvasOptions, source_of
 from vllm_dlm.config.elastic import INITIAL
 from vllm_dlm.config.model import NO_MASK, ModelDefaults
@@ -96,9 +96,9 @@ class CanvasReader:
         self._check(canvas, set_as)
         if options.holes == "elastic":
             initial = options.initial_hole or INITIAL
-            elastic = ElasticCanvases(self._params, self._model, names)
-            ends = closing_ids(self._params, self._model, self._model_config.hf_config)
-            return elastic.of(canvas, initial, ends)
+            params, model = self._params, self._model
+            ends = closing_ids(params, model, self._model_config.hf_config)
+            return made_elastic(canvas, initial, ends, params, model, names)
         return canvas
 
     def _before_suffix(

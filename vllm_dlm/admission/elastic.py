@@ -7,7 +7,7 @@ What its options may be is `config/elastic.py`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_dlm.admission.client_fields import field_of
@@ -31,55 +31,55 @@ REFUSED = {
 """Sampling parameters that are refused beside an elastic hole, and why."""
 
 
-@dataclass(frozen=True)
-class ElasticCanvases:
-    """Makes the hole of a request's canvas elastic, or refuses to."""
+def made_elastic(
+    canvas: Canvas,
+    initial: int,
+    ends: frozenset[int],
+    params: SamplingParams,
+    model: ModelDefaults,
+    names: Mapping[str, str],
+) -> Canvas:
+    """The canvas, whose one hole begins with `initial` masks, or all that it has.
 
-    params: SamplingParams
-    model: ModelDefaults
-    names: Mapping[str, str]
-    """Option -> the name that it was set under."""
+    Args:
+        ends: tokens that end a text, or pad one: they take positions away.
+        params: the request's.
+        names: option -> the name that it was set under.
 
-    def of(self, canvas: Canvas, initial: int, ends: frozenset[int]) -> Canvas:
-        """The canvas, whose one hole begins with `initial` masks, or all that it has.
-
-        Args:
-            ends: tokens that end a text, or pad one: they take positions away.
-
-        Raises:
-            OptionError: there are several holes, or the request asks for what only
-                holes of fixed lengths can do.
-        """
-        holes = self.names["holes"]
-        if len(canvas.holes) != 1:
+    Raises:
+        OptionError: there are several holes, or the request asks for what only holes
+            of fixed lengths can do.
+    """
+    holes = names["holes"]
+    if len(canvas.holes) != 1:
+        raise OptionError(
+            f"{holes} 'elastic' is for one hole, and the canvas has "
+            f"{len(canvas.holes)}: send the text with one hole at a time, or use "
+            "'exact' or 'shrink'",
+            holes,
+        )
+    if not ends:
+        raise OptionError(
+            f"{holes} 'elastic': neither model nor tokenizer declare an end of "
+            "text, which is what makes a hole narrower; use 'exact'",
+            holes,
+        )
+    for name, why in REFUSED.items():
+        # `logprobs` of 0 asks for those of the tokens themselves.
+        value = getattr(params, name)
+        if value or (name == "logprobs" and value is not None):
+            field = field_of(name)
             raise OptionError(
-                f"{holes} 'elastic' is for one hole, and the canvas has "
-                f"{len(canvas.holes)}: send the text with one hole at a time, or use "
-                "'exact' or 'shrink'",
-                holes,
+                f"{field} cannot be combined with {holes} 'elastic': {why}; leave "
+                "it out, or use 'exact'",
+                name,
             )
-        if not ends:
-            raise OptionError(
-                f"{holes} 'elastic': neither model nor tokenizer declare an end of "
-                "text, which is what makes a hole narrower; use 'exact'",
-                holes,
-            )
-        for name, why in REFUSED.items():
-            # `logprobs` of 0 asks for those of the tokens themselves.
-            value = getattr(self.params, name)
-            if value or (name == "logprobs" and value is not None):
-                field = field_of(name)
-                raise OptionError(
-                    f"{field} cannot be combined with {holes} 'elastic': {why}; leave "
-                    "it out, or use 'exact'",
-                    name,
-                )
-        allowed = {*(self.params.allowed_token_ids or ())}
-        left = allowed - {*self.model.no_text}
-        if allowed and not left:
-            raise OptionError(
-                f"{field_of('allowed_token_ids')} holds only tokens that are no text, "
-                "and a hole is not filled by them; add a token",
-                "allowed_token_ids",
-            )
-        return replace(canvas, initial=min(initial, canvas.holes[0][1]))
+    allowed = {*(params.allowed_token_ids or ())}
+    left = allowed - {*model.no_text}
+    if allowed and not left:
+        raise OptionError(
+            f"{field_of('allowed_token_ids')} holds only tokens that are no text, "
+            "and a hole is not filled by them; add a token",
+            "allowed_token_ids",
+        )
+    return replace(canvas, initial=min(initial, canvas.holes[0][1]))
