@@ -42,13 +42,13 @@ AS_PUBLISHED = {
 """What counts for these requests in place of the server's defaults."""
 
 _ONE_BLOCK = "an elastic hole is in one block, which ends when it has no mask"
+_NO_STEPS = "an elastic hole has no number of steps: it ends when it has no mask"
 
 FIXED = {
     "block_length": _ONE_BLOCK,
     "sub_block_length": _ONE_BLOCK,
-    "steps": "an elastic hole has no number of steps: it ends when it has no mask",
-    "steps_per_block": "an elastic hole has no number of steps: it ends when it has no "
-    "mask",
+    "steps": _NO_STEPS,
+    "steps_per_block": _NO_STEPS,
 }
 """Options that a request cannot set, and why."""
 
