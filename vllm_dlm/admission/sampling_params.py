@@ -131,10 +131,9 @@ def validate_sampling_params(
     except ValueError as error:
         # Also of a strategy, or of a cache policy, which do not know who asks.
         path = getattr(error, "field", None)
-        carrier = path
-        if path not in _defaults():
-            carrier = options_field() + (f".{name_of(path)}" if path else "")
-        raise refusal(OptionError(str(error), carrier)) from error
+        if path not in _defaults():  # an option, or nothing that has a name
+            path = options_field() + (f".{name_of(path)}" if path else "")
+        raise refusal(OptionError(str(error), path)) from error
     try:
         # Automata need numba, which nobody waits for who only lists the ledger.
         from vllm_dlm.admission.structured import constrain
