@@ -30,6 +30,7 @@ MOST_IDS = 1 << 18
 """Most entries of a sampling parameter: no vocabulary is larger."""
 
 _READ_INTO = "structured_outputs"
+"""See docs/upstream.md#structured_outputs-that-is-no-object-is-a-500."""
 
 process = {"ours": False}
 """Whether this process is the front end of one of our models: neither the middleware

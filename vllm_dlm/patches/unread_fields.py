@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 NULL_IS_DEFAULT = ("background", "truncation")
 """Fields of `/v1/responses` that may be null. vLLM's answer repeats them, and may not
-hold a null: a stream would break off, and other answers be a 500."""
+hold a null: a stream would break off, and other answers be a 500. See
+docs/upstream.md#nulls-of-a-responses-request-break-its-stream."""
 
 
 def handle(route: Route, *, has_frames: bool = False) -> Make:
