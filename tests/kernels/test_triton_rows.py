@@ -12,6 +12,7 @@ import torch
 from tiers import fast
 
 from vllm_dlm.kernels.class_stats import (
+    PIECE,
     TokenClasses,
     _draws_reference,
     class_stats_reference,
@@ -113,7 +114,13 @@ def test_classes_of_tokens(device, odd_logits, dtype, vocab):
     class_of = np.arange(vocab) % 7 - 1
     class_of[vocab // 3 :] = 2
     classes = TokenClasses.of(class_of, 8, device)
-    lists = classes.columns, classes.tokens, classes.pieces, classes.first_piece
+    lists = (
+        classes.columns,
+        classes.tokens,
+        classes.pieces,
+        classes.first_piece,
+        PIECE,
+    )
     parts = triton_rows.class_parts(logits, *lists, 1 / 0.7)
     want = class_stats_reference(logits, classes, 1 / 0.7)
     assert torch.equal(parts[..., 0], want[..., 0])

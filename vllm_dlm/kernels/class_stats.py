@@ -25,7 +25,7 @@ from vllm_dlm.kernels.shards import VocabShard, best_of
 from vllm_dlm.kernels.token_stats import merged, row_parts, triton_kernels
 
 PIECE = 1024
-"""Tokens of a class that a GPU's program looks at."""
+"""Most tokens of a class that a GPU's program looks at, a power of two."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,12 @@ def class_draws(
     else:
         if triton_rows is not None:
             scores, places = triton_rows.class_draws(
-                logits, *lists[:2], classes.pieces, classes.first_piece, *settings
+                logits,
+                *lists[:2],
+                classes.pieces,
+                classes.first_piece,
+                PIECE,
+                *settings,
             )
         elif _has_loops(logits):
             scores, places = numba_rows.class_draws(logits, *lists, *settings)
@@ -193,7 +198,7 @@ def _parts(logits: torch.Tensor, classes: TokenClasses, scale: float) -> torch.T
     triton_rows = triton_kernels(logits)
     if triton_rows is not None:
         parts: torch.Tensor = triton_rows.class_parts(
-            logits, *lists[:2], classes.pieces, classes.first_piece, scale
+            logits, *lists[:2], classes.pieces, classes.first_piece, PIECE, scale
         )
         return parts
     if _has_loops(logits):

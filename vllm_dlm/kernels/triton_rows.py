@@ -19,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_dlm.kernels.class_stats import PIECE as CLASS_PIECE
-
 _PIECE = 16384
 """Logits per program."""
 _WIDTH = 8
@@ -104,15 +102,17 @@ def class_parts(
     tokens: torch.Tensor,
     pieces: torch.Tensor,
     first: torch.Tensor,
+    longest: int,
     scale: float,
 ) -> torch.Tensor:
     """As `numba_rows.class_parts`.
 
     Args:
         logits, columns, tokens, scale: as there.
-        pieces: [P, 2] int64: begin and end of pieces of at most `CLASS_PIECE` of the L
-            tokens, class after class.
+        pieces: [P, 2] int64: begin and end of pieces of the L tokens, class after
+            class.
         first: [K + 1] int64: the first piece of each class.
+        longest: most tokens of a piece, a power of two.
     """
     num_rows, num_pieces, num_classes = len(logits), len(pieces), len(first) - 1
     parts, merged = (
@@ -121,7 +121,7 @@ def class_parts(
     )
     _class_piece_kernel[(num_rows, num_pieces)](
         logits, logits.stride(0), logits.stride(1), columns, tokens, pieces, scale,
-        parts, PIECE=CLASS_PIECE, num_warps=4,
+        parts, PIECE=longest, num_warps=4,
     )  # fmt: skip
     _class_merge_kernel[(num_rows, num_classes)](
         parts, num_pieces, first, merged, num_warps=1
@@ -135,6 +135,7 @@ def class_draws(
     tokens: torch.Tensor,
     pieces: torch.Tensor,
     first: torch.Tensor,
+    longest: int,
     top: torch.Tensor,
     temperature: torch.Tensor,
     key: torch.Tensor,
@@ -145,7 +146,7 @@ def class_draws(
     places, chosen = (key.new_empty(num_rows, m) for m in (num_pieces, num_classes))
     _class_draw_kernel[(num_rows, num_pieces)](
         logits, logits.stride(0), logits.stride(1), columns, tokens, pieces,
-        top, temperature, key, scores, places, PIECE=CLASS_PIECE, num_warps=4,
+        top, temperature, key, scores, places, PIECE=longest, num_warps=4,
     )  # fmt: skip
     _class_best_kernel[(num_rows, num_classes)](
         scores, places, num_pieces, first, best, chosen, num_warps=1

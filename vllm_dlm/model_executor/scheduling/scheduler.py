@@ -25,7 +25,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.diffusion_scheduler import DiffusionScheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds
@@ -35,21 +34,16 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_dlm.admission import broken_logits
 from vllm_dlm.config.carried import PATTERN, request_config
 from vllm_dlm.config.model import ModelDefaults
-from vllm_dlm.config.request import RequestConfig, server_config
+from vllm_dlm.config.request import server_config
 from vllm_dlm.config.stop_ids import closing_ids
 from vllm_dlm.config.tccf import Stages
 from vllm_dlm.metrics import COUNTERS
 from vllm_dlm.model_executor.clean_pages import note_device
-from vllm_dlm.model_executor.layout import GRAPH_SEGMENTS, Limits, Rows
+from vllm_dlm.model_executor.layout import Limits, Rows
 from vllm_dlm.model_executor.patterns import pattern_of
-from vllm_dlm.model_executor.planning.branch_pages import (
-    Wish,
-    copies_of_pages,
-    most_branches,
-    page_size_of,
-    share_out,
-)
+from vllm_dlm.model_executor.planning.branch_pages import page_size_of
 from vllm_dlm.model_executor.running_ahead import runs_ahead
+from vllm_dlm.model_executor.scheduling.branch_shares import BranchShares
 from vllm_dlm.model_executor.scheduling.canvas_request import CanvasRequest, Forward
 from vllm_dlm.model_executor.scheduling.page_publishing import FinalBlocksKVCacheManager
 from vllm_dlm.model_executor.scheduling.shrinking import leave_out
@@ -60,7 +54,6 @@ from vllm_dlm.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
@@ -95,6 +88,13 @@ class DiffusionStepScheduler(DiffusionScheduler):
         self._page_size = page_size_of(self.kv_cache_config)
         self._at_second_stage: list[CanvasRequest] = []
         """Requests whose first stage (`tccf`) ended with the step in flight."""
+        self._branches = BranchShares(
+            self.kv_cache_manager,
+            page_size=self._page_size,
+            max_rows=self.max_num_scheduled_tokens,
+            max_model_len=self.max_model_len,
+            rows_of_graphs=self.num_spec_tokens,
+        )
         self._turns = Turns(self.max_num_scheduled_tokens)
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._work = [0] * len(COUNTERS)
@@ -115,7 +115,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 params.extra_args, self.dlm_server, self.dlm_defaults
             )
             config = config.sized(params.max_tokens, self.dlm_limits.max_canvas)
-            branches = self._max_branches(config, params)
+            branches = self._branches.most_of(config, params)
             adopted = CanvasRequest.adopt(
                 request,
                 config,
@@ -125,10 +125,10 @@ class DiffusionStepScheduler(DiffusionScheduler):
                 commits_alone=self.dlm_server.commit == "separate",
                 max_branches=branches,
                 needs_branches=STRATEGIES[config.strategy].needs_branches,
-                ahead=self._ahead(config) if branches > 1 else 0,
+                ahead=self._branches.rows_ahead(config) if branches > 1 else 0,
             )
             if adopted.needs_branches:
-                self._limit_branches(adopted)
+                self._branches.limit(adopted)
             # Of the parameters that the worker sees, too.
             adopted.runs_ahead = self._is_async and runs_ahead(
                 config, params, self.dlm_defaults, self.dlm_server
@@ -145,7 +145,9 @@ class DiffusionStepScheduler(DiffusionScheduler):
         """Schedule one forward: each running request's rows, then admissions."""
         for request in self.running:
             request.plan_step()
-        self._hand_out_branches()
+        # Requests that may be admitted in this step come before drafts.
+        free = max(self.max_num_running_reqs - len(self.running), 0)
+        self._branches.hand_out(self.running, list(islice(self.waiting, free)))
         first, step = self._may_be_admitted(), self.current_step + 1
         self._turns.allot(self.running, first, step)
         seats = self.max_num_active_reqs
@@ -158,7 +160,7 @@ class DiffusionStepScheduler(DiffusionScheduler):
             request.last_step = self.current_step
             # vLLM has counted the rows as computed already.
             start = request.num_computed_tokens - num_rows
-            branches = self._settle_branches(output, request, start, num_rows)
+            branches = self._branches.settle(output, request, start, num_rows)
             rows = Rows(start, start + num_rows // branches)
             request.note_computed(rows)
             request.in_flight.append(Forward(rows, branches))
@@ -174,112 +176,6 @@ class DiffusionStepScheduler(DiffusionScheduler):
         pages = -(-first.planned_rows().end // self._page_size)
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return first if pages <= free else None
-
-    # -- branches (`branches.py`) ------------------------------------------
-
-    def _max_branches(self, config: RequestConfig, params: SamplingParams) -> int:
-        """Canvases that one forward of a request may evaluate."""
-        # Options that look at every step would miss the steps that branches skip.
-        watched = config.eotp != "off" or config.growth != "none"
-        watched = watched or params.bad_words_token_ids
-        if watched or len(self.kv_cache_config.kv_cache_groups) != 1:
-            return 1
-        return STRATEGIES[config.strategy].branches(config.params)
-
-    def _limit_branches(self, request: CanvasRequest) -> None:
-        """Let a request that needs its branches have as many as always fit."""
-        layout = request.layout
-        pages = min(
-            self.max_model_len // self._page_size,
-            # vLLM keeps one of them empty.
-            self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
-        )
-        request.max_branches = most_branches(
-            request.max_branches,
-            length=layout.widest_step,
-            end=layout.text_end,
-            from_start=layout.widest_step == layout.text_end,
-            rows=self.max_num_scheduled_tokens,
-            longest=pages,
-            page_size=self._page_size,
-        )
-
-    def _ahead(self, config: RequestConfig) -> int:
-        """Positions behind the active block that a request's forwards compute too.
-
-        They fit into a forward's rows, with the block and the one before.
-        """
-        length = config.block_length
-        room = self.max_num_scheduled_tokens // length - 2
-        return min(config.window - length, max(room, 0) * length)
-
-    def _hand_out_branches(self) -> None:
-        """Give drafts the rows and pages that no other request wants in this step."""
-        running = [one for one in self.running if not one.sits_out]
-        if all(request.useful_branches() == 1 for request in running):
-            return
-        manager = self.kv_cache_manager
-        # Requests that may be admitted in this step come before drafts.
-        seats = max(self.max_num_running_reqs - len(self.running), 0)
-        requests = [*running, *islice(self.waiting, seats)]
-        wishes = []
-        for request in requests:
-            start, end = request.planned_rows()
-            held = len(manager.get_block_ids(request.request_id)[0])
-            branches, seen = request.useful_branches(), request.keys_end(end)
-            least = branches if request.needs_branches else 1
-            wishes.append(Wish(branches, held, start, end, seen, least))
-        shares = share_out(
-            wishes,
-            rows=self.max_num_scheduled_tokens,
-            pages=manager.block_pool.get_num_free_blocks(),
-            longest=self.max_model_len // self._page_size,
-            page_size=self._page_size,
-        )
-        for request, wish, branches in zip(requests, wishes, shares, strict=True):
-            rows = branches * (wish.end - wish.start)
-            if branches > GRAPH_SEGMENTS and rows == self.num_spec_tokens:
-                # vLLM would replay a whole CUDA graph, which has fewer segments. One
-                # more without a draft is the canvas once more, and changes nothing.
-                branches += 1 if request.needs_branches else -1
-            if branches > 1:
-                request.take_branches(branches)
-
-    def _settle_branches(
-        self,
-        output: SchedulerOutput,
-        request: CanvasRequest,
-        start: int,
-        num_rows: int,
-    ) -> int:
-        """Tell the worker how many branches a scheduled request has.
-
-        Fewer than were handed out, if vLLM had to cut the request's rows.
-
-        Args:
-            output: of this step; changed in place.
-            start: first row of the request.
-            num_rows: rows of all its branches.
-
-        Returns:
-            The number of branches; 1 for a request that has none but its canvas.
-        """
-        if request.branches == 1:
-            return 1
-        branches = num_rows // request.branch_rows
-        request_id, end = request.request_id, start + request.branch_rows
-        (ids,) = self.kv_cache_manager.get_block_ids(request_id)
-        copies = [
-            KVCacheBlockCopy(*copy)
-            for copy in copies_of_pages(
-                ids, branches, start, end, request.keys_end(end), self._page_size
-            )
-        ]
-        output.kv_cache_block_copies = (output.kv_cache_block_copies or []) + copies
-        # The worker reads how many branches there are off the number of draft tokens.
-        # It has the tokens themselves.
-        output.scheduled_spec_decode_tokens[request_id] = [-1] * (branches - 1)
-        return branches
 
     # -- the token budget --------------------------------------------------
 
