@@ -18,7 +18,7 @@ from vllm_dlm.config.options import SERVER_PARAMETER
 from vllm_dlm.option_types import WHOLE_CANVAS
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import numeric_fields
-from vllm_dlm.strategies.joint import MOST_POST_STEPS
+from vllm_dlm.strategies.post_steps import MOST_POST_STEPS
 
 TOKENS = 24
 

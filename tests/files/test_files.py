@@ -30,7 +30,8 @@ from vllm_dlm.files.whole_files import (
 from vllm_dlm.model_executor.sampling.trajectory_log import TrajectoryLog
 from vllm_dlm.model_executor.slots import RequestSlots
 from vllm_dlm.spec_decode.specdec_pp.head import HEAD_FILE, AcceptanceHead
-from vllm_dlm.strategies.learn2pd_filter import Filter, filter_path
+from vllm_dlm.strategies.learn2pd_files import filter_path
+from vllm_dlm.strategies.learn2pd_filter import Filter
 from vllm_dlm.training.tiny.export import export
 from vllm_dlm.training.tiny.llada_modeling import LLaDAModel, LLaDAShape
 

@@ -11,7 +11,7 @@ from vllm_dlm.learn2pd.collect import load_traces, save_traces
 from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT, WRONG, Traces
 from vllm_dlm.learn2pd.train import THRESHOLD, train_filter
 from vllm_dlm.strategies.base import Context
-from vllm_dlm.strategies.learn2pd_filter import filter_path, find_filter
+from vllm_dlm.strategies.learn2pd_files import filter_path, find_filter
 
 WIDTH = 8
 

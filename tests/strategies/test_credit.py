@@ -20,7 +20,8 @@ from reference.walks import (
 
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import numeric_fields
-from vllm_dlm.strategies.credit import Credit, CreditParams, fused
+from vllm_dlm.strategies.credit import Credit, CreditParams
+from vllm_dlm.strategies.probabilities import fused
 from vllm_dlm.strategies.threshold import Threshold, ThresholdParams
 
 numbers = st.fixed_dictionaries(

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import numeric_fields
 from vllm_dlm.strategies.learn2pd import Learn2PD, Learn2PDParams
-from vllm_dlm.strategies.learn2pd_filter import Filter, find_filter
+from vllm_dlm.strategies.learn2pd_files import find_filter
+from vllm_dlm.strategies.learn2pd_filter import Filter
 from vllm_dlm.strategies.threshold import Threshold, ThresholdParams
 
 # z_i = 40 c_i - 35, so tau = 0.96 is c > 0.95445 and tau = 0.9 is c > 0.92993.

@@ -22,7 +22,8 @@ from reference.views import (
 from vllm_dlm.config.options import parse_params
 from vllm_dlm.strategies import STRATEGIES
 from vllm_dlm.strategies.base import View, numeric_fields
-from vllm_dlm.strategies.replay import LONGEST_MAP, Replay, ReplayParams
+from vllm_dlm.strategies.recordings import LONGEST_MAP
+from vllm_dlm.strategies.replay import Replay, ReplayParams
 
 
 def replay(steps: Sequence[int], block_length: int = 8) -> Replay:

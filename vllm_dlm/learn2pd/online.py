@@ -26,7 +26,7 @@ from vllm_dlm.learn2pd.recorder import TraceRecorder, Traces
 from vllm_dlm.model_executor.sampling.observers import Observer
 from vllm_dlm.strategies.base import Context
 from vllm_dlm.strategies.learn2pd import Learn2PD
-from vllm_dlm.strategies.learn2pd_filter import filter_path, note_learned
+from vllm_dlm.strategies.learn2pd_files import filter_path, note_learned
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from vllm_dlm.cli.arguments import count, output_file
 from vllm_dlm.learn2pd.recorder import IGNORED, RIGHT, Traces
 from vllm_dlm.strategies.learn2pd import FALLBACK_CONFIDENCE
-from vllm_dlm.strategies.learn2pd_filter import Filter, filter_path
+from vllm_dlm.strategies.learn2pd_files import filter_path
+from vllm_dlm.strategies.learn2pd_filter import Filter
 
 BATCH_ROWS = 128
 """Trace rows of a step: products so small that BLAS starts no threads either."""

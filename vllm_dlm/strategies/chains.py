@@ -5,10 +5,38 @@ from __future__ import annotations
 
 import torch
 
-from vllm_dlm.strategies.base import Branches
+from vllm_dlm.strategies.base import NOT_DRAFTED, Branches, Decision, ranks
 
 
-def follow(
+def decided(branches: Branches, writes: torch.Tensor) -> Decision:
+    """What the drafts that are right write, then one step more; and the next drafts.
+
+    Args:
+        writes: [R, K, B] bool, the step of the procedure on each branch.
+    """
+    best, commit, source, ahead, moves = _follow(branches, writes)
+    rows = torch.arange(len(best), device=best.device)
+    candidate = branches.candidate[rows, best]
+    tokens = torch.where(commit, branches.tokens, candidate)
+    last = writes[rows, best]
+    left = branches.masked[rows, best] & ~last
+    turn = branches.confidence[rows, best]
+    if branches.later is not None and branches.part is not None:
+        left = left | branches.later[rows, best]
+        # Of two blocks the left one comes first, however sure the model is.
+        turn = turn - 2.0 * branches.part
+    rank = ranks(left, turn)
+    return Decision(
+        commit=commit | last,
+        new_tokens=tokens,
+        branch=torch.where(last, best[:, None], source),
+        step_ahead=torch.where(last, moves[:, None], ahead),
+        draft_tokens=candidate,
+        draft_rank=torch.where(left, rank, NOT_DRAFTED),
+    )
+
+
+def _follow(
     branches: Branches, writes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Follow the chain of branches that the procedure goes through.

@@ -27,11 +27,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from vllm_dlm.strategies import credit_accounts as accounts
 from vllm_dlm.strategies.base import (
     Context,
     Decision,
     Params,
-    StateField,
     Strategy,
     View,
     best_of,
@@ -39,13 +39,6 @@ from vllm_dlm.strategies.base import (
 )
 from vllm_dlm.strategies.presets import Preset
 from vllm_dlm.strategies.probabilities import fused
-
-CREDITED = 64
-"""Tokens of each position that can have credit at a time.
-
-A step adds at most one, so that in blocks of up to 64 none is ever dropped. In longer
-ones, the least credit makes room.
-"""
 
 
 class CreditParams(Params):
@@ -79,9 +72,7 @@ class CreditParams(Params):
         default=0.7,
         ge=0.0,
         le=5.0,
-        description=(
-            "How much credit raises a token's probability (alpha). At 0 not at all."
-        ),
+        description="How much credit raises a probability (alpha). At 0 not at all.",
     )
     exponent: float = Field(
         default=0.2,
@@ -127,45 +118,26 @@ class Credit(Strategy):
         self, params: CreditParams, block_length: int, context: Context
     ) -> None:
         super().__init__(params, block_length, context)
-        shape = (block_length, min(block_length, CREDITED))
-        self.state = {
-            "tokens": StateField(shape, torch.int32),
-            # 0 where there is no such token.
-            "credit": StateField(shape),
-        }
+        self.state = accounts.state(block_length)
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         weight, exponent, decay = self._strength(view, row_params)
-        tokens, credit = earn(
-            view,
-            view.confidence ** exponent[:, None],
-            view.state["tokens"].long(),
-            view.state["credit"] * decay[:, None, None],
-        )
-        probabilities = fused(
-            given(view.probabilities, "probabilities"),
-            tokens,
-            credit,
-            weight[:, None, None],
-        )
+        earned = view.confidence ** exponent[:, None]
+        tokens, credit = accounts.earn(view, earned, decay)
+        measured = given(view.probabilities, "probabilities")
+        probabilities = fused(measured, tokens, credit, weight[:, None, None])
         if self.context.has_pattern:
             # Candidates belong together: credit says how sure they are, not which.
-            is_candidate = (tokens == view.candidate[..., None]) & (credit > 0)
-            best = is_candidate.int().argmax(dim=-1, keepdim=True)
+            new_tokens = view.candidate
+            confidence = accounts.of(new_tokens, probabilities, tokens, credit)
         else:
             best = probabilities.argmax(dim=-1, keepdim=True)
-        confidence = probabilities.gather(2, best)[..., 0]
-        new_tokens = tokens.gather(2, best)[..., 0]
-        if self.context.has_pattern:
-            # What is as good as impossible has earned nothing.
-            confidence = torch.where(is_candidate.any(dim=-1), confidence, 0.0)
-            new_tokens = view.candidate
+            confidence = probabilities.gather(2, best)[..., 0]
+            new_tokens = tokens.gather(2, best)[..., 0]
         sure = view.masked & (confidence >= row_params["threshold"][:, None])
-        return Decision(
-            sure | best_of(view.masked, confidence),
-            new_tokens=new_tokens,
-            state={"tokens": tokens.int(), "credit": credit},
-        )
+        commit = sure | best_of(view.masked, confidence)
+        state = {"tokens": tokens.int(), "credit": credit}
+        return Decision(commit, new_tokens, state=state)
 
     def _strength(
         self, view: View, row_params: Mapping[str, torch.Tensor]
@@ -176,32 +148,3 @@ class Credit(Strategy):
         text = view.valid & (view.positions >= 0)
         decided = view.decided.sum(dim=1) / text.sum(dim=1).clamp(min=1)
         return decided, torch.ones_like(decided), decided
-
-
-def earn(
-    view: View, earned: torch.Tensor, tokens: torch.Tensor, credit: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add what the candidates of masked positions have earned to their credit.
-
-    Args:
-        view: the step's.
-        earned: [R, B] float32.
-        tokens: [R, B, K] int64: tokens that have credit.
-        credit: [R, B, K] float32: theirs; 0 where the place is free.
-
-    Returns:
-        tokens and credit, as they are now.
-    """
-    held = (tokens == view.candidate[..., None]) & (credit > 0)
-    known = held.any(dim=-1, keepdim=True)
-    place = torch.where(
-        known, held.int().argmax(dim=-1, keepdim=True), credit.argmin(-1, keepdim=True)
-    )
-    total = earned[..., None] + torch.where(known, credit.gather(2, place), 0.0)
-    masked = view.masked[..., None]
-    return (
-        torch.where(
-            masked, tokens.scatter(2, place, view.candidate[..., None]), tokens
-        ),
-        torch.where(masked, credit.scatter(2, place, total), credit),
-    )

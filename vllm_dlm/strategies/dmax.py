@@ -49,11 +49,8 @@ class DMaxParams(Params):
     """Parameters of `DMax`."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
-        task: Preset({"threshold": threshold}, f"czg1225/DMax: {problems}")
-        for task, threshold, problems in (
-            ("math", 0.5, "GSM8K and MATH-500"),
-            ("code", 0.65, "HumanEval and MBPP"),
-        )
+        "math": Preset({"threshold": 0.5}, "czg1225/DMax: GSM8K and MATH-500"),
+        "code": Preset({"threshold": 0.65}, "czg1225/DMax: HumanEval and MBPP"),
     }
 
     threshold: float = Field(
@@ -94,7 +91,6 @@ class DMax(Strategy):
     logit_rows = "block"
     may_rewrite = True
     heeds_patterns = True
-    state: Mapping[str, StateField] = {}
 
     params: DMaxParams
 
@@ -106,8 +102,9 @@ class DMax(Strategy):
     @classmethod
     def soft(cls, params: AnyParams) -> SoftInputs | None:
         assert isinstance(params, DMaxParams)
-        mixes = params.soft
-        return SoftInputs("top", "replace", 2, keeps_norm=True) if mixes else None
+        if not params.soft:
+            return None
+        return SoftInputs("top", "replace", 2, keeps_norm=True)
 
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
@@ -119,8 +116,7 @@ class DMax(Strategy):
             )
 
     def step_limit(self, params: AnyParams) -> int:
-        # It ends a block itself, after as many steps as there are positions; what the
-        # engine lets a block's very last step do is no edit.
+        # It ends a block itself; what the engine lets a very last step do is no edit.
         return self.block_length + 1
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
@@ -141,20 +137,14 @@ class DMax(Strategy):
         all_sure = (sure >= row_params["sure"][:, None]) | ~active
         is_over = all_sure.all(dim=1) | ~(commit | edit).any(dim=1)
         is_over = is_over | (view.step + 1 >= self.block_length)
+        written = active & (view.decided | commit)
+        mask = torch.full_like(best, self.context.mask_id or 0)
+        mixture = torch.stack([sure, 1.0 - sure], -1), torch.stack([best, mask], -1)
         return Decision(
             commit,
             tokens,
             edit=edit,
             hold=is_full & ~is_over,
             state={"active": active},
-            soft=self._soft(best, sure, active & (view.decided | commit)),
+            soft=Soft(written, *mixture) if self.params.soft else None,
         )
-
-    def _soft(
-        self, best: torch.Tensor, sure: torch.Tensor, where: torch.Tensor
-    ) -> Soft | None:
-        """What written positions are fed."""
-        if not self.params.soft:
-            return None
-        ids = torch.stack([best, torch.full_like(best, self.context.mask_id or 0)], -1)
-        return Soft(where, torch.stack([sure, 1.0 - sure], -1), ids)

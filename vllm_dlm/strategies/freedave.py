@@ -30,7 +30,6 @@ import torch
 from pydantic import Field
 
 from vllm_dlm.strategies.base import (
-    NOT_DRAFTED,
     AnyParams,
     Branches,
     Context,
@@ -40,9 +39,8 @@ from vllm_dlm.strategies.base import (
     View,
     best_of,
     given,
-    ranks,
 )
-from vllm_dlm.strategies.chains import follow
+from vllm_dlm.strategies.chains import decided
 from vllm_dlm.strategies.presets import Preset
 
 
@@ -132,29 +130,7 @@ class FreeDave(Strategy):
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         branches = given(view.branches, "branches")
-        writes = _step(branches, row_params["threshold"])
-        best, commit, source, ahead, moves = follow(branches, writes)
-
-        rows = torch.arange(len(best), device=best.device)
-        candidate = branches.candidate[rows, best]
-        tokens = torch.where(commit, branches.tokens, candidate)
-        last = writes[rows, best]
-        left = branches.masked[rows, best] & ~last
-        turn = branches.confidence[rows, best]
-        if branches.later is not None and branches.part is not None:
-            left = left | branches.later[rows, best]
-            # Of two blocks the left one comes first, however sure the model is.
-            turn = turn - 2.0 * branches.part
-        rank = ranks(left, turn)
-        commit = commit | last
-        return Decision(
-            commit=commit,
-            new_tokens=tokens,
-            branch=torch.where(last, best[:, None], source),
-            step_ahead=torch.where(last, moves[:, None], ahead),
-            draft_tokens=candidate,
-            draft_rank=torch.where(left, rank, NOT_DRAFTED),
-        )
+        return decided(branches, _step(branches, row_params["threshold"]))
 
 
 def _step(branches: Branches, threshold: torch.Tensor) -> torch.Tensor:

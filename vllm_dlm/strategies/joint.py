@@ -37,11 +37,9 @@ from vllm_dlm.strategies.base import (
     View,
     best_masked,
 )
+from vllm_dlm.strategies.post_steps import MOST_POST_STEPS, most_steps
 from vllm_dlm.strategies.presets import Preset
 from vllm_dlm.strategies.stutter import penalised
-
-MOST_POST_STEPS = 64
-"""Edits that go back and forth would go on for as long as a request may ask."""
 
 
 class JointParams(Params):
@@ -71,7 +69,7 @@ class JointParams(Params):
         le=2.0,
         description=(
             "Probability above which another token replaces one that is written. At 0 "
-            "the model's best token always does; to switch edits off, set `edit`."
+            "the model's best token always does; `edit` switches edits off."
         ),
     )
     edit: bool = Field(
@@ -94,10 +92,7 @@ class JointParams(Params):
         default=16,
         ge=0,
         le=MOST_POST_STEPS,
-        description=(
-            "Forwards that a block may take after its last mask, for edits only. It "
-            "bounds edits that go back and forth."
-        ),
+        description="Forwards of a block for edits alone, after its last mask.",
     )
 
 
@@ -132,16 +127,12 @@ class Joint(Strategy):
 
     def step_limit(self, params: AnyParams) -> int:
         assert isinstance(params, JointParams)
-        if not params.edit:
-            return self.block_length
-        # With `reference_exact` an edit may mask a token again: time for that too. One
-        # more, because what the engine lets a block's very last step do is no edit.
-        return 2 * self.block_length + params.max_post_steps + 1
+        steps = most_steps(self.block_length, params.max_post_steps)
+        return steps if params.edit else self.block_length
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         if self.params.penalty:
-            held = self.context.has_pattern
-            view = penalised(view, self.params.penalty, has_pattern=held)
+            view = penalised(view, self.params.penalty, self.context)
         sure = view.confidence > row_params["mask_threshold"][:, None]
         # Where any is sure, the best one is.
         commit = (sure & view.masked) | best_masked(view)
@@ -149,10 +140,9 @@ class Joint(Strategy):
             return Decision(commit, new_tokens=view.candidate)
         better = view.confidence > row_params["edit_threshold"][:, None]
         edit = view.decided & better & (view.candidate != view.tokens)
-        was_full = ~view.masks.any(dim=1)
         is_full = ~(view.masks & ~commit).any(dim=1)
-        post_steps = view.state["post_steps"] + was_full.long()
+        post_steps = view.state["post_steps"] + (~view.masks.any(dim=1)).long()
         changed = (commit | edit).any(dim=1)
         hold = is_full & changed & (post_steps < row_params["max_post_steps"])
-        tokens, state = view.candidate, {"post_steps": post_steps}
-        return Decision(commit, tokens, edit=edit, hold=hold, state=state)
+        state = {"post_steps": post_steps}
+        return Decision(commit, view.candidate, edit=edit, hold=hold, state=state)

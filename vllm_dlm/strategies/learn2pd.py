@@ -27,15 +27,14 @@ from vllm_dlm.strategies.base import (
     View,
     top_masked,
 )
-from vllm_dlm.strategies.learn2pd_filter import (
-    Filter,
-    available,
-    describe,
+from vllm_dlm.strategies.learn2pd_files import (
     find_filter,
-    load_filter,
+    listing,
+    named_filter,
     times_learned,
     warn_if_foreign,
 )
+from vllm_dlm.strategies.learn2pd_filter import Filter
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class Learn2PD(Strategy):
         self.has_filter = True
         """False while the threshold rule stands in for a filter not learned yet."""
         if params.filter is not None:
-            filter = _load(params.filter, block_length, context)
+            filter = named_filter(params.filter, context, block_length)
             warn_if_foreign(filter, context, params.filter)
         else:
             found = context.agreed(find_filter(context, block_length))
@@ -103,7 +102,7 @@ class Learn2PD(Strategy):
                     context.model,
                     block_length,
                     context.cache,
-                    _listing(context),
+                    listing(context),
                     "until a filter is learned" if learning else "as by `threshold`",
                 )
         # Float64, so that neither the batch size nor TF32 moves a position over the
@@ -130,28 +129,7 @@ class Learn2PD(Strategy):
     @classmethod
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
         if isinstance(params, Learn2PDParams) and params.filter is not None:
-            _load(params.filter, block_length, context)
-
-
-def _load(path: str, block_length: int, context: Context) -> Filter:
-    try:
-        filter = load_filter(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; available: {_listing(context)}") from error
-    _check(filter, block_length, f"the filter {path}", context)
-    return filter
-
-
-def _check(filter: Filter, block_length: int, what: str, context: Context) -> None:
-    if filter.block_length != block_length:
-        raise ValueError(
-            f"{what} is for block length {filter.block_length}, not {block_length}; "
-            f"available: {_listing(context)}"
-        )
-
-
-def _listing(context: Context) -> str:
-    return ", ".join(describe(path) for path in available(context)) or "none"
+            named_filter(params.filter, context, block_length)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from vllm_dlm.strategies.base import (
     top_of,
 )
 from vllm_dlm.strategies.edits import edit_tokens, edited, factors, number
-from vllm_dlm.strategies.joint import MOST_POST_STEPS
+from vllm_dlm.strategies.post_steps import MOST_POST_STEPS, most_steps
 
 
 class LevenshteinParams(Params):
@@ -84,13 +84,12 @@ class Levenshtein(Strategy):
         super().__init__(params, block_length, context)
         self.edit_tokens = edit_tokens(context)
         self.factors = factors(block_length).to(context.device)
-        most_steps = 2 * block_length + MOST_POST_STEPS + 1
         self.state = {
             # Whether a position, if it is masked, has been so since the block began.
             "original": StateField((block_length,), torch.bool, fill=1.0),
             "post_steps": StateField(dtype=torch.int64),
             # A number for what each step has written.
-            "seen": StateField((most_steps,), torch.int64),
+            "seen": StateField((most_steps(block_length),), torch.int64),
         }
 
     @classmethod
@@ -99,7 +98,7 @@ class Levenshtein(Strategy):
 
     def step_limit(self, params: AnyParams) -> int:
         assert isinstance(params, LevenshteinParams)
-        return 2 * self.block_length + params.max_post_steps + 1
+        return most_steps(self.block_length, params.max_post_steps)
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
         masked, other = view.masks, given(view.other, "other")

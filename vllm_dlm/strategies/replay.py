@@ -16,12 +16,10 @@ No paper: the counterpart of the option `step_map`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
 
 import torch
 from pydantic import Field, field_validator
 
-from vllm_dlm.option_types import Count
 from vllm_dlm.strategies.base import (
     AnyParams,
     Context,
@@ -31,22 +29,7 @@ from vllm_dlm.strategies.base import (
     View,
     best_of,
 )
-from vllm_dlm.strategies.joint import MOST_POST_STEPS
-
-Step = Annotated[Count, Field(ge=-1, le=1_000_000)]
-Token = Annotated[Count, Field(ge=0)]
-
-LONGEST_MAP = 131_072
-"""Tokens; it is sent with the request and kept on the device."""
-
-
-def most_steps(block_length: int) -> int:
-    """Steps that a block of a recording has at most.
-
-    One per position, as many again where it was rewritten, and those for edits alone.
-    More would be a request that only waits.
-    """
-    return 2 * block_length + MOST_POST_STEPS + 1
+from vllm_dlm.strategies.recordings import Step, Token, check_length, check_recording
 
 
 class ReplayParams(Params):
@@ -72,12 +55,7 @@ class ReplayParams(Params):
     @field_validator("recorded_steps", "recorded_tokens")
     @classmethod
     def _check_length(cls, entries: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if entries is not None and not 1 <= len(entries) <= LONGEST_MAP:
-            raise ValueError(
-                f"a step map has 1 to {LONGEST_MAP} entries, one per output token; "
-                f"this one has {len(entries)}"
-            )
-        return entries
+        return check_length(entries)
 
 
 class Replay(Strategy):
@@ -110,28 +88,9 @@ class Replay(Strategy):
     def validate(cls, params: AnyParams, block_length: int, context: Context) -> None:
         """Refuse steps that no recording has, and tokens that are none."""
         assert isinstance(params, ReplayParams)
-        for token in params.recorded_tokens or ():
-            if context.vocab_size is not None and token >= context.vocab_size:
-                raise ValueError(
-                    f"recorded_tokens: {token} is no token of this model, whose ids go "
-                    f"from 0 to {context.vocab_size - 1}"
-                )
-            if token == context.mask_id:
-                raise ValueError(
-                    f"recorded_tokens: {token} is the mask, which is never written; "
-                    "end the list before it, or name a token"
-                )
-        # What is beyond the request's positions is never waited for.
-        reached = params.recorded_steps[: context.positions]
-        # One more than they fill: the prompt's last tokens may share the first.
-        blocks = -(-len(reached) // block_length) + 1
-        limit = blocks * most_steps(block_length)
-        if max(reached) >= limit:
-            raise ValueError(
-                f"recorded_steps: step {max(reached)} is more than a recording of "
-                f"{len(reached)} positions in blocks of {block_length} has; at most "
-                f"{limit - 1} is accepted"
-            )
+        check_recording(
+            params.recorded_steps, params.recorded_tokens, block_length, context
+        )
 
     def step_limit(self, params: AnyParams) -> int:
         """As many steps as the recording took, and those for what it lacks."""

@@ -8,17 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from vllm_dlm.strategies.base import View, given
+from vllm_dlm.strategies.base import Context, View, given
 
 
-def penalised(view: View, penalty: float, *, has_pattern: bool = False) -> View:
+def penalised(view: View, penalty: float, context: Context) -> View:
     """The view, with the logit of each position's left neighbour lowered there.
 
     The most probable token gives way to the next one where that is more probable then.
-    Another one that was drawn stays.
-
-    Args:
-        has_pattern: see `Context`; then candidates stay, and are less sure.
+    Another one that was drawn stays. Of texts with a pattern all candidates stay, and
+    are less sure.
     """
     now = given(view.probabilities, "probabilities")
     kept = math.exp(-penalty)
@@ -32,7 +30,7 @@ def penalised(view: View, penalty: float, *, has_pattern: bool = False) -> View:
     confidence = torch.where(is_repeat, view.confidence * kept, view.confidence)
 
     probabilities, tokens = now.top(2)
-    if tokens.shape[-1] == 2 and not has_pattern:
+    if tokens.shape[-1] == 2 and not context.has_pattern:
         second = probabilities[..., 1]
         is_best = view.candidate == tokens[..., 0]
         equal = (second == confidence) & (tokens[..., 1] < view.candidate)
