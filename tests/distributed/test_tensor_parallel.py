@@ -30,7 +30,8 @@ from reference.llada import TinyLLaDA, write_tokenizer
 from reference.network import TinyModel
 from vllm.sampling_params import StructuredOutputsParams
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+"""One test starts six engines, some of two workers."""
 
 BACKENDS = ("mp", "ray")
 Engines = Callable[..., Engine]
