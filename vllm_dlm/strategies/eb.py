@@ -22,7 +22,6 @@ from vllm_dlm.strategies.base import (
     Strategy,
     View,
     given,
-    top_masked,
 )
 from vllm_dlm.strategies.presets import Preset
 
@@ -65,12 +64,20 @@ class EntropyBounded(Strategy):
     needs = frozenset({"entropy"})
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        entropy = given(view.entropy, "entropy")
-        ranked = torch.where(view.masked, entropy.double(), torch.inf)
-        ranked = ranked.sort(dim=1).values
-        # Sorted, the largest of the n least is the nth: what counts is the sum of those
-        # before it, which is 0 for the first.
-        before = ranked.cumsum(dim=1).roll(1, dims=1)
-        before[:, 0] = 0
-        count = (before <= row_params["bound"][:, None]).sum(dim=1)
-        return Decision(top_masked(view, -entropy, count))
+        entropy = given(view.entropy, "entropy").double()
+        return Decision(bounded(view.masked, entropy, row_params["bound"]))
+
+
+def bounded(
+    among: torch.Tensor, entropy: torch.Tensor, bound: torch.Tensor
+) -> torch.Tensor:
+    """[R, B] bool: positions whose smaller entropies are at most `bound` [R] together.
+
+    The least uncertain one always is; of equal entropies, the left one comes first.
+    Sums are made in the type of `entropy`.
+    """
+    ranked = torch.where(among, entropy, torch.inf).sort(dim=1, stable=True)
+    # Sorted, the largest of the n least is the nth.
+    smaller = ranked.values.cumsum(dim=1) - ranked.values
+    within = torch.zeros_like(among)
+    return within.scatter(1, ranked.indices, smaller <= bound[:, None]) & among

@@ -15,8 +15,7 @@ too: the mean of the embeddings under softmax(logits / T).
 The canvas ends, and its text is the best tokens, as soon as these are the same as in
 each of the last `stability` steps and the mean of H is below `confidence`; or with step
 N. So every position may change in every step, and what was accepted may be lost again.
-Source: transformers, `models/diffusion_gemma`; its acceptance is the EB-Sampler's
-(arXiv 2505.24857).
+Source: transformers, `models/diffusion_gemma`; it accepts as the EB-Sampler does.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from vllm_dlm.strategies.base import (
     View,
     given,
 )
+from vllm_dlm.strategies.eb import bounded
 
 
 class RenoiseParams(Params):
@@ -66,19 +66,13 @@ class RenoiseParams(Params):
         default=1,
         ge=0,
         le=1024,
-        description=(
-            "Steps before, in which the best tokens must have been the same for the "
-            "canvas to end."
-        ),
+        description="Steps in which the best tokens must have stayed the same, to end.",
     )
     confidence: float = Field(
         default=0.005,
         gt=0.0,
         le=100.0,
-        description=(
-            "The canvas may end once the mean entropy of its positions, in nats, is "
-            "below. Higher is faster and less exact."
-        ),
+        description="Mean entropy in nats below which a canvas ends: higher is faster.",
     )
 
     @model_validator(mode="after")
@@ -108,8 +102,7 @@ class Renoise(Strategy):
         self, params: RenoiseParams, block_length: int, context: Context
     ) -> None:
         super().__init__(params, block_length, context)
-        # The best tokens of the last step, since when each is that, and for how many
-        # steps all of them have been the same.
+        # The last step's best tokens, since when, and for how many steps all the same.
         self.state = {
             "last": StateField((block_length,), torch.int64, fill=-1),
             "since": StateField((block_length,), torch.int64),
@@ -132,18 +125,15 @@ class Renoise(Strategy):
         return lowest + (row_params["t_max"] - lowest) * left
 
     def select(self, view: View, row_params: Mapping[str, torch.Tensor]) -> Decision:
-        entropy = given(view.entropy, "entropy")
-        best = given(view.best, "best")
-        accept = _accepted(view.masked, entropy, row_params["entropy_bound"])
-
+        entropy, best = given(view.entropy, "entropy"), given(view.best, "best")
+        accept = bounded(view.masked, entropy, row_params["entropy_bound"])
         same = best == view.state["last"]
         all_same = (same | ~view.masked).all(dim=1)
         same_for = torch.where(all_same, view.state["same_for"] + 1, 0)
         since = torch.where(same, view.state["since"], view.step[:, None])
         count = view.masked.sum(dim=1).clamp(min=1)
         mean = torch.where(view.masked, entropy, 0.0).sum(dim=1) / count
-        rests = same_for >= row_params["stability"]
-        stop = rests & (mean < row_params["confidence"])
+        stop = (same_for >= row_params["stability"]) & (mean < row_params["confidence"])
         stop |= view.step + 1 >= row_params["max_denoising_steps"]
         return Decision(
             commit=view.masked & stop[:, None],
@@ -154,16 +144,3 @@ class Renoise(Strategy):
             settled=since,
             state={"last": best, "since": since, "same_for": same_for},
         )
-
-
-def _accepted(
-    masked: torch.Tensor, entropy: torch.Tensor, bound: torch.Tensor
-) -> torch.Tensor:
-    """[R, B] bool: masked positions below whose entropy there is at most `bound` [R].
-
-    Of equal entropies, the left one comes first.
-    """
-    ranked = torch.where(masked, entropy, torch.inf).sort(dim=1, stable=True)
-    smaller = ranked.values.cumsum(dim=1) - ranked.values
-    accepted = torch.zeros_like(masked)
-    return accepted.scatter_(1, ranked.indices, smaller <= bound[:, None]) & masked
