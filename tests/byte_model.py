@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny LLaDA with random weights whose tokens are the 256 bytes: it spells JSON."""
+"""Tiny models with random weights whose tokens are the 256 bytes: they spell JSON."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from reference.llada import write_random_checkpoint
+from reference import diffusion_gemma
+from reference.llada import write_random_checkpoint, write_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -37,6 +38,27 @@ def write_byte_model(folder: Path, **changes: int) -> Path:
         max_sequence_length=2048,
         **changes,
     )
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def write_byte_gemma(folder: Path, canvas_length: int) -> Path:
+    """Write a DiffusionGemma and its tokenizer; byte 1 ends its texts, as `EOS` does.
+
+    Its texts change with the prompt and with what its positions are fed.
+    """
+    diffusion_gemma.write_random_checkpoint(
+        folder, seed=0, canvas_length=canvas_length, gain=0.3, vocab_size=260
+    )
+    write_tokenizer(
+        folder, vocab_size=260, mask_token_id=MASK, eos_token_id=EOS, max_length=256
+    )
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json, and a chat template into tokenizer_config.json."""
     vocab = dict(byte_letters())
     tokenizer = Tokenizer(BPE(vocab={**vocab, "unused": 256}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -50,7 +72,6 @@ def write_byte_model(folder: Path, **changes: int) -> Path:
     described = json.loads((folder / "tokenizer_config.json").read_text())
     described["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    return folder
 
 
 def write_thinking_model(folder: Path) -> Path:

@@ -35,13 +35,13 @@ def test_the_reason_names_strategies_that_can():
     assert "'freedave'" in refused and "threshold" in refused
 
 
-def test_strategies_for_masks_are_no_remedy_for_random_tokens():
+def test_random_tokens_have_a_strategy_that_can():
     gemma = ModelDefaults(
         "renoise", 16, mask_token_id=NO_MASK, attention="causal", noise="uniform"
     )
-    refused = why_unconstrained(resolve(DlmConfig(), None, gemma))
-    assert refused is not None
-    assert "'renoise'" in refused and refused.endswith("that can: none")
+    assert why_unconstrained(resolve(DlmConfig(), None, gemma)) is None
+    assert constrained_strategies("uniform") == ["renoise"]
+    assert "renoise" not in constrained_strategies()
 
 
 def test_published_loops_are_refused():

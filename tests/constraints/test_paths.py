@@ -138,6 +138,27 @@ def test_tokens_in_place_of_written_ones_go_together(case, data):
         assert state >= 0 and problem.end[state]
 
 
+@given(problems(), st.integers(0, 99))
+def test_the_most_probable_path_is_found_beside_a_drawn_one(case, seed):
+    logits, machine, problem = case
+    noise = np.random.default_rng(seed).gumbel(size=logits.shape)
+    noisy = parts_of(logits + noise, machine)
+    scores, tokens = noisy[..., 0].copy(), noisy[..., 1].copy()
+    own = np.where(scores > -np.inf, tokens, 0).astype(np.int64)
+    with np.errstate(divide="ignore"):
+        weights = problem.parts[..., 0] + np.log(problem.parts[..., 2])
+    drawing = Drawing(weights, scores, tokens, np.take_along_axis(logits, own, axis=1))
+    plain = solve(problem)
+    assert plain.best.tolist() == plain.tokens.tolist()
+    both = solve(replace(problem, drawing=drawing, also_best=True))
+    assert both.found == plain.found
+    if both.found:
+        assert both.best.tolist() == plain.best.tolist()
+        drawn = solve(replace(problem, drawing=drawing))
+        assert both.tokens.tolist() == drawn.tokens.tolist()
+        assert both.states.tolist() == drawn.states.tolist()
+
+
 @given(problems())
 def test_in_order_each_token_is_the_best_that_leaves_a_text(case):
     logits, machine, problem = case

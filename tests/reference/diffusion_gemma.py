@@ -57,7 +57,12 @@ _SPECIAL = {"image_token_id": 125, "boi_token_id": 126, "eoi_token_id": 127}
 
 
 def write_random_checkpoint(
-    folder: str | Path, *, seed: int, canvas_length: int, gain: float = 3.0
+    folder: str | Path,
+    *,
+    seed: int,
+    canvas_length: int,
+    gain: float = 3.0,
+    vocab_size: int = _TEXT["vocab_size"],
 ) -> Path:
     """Write config.json, model.safetensors and generation_config.json; no tokenizer.
 
@@ -68,7 +73,7 @@ def write_random_checkpoint(
     """
     torch.manual_seed(seed)
     config = DiffusionGemmaConfig(
-        text_config=dict(_TEXT),
+        text_config=_TEXT | {"vocab_size": vocab_size},
         vision_config=dict(_VISION),
         canvas_length=canvas_length,
         **_SPECIAL,

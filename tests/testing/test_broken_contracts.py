@@ -142,6 +142,18 @@ class CutsAnywhere(Rule):
         return Decision(view.masked, truncate_at=view.step * 0)
 
 
+class NotBest(Rule):
+    needs = frozenset({"best"})
+    writes = "best"
+
+
+class CutsBest(NotBest):
+    def select(self, view: View, row_params: Any) -> Decision:
+        ends = view.is_eos & (view.best == view.candidate)
+        cut = torch.where(ends.any(dim=1), ends.int().argmax(dim=1), -1)
+        return Decision(view.masked, new_tokens=view.best, truncate_at=cut)
+
+
 class SoftUndeclared(Rule):
     def select(self, view: View, row_params: Any) -> Decision:
         weights = view.confidence[..., None]
@@ -182,6 +194,8 @@ class Misspelt(Rule):
         (Remasks, "set `may_rewrite = True`"),
         (OwnTokens, "other tokens than candidates; set `own_tokens = True`"),
         (CutsAnywhere, "no candidate ends the text; set `own_tokens = True`"),
+        (NotBest, "other tokens than best tokens; set `own_tokens = True`"),
+        (CutsBest, "no candidate ends the text; set `own_tokens = True`"),
         (Blind, "set `logit_rows = 'block'`"),
         (CutsTooFar, "truncate_at must be a position of the block, 0 to 7, or -1"),
         (Misspelt, "`needs` names margins; there are best, branches, entropy"),

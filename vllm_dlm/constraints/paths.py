@@ -101,6 +101,8 @@ class Problem:
     in_order: bool = False
     """Whether tokens are chosen from the left on, each the best one that leaves a path:
     as an autoregressive model is held to a pattern."""
+    also_best: bool = False
+    """Whether the most probable path is wanted where another one is drawn, too."""
 
 
 class Solution(NamedTuple):
@@ -123,6 +125,9 @@ class Solution(NamedTuple):
     classes: np.ndarray
     """[n, K] float64: posterior of each class; given the path's states, where a class
     is fixed and read again."""
+    best: np.ndarray
+    """[n] int64: tokens of the most probable path; -1 where a class is fixed. Of no
+    meaning where one was drawn, and `also_best` does not ask for this one."""
 
 
 def solve(problem: Problem) -> Solution:
@@ -137,6 +142,7 @@ def solve(problem: Problem) -> Solution:
         np.zeros(count),
         np.zeros(count + 1, dtype=np.int64),
         np.zeros((count, num_classes)),
+        np.full(count, -1, dtype=np.int64),
     )
     if start < 0:
         return solution
@@ -147,6 +153,14 @@ def solve(problem: Problem) -> Solution:
     loops.prepare(parts, scores, tokens, weights)
     reached = _reach(graph, start, fixed, weights > -np.inf)
     behind = np.full((count + 1, len(graph.transitions)), -np.inf)
+    classes = np.zeros(count, dtype=np.int64)
+    if problem.also_best and drawing is not None:
+        loops.backward_best(*graph, fixed, scores, end, *reached, behind)
+        loops.walk(
+            *graph, start, fixed, scores, tokens, behind, solution.best, classes,
+            solution.states,
+        )  # fmt: skip
+        behind[:] = -np.inf
     logits = scores
     if drawing is not None:
         scores, tokens, logits = drawing[1:]
@@ -159,12 +173,13 @@ def solve(problem: Problem) -> Solution:
     else:
         _, sums = _sums(graph, fixed, drawing.weights, end, reached)
         loops.logs(*sums, behind)
-    classes = np.zeros(count, dtype=np.int64)
     if not loops.walk(
         *graph, start, fixed, scores, tokens, behind, solution.tokens, classes,
         solution.states,
     ):  # fmt: skip
         return solution
+    if drawing is None:
+        solution.best[:] = solution.tokens
     split, sums = _sums(graph, fixed, weights, end, reached)
     loops.posterior(*graph, start, fixed, *split, *reached, *sums, solution.classes)
     if problem.reread is not None:

@@ -27,7 +27,7 @@ is read are not weighed, only possible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +46,8 @@ from vllm_dlm.constraints.paths import (
 from vllm_dlm.kernels.class_stats import TokenClasses, class_draws, class_stats
 from vllm_dlm.kernels.numba_rows import in_threads
 from vllm_dlm.model_executor.constrained_rows import Posterior, measure
-from vllm_dlm.model_executor.constrained_text import Step, Text, problems_of
+from vllm_dlm.model_executor.constrained_scheduled import keep_means, measure_scheduled
+from vllm_dlm.model_executor.constrained_text import Step, Text, give_out, problems_of
 from vllm_dlm.model_executor.host_slots import ToHost
 from vllm_dlm.model_executor.patterns import pattern_of
 from vllm_dlm.model_executor.planning.block_rows import CANVAS_END, upload
@@ -60,7 +61,8 @@ if TYPE_CHECKING:
     from vllm_dlm.model_executor.planning.branches import BranchBlocks
     from vllm_dlm.model_executor.planning.step_plan import SegmentPlan
     from vllm_dlm.model_executor.sampling.choice import Choice
-    from vllm_dlm.model_executor.sampling.logits import Logits
+    from vllm_dlm.model_executor.sampling.logits import Head, Logits
+    from vllm_dlm.model_executor.sampling.scheduled import Scheduled
     from vllm_dlm.model_executor.slots import RequestSlots
 
 
@@ -154,8 +156,12 @@ class Constrained:
 
     # -- one step ----------------------------------------------------------
 
-    def prepare(self, plan: SegmentPlan) -> None:
-        """Find out what stands in the active blocks of a forward."""
+    def prepare(self, plan: SegmentPlan, scheduled: Mapping[int, Scheduled]) -> None:
+        """Find out what stands in the active blocks of a forward.
+
+        Args:
+            scheduled: blocks whose strategy sets the temperature, by their first row.
+        """
         self._steps = []
         if not self._texts:
             return
@@ -163,7 +169,8 @@ class Constrained:
         for rows in plan.groups:
             for row, slot in enumerate(rows.slots_np.tolist()):
                 if slot in self._texts:
-                    self._add_step(self._texts[slot], rows, row)
+                    own = scheduled.get(rows.first_row)
+                    self._add_step(self._texts[slot], rows, row, own)
             if rows.branches is not None:
                 self._add_branches(rows.branches)
 
@@ -185,9 +192,19 @@ class Constrained:
                 own = slice(int(wanted[0]), int(wanted[-1]) + 1)
                 part = slice(own.start - rows.start, own.stop - rows.start)
                 step.rows.append(own)
-                step.measured.append(
-                    measure(step, own, values[part], logits, choice.part(part))
-                )
+                if step.scheduled is not None:
+                    found = measure_scheduled(step, own, values[part], logits)
+                else:
+                    found = measure(step, own, values[part], logits, choice.part(part))
+                step.measured.append(found)
+
+    def has(self, rows: slice) -> np.ndarray:
+        """[n] bool: rows of the step's logits that a pattern says something of."""
+        found = np.zeros(rows.stop - rows.start, dtype=bool)
+        for step in self._steps:
+            own = step.rows_read
+            found[own[(own >= rows.start) & (own < rows.stop)] - rows.start] = True
+        return found
 
     def choose(self, choice: Choice) -> None:
         """Give the rows of such requests their candidates and statistics.
@@ -207,39 +224,19 @@ class Constrained:
 
         pairs = sum(len(one.graph.klass) * len(one.fixed) for one in problems)
         in_threads(work, len(problems), 16 * pairs)
-        rows, tokens, numbers, lost = [], [], [], []
         for step, problem, found in zip(steps, problems, solutions, strict=True):
-            assert found is not None
-            read = step.read
-            if not found.found:
-                lost.append(step.row_at[read])
-                continue
-            step.solved = problem.parts, found.classes
-            rows.append(step.row_at[read])
-            # What nothing can take the place of stays, with confidence 0.
-            written = step.text.output[step.begin :][: len(read)]
-            tokens.append(np.where(found.tokens < 0, written, found.tokens)[read])
-            numbers.append(
-                np.stack([found.confidence, found.entropy, found.margin])[:, read]
-            )
-        device = choice.candidate.device
-        if rows:
-            at, candidate, bits = upload(
-                device,
-                np.concatenate(rows),
-                np.concatenate(tokens),
-                np.concatenate(numbers, axis=1).view(np.int64),
-            )
-            values = bits.view(torch.float64).float()
-            choice.candidate.index_copy_(0, at, candidate)
-            for column, value in zip(
-                (choice.confidence, choice.entropy, choice.margin), values, strict=True
-            ):
-                column.index_copy_(0, at, value)
-        if lost:
-            # The model leaves no token of any path: the request ends with an error.
-            (at,) = upload(device, np.concatenate(lost))
-            choice.logsumexp.index_fill_(0, at, -torch.inf)
+            if found is not None and found.found:
+                step.solved = problem, found
+        give_out(steps, choice)
+
+    def keep_means(self, logits: Logits, head: Head) -> None:
+        """Keep what such requests are fed next: means that their patterns allow.
+
+        Args:
+            logits: of the step's rows.
+        """
+        for step in self._steps:
+            keep_means(step, logits, head)
 
     def probabilities(
         self, logits: Logits, logsumexp: torch.Tensor, rows: BlockRows
@@ -307,15 +304,17 @@ class Constrained:
             number = number + 1 if slot == last else 1
             last = slot
             if slot in self._texts:
-                self._add_step(self._texts[slot], branches.rows, row, number)
+                self._add_step(self._texts[slot], branches.rows, row, None, number)
 
-    def _add_step(self, text: Text, rows: BlockRows, row: int, branch: int = 0) -> None:
-        step = self._step(text, rows, row, branch)
-        if step is not None:
-            self._steps.append(step)
-
-    def _step(self, text: Text, rows: BlockRows, row: int, branch: int) -> Step | None:
-        """A request's active block; None where nothing of the text lies in it.
+    def _add_step(
+        self,
+        text: Text,
+        rows: BlockRows,
+        row: int,
+        scheduled: Scheduled | None,
+        branch: int = 0,
+    ) -> None:
+        """Add a request's active block, if something of the text lies in it.
 
         Args:
             row: of the group's requests, or branches.
@@ -328,7 +327,7 @@ class Constrained:
         begin = max(block_start - prompt_len, 0)
         end = min(block_start + width - prompt_len, limit)
         if begin >= end:
-            return None
+            return
         # All left of the block is written.
         if begin > text.state_at:
             left = text.output[text.state_at : begin]
@@ -362,7 +361,7 @@ class Constrained:
         (read,) = (row_at >= 0).nonzero()
         count = int(read[-1]) + 1 if len(read) else 0
         if not count:
-            return None
+            return
         behind = possible(
             text.automaton,
             text.pattern.graph,
@@ -370,6 +369,7 @@ class Constrained:
             text.request.min_tokens - begin - count,
             behind,
         )
-        return Step(
-            text, block_start, begin, fixed[:count], row_at[:count], behind, noise
+        fixed, row_at = fixed[:count], row_at[:count]
+        self._steps.append(
+            Step(text, block_start, begin, fixed, row_at, behind, noise, row, scheduled)
         )

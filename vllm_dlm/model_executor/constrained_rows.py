@@ -16,7 +16,8 @@ from vllm_dlm.kernels.shards import logit_of
 from vllm_dlm.model_executor.planning.block_rows import upload
 
 if TYPE_CHECKING:
-    from vllm_dlm.model_executor.constrained_text import Step
+    from vllm_dlm.kernels.shards import VocabShard
+    from vllm_dlm.model_executor.constrained_text import Step, Text
     from vllm_dlm.model_executor.sampling.choice import Choice
     from vllm_dlm.model_executor.sampling.logits import Logits
 
@@ -41,41 +42,22 @@ def measure(
     """
     text, shard = step.text, logits.shard
     params, request = text.request.params, text.request
+    rows = np.arange(own.start, own.stop)
     if text.truncates:
-        at = torch.arange(own.start, own.stop, device=logits.device)
+        (at,) = upload(logits.device, rows)
         values = logits.whole(values.clone(), at)
         shard = None
     classes = text.pattern.classes(logits.device, shard)
     if text.bias is not None:
-        ids, bias = text.bias
         values = values.to(torch.float32, copy=True)
-        first, size = (
-            (0, values.shape[1]) if shard is None else (shard.first, shard.size)
-        )
-        is_here = ((ids >= first) & (ids < first + size)).float()
-        columns = (ids - first).clamp(0, max(values.shape[1] - 1, 0))
-        if values.shape[1]:
-            values.index_add_(1, columns, (bias * is_here).expand(len(values), -1))
+        add_bias(text, values, shard)
     found = {"parts": class_stats(values, classes, shard=shard)}
     if not text.draws:
         return found
-    temperature = params.temperature
-    count = len(values)
-    offset = {int(row): i for i, row in enumerate(step.row_at) if row >= 0}
-    (positions,) = upload(
-        logits.device,
-        step.begin
-        + request.layout.prompt_len
-        + np.array([offset.get(r, 0) for r in range(own.start, own.stop)]),
-    )
-    noise = (
-        torch.full_like(positions, request.seed),
-        positions,
-        torch.full_like(positions, step.noise),
-    )
+    temperature, noise = params.temperature, noise_of(step, rows, logits.device)
     if text.truncates:
-        scores = _truncated(step, own, values, classes)
-        ones = torch.ones(count, device=logits.device)
+        scores = truncated(step, rows, values, classes, temperature)
+        ones = torch.ones(len(values), device=logits.device)
         weights = class_stats(scores, classes)
         drawn, tokens, logit = class_draws(
             scores, classes, torch.zeros_like(ones), ones, *noise
@@ -91,27 +73,85 @@ def measure(
         logit = raw / temperature
     if request.measures_drawn:
         found["parts"], raw = weights, logit
-    return found | {
+    return found | drawing_of(weights, drawn, tokens, raw)
+
+
+def drawing_of(
+    weights: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, raw: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What a `Drawing` is made of, [n, K] float64 each.
+
+    Args:
+        weights: [n, K, 5], numbers of the classes as they are drawn from.
+        scores, tokens: [n, K], of `class_draws`.
+        raw: [n, K]: those tokens' logits, as the statistics measure them.
+    """
+    return {
         "weights": weights[..., BEST] + weights[..., TOTAL].log(),
-        "scores": drawn,
+        "scores": scores,
         "tokens": tokens.double(),
         "logits": raw,
     }
 
 
-def _truncated(
-    step: Step, own: slice, values: torch.Tensor, classes: TokenClasses
+def noise_of(
+    step: Step, rows: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Seed, position and step, [n] int64 each, by which rows are drawn.
+
+    Args:
+        rows: [n], of logits; those that are not the request's have its first position.
+    """
+    request = step.text.request
+    offset = {int(row): i for i, row in enumerate(step.row_at) if row >= 0}
+    first = step.begin + request.layout.prompt_len
+    (positions,) = upload(
+        device, first + np.array([offset.get(row, 0) for row in rows.tolist()])
+    )
+    return (
+        torch.full_like(positions, request.seed),
+        positions,
+        torch.full_like(positions, step.noise),
+    )
+
+
+def add_bias(text: Text, values: torch.Tensor, shard: VocabShard | None) -> None:
+    """Apply a request's `logit_bias` to float32 logits [n, V], in place.
+
+    Args:
+        shard: which part of the vocabulary the columns are; None for all of it.
+    """
+    if text.bias is None or not values.shape[1]:
+        return
+    ids, bias = text.bias
+    first, size = (0, values.shape[1]) if shard is None else (shard.first, shard.size)
+    is_here = ((ids >= first) & (ids < first + size)).float()
+    columns = (ids - first).clamp(0, values.shape[1] - 1)
+    values.index_add_(1, columns, (bias * is_here).expand(len(values), -1))
+
+
+def truncated(
+    step: Step,
+    rows: np.ndarray,
+    values: torch.Tensor,
+    classes: TokenClasses,
+    temperature: float,
+    further: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[n, V] float32: logits / temperature; cut tokens far below, others -inf.
 
     Top-k, top-p and min-p choose among the tokens of feasible classes.
+
+    Args:
+        rows: [n], of logits, ascending: those of `values`.
+        temperature: at which they choose.
+        further: one number, by which what they leave is divided; None for 1.
     """
     params = step.text.request.params
-    allowed_np = np.zeros(
-        (own.stop - own.start, step.text.pattern.num_classes + 1), dtype=bool
-    )
-    ours = (step.row_at >= own.start) & (step.row_at < own.stop)
-    allowed_np[step.row_at[ours] - own.start] = step.feasible()[ours]
+    allowed_np = np.zeros((len(rows), step.text.pattern.num_classes + 1), dtype=bool)
+    ours = np.isin(step.row_at, rows)
+    places = np.searchsorted(rows, step.row_at[ours])
+    allowed_np[places] = step.feasible()[ours]
     (allowed,) = upload(values.device, allowed_np)
     count, device = len(values), values.device
     taken = allowed.gather(1, classes.class_of.expand(count, -1)) != 0
@@ -125,13 +165,15 @@ def _truncated(
     top = torch.where(top.isfinite(), top, 0.0)
     kept = tempered(
         scores,
-        column(params.temperature),
+        column(temperature),
         column(min(max(params.top_k, 0), values.shape[1]), torch.int64),
         column(params.top_p),
         column(params.min_p),
     )
-    cut = (scores - top) / params.temperature + CUT
-    return torch.where(kept > -torch.inf, kept, cut)
+    cut = (scores - top) / temperature
+    if further is not None:
+        kept, cut = kept / further, cut / further
+    return torch.where(kept > -torch.inf, kept, cut + CUT)
 
 
 class Posterior:
@@ -153,29 +195,30 @@ class Posterior:
             wanted = rows[part]
             logits = logits.double()
             for step in self._steps:
-                own, bits = upload(device, step.rows_read, _shares(step).view(np.int64))
+                own, bits = upload(device, step.rows_read, shares(step).view(np.int64))
                 at = torch.searchsorted(own, wanted).clamp(max=len(own) - 1)
                 is_own = (own[at] == wanted)[:, None]
                 class_of = step.text.pattern.classes(device).class_of
-                shares = bits.view(torch.float64)[at][:, class_of]
+                share = bits.view(torch.float64)[at][:, class_of]
                 raw = logits
                 if step.text.bias is not None:
                     ids, bias = step.text.bias
                     raw = raw.index_add(
                         1, ids, bias.double().expand(len(raw), -1).contiguous()
                     )
-                logits = torch.where(is_own, raw + shares, logits)
+                logits = torch.where(is_own, raw + share, logits)
             yield part, logits
 
 
-def _shares(step: Step) -> np.ndarray:
+def shares(step: Step) -> np.ndarray:
     """[read rows, K + 1] float64: what logits lack to be logs of the posterior.
 
     By the token's class; -inf for what no path takes.
     """
     assert step.solved is not None
-    parts, posterior = (numbers[step.read] for numbers in step.solved)
+    problem, solution = step.solved
+    parts, posterior = problem.parts[step.read], solution.classes[step.read]
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.log(posterior) - parts[..., BEST] - np.log(parts[..., TOTAL])
-    shares[posterior <= 0] = -np.inf
-    return np.pad(shares, ((0, 0), (0, 1)), constant_values=-np.inf)
+        found = np.log(posterior) - parts[..., BEST] - np.log(parts[..., TOTAL])
+    found[posterior <= 0] = -np.inf
+    return np.pad(found, ((0, 0), (0, 1)), constant_values=-np.inf)

@@ -15,19 +15,27 @@ import torch
 from vllm_dlm.constraints.paths import (
     BEST,
     OPEN,
+    SECOND,
+    SPREAD,
+    TOKEN,
+    TOTAL,
     Completions,
     Drawing,
     Problem,
+    Solution,
     feasible,
     unread,
 )
 from vllm_dlm.model_executor.host_slots import ToHost
+from vllm_dlm.model_executor.planning.block_rows import upload
 from vllm_dlm.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from vllm_dlm.constraints.automaton import Automaton
     from vllm_dlm.model_executor.facts import RequestFacts
     from vllm_dlm.model_executor.patterns import Pattern
+    from vllm_dlm.model_executor.sampling.choice import Choice
+    from vllm_dlm.model_executor.sampling.scheduled import Scheduled
 
 
 @dataclass
@@ -72,6 +80,11 @@ class Text:
         return STRATEGIES[self.request.config.strategy].verifies
 
     @property
+    def writes_best(self) -> bool:
+        """Whether the most probable path is written, whatever is drawn."""
+        return STRATEGIES[self.request.config.strategy].writes == "best"
+
+    @property
     def truncates(self) -> bool:
         params = self.request.params
         return self.draws and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
@@ -94,12 +107,16 @@ class Step:
     """[S] bool: states behind the last one from which the text can be completed."""
     noise: int
     """Which step's noise is drawn with: see `Views.drawn`."""
+    number: int
+    """Which of its group's requests, or of their branches, it is."""
+    scheduled: Scheduled | None
+    """The group's, where its strategy sets the temperature."""
     rows: list[slice] = field(default_factory=list)
     """Rows of logits that were measured for it, tile by tile."""
     measured: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    """What was measured of them; see `_measure`."""
-    solved: tuple[np.ndarray, np.ndarray] | None = None
-    """`Problem.parts` and `Solution.classes`; None where no path was found."""
+    """What was measured of them; see `constrained_rows.measure`."""
+    solved: tuple[Problem, Solution] | None = None
+    """None where no path was found."""
 
     @property
     def read(self) -> np.ndarray:
@@ -170,6 +187,8 @@ def problems_of(steps: list[Step]) -> list[Problem]:
         parts[early, end_class, BEST] = -np.inf
         if drawing is not None:
             drawing.weights[early, end_class] = -np.inf
+        if step.scheduled is not None:
+            _as_one_end(parts, drawing, end_class)
         problems.append(
             Problem(
                 text.pattern.graph,
@@ -180,9 +199,77 @@ def problems_of(steps: list[Step]) -> list[Problem]:
                 drawing,
                 reread=read & (step.fixed != OPEN),
                 in_order=text.in_order,
+                also_best=text.writes_best,
             )
         )
     return problems
+
+
+def _as_one_end(parts: np.ndarray, drawing: Drawing | None, end_class: int) -> None:
+    """Have all tokens that end a text count as one, in place.
+
+    None of them says more than another. So they are one token, which has the weight of
+    all and is written as the best of them: or a model that has not been taught which
+    one stands behind a text's end would be unsure there, and its canvas would go on.
+
+    Args:
+        parts: [n, K, 5], as in `Problem`.
+        drawing: of the same positions.
+    """
+    ends = parts[:, end_class]
+    with np.errstate(divide="ignore"):
+        ends[:, BEST] += np.log(ends[:, TOTAL])
+    ends[:, TOTAL], ends[:, SPREAD], ends[:, SECOND] = 1.0, 0.0, -np.inf
+    if drawing is not None:
+        drawing.tokens[:, end_class] = ends[:, TOKEN]
+        drawing.logits[:, end_class] = ends[:, BEST]
+
+
+def give_out(steps: list[Step], choice: Choice) -> None:
+    """Give the steps' rows the tokens and statistics of what was found.
+
+    Args:
+        choice: of the step's rows.
+    """
+    rows, tokens, numbers, lost = [], [], [], []
+    best_rows, best = [], []
+    for step in steps:
+        read, own = step.read, step.rows_read
+        if step.solved is None:
+            lost.append(own)
+            continue
+        problem, found = step.solved
+        rows.append(own)
+        # What nothing can take the place of stays, with confidence 0.
+        written = step.text.output[step.begin :][: len(read)]
+        tokens.append(np.where(found.tokens < 0, written, found.tokens)[read])
+        numbers.append(
+            np.stack([found.confidence, found.entropy, found.margin])[:, read]
+        )
+        if problem.also_best:
+            best_rows.append(own)
+            best.append(np.where(found.best < 0, written, found.best)[read])
+    device = choice.candidate.device
+    if rows:
+        at, candidate, bits = upload(
+            device,
+            np.concatenate(rows),
+            np.concatenate(tokens),
+            np.concatenate(numbers, axis=1).view(np.int64),
+        )
+        values = bits.view(torch.float64).float()
+        choice.candidate.index_copy_(0, at, candidate)
+        for column, value in zip(
+            (choice.confidence, choice.entropy, choice.margin), values, strict=True
+        ):
+            column.index_copy_(0, at, value)
+    if best:
+        at, token = upload(device, np.concatenate(best_rows), np.concatenate(best))
+        choice.best.index_copy_(0, at, token)
+    if lost:
+        # The model leaves no token of any path: the request ends with an error.
+        (at,) = upload(device, np.concatenate(lost))
+        choice.logsumexp.index_fill_(0, at, -torch.inf)
 
 
 def _to_host(tensors: list[torch.Tensor]) -> list[np.ndarray]:

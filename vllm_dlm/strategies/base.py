@@ -188,7 +188,8 @@ class View:
     "other"); of no meaning where the strategy does not read the position."""
     best: torch.Tensor | None = None
     """[R, B] int64: the most probable token of those that the request allows, whatever
-    is drawn (need "best"); the token itself where the position is not read."""
+    is drawn (need "best"); the token itself where the position is not read. Where a
+    text must match a pattern, see `Strategy.writes`."""
     best_confidence: torch.Tensor | None = None
     """[R, B] float32: its probability, as `confidence` (need "best"); 0 as that."""
     noise: torch.Tensor | None = None
@@ -449,10 +450,20 @@ class Strategy:
         """
         return None
 
+    @classmethod
+    def sets_temperature(cls) -> bool:
+        """Whether it says by what logits are divided (`temperature`)."""
+        return cls.temperature is not Strategy.temperature
+
+    writes: ClassVar[Literal["candidate", "best"]] = "candidate"
+    """Which tokens of the view its decisions write. With "best", where a text must
+    match a pattern, the best tokens belong together too: they are the most probable
+    text that matches, beside the drawn one that the candidates are. What decisions
+    write must be of that text then, and none may cut the canvas."""
     own_tokens: ClassVar[bool] = False
-    """Whether it may write other tokens than `View.candidate`, or cut the canvas
-    elsewhere than behind a candidate that is an end of text. Then texts that must match
-    a pattern cannot be decoded by it: their candidates belong together."""
+    """Whether it may write other tokens than those that `writes` names, or cut the
+    canvas elsewhere than behind a candidate that is an end of text. Then texts that
+    must match a pattern cannot be decoded by it: their tokens belong together."""
     heeds_patterns: ClassVar[bool] = False
     """Whether it does nothing of the kind where `Context.has_pattern` says that texts
     must match: requests with a pattern then get an object of their own. Of `branches`,
@@ -466,6 +477,7 @@ class Strategy:
             params: of the request.
         """
         unaware = cls.needs_with(params) & {"branches", "other", "best"}
+        unaware -= {cls.writes}
         if cls.looks_ahead(params):
             return "it writes blocks before those to their left are final"
         if unaware and not cls.heeds_patterns:

@@ -96,7 +96,7 @@ class Renoise(Strategy):
     needs = frozenset({"entropy", "best", "noise"})
     measures = "drawn"
     noise = "uniform"
-    own_tokens = True
+    writes = "best"
 
     def __init__(
         self, params: RenoiseParams, block_length: int, context: Context

@@ -59,6 +59,10 @@ def check_declarations(strategy_class: type[Strategy]) -> None:
         f"{called}: `logit_rows` must be 'masked' or 'block', not "
         f"{strategy_class.logit_rows!r}"
     )
+    assert strategy_class.writes in ("candidate", "best"), (
+        f"{called}: `writes` must be 'candidate' or 'best', not "
+        f"{strategy_class.writes!r}"
+    )
     assert strategy_class.noise in ("mask", "uniform"), (
         f"{called}: `noise` must be 'mask' or 'uniform', not {strategy_class.noise!r}"
     )
@@ -109,7 +113,7 @@ def check_decision(
         )
     is_held = strategy.context.has_pattern or not strategy.heeds_patterns
     if is_held and strategy.why_unconstrained(strategy.params) is None:
-        _check_candidates(view, decision, where)
+        _check_tokens(strategy, view, decision, where)
     _check_soft(strategy, view, decision, where)
     _check_state(strategy, view, decision, where)
 
@@ -140,21 +144,26 @@ def _check_soft(strategy: Strategy, view: View, decision: Decision, where: str) 
     )
 
 
-def _check_candidates(view: View, decision: Decision, where: str) -> None:
+def _check_tokens(
+    strategy: Strategy, view: View, decision: Decision, where: str
+) -> None:
     """A decision of which nothing spoils a text that must match a pattern."""
     lesson = "; set `own_tokens = True`, so that texts with a pattern are refused"
-    if decision.new_tokens is not None:
-        others = decision.commit & view.masked & (decision.new_tokens != view.candidate)
-        assert not others.any(), f"{where}: writes other tokens than candidates{lesson}"
+    own, called = view.candidate, "candidates"
+    if strategy.writes == "best":
+        assert view.best is not None, f"{where}: `needs` must name 'best'"
+        own, called = view.best, "best tokens"
+    tokens = view.candidate if decision.new_tokens is None else decision.new_tokens
+    others = decision.commit & view.masked & (tokens != own)
+    assert not others.any(), f"{where}: writes other tokens than {called}{lesson}"
     if decision.edit is not None:
-        assert decision.new_tokens is not None
-        others = decision.new_tokens != view.candidate
-        assert not (decision.edit & view.decided & others).any(), (
-            f"{where}: edits to other tokens than candidates{lesson}"
+        assert not (decision.edit & view.decided & (tokens != own)).any(), (
+            f"{where}: edits to other tokens than {called}{lesson}"
         )
     if decision.truncate_at is not None:
         cut = decision.truncate_at.clamp(min=0)[:, None]
-        at_end = view.is_eos.gather(1, cut)[:, 0] | (decision.truncate_at < 0)
+        at_end = view.is_eos.gather(1, cut)[:, 0] & (strategy.writes == "candidate")
+        at_end |= decision.truncate_at < 0
         assert at_end.all(), (
             f"{where}: cuts the canvas where no candidate ends the text{lesson}"
         )

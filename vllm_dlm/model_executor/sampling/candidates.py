@@ -102,8 +102,10 @@ class Candidates:
         )
         self.stop_ids.add(slot, ends[STOP_IDS:])
 
-        # Of a text that must match a pattern, all of this is `constrained.py`'s.
-        is_free = request.pattern is None
+        # Of a text that must match a pattern, all of this is `constrained.py`'s; but
+        # for what a last canvas has behind the text, where a strategy reads that, too.
+        strategy = STRATEGIES[request.config.strategy]
+        is_free = request.pattern is None or strategy.sets_temperature()
         draws = params.temperature > 0 and is_free
         self._draws[slot] = draws
         self._truncates[slot] = draws and (params.top_k > 0 or params.top_p < 1)
@@ -111,9 +113,8 @@ class Candidates:
         # Where the hole is elastic, what may be drawn changes, also at temperature 0.
         shapes = draws or request.layout.is_elastic
         self._measures_drawn[slot] = shapes and request.measures_drawn
-        needs = STRATEGIES[request.config.strategy].needs
-        self._reads_other[slot] = "other" in needs
-        self._reads_best[slot] = "best" in needs
+        self._reads_other[slot] = "other" in strategy.needs
+        self._reads_best[slot] = "best" in strategy.needs
         defaults = self.facts.defaults
         shifts_leads = defaults.leads_blocks and defaults.shift == 1
         exact = request.config.reference_exact

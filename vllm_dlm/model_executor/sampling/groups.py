@@ -144,7 +144,7 @@ class Group:
 
     def temperature(self, table: RequestSlots, blocks: Blocks) -> torch.Tensor | None:
         """[R] float32: by what the strategy divides logits in a step; None for 1."""
-        if type(self.strategy).temperature is Strategy.temperature:
+        if not self.strategy.sets_temperature():
             return None  # as most do: their parameters need not be gathered for that
         params = self.row_params(table, blocks.slots)
         return self.strategy.temperature(blocks.requests.step, params)

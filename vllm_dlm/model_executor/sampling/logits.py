@@ -131,9 +131,14 @@ class Logits:
         Yields:
             Which of the n rows these are, and their logits, the mask id banned.
         """
+        for part, own in self.parts(rows):
+            yield part, self.whole(own, rows[part])
+
+    def parts(self, rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """As `over`, but of this rank's columns; the mask id is not banned in them."""
         for begin in range(0, len(rows), self._rows_per_tile):
             part = slice(begin, begin + self._rows_per_tile)
-            yield part, self.whole(self._of(rows[part]), rows[part])
+            yield part, self._of(rows[part])
 
     def _of(self, rows: slice | torch.Tensor) -> torch.Tensor:
         if len(self) > self._rows_per_tile:

@@ -154,8 +154,8 @@ class Rows:
                 part, _ = _rows_of(group.blocks, rows)
                 if part.start < part.stop:
                     tile = self._tile(logits, rows, values, *group[:3])
-                    choice = self.choice.part(part)
-                    choose(tile, choice, group, self.candidates, self.head)
+                    choice, free = self.choice.part(part), ~constrained.has(part)
+                    choose(tile, choice, group, self.candidates, self.head, free)
 
     def _tile(
         self,

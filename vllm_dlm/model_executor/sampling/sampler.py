@@ -154,9 +154,9 @@ class DenoisingSampler:
             return _nothing_sampled(input_batch.num_reqs, hidden.device)
         groups = [self.groups.of(rows) for rows in plan.groups]
         logits = self.rows.logits(hidden, plan)
-        self.constrained.prepare(plan)
         both = list(zip(groups, plan.groups, strict=True))
         scheduled = self._scheduled(both)
+        self.constrained.prepare(plan, scheduled)
         others = [pair for pair in both if pair[1].first_row not in scheduled]
         self.rows.measure(
             logits,
@@ -178,6 +178,7 @@ class DenoisingSampler:
             ),
         )
         self.constrained.choose(self.rows.choice)
+        self.constrained.keep_means(logits, self.head)
         self.lookout.look(plan.lookout, self.rows.choice.part(slice(len(logits))))
         # Of all, also of requests that do not ask: who does is rare.
         before = self.slots.emitted.clone() if self.logprobs.asked(plan) else None

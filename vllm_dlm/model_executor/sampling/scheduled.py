@@ -4,6 +4,8 @@
 What a request restricts or truncates is taken out of a row's logits z first, at
 temperature 1. Statistics and mixtures are those of softmax(z / T), whatever the request
 says of its own temperature; a token is drawn at that times T, and is the best one at 0.
+What is read of a text that must match a pattern is measured elsewhere
+(`constrained_scheduled.py`).
 """
 
 from __future__ import annotations
@@ -42,17 +44,23 @@ class Scheduled(NamedTuple):
 
 
 def choose(
-    tile: Tile, choice: Choice, scheduled: Scheduled, candidates: Candidates, head: Head
+    tile: Tile,
+    choice: Choice,
+    scheduled: Scheduled,
+    candidates: Candidates,
+    head: Head,
+    free: np.ndarray,
 ) -> None:
     """Draw and measure a tile's rows at the strategy's temperature.
 
     Args:
         choice: of the tile's rows: changed in place.
+        free: [n] bool: rows that no pattern says anything of; others are left alone.
     """
     shapes = candidates.shapes(tile.slots_np)
     for some, is_whole in (
-        ((~shapes).nonzero()[0], False),
-        (shapes.nonzero()[0], True),
+        ((free & ~shapes).nonzero()[0], False),
+        ((free & shapes).nonzero()[0], True),
     ):
         if len(some):
             scores = _scores(tile, some, candidates, is_whole=is_whole)
@@ -116,14 +124,26 @@ def _choose(
     choice.margin[at] = given(stats.margin, "margin")
     choice.best[at], choice.best_confidence[at] = stats.argmax, stats.confidence
     if scheduled.memory is not None:
-        if is_whole and (columns := tile.logits.shard) is not None:
-            mixed = _of_shard(scores, head, columns)
-        else:
-            mixed = mixtures(scores, head, shard, stats.logsumexp)
+        mixed = mixed_by(scores, stats.logsumexp, head, tile.logits.shard, shard)
         keep_mixtures(scheduled.memory, rows, own, mixed)
 
 
-def _of_shard(scores: torch.Tensor, head: Head, shard: VocabShard) -> torch.Tensor:
-    """[m, H]: mixtures by whole rows [m, V] that every rank has."""
+def mixed_by(
+    scores: torch.Tensor,
+    logsumexp: torch.Tensor,
+    head: Head,
+    of_rank: VocabShard | None,
+    shard: VocabShard | None,
+) -> torch.Tensor:
+    """[m, H]: mixtures by rows of scores [m, V], of all ranks together.
+
+    Args:
+        logsumexp: [m], of whole rows.
+        of_rank: the rank's part of the vocabulary; None where there is one rank.
+        shard: which part of it the scores are; None for all of it.
+    """
+    if shard is not None or of_rank is None:
+        return mixtures(scores, head, shard, logsumexp)
+    # Whole rows, that every rank has.
     probabilities = scores.softmax(dim=1)
-    return head.mixed(probabilities[:, shard.first : shard.first + shard.size])
+    return head.mixed(probabilities[:, of_rank.first : of_rank.first + of_rank.size])
