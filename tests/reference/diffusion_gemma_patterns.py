@@ -98,16 +98,20 @@ def generate_matching(
     gumbel: Noise,
     temperature: float = 1.0,
     bias: dict[int, float] | None = None,
+    bound: float | None = None,
 ) -> tuple[list[int], int]:
     """The tokens of a text, its end included, and the number of forwards.
 
     Args:
         noise, gumbel: as of `diffusion_gemma.generate`.
         bias: what is added to tokens' logits.
+        bound: `entropy_bound`; None for the checkpoint's.
     """
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder).eval()
     config, length = model.generation_config, model.config.canvas_length
-    steps, bound = config.max_denoising_steps, config.sampler_config.entropy_bound
+    steps = config.max_denoising_steps
+    if bound is None:
+        bound = config.sampler_config.entropy_bound
     fewest, ends = moves.fewest(), moves.ends
     written: list[int] = []
     state, forwards = moves.start, 0

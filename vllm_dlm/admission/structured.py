@@ -21,7 +21,7 @@ from vllm_dlm.admission.handover import note_pattern
 from vllm_dlm.admission.waiting import FIELD, NotCompiledYet, somebody_waits
 from vllm_dlm.config.canvas import Canvas
 from vllm_dlm.config.constraints import why_unconstrained
-from vllm_dlm.config.model import ModelDefaults
+from vllm_dlm.config.model import ModelDefaults, as_ids
 from vllm_dlm.config.request import RequestConfig
 from vllm_dlm.constraints.automaton import UNBOUNDED, Automaton
 from vllm_dlm.constraints.cache import Cache, Compiled, Job, Source
@@ -176,12 +176,13 @@ def _refuse_combinations(params: SamplingParams, config: RequestConfig) -> None:
 def _job(source: Source, params: SamplingParams, model_config: ModelConfig) -> Job:
     defaults = ModelDefaults.from_hf_config(model_config.hf_config)
     size = model_config.get_vocab_size()
-    ends = {*(params.stop_token_ids or ()), *defaults.stop_ids}
     if model_config.skip_tokenizer_init:
         raise ConstraintError(
             "the server has no tokenizer (--skip-tokenizer-init), and what a token "
             "writes is not known; start it with one"
         )
+    ends = {*(params.stop_token_ids or ()), *defaults.stop_ids}
+    ends |= _ends_to_come(model_config)
     return Job(
         source=source,
         vocabulary=partial(vocabulary_of, model_config),
@@ -190,6 +191,26 @@ def _job(source: Source, params: SamplingParams, model_config: ModelConfig) -> J
         barred=barred_ids(params, size, defaults.no_text),
         thought=getattr(params.extra_args, "thought", None),
     )
+
+
+_ends: dict[tuple[Any, ...], frozenset[int]] = {}
+
+
+def _ends_to_come(model_config: ModelConfig) -> frozenset[int]:
+    """Ids that vLLM will have a request end at once it is admitted.
+
+    They are those of generation_config.json, and the tokenizer's. An engine that finds
+    other ends than admission has compiled for compiles anew, and its step waits.
+    """
+    key = (model_config.model, model_config.generation_config)
+    key += _tokenizer_key(model_config)
+    if key not in _ends:
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        config = model_config.try_get_generation_config()
+        own = cached_tokenizer_from_config(model_config).eos_token_id
+        _ends[key] = frozenset(as_ids(config.get("eos_token_id")) + as_ids(own))
+    return _ends[key]
 
 
 def barred_ids(
