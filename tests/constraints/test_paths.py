@@ -157,6 +157,10 @@ def test_the_most_probable_path_is_found_beside_a_drawn_one(case, seed):
         drawn = solve(replace(problem, drawing=drawing))
         assert both.tokens.tolist() == drawn.tokens.tolist()
         assert both.states.tolist() == drawn.states.tolist()
+        # The weights are those that are measured.
+        assumed = solve(replace(problem, drawing=drawing._replace(weights=None)))
+        assert assumed.tokens.tolist() == drawn.tokens.tolist()
+        assert assumed.confidence.tolist() == drawn.confidence.tolist()
 
 
 @given(problems())

@@ -69,8 +69,9 @@ class Graph(NamedTuple):
 class Drawing(NamedTuple):
     """What a path is drawn with, where it is not the most probable one."""
 
-    weights: np.ndarray
-    """[n, K] float64: log of each class's weight, tempered and truncated."""
+    weights: np.ndarray | None
+    """[n, K] float64: log of each class's weight, tempered and truncated; None where
+    these are those of `Problem.parts`."""
     scores: np.ndarray
     """[n, K] float64: largest of its tokens' logit / temperature + Gumbel noise."""
     tokens: np.ndarray
@@ -171,8 +172,9 @@ def solve(problem: Problem) -> Solution:
     elif drawing is None:
         loops.backward_best(*graph, fixed, scores, end, *reached, behind)
     else:
-        _, sums = _sums(graph, fixed, drawing.weights, end, reached)
-        loops.logs(*sums, behind)
+        own = weights if drawing.weights is None else drawing.weights
+        found = _sums(graph, fixed, own, end, reached)
+        loops.logs(*found[1], behind)
     if not loops.walk(
         *graph, start, fixed, scores, tokens, behind, solution.tokens, classes,
         solution.states,
@@ -180,7 +182,9 @@ def solve(problem: Problem) -> Solution:
         return solution
     if drawing is None:
         solution.best[:] = solution.tokens
-    split, sums = _sums(graph, fixed, weights, end, reached)
+    if problem.in_order or drawing is None or drawing.weights is not None:
+        found = _sums(graph, fixed, weights, end, reached)
+    split, sums = found
     loops.posterior(*graph, start, fixed, *split, *reached, *sums, solution.classes)
     if problem.reread is not None:
         logits, reread = logits.copy(), np.array(problem.reread)

@@ -35,6 +35,8 @@ def measure(
 ) -> dict[str, torch.Tensor]:
     """What paths need of some rows of a request: [n, ...] each, float64.
 
+    "parts" first, as of a `Problem`; then what a `Drawing` has, by its names.
+
     Args:
         own: which rows of `logits` they are.
         values: [n, V]: this rank's part.
@@ -77,21 +79,23 @@ def measure(
 
 
 def drawing_of(
-    weights: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, raw: torch.Tensor
+    weights: torch.Tensor | None,
+    scores: torch.Tensor,
+    tokens: torch.Tensor,
+    raw: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """What a `Drawing` is made of, [n, K] float64 each.
+    """What a `Drawing` has, by name: [n, K] float64 each.
 
     Args:
-        weights: [n, K, 5], numbers of the classes as they are drawn from.
+        weights: [n, K, 5], numbers of the classes as they are drawn from; None where
+            these are those that are measured.
         scores, tokens: [n, K], of `class_draws`.
         raw: [n, K]: those tokens' logits, as the statistics measure them.
     """
-    return {
-        "weights": weights[..., BEST] + weights[..., TOTAL].log(),
-        "scores": scores,
-        "tokens": tokens.double(),
-        "logits": raw,
-    }
+    found = {"scores": scores, "tokens": tokens.double(), "logits": raw}
+    if weights is not None:
+        found["weights"] = weights[..., BEST] + weights[..., TOTAL].log()
+    return found
 
 
 def noise_of(

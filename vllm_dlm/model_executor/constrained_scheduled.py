@@ -52,17 +52,18 @@ def measure_scheduled(
     scores, shard = _scores(step, rows, own_scores, logits)
     classes = text.pattern.classes(device, shard)
     parts = class_stats(scores, classes, shard=shard)
-    found = {"parts": parts}
-    if text.draws:
-        temperature = text.request.params.temperature
-        top = parts[..., BEST].amax(dim=1).float()
-        top = torch.where(top.isfinite(), top, 0.0)
+    if not text.draws:
+        return {"parts": parts}
+    temperature = text.request.params.temperature
+    top = parts[..., BEST].amax(dim=1).float()
+    top = torch.where(top.isfinite(), top, 0.0)
+    heat = torch.full_like(top, temperature)
+    noise = noise_of(step, rows, device)
+    drawn = class_draws(scores, classes, top, heat, *noise, shard)
+    weights = None
+    if temperature != 1:
         weights = class_stats(scores, classes, 1 / temperature, shard)
-        heat = torch.full_like(top, temperature)
-        noise = noise_of(step, rows, device)
-        drawn = class_draws(scores, classes, top, heat, *noise, shard)
-        found |= drawing_of(weights, *drawn)
-    return found
+    return {"parts": parts, **drawing_of(weights, *drawn)}
 
 
 def _scores(

@@ -176,16 +176,15 @@ def problems_of(steps: list[Step]) -> list[Problem]:
         parts = placed(unread(count, num_classes))
         drawing = None
         if text.draws:
-            zeros = np.zeros((count, num_classes))
-            drawing = Drawing(
-                placed(zeros.copy()),
-                placed(zeros.copy()),
-                placed(zeros.copy()),
-                placed(zeros.copy()),
-            )
+            drawn = {
+                name: placed(np.zeros((count, num_classes)))
+                for name in step.measured[0]
+                if name != "parts"
+            }
+            drawing = Drawing(drawn.pop("weights", None), **drawn)
         early, end_class = step.early, text.automaton.end_class
         parts[early, end_class, BEST] = -np.inf
-        if drawing is not None:
+        if drawing is not None and drawing.weights is not None:
             drawing.weights[early, end_class] = -np.inf
         if step.scheduled is not None:
             _as_one_end(parts, drawing, end_class)
