@@ -8,9 +8,12 @@ a time, and keeps of each request what is as wide as an embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from engine.harness import Engine, params
+from reference.llada import write_tokenizer
+from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_dlm.bench.engine import Costs
 from vllm_dlm.bench.gemma_checkpoint import write_gemma
@@ -30,10 +33,12 @@ def engine(
         WIDTH, layers=2, heads=2, kv_heads=2, mlp=96, vocabulary=VOCABULARY, head_dim=32
     )
     folder = tmp_path_factory.mktemp("gemma")
+    write_gemma(folder, shape, canvas_length=CANVAS, seed=0)
+    words = {"vocab_size": VOCABULARY, "mask_token_id": 124, "eos_token_id": 1}
+    write_tokenizer(folder, **words, max_length=64)
     return engines(
         {"diffusion_gemma": "engine"},
-        model=str(write_gemma(folder, shape, canvas_length=CANVAS, seed=0)),
-        skip_tokenizer_init=True,
+        model=str(folder),
         max_model_len=64,
         max_num_seqs=MANY,
         max_num_batched_tokens=MANY * (CANVAS + 8),
@@ -42,9 +47,9 @@ def engine(
     )
 
 
-def costs(engine: Engine, requests: int) -> tuple[Costs, int, int]:
+def costs(engine: Engine, requests: int, **how: Any) -> tuple[Costs, int, int]:
     """Of a few steps with so many requests; seats of their group, and its bytes."""
-    ask = params(CANVAS, temperature=1.0, seed=1, ignore_eos=True, detokenize=False)
+    ask = params(CANVAS, temperature=1.0, seed=1, detokenize=False, **how)
     ids = [engine.add([5, 6, 7, number], ask) for number in range(requests)]
     engine.step()
     counted = StepCosts(engine.runner)
@@ -61,20 +66,28 @@ def costs(engine: Engine, requests: int) -> tuple[Costs, int, int]:
     return found, seats, size
 
 
+WORDS = StructuredOutputsParams(regex=r"(t\d+)+")
+
+
+@pytest.mark.parametrize("how", [{"ignore_eos": True}, {"structured_outputs": WORDS}])
 def test_memory_of_a_request_is_no_matter_of_the_vocabulary(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
 ):
     monkeypatch.setitem(vars(engine.runner.sampler.facts), "tile_rows", TILE)
-    few, *of_few = costs(engine, FEW)
-    many, *of_many = costs(engine, MANY)
+    few, *of_few = costs(engine, FEW, **how)
+    many, *of_many = costs(engine, MANY, **how)
     # A canvas: its mixtures; where and how much of them; its best tokens, and since
     # when; and for how long they have been the same.
     own = CANVAS * (WIDTH * FLOAT + 1 + FLOAT + 2 * INT) + INT
     for requests, (seats, size) in ((FEW, of_few), (MANY, of_many)):
         assert (seats, size) == (requests, (requests + 1) * own)
-    assert many.state_bytes - few.state_bytes == (MANY - FEW) * own
+    # With a pattern, what was written is on its way to the host besides.
+    besides = many.state_bytes - few.state_bytes - (MANY - FEW) * own
+    assert 0 <= besides <= (MANY - FEW) * (own if "structured_outputs" in how else 0)
     held = held_tensors([engine.runner.model_state, engine.runner.sampler])
-    assert not [one.shape for one in held if VOCABULARY in one.shape]
+    wide = [one.shape for one in held if VOCABULARY in one.shape]
+    # A pattern has its tokens' classes, whoever it is of.
+    assert wide == ([(VOCABULARY,)] if "structured_outputs" in how else [])
     # What a step allocates grows by some numbers for each row, not by its logits.
     logits = CANVAS * VOCABULARY * FLOAT
     more = many.sampling_bytes - few.sampling_bytes

@@ -147,7 +147,10 @@ class Step:
 
 
 def problems_of(steps: list[Step]) -> list[Problem]:
-    """What the steps' paths are looked for in, once the device has measured it."""
+    """What the steps' paths are looked for in, once the device has measured it.
+
+    What was measured is taken off the steps.
+    """
     arrived = _to_host(
         [
             torch.cat([part[name] for part in step.measured]).flatten()
@@ -201,6 +204,8 @@ def problems_of(steps: list[Step]) -> list[Problem]:
                 also_best=text.writes_best,
             )
         )
+        # On the device it would stay until the next step.
+        step.measured.clear()
     return problems
 
 
