@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from constraints.path_cases import automaton, problem_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from reference.views import CPU, first_state, make_view
 
+from vllm_dlm.constraints.paths import OPEN, solve
 from vllm_dlm.kernels.mixtures import mixtures
 from vllm_dlm.strategies.base import Decision, SoftInputs, View, numeric_fields
 from vllm_dlm.strategies.renoise import Renoise, RenoiseParams
@@ -157,6 +160,25 @@ def test_only_positions_of_the_canvas_count():
         step=torch.tensor([1]),
     )
     assert strategy.select(again, row_params(strategy)).commit.equal(masked)
+
+
+def test_the_worked_pattern():
+    """Of its page: what the pattern `ab|cd` leaves of two positions."""
+    machine = automaton(
+        # A class for each of a, b, c, d, and one for the end.
+        [0, 1, 2, 3, 4],
+        [[1, -1, 2, -1, -1], [-1, 3, -1, -1, -1], [-1, -1, -1, 3, -1]]
+        + [[-1, -1, -1, -1, 4]] * 2,
+        [False, False, False, True, True],
+    )
+    chances = np.array([[0.6, 0.05, 0.3, 0.05, 0], [0.05, 0.2, 0.05, 0.7, 0]])
+    with np.errstate(divide="ignore"):
+        logits = np.log(chances)
+    found = solve(problem_of(logits, machine, [OPEN] * 2, machine.accepting))
+    assert found.best.tolist() == found.tokens.tolist() == [2, 3]
+    assert found.classes[0, [0, 2]] == pytest.approx([0.3636, 0.6364], abs=1e-4)
+    assert found.classes[1, [1, 3]] == pytest.approx([0.3636, 0.6364], abs=1e-4)
+    assert found.entropy == pytest.approx([0.6555, 0.6555], abs=1e-4)
 
 
 def test_what_it_declares():
