@@ -106,7 +106,7 @@ def test_diffusion_gemma(
     engines: Engines, tmp_path_factory: pytest.TempPathFactory, backend: str
 ):
     """Canvases whose every step mixes all tokens, each worker's half of them; drawn,
-    greedy, and with rows that are restricted."""
+    greedy, with rows that are restricted, and with texts that must match a pattern."""
     folder = tmp_path_factory.getbasetemp() / "diffusion-gemma"
     if not folder.exists():
         write_gemma(folder, seed=0, canvas_length=16)
@@ -120,7 +120,17 @@ def test_diffusion_gemma(
             + [(1.0, {"top_k": 20, "min_p": 0.01, "logit_bias": {3: 2.0}})]
         )
     ]
-    prompts = [make_prompt(length, 5) for length in (3, 9, 5, 12, 7)]
+    words = StructuredOutputsParams(regex=r"t6(t[2-4]|t5\d){9,30}")
+    sampling += [
+        params(32, temperature=heat, seed=7, structured_outputs=words, **more)
+        for heat, more in (
+            (1.0, {}),
+            (0.6, {"logit_bias": {2: 3.0, 120: 1.0}}),
+            (0.0, {}),
+            (1.0, {"top_k": 5}),
+        )
+    ]
+    prompts = [make_prompt(length, 5) for length in (3, 9, 5, 12, 7, 4, 6, 8, 10)]
     one, two = (
         engines(folder, how, degree, diffusion_gemma="engine").run(prompts, sampling)
         for how, degree in (("mp", 1), (backend, 2))
