@@ -16,6 +16,7 @@ import pytest
 import torch
 from byte_model import EOS, write_byte_gemma
 from engine.harness import Engine, Finished, params
+from engine.test_no_waits import Waits
 from jsonschema import Draft202012Validator
 from reference.diffusion_gemma import WINDOW
 from reference.diffusion_gemma_patterns import Moves, generate_matching
@@ -181,7 +182,7 @@ LIMITS: list[dict[str, Any]] = [
     {"top_k": 3},
     {"top_p": 0.5, "min_tokens": 9},
     {"min_p": 0.2, "logit_bias": {98: 5.0, 99: -5.0}},
-    {"stop_token_ids": [2], "logprobs": 1},
+    {"stop_token_ids": [2], "logprobs": 1, "dlm": {"step_map": True}},
 ]
 
 
@@ -270,6 +271,50 @@ def test_chunked_prompts_and_found_pages_change_nothing(
     again = small.outputs([prompt], one)[0]
     assert list(again.outputs[0].token_ids) == expected
     assert again.num_cached_tokens > 0
+
+
+def test_steps_wait_for_nothing_but_the_paths(gemma: Engine):
+    """What paths need comes in one transfer, which this does not count."""
+    for seed in range(3):
+        gemma.add(PROMPTS[seed], ask(40, seed, top_k=4 * seed, regex=WORDS))
+    gemma.step()
+    with Waits() as waits:
+        for _ in range(4):
+            gemma.step()
+    gemma.drive(lambda step: None)
+    assert not waits.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dlm", "options"),
+    [
+        ({"commit": "separate"}, {}),
+        ({}, {"async_scheduling": True}),
+        ({}, {"enforce_eager": False}),
+    ],
+)
+def test_how_forwards_are_made_changes_nothing(
+    gemma: Engine,
+    engines: Callable[..., Engine],
+    folder: Path,
+    dlm: dict[str, Any],
+    options: dict[str, Any],
+):
+    engine = engines(
+        {"diffusion_gemma": "engine", **dlm},
+        model=str(folder),
+        max_model_len=160,
+        weight_transfer_config=None,
+        **options,
+    )
+    asks = [
+        ask(44, 1, regex=WORDS),
+        ask(44, 2, 0.0, json=SCHEMA),
+        ask(44, 3, ignore_eos=True),
+    ]
+    expected = [one.tokens for one in gemma.run(PROMPTS, asks)]
+    assert [one.tokens for one in engine.run(PROMPTS, asks)] == expected
 
 
 def test_what_a_request_has_written_stays(gemma: Engine):

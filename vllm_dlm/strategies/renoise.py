@@ -15,6 +15,9 @@ too: the mean of the embeddings under softmax(logits / T).
 The canvas ends, and its text is the best tokens, as soon as these are the same as in
 each of the last `stability` steps and the mean of H is below `confidence`; or with step
 N. So every position may change in every step, and what was accepted may be lost again.
+
+Under a pattern all of it is the posterior's: the best tokens are the most probable text
+that matches, the drawn ones another, and the engine feeds the posterior's mean.
 Source: transformers, `models/diffusion_gemma`; it accepts as the EB-Sampler does.
 """
 
