@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random patterns and schemas on a tiny random model: all texts match.
+"""Random patterns and schemas on tiny random models: all texts match.
 
-400 of them, or as many as the variable RANDOM_PATTERNS says. With `-s` it says how many
-are taken, and how many refused.
+400 of them for each, a masked model and DiffusionGemma, or as many as the variable
+RANDOM_PATTERNS says. With `-s` it says how many are taken, and how many refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from byte_model import EOS, write_byte_model
+from byte_model import EOS, write_byte_gemma, write_byte_model
 from constraints.random_cases import patterns, schemas
 from engine.harness import Engine, params
 from hypothesis import HealthCheck, Phase, given, settings
@@ -43,16 +43,22 @@ ENDS = ("block", "canvas", "off")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(14_400)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["masks", "random tokens"])
 def spelling(
-    engines: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    engines: Callable[..., Engine],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Engine:
-    folder = write_byte_model(tmp_path_factory.mktemp("model") / "LLaDA-bytes")
     # All of a batch at once: a step costs little more than one of a single text.
+    sizes = {"max_num_seqs": TOGETHER, "num_gpu_blocks_override": TOGETHER * 8 + 1}
+    folder = tmp_path_factory.mktemp("model")
+    if request.param == "masks":
+        return engines(model=str(write_byte_model(folder / "LLaDA-bytes")), **sizes)
     return engines(
-        model=str(folder),
-        max_num_seqs=TOGETHER,
-        num_gpu_blocks_override=TOGETHER * 4 + 1,
+        {"diffusion_gemma": "engine"},
+        model=str(write_byte_gemma(folder / "gemma", 16)),
+        weight_transfer_config=None,
+        **sizes,
     )
 
 
@@ -65,20 +71,34 @@ def tally() -> Iterator[Counter[str]]:
     assert counts["taken"] > counts["refused"]
 
 
+def is_gemma(engine: Engine) -> bool:
+    return bool(engine.llm.model_config.hf_config.dlm_noise == "uniform")
+
+
+def how(engine: Engine, number: int) -> dict[str, Any]:
+    """Options of one request of a batch."""
+    if is_gemma(engine):
+        # Half of them so bold that all drawn tokens are kept for a step.
+        bound = (0.1, 1e3)[number % 2]
+        return {"strategy_config": {"entropy_bound": bound, "max_denoising_steps": 4}}
+    return {
+        "block_length": (8, 32)[number % 2],
+        "eotp": ENDS[number // 3 % len(ENDS)],
+        **STRATEGIES[number // 2 % len(STRATEGIES)],
+    }
+
+
 def texts_of(
     engine: Engine, asked: list[dict[str, Any]], tally: Counter[str]
 ) -> list[tuple[Any, str]]:
     """The texts of those that are not refused, each with what it has to match."""
     wanted = []
+    end_ids = (1, EOS) if is_gemma(engine) else (EOS,)
     for i, each in enumerate(asked):
         (what,) = each.values()
         options = params(
             LENGTH,
-            dlm={
-                "block_length": (8, 32)[i % 2],
-                "eotp": ENDS[i // 3 % len(ENDS)],
-                **STRATEGIES[i // 2 % len(STRATEGIES)],
-            },
+            dlm=how(engine, i),
             structured_outputs=StructuredOutputsParams(**each),
             **({"temperature": 1.0, "seed": i} if i % 3 else {}),
         )
@@ -95,7 +115,8 @@ def texts_of(
     found = []
     for name, what in wanted:
         tokens = list(done[name].outputs[0].token_ids)
-        kept = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+        ends = [at for at, token in enumerate(tokens) if token in end_ids]
+        kept = tokens[: ends[0]] if ends else tokens
         written = b"".join(BYTES_OF.get(each) or bytes([each]) for each in kept)
         found.append((what, written.decode()))
     return found
