@@ -163,7 +163,7 @@ class Decoder:
         packed[0, CANVAS_END] = self.layout.text_end
         rows: Any = SimpleNamespace(
             slots_np=np.array([0]), row_at_np=row_at, packed_np=packed,
-            valid_np=row_at > NOT_VALID, branches=None,
+            valid_np=row_at > NOT_VALID, branches=None, first_row=0,
         )  # fmt: skip
         values = torch.from_numpy(
             np.random.default_rng(choose.randrange(1 << 30))
@@ -172,7 +172,7 @@ class Decoder:
         )
         choice = Choice.room_for(len(open_), CPU)
         choice.candidate.copy_(values.argmax(dim=1))
-        self.constrained.prepare(SimpleNamespace(groups=[rows]))  # type: ignore[arg-type]
+        self.constrained.prepare(SimpleNamespace(groups=[rows]), {})  # type: ignore[arg-type]
         logits = Logits(Head(), values, choose.randrange(1, 9), MASK, None)
         for part, tile in logits.tiles():
             self.constrained.measure(part, tile, logits, choice.part(part))

@@ -225,8 +225,8 @@ def _as_one_end(parts: np.ndarray, drawing: Drawing | None, end_class: int) -> N
         ends[:, BEST] += np.log(ends[:, TOTAL])
     ends[:, TOTAL], ends[:, SPREAD], ends[:, SECOND] = 1.0, 0.0, -np.inf
     if drawing is not None:
-        drawing.tokens[:, end_class] = ends[:, TOKEN]
-        drawing.logits[:, end_class] = ends[:, BEST]
+        _, _, tokens, logits = drawing
+        tokens[:, end_class], logits[:, end_class] = ends[:, TOKEN], ends[:, BEST]
 
 
 def give_out(steps: list[Step], choice: Choice) -> None:
