@@ -16,6 +16,9 @@ Of positions that are decided, where a strategy reads them, the candidate is the
 token that leaves the states of the path as they are: edits to it, and whatever is
 written of the path, go together.
 
+Where a strategy sets the temperature itself, all that it reads is measured at that one,
+and what it is fed follows from the paths as well (`constrained_scheduled.py`).
+
 Of a request with branches (`planning/branches.py`), each branch has a path of its own,
 with its drafts in their places.
 
