@@ -50,7 +50,8 @@ SUITES = {
     "refusals": "server/test_refusals.py server/test_refused_bodies.py",
     "diffusion-gemma": (
         "model_executor/test_diffusion_gemma_config.py engine/test_diffusion_gemma.py "
-        "engine/test_renoise.py engine/test_soft_inputs.py"
+        "engine/test_renoise.py engine/test_renoise_patterns.py "
+        "engine/test_soft_inputs.py"
     ),
     "speculation": "spec_decode/test_deer_engine.py spec_decode/test_aded_engine.py",
     "serve-pair": "switching",
