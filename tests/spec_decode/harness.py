@@ -18,7 +18,7 @@ from vllm.distributed.parallel_state import (
     model_parallel_is_initialized,
 )
 
-MAX_MODEL_LEN = 128
+MAX_MODEL_LEN = 80
 
 TIGHT: dict[str, Any] = {
     "num_gpu_blocks_override": 14,

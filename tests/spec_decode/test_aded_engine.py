@@ -110,21 +110,20 @@ def test_seeded_requests_do_not_influence_each_other(engine: Engine, drafts: Dra
     """Sampled: the noise of verification depends on how many tokens were drafted."""
     prompts = ragged_prompts(8)
     sampling = [
-        params(60, temperature=1.0, seed=n, allowed_token_ids=FEW) for n in range(8)
+        params(24, temperature=1.0, seed=n, allowed_token_ids=FEW) for n in range(8)
     ]
     together = engine.run(prompts, sampling)
     in_batch = sorted(drafts.values())
     # Greedy ones, which teach a shared memory.
-    engine.run(prompts, params(60, allowed_token_ids=FEW))
+    engine.run(prompts, params(24, allowed_token_ids=FEW))
     if is_shared(engine):
         assert engine.drafter.shared.num_learned
     drafts.clear()
-    alone = [
-        engine.run([prompt], one)[0]
-        for prompt, one in zip(prompts, sampling, strict=True)
-    ]
-    assert alone == together
-    assert sorted(drafts.values()) == in_batch
+    some = range(1, 8, 2)
+    alone = [engine.run([prompts[row]], sampling[row])[0] for row in some]
+    assert alone == [together[row] for row in some]
+    assert all(rounds in in_batch for rounds in drafts.values())
+    assert len(drafts) == len(some)
     assert all(any(draft for _, draft in rounds) for rounds in in_batch)
 
 
@@ -162,7 +161,7 @@ def test_what_goes_with_a_request(engine: Engine, drafts: Drafts):
 
 def test_a_question_that_comes_again(engine: Engine, plain: Engine, drafts: Drafts):
     """A shared memory knows the answer; the text is the same."""
-    prompts, options = ragged_prompts(3), params(60)
+    prompts, options = ragged_prompts(3), params(40)
     wanted = plain.run(prompts, options)
     rounds = []
     for _ in range(2):

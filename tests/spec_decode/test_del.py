@@ -123,9 +123,9 @@ def stop(pair: tuple[Engine, Engine], request: pytest.FixtureRequest) -> Iterato
 @pytest.mark.parametrize(
     ("stop", "prompt", "length"),
     fast(
-        ("confidence", 2, 20),
+        ("confidence", 1, 12),
         of=[
-            ("confidence", 2, 20),
+            ("confidence", 1, 12),
             *(("confidence", prompt, 60) for prompt in (0, 2, 5)),
             *((stop, 2, 60) for stop in STOPS if stop != "confidence"),
         ],
@@ -154,7 +154,7 @@ def test_texts_of_a_batch_with_each_rule(pair: tuple[Engine, Engine], stop: str)
     assert all(len(r.tokens) <= r.choice.most for r in every)
 
 
-@pytest.mark.parametrize(("count", "length"), fast((3, 16), of=((3, 16), (8, 40))))
+@pytest.mark.parametrize(("count", "length"), fast((3, 10), of=((3, 10), (8, 40))))
 def test_neighbours_change_nothing(
     pair: tuple[Engine, Engine], count: int, length: int
 ):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spec_decode.harness import Engine, params, ragged_prompts
+from spec_decode.harness import MAX_MODEL_LEN, Engine, params, ragged_prompts
 from spec_decode.test_del import TIGHT, preemptions
 from tiers import fast
 from transformers import AutoModelForCausalLM
@@ -81,7 +81,7 @@ def test_drafts_are_those_of_a_plain_loop(
 ):
     """Greedy texts stay, to the end of the context."""
     prompts = ragged_prompts(count)
-    many = [params(127 - len(prompt)) for prompt in prompts]
+    many = [params(MAX_MODEL_LEN - 1 - len(prompt)) for prompt in prompts]
     with recorded(jacobi) as found:
         texts = jacobi.run(prompts, many)
     assert texts == plain.run(prompts, many) and not jacobi.drafter.failed

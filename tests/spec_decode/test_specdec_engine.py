@@ -231,12 +231,12 @@ def test_drawn_drafts_come_with_what_they_were_drawn_from(
 ) -> None:
     cut = [{}, {"top_k": 7, "top_p": 0.99}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.8}]
     drawn = [
-        params(16, temperature=0.8, seed=11 + row, **cut[row % len(cut)])
+        params(12, temperature=0.8, seed=11 + row, **cut[row % len(cut)])
         for row in range(len(SHORT))
     ]
     together = engine.run(SHORT, drawn)
     batched = list(calls.of.values())
-    for row, asked in enumerate(drawn):
+    for row, asked in enumerate(drawn[: len(cut)]):
         calls.of.clear()
         calls.costs.clear()
         assert engine.run([SHORT[row]], asked) == [together[row]]
