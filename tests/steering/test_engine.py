@@ -13,8 +13,8 @@ TIE = 1e-3
 @pytest.mark.parametrize(
     ("mu", "keep", "count"),
     fast(
-        (-1.2, 0.1, 8),
-        of=[(-1.2, 0.1, 8), (0.0, 0.0, 4), (-1.2, 0.1, 20), (2.0, 0.0, 20)],
+        (-1.2, 0.1, 4),
+        of=[(-1.2, 0.1, 4), (0.0, 0.0, 4), (-1.2, 0.1, 20), (2.0, 0.0, 20)],
     ),
 )
 def test_texts_are_those_of_a_plain_loop(steered, pair, prompts, mu, keep, count):
@@ -31,25 +31,28 @@ def test_steering_changes_texts(steered, prompts):
     for mu in (0.0, 2.0, -1.2):
         steered.set(mu, 0.0)
         # Of random tokens: of the questions the model is too sure.
-        texts[mu] = steered.write(prompts[1::2])
+        texts[mu] = steered.write(prompts[1:16:2], max_tokens=8)
     changed = [
         sum(one != other for one, other in zip(texts[0.0], texts[mu], strict=True))
         for mu in (2.0, -1.2)
     ]
-    assert min(changed) > 3
+    assert min(changed) > 2
 
 
 def test_alone_as_in_a_batch(steered, prompts):
-    beside = steered.write(prompts[:8])
-    assert [steered.write([prompt])[0] for prompt in prompts[:3]] == beside[:3]
+    beside = steered.write(prompts[:4], max_tokens=16)
+    alone = [steered.write([one], max_tokens=16)[0] for one in prompts[:2]]
+    assert alone == beside[:2]
 
 
 def test_a_seed_gives_one_text(steered, prompts):
     steered.set(2.0, 0.0)
-    options = {"temperature": 1.5, "seed": 5}
-    beside = steered.write(prompts[:4], **options)
-    assert [steered.write([each], **options)[0] for each in prompts[:4]] == beside
-    assert steered.write(prompts[:4], temperature=1.5, seed=6) != beside
+    options = {"temperature": 1.5, "max_tokens": 12}
+    beside = steered.write(prompts[:4], seed=5, **options)
+    for place in (0, 3):
+        [alone] = steered.write(prompts[place : place + 1], seed=5, **options)
+        assert alone == beside[place]
+    assert steered.write(prompts[:4], seed=6, **options) != beside
 
 
 def test_logprobs_are_of_the_steered_distribution(steered, pair, prompts):
@@ -102,8 +105,8 @@ def test_prefix_caching(steered, prompts):
     """Of both models' keys and values."""
     steered.set(8.0, 0.0)
     long = [(prompts[0] * 20)[:100], (prompts[1] * 20)[:100]]
-    first = steered.run(long)
-    again = steered.run(long)
+    first = steered.run(long, max_tokens=8)
+    again = steered.run(long, max_tokens=8)
     assert [each.num_cached_tokens for each in first] == [0, 0]
     assert [each.num_cached_tokens for each in again] == [96, 96]
     for one, other in zip(first, again, strict=True):
