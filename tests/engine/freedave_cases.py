@@ -109,9 +109,10 @@ def compare(engine: Engine, asked: Sequence[Asked]) -> None:
     together = run(engine, asked, Asked.drafted)
     assert_nothing_is_lost(asked, together, wanted)
     assert forwards(together) < forwards(wanted)
-    alone = one_by_one(engine, asked[:3], Asked.drafted)
-    assert_nothing_is_lost(asked[:3], alone, wanted[:3])
+    alone = one_by_one(engine, asked[:2], Asked.drafted)
+    assert_nothing_is_lost(asked[:2], alone, wanted[:2])
 
+    asked, wanted = asked[:3], wanted[:3]
     others = [one.by("threshold", threshold=0.3) for one in asked]
     solo = [engine.run([o.prompt], p)[0] for o, p in zip(asked, others, strict=True)]
     mixed = engine.run(

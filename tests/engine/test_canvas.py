@@ -42,7 +42,7 @@ def test_the_end_of_text_may_stand_in_the_config(
 
 @pytest.mark.parametrize(
     ("cache", "every"),
-    fast(("none", 5), of=[("none", 5), *itertools.product(CACHES, (1,))]),
+    fast(("none", 7), of=[("none", 7), *itertools.product(CACHES, (1,))]),
 )
 def test_outputs_longer_than_a_canvas_continue_on_another(
     small_engine: Engine, oracle: TinyLLaDA, cache: str, every: int
@@ -75,7 +75,7 @@ def test_canvas_is_cut_at_the_context_length(
     small_engine: Engine, oracle: TinyLLaDA, cache: str
 ):
     """128 positions; a last block shorter than the block length."""
-    lengths = range(97, 128, 3)
+    lengths = range(97, 128, 5)
     cases = [
         Case(
             make_prompt(length),
@@ -144,7 +144,7 @@ def test_literal_mask_token_in_a_prompt_is_text(
     # (Masks alone would tie: every position would see the same.)
     prompts = [(3, mask), (mask, 7, mask, mask), (*make_prompt(20), mask, mask, 4)]
     cases = [
-        Case(prompt, rule, cache, max_tokens=48, ignore_eos=True)
+        Case(prompt, rule, cache, max_tokens=24, ignore_eos=True)
         for prompt in prompts
         for rule in ("static/low_confidence", "threshold")
     ]
@@ -168,7 +168,7 @@ def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
             steps=None if number % 3 else 11,
             ignore_eos=True,
         )
-        for number in range(24)
+        for number in range(9, 18)
     ]
     wanted = [expect(case, oracle, forbid_mask=False) for case in cases]
     got = run_cases(engine, cases, reference_exact=True)
@@ -180,7 +180,7 @@ def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
     ]
     assert_equal(cases, got, by_schedule)
     with_masks = sum(oracle.mask_id in expected.tokens for expected in wanted)
-    assert 3 <= with_masks <= 20
+    assert 3 <= with_masks < len(cases)
     # Elsewhere its mass alone makes a difference.
     banned = [expect(case, oracle).tokens for case in cases]
     assert sum(e.tokens != b for e, b in zip(wanted, banned, strict=True)) > with_masks
@@ -210,7 +210,7 @@ def test_end_of_text_predicted_wrongly(
             max_tokens=64,
             number=0.02,
         )
-        for length in range(1, 33)
+        for length in range(1, 13)
     ]
     wanted = [expect(case, oracle) for case in cases]
     got = run_cases(engine, cases)

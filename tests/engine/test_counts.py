@@ -120,7 +120,7 @@ def test_rows_of_a_batch(engine: Engine):
 def test_a_token_budget_makes_requests_take_turns(busy_engine: Engine):
     """Too many rows for one forward: whole requests sit a step out, none is cut."""
     cases = [
-        Case(make_prompt(8 + i, i), max_tokens=24, ignore_eos=True) for i in range(8)
+        Case(make_prompt(8 + i, i), max_tokens=12, ignore_eos=True) for i in range(8)
     ]
     alone = [busy_engine.run([case.prompt], case.params())[0] for case in cases]
     with counting(busy_engine) as counts:
@@ -129,7 +129,7 @@ def test_a_token_budget_makes_requests_take_turns(busy_engine: Engine):
         )
     assert together == alone
     assert max(counts.rows) <= 128
-    assert len(counts.rows) >= 8 * 24 // 3
+    assert len(counts.rows) >= 8 * 12 // 3
     # Every forward is made of whole requests.
     sizes = [8 + i + 32 for i in range(8)]
     assert all(min(sizes) <= rows for rows in counts.rows)
@@ -148,7 +148,7 @@ def test_batch_of_one_token_requests(engine: Engine):
 
 def test_the_runner_counts_tokens_as_the_scheduler_does(engine: Engine):
     """Its row of token ids is as long as the context: a wrong count runs past it."""
-    case = Case(make_prompt(6), block=32, max_tokens=250, ignore_eos=True, steps=128)
+    case = Case(make_prompt(6), block=32, max_tokens=250, ignore_eos=True, steps=64)
     engine.add(case.prompt, case.params())
     states = engine.runner.req_states
     while engine.busy:

@@ -22,7 +22,7 @@ from tiers import fast
 
 CACHES = fast("dual", of=ALL_CACHES)
 
-LENGTHS = range(1, 25)
+LENGTHS = range(1, 17)
 
 
 def decode(
@@ -91,7 +91,7 @@ def test_a_cut_before_an_end_was_written_hides_no_token(
         shown = one.tokens[:-1] if has_end else one.tokens
         text = tokenizer.decode(shown, skip_special_tokens=True)
         assert one.output.text.strip() == text.strip()
-    assert ended >= 3 and opened >= 3
+    assert ended >= 2 and opened >= 2
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_cad_holds_ends_of_text_back(engine: Engine):
     config = {"strategy": "cad", "threshold": 0.5, "most": 2}
     free = decode(engine, "off", **config)
     held = decode(engine, "off", **config, release_end=1.0)
-    assert sum(len(result.tokens) < 64 for result in free) >= 8
+    assert sum(len(result.tokens) < 64 for result in free) >= 4
     assert sum(len(result.tokens) for result in held) > 1.2 * sum(
         len(result.tokens) for result in free
     )
@@ -158,7 +158,7 @@ def test_what_is_dropped_is_not_computed(engine: Engine, oracle: TinyLLaDA, cach
         whole = Counting(oracle)
         expect(replace(case, rule="threshold"), whole)
         shrunk += model.rows != whole.rows
-        if shrunk == 3:
+        if shrunk == 1:
             return
     raise AssertionError("too few canvases that shrink")
 
@@ -176,7 +176,7 @@ def test_a_request_decodes_alone_as_beside_others(engine: Engine, count: int):
         }
         if dlm["eotp"] != "off":
             dlm["eotp_threshold"] = 0.03
-        requests.append(params(64, dlm=dlm))
+        requests.append(params(40, dlm=dlm))
     prompts = [make_prompt(length, 1) for length in lengths]
     together = engine.run(prompts, requests)
     alone = [

@@ -43,7 +43,7 @@ class Case:
 CASES = [
     Case(
         make_prompt(length, seed=length),
-        max_tokens=3 + 5 * length % 17,
+        max_tokens=3 + 5 * length % 14,
         rule=RULES[length % 3],
         stops=length % 4 > 0,
     )

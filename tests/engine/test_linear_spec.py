@@ -88,8 +88,8 @@ def test_text_and_forwards(engine: Engine, oracle: TinyModel, count: int):
     ]
     together = engine.run(prompts, asked)
     assert [(one.tokens, one.forwards) for one in together] == wanted
-    alone = [engine.run([p], a)[0] for p, a in zip(prompts, asked, strict=True)][:3]
-    assert alone == together[:3]
+    alone = [engine.run(prompts[i : i + 1], asked[i])[0] for i in range(2)]
+    assert alone == together[:2]
 
     others = [
         params(length, dlm={"strategy": strategy}, ignore_eos=True)
@@ -109,8 +109,8 @@ def test_text_and_forwards(engine: Engine, oracle: TinyModel, count: int):
 def test_ends_with_the_text(engine: Engine, oracle: TinyModel):
     eos_ids = {oracle.eos_id}
     for prompt, _ in sample(2):
-        tokens, forwards = linear_spec(oracle, list(prompt), 60, BLOCK, eos_ids)
-        (got,) = engine.run([prompt], by(60))
+        tokens, forwards = linear_spec(oracle, list(prompt), 30, BLOCK, eos_ids)
+        (got,) = engine.run([prompt], by(30))
         assert (got.tokens, got.forwards) == (tokens, forwards)
 
 
@@ -209,7 +209,7 @@ def test_in_an_asynchronous_engine(engine: Engine, serve: Serve):
 def test_published_pages_are_final(engine: Engine):
     """A draft's keys are never found: the next turn reads those of the text."""
     prompt = make_prompt(75, seed=7)
-    engine.add(prompt, by(60, ignore_eos=True))
+    engine.add(prompt, by(40, ignore_eos=True))
     text: list[int] = []
     while engine.busy:
         for output in engine.step():

@@ -25,6 +25,7 @@ from engine.harness import Engine, Finished, drive
 from engine.page_ledger import watching
 from reference.cached_procedures import ALL_CACHES
 from reference.llada import TinyLLaDA
+from tiers import fast
 
 Canvas = tuple[int | None, ...]
 
@@ -97,8 +98,8 @@ def assert_pinned(cases: Sequence[Case], got: Sequence[Finished]) -> None:
 @pytest.mark.parametrize(
     ("cache", "every"),
     [
-        ("dual", 3),
-        pytest.param("window", 3, marks=pytest.mark.slow),
+        ("dual", 4),
+        pytest.param("window", 4, marks=pytest.mark.slow),
         *(pytest.param(cache, 1, marks=pytest.mark.slow) for cache in ALL_CACHES),
     ],
 )
@@ -117,7 +118,7 @@ def test_alone_as_in_a_batch_and_after_preemptions(engine: Engine):
     cases = [
         replace(case, cache=ALL_CACHES[number % len(ALL_CACHES)])
         for number, case in enumerate(make_cases("none"))
-        if number % 6 == 0
+        if number % 7 == 0
     ]
     together = run_cases(engine, cases)
     alone = [run_cases(engine, [case])[0] for case in cases[::2]]
@@ -250,7 +251,8 @@ def blocks(
     return BlockEngines(engines, tmp_path_factory.getbasetemp(), request.param)
 
 
-def block_requests(mask_id: int) -> list[BlockCase]:
+def block_requests(mask_id: int, every: int) -> list[BlockCase]:
+    """One in `every` of all rules with all kinds of canvases."""
     cases = []
     rules = [rule for rule in block_cases.RULES if rule not in NOT_COMPARED]
     for number, rule in enumerate(rules):
@@ -266,13 +268,14 @@ def block_requests(mask_id: int) -> list[BlockCase]:
                     mask_id=mask_id,
                 )
             )
-    return cases
+    return cases[::every]
 
 
-def test_block_models_fill_holes_anywhere(blocks: BlockEngines):
+@pytest.mark.parametrize("every", fast(3, of=(3, 1)))
+def test_block_models_fill_holes_anywhere(blocks: BlockEngines, every: int):
     """Whole blocks of pins, leads that are pins, and pins to the right."""
     engine = blocks()
-    cases = block_requests(engine.scheduler.dlm_defaults.mask_token_id)
+    cases = block_requests(engine.scheduler.dlm_defaults.mask_token_id, every)
     wanted = [block_cases.expect(case, blocks.oracle, engine) for case in cases]
     with watching(engine):
         got = block_cases.run(engine, cases)

@@ -167,7 +167,7 @@ def test_prompts_that_differ_in_one_token(model: BlockEngines, engine: Engine):
     """The last of a page, of a block, of the prompt."""
     prompt = make_prompt(100)
     ask(engine, in_four_steps(prompt))
-    for place in (15, 31, 47, 63, 79, 95, 96, 99):
+    for place in (15, 31, 63, 95, 96, 99):
         other = (*prompt[:place], prompt[place] + 1, *prompt[place + 1 :])
         case = in_four_steps(other)
         expected = expect(case, model.oracle, engine)
@@ -184,7 +184,7 @@ def test_pages_of_a_request_that_left_inside_a_block(
     """Another begins with its prompt and the tokens it had handed out."""
     first = in_four_steps(make_prompt(40), 50)
     forwards_of_first = expect(first, model.oracle, engine).forwards
-    for steps in range(1, forwards_of_first):
+    for steps in range(1, forwards_of_first, 2):
         assert engine.llm.reset_prefix_cache()
         name = engine.add(first.prompt, first.params())
         with recording(engine) as forwards:
@@ -275,7 +275,7 @@ def converse(model: BlockEngines, engine: Engine, cases: list[BlockCase]) -> Non
 def test_conversations_in_little_memory(model: BlockEngines):
     """19 pages: they are taken from texts that may be asked for again."""
     engine = model(max_num_batched_tokens=4 * BLOCK, num_gpu_blocks_override=20)
-    converse(model, engine, conversations(0, 16))
+    converse(model, engine, conversations(0, 10))
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_many_conversations(model: BlockEngines, block: int, pages: int):
 
 
 def test_sharing_changes_nothing(model: BlockEngines):
-    cases = conversations(3, 16)
+    cases = conversations(3, 8)
     got = [run(model(enable_prefix_caching=on), cases) for on in (False, True)]
     assert_equal(cases, got[1], [expect(case, model.oracle, model()) for case in cases])
     assert got[0] == got[1]

@@ -51,8 +51,8 @@ def test_parity(served: tuple[Engine, TinyModel]):
     cases = sample()
     wanted = [expect(case, oracle, engine) for case in cases]
     assert_equal(cases, run(engine, cases), wanted)
-    alone = [run(engine, [case])[0] for case in cases[:4]]
-    assert_equal(cases[:4], alone, wanted[:4])
+    alone = [run(engine, [case])[0] for case in cases[:2]]
+    assert_equal(cases[:2], alone, wanted[:2])
 
 
 def test_edits_happen(served: tuple[Engine, TinyModel]):
@@ -182,7 +182,7 @@ def check_exactly(engine: Engine, oracle: TinyModel, cases: list[Exact]) -> None
     assert alone == got[::7]
 
 
-@pytest.mark.parametrize("times", fast(2, of=(2, 6)))
+@pytest.mark.parametrize("times", fast(1, of=(1, 6)))
 def test_whole_texts_are_the_published_loops(
     served: tuple[Engine, TinyModel], times: int
 ):

@@ -49,7 +49,7 @@ def hurried(engines: Callable[..., Engine]) -> Engine:
     return engines({"steps": STEPS})
 
 
-def cases(steps: int | None) -> list[Case]:
+def cases(steps: int | None, times: int) -> list[Case]:
     """Each rule, one block: LLaDA's loop goes back to masks that a block has left."""
     return [
         Case(
@@ -62,7 +62,7 @@ def cases(steps: int | None) -> list[Case]:
             seed=number,
         )
         for first, rule in enumerate(RULES)
-        for number in (first, first + 50)
+        for number in range(first, first + 50 * times, 50)
     ]
 
 
@@ -74,21 +74,30 @@ def published(case: Case, oracle: TinyLLaDA) -> Expected | None:
         return None
 
 
-ASKED = [*itertools.product(("none", "the request's", "the server's"), (False, True))]
+QUICK = ("the server's", True, 1)
+ASKED = [
+    *itertools.product(("none", "the request's", "the server's"), (False, True), (2,))
+]
 
 
-@pytest.mark.parametrize(
-    ("steps", "exact"),
-    fast(("the server's", True), of=ASKED),
-)
+@pytest.mark.parametrize(("steps", "exact", "times"), fast(QUICK, of=[QUICK, *ASKED]))
 def test_full_attention(
-    engine: Engine, hurried: Engine, oracle: TinyLLaDA, steps: str, exact: bool
+    engine: Engine,
+    hurried: Engine,
+    oracle: TinyLLaDA,
+    steps: str,
+    exact: bool,
+    times: int,
 ):
-    asked = cases(STEPS if steps == "the request's" else None)
+    """
+    Args:
+        times: how many prompts each rule has.
+    """
+    asked = cases(STEPS if steps == "the request's" else None, times)
     served = hurried if steps == "the server's" else engine
     got = run_cases(served, asked, reference_exact=exact)
     if steps == "the server's":
-        asked = cases(STEPS)
+        asked = cases(STEPS, times)
     masks, ended = 0, 0
     for case, result in zip(asked, got, strict=True):
         has_masks = oracle.mask_id in result.tokens
@@ -100,8 +109,8 @@ def test_full_attention(
             assert result.tokens == wanted.tokens or wanted.near_tie, case
             masks += has_masks
             ended += not has_masks
-    assert ended >= 20
-    assert masks >= 2 if exact else masks == 0
+    assert ended >= 10 * times
+    assert masks >= times if exact else masks == 0
 
 
 # -- models that write block after block --------------------------------------------
@@ -176,13 +185,17 @@ def ask(
     return params(9 + 7 * number % 20, dlm=dlm | more, ignore_eos=True, seed=number)
 
 
-@pytest.mark.parametrize("steps", fast(3, of=(None, 3)))
-def test_block_after_block(family: tuple[Engine, TinyModel], steps: int | None):
+@pytest.mark.parametrize(
+    ("steps", "times"), fast((3, 2), of=((3, 2), (None, 4), (3, 4)))
+)
+def test_block_after_block(
+    family: tuple[Engine, TinyModel], steps: int | None, times: int
+):
     """Whole texts of who follows a schedule; no mask in any other."""
     engine, oracle = family
     defaults = engine.scheduler.dlm_defaults
     prompts, sampling, wanted = [], [], []
-    for number, name in enumerate([*BLOCK_RULES] * 4):
+    for number, name in enumerate([*BLOCK_RULES] * times):
         config, make_rule = BLOCK_RULES[name]
         prompts.append(make_prompt(1 + 5 * number % 40, number))
         sampling.append(ask(name, config, steps, number))
@@ -213,13 +226,13 @@ def test_block_after_block(family: tuple[Engine, TinyModel], steps: int | None):
         )
         wanted.append(None if any(ties) else result.tokens)
     exact_ones = len(prompts)
-    for number, name in enumerate(others() * 2):
+    for number, name in enumerate(others() * (times // 2)):
         prompts.append(make_prompt(1 + 5 * number % 40, number))
         sampling.append(ask(name, OTHER_CONFIGS.get(name, {}), None, number))
     got = [result.tokens for result in engine.run(prompts, sampling)]
     for tokens, expected, asked in zip(got, wanted, sampling, strict=False):
         assert expected in (None, tokens), asked.extra_args
-    assert sum(oracle.mask_id in tokens for tokens in got[:exact_ones]) >= 2
+    assert sum(oracle.mask_id in tokens for tokens in got[:exact_ones]) >= times // 2
     for tokens, asked in zip(got[exact_ones:], sampling[exact_ones:], strict=True):
         assert oracle.mask_id not in tokens, asked.extra_args
 

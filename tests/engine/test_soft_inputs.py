@@ -176,7 +176,7 @@ def check(engine: Engine, oracle: TinyLLaDA | TinyModel, cases: list[Case]) -> N
     assert sum(one.near_tie for one in wanted) <= len(cases) // 2
     assert_equal(cases, run(engine, cases), wanted, near_ties=len(cases))
     compared = 0
-    for case, expected in list(zip(cases, wanted, strict=True))[:5]:
+    for case, expected in list(zip(cases, wanted, strict=True))[:4]:
         with watched(engine) as seen:
             got = run(engine, [case])
         assert_equal([case], got, [expected], near_ties=1)
@@ -194,7 +194,7 @@ def check(engine: Engine, oracle: TinyLLaDA | TinyModel, cases: list[Case]) -> N
 
 def test_dmax_is_its_oracle(llada2: tuple[Engine, TinyModel]):
     engine, oracle = llada2
-    cases = [dmax(number) for number in range(12)]
+    cases = [dmax(number) for number in range(8)]
     check(engine, oracle, cases + [dmax(3, soft=False), dmax(7, soft=False)])
 
 
@@ -208,12 +208,12 @@ def test_mixtures_change_texts(llada2: tuple[Engine, TinyModel]):
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_smooth_is_its_oracle(llada: Engine, oracle: TinyLLaDA, cache: str):
-    check(llada, oracle, [smooth(number, cache) for number in range(1, 11)])
+    check(llada, oracle, [smooth(number, cache) for number in range(1, 7)])
 
 
 def test_smooth_with_experts(llada_moe: tuple[Engine, TinyModel]):
     engine, oracle = llada_moe
-    check(engine, oracle, [smooth(number, "dual") for number in range(1, 9)])
+    check(engine, oracle, [smooth(number, "dual") for number in range(1, 6)])
 
 
 def test_without_weight_it_writes_what_threshold_does(llada: Engine):
@@ -338,7 +338,7 @@ def test_steps_scheduled_ahead_are_fed_the_same(
     folder = engine.llm.llm_engine.model_config.model
     dlm = {"block_length": BLOCK, "strategy": "dmax"} | SOFT
     ahead = engines(dlm, model=folder, async_scheduling=True)
-    cases = [dmax(number) for number in range(1, 9)]
+    cases = [dmax(number) for number in range(1, 6)]
     wanted = [Wanted.of(case, oracle) for case in cases]
     assert_same_tokens([one.tokens for one in run(ahead, cases)], wanted)
 

@@ -56,7 +56,7 @@ def test_steps_are_the_oracles(engine: Engine, oracle: TinyLLaDA, cache: str):
     rules = ("static/low_confidence", "threshold", "factor", "cad/confidence")
     cases = [
         Case(
-            make_prompt(length), rule, cache, max_tokens=44, ignore_eos=bool(length % 2)
+            make_prompt(length), rule, cache, max_tokens=36, ignore_eos=bool(length % 2)
         )
         for length, rule in zip((2, 19, 40, 7, 11, 30), itertools.cycle(rules))
     ]
