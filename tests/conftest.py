@@ -16,6 +16,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# numba's pool, which vLLM's n-gram drafting starts, sets PyTorch's number of threads
+# for good: one for each core, and they spin between two operations.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One of several processes: idle threads that spin would take the others' cores.

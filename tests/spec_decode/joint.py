@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 VOCAB = 6
 LENGTH = 3
 SAMPLES = 6000
-FEW = 1000
+FEW = 2000
 """Where a method's own rule is at stake, and not whether the test can fail."""
 PROMPT = [3, 1, 4, 1, 5]
 

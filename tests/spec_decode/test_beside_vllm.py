@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from spec_decode.harness import Engine, params, ragged_prompts
 from tiers import fast
 from vllm.exceptions import VLLMValidationError
@@ -56,6 +57,7 @@ def test_greedy_texts(
     if method == "parallel":
         config |= {"method": "draft_model", "model": str(parallel)}
         config |= {"parallel_drafting": True}
+    num_threads = torch.get_num_threads()
     engine = engines(config)
     # Prompts that repeat themselves, for methods that look things up.
     prompts = [2 * prompt[:20] for prompt in ragged_prompts(8)]
@@ -65,6 +67,7 @@ def test_greedy_texts(
     assert max(lengths) == 4
     for prompt, text in zip(prompts[:2], wanted, strict=False):
         assert engine.run([prompt], params(24)) == [text]
+    assert torch.get_num_threads() == num_threads
     # Only our own methods know a limit for a request.
     limited = params(24, extra_args={"dlm_draft_tokens": 0})
     with pytest.raises(VLLMValidationError, match="is vLLM's own"):

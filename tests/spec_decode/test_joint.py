@@ -130,7 +130,7 @@ def test_structured_outputs(scripted: Engine, small: Path):
         "temperature": 2.0,
         "structured_outputs": StructuredOutputsParams(regex="[ad]{3}"),
     }
-    observed = joint.counts(scripted, joint.PROMPT, joint.FEW, **options)
+    observed = joint.counts(scripted, joint.PROMPT, 1000, **options)
     assert not scripted.drafter.failed
     probability = joint.probabilities(small, joint.PROMPT, 2.0, forbidden=[1, 2, 4, 5])
     allowed = probability > 0
