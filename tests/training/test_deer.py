@@ -147,7 +147,7 @@ def test_an_existing_drafter_goes_on(tmp_path, drafter):
     from vllm_dlm.training.drafters import deer
 
     assert deer.train(
-        tmp_path, options(2), drafter=drafter, num_prompts=20, max_tokens=24
+        tmp_path, options(2), drafter=drafter, num_prompts=8, max_tokens=12
     )
     source = resolve(drafter)
     for name in ("tokenizer.json", "chat_template.jinja"):

@@ -129,18 +129,19 @@ def test_refusals(tmp_path, capsys, recipe, more, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_network_makes_its_own_data(tmp_path):
+def test_the_network_makes_its_own_data(tmp_path, monkeypatch):
     import argparse
 
     from vllm_dlm.training.answer_log import read_answers
     from vllm_dlm.training.learner import load_learner
     from vllm_dlm.training.reinforcement.rollouts import Decoder
 
+    monkeypatch.setattr(self_made, "_BATCH", 16)
     learner = load_learner("llada-tiny")
     args = argparse.Namespace(
         model="llada-tiny",
         output_dir=tmp_path,
-        num_rows=70,
+        num_rows=20,
         seed=1,
         free_share=0.5,
         canvas_length=None,
@@ -149,18 +150,18 @@ def test_the_network_makes_its_own_data(tmp_path):
     )
     decoder = Decoder("threshold", {"threshold": 0.9})
     answers = self_made.own_answers(args, learner, decoder)
-    assert 60 < len(answers) <= 70
+    assert 14 < len(answers) <= 20
     assert all(answer.response_ids[-1] == END for answer in answers)
     assert all(len(a.steps) == len(a.response_ids) for a in answers)
     # A run that goes on takes them from the file, the lost part is made again.
     file = tmp_path / "answers-0.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    assert len(lines) == 71
-    file.write_text("".join(lines[:65]) + lines[65][:9])
+    assert len(lines) == 21
+    file.write_text("".join(lines[:18]) + lines[18][:9])
     assert self_made.own_answers(args, learner, decoder) == answers
     assert learner.network.training
     with pytest.raises(ValueError, match="they were made with other options"):
         read_answers(file, {"seed": 2})
-    args.num_rows = 71
+    args.num_rows = 21
     with pytest.raises(ValueError, match="they were made with other options"):
         self_made.own_answers(args, learner, decoder)

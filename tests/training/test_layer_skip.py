@@ -22,7 +22,7 @@ PROMPT = [1, 20, 21, 22]
 
 
 def what(model: str = "llama-tiny") -> CausalOptions:
-    return CausalOptions(model=model, num_prompts=8, max_tokens=16, batch_rows=4)
+    return CausalOptions(model=model, num_prompts=8, max_tokens=8, batch_rows=4)
 
 
 def test_a_network_without_layers_is_itself_again():
@@ -76,7 +76,7 @@ def test_a_model_learns_and_goes_on(tmp_path: Path, capsys: Any):
         name for name in old if ".layers." in name and name.split(".")[2] in "1356"
     }
     command = ["train", "layer-skip", "llama-tiny", "--output-dir", str(tmp_path)]
-    sizes = ["--num-prompts", "8", "--max-tokens", "16", "--num-problems", "4"]
+    sizes = ["--num-prompts", "8", "--max-tokens", "8", "--num-problems", "2"]
     assert main([*command, *sizes, "--steps", "2", "--skip-training"]) == 0
     shown = capsys.readouterr().out
     assert "| all layers, before | 8 | 100.0 % |" in shown

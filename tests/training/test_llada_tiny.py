@@ -19,8 +19,11 @@ OPTIONS = LoopOptions(steps=2, compile_model=False)
 def test_the_second_phase_begins_with_the_weights_of_a_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(llada_tiny, "NUM_LONG_PROBLEMS", 2)
-    monkeypatch.setattr(llada_tiny, "LONG_CANVAS", 32)
+    for name, smaller in (
+        *(("BATCH_TOKENS", 768), ("NUM_PROGRESS_PROBLEMS", 4)),
+        *(("NUM_LONG_PROBLEMS", 2), ("LONG_CANVAS", 32)),
+    ):
+        monkeypatch.setattr(llada_tiny, name, smaller)
     start = resolve("llada-tiny")
     assert llada_tiny.train(tmp_path, OPTIONS, start)
     before, after = load_llada(start), load_llada(tmp_path)

@@ -90,7 +90,7 @@ def options(steps: int) -> LoopOptions:
 
 
 def what(**given: Any) -> CausalOptions:
-    given = {"num_prompts": 8, "max_tokens": 16, "batch_rows": 4} | given
+    given = {"num_prompts": 8, "max_tokens": 8, "batch_rows": 4} | given
     return CausalOptions(**{"model": "llama-tiny"} | given)
 
 
@@ -109,11 +109,11 @@ def test_a_model_learns_and_goes_on(tmp_path: Path, capsys: Any):
     assert any(not torch.equal(old[name], new[name]) for name in old)
     answers = (tmp_path / "answers.json").read_text()
     command = ["train", "lud", "llama-tiny", "--output-dir", str(tmp_path)]
-    sizes = ["--num-prompts", "8", "--max-tokens", "16", "--num-problems", "4"]
+    sizes = ["--num-prompts", "8", "--max-tokens", "8", "--num-problems", "2"]
     assert main([*command, *sizes, "--steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "| tokens per verifying forward |" in shown
-    assert "| 4 held-out problems right, without drafts |" in shown
+    assert "| 2 held-out problems right, without drafts |" in shown
     assert (tmp_path / "README.md").read_text().strip() in shown
     assert (tmp_path / "answers.json").read_text() == answers
 

@@ -68,8 +68,8 @@ def answered(models):
         load_tokenizer,
     )
 
-    prompts = load_prompts(None, load_tokenizer("llama-tiny"), 96, 5)
-    return generate_answers(models[0], prompts, max_tokens=24, temperature=1.0, seed=5)
+    prompts = load_prompts(None, load_tokenizer("llama-tiny"), 48, 5)
+    return generate_answers(models[0], prompts, max_tokens=16, temperature=1.0, seed=5)
 
 
 def collect(models, answered, **changes):

@@ -46,7 +46,7 @@ def naive(models, rows: list[Row]) -> tuple[list[float], dict[float, float]]:
 
 
 def test_it_is_the_naive_loops(models):
-    rows = task_rows(12, 4)
+    rows = task_rows(6, 4)
     found = calibrate(*models, rows, keep=KEEP, batch_rows=5)
     mus, losses = naive(models, rows)
     assert found.kept == len(mus)
@@ -74,7 +74,7 @@ def test_the_likeliest_and_what_is_said_of_it():
 def test_a_base_that_is_right_has_a_positive_constant(models):
     """The better model in the place of the base: the way leads there."""
     tuned, base = models
-    rows = task_rows(40, 5)
+    rows = task_rows(16, 5)
     found = calibrate(base, tuned, rows)
     assert found.mean > 0 and found.likelihood > 0
     assert found.loss(found.likelihood) < found.loss(0)
