@@ -24,7 +24,7 @@ def table_of(printed: str) -> list[str]:
 
 
 def test_a_run_and_a_run_that_finds_all_done(evaluate, capsys):
-    asked = ("llada-tiny", "--tasks", "tiny/copy", "--limit", "4")
+    asked = ("llada-tiny", "--tasks", "tiny/copy", "--limit", "2")
     cells = evaluate(*asked, "--strategies", "static,threshold")
     assert [cell["setting"] for cell in cells] == [
         "static:tokens_per_step=1, none",
