@@ -9,7 +9,7 @@ from math import factorial, log, prod
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from reference.ideal_model import Chance, chance, copy, replace_any, shuffle
@@ -63,7 +63,6 @@ def test_copying_is_right_at_any_parallelism(name, length):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20)
 @given(data=st.data(), scheduled=st.integers(1, 4))
 def test_copying_is_right_with_any_parameters(name, data, scheduled):
     params = data.draw(numbers(STRATEGIES[name].Params))
