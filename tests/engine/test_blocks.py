@@ -280,7 +280,7 @@ def test_the_end_of_a_text_is_ignored_on_demand(sdar: BlockEngines):
 def test_streamed_pieces_make_up_the_text(model: BlockEngines):
     engine = model(max_num_batched_tokens=5 * BLOCK - 3)
     cases = [
-        BlockCase(make_prompt(11 + 17 * number, 8), 37, rule=rule, ignore_eos=True)
+        BlockCase(make_prompt(11 + 17 * number, 8), 21, rule=rule, ignore_eos=True)
         for number, rule in enumerate(RULES)
     ]
     wanted = [expect(case, model.oracle, engine) for case in cases]
@@ -294,7 +294,7 @@ def test_streamed_pieces_make_up_the_text(model: BlockEngines):
             pieces[output.request_id].append(list(output.outputs[0].token_ids))
     assert_same_tokens([sum(parts, []) for parts in pieces.values()], wanted)
     assert all(part for parts in pieces.values() for part in parts)
-    assert sum(len(parts) for parts in pieces.values()) >= 4 * len(cases)
+    assert sum(len(parts) for parts in pieces.values()) >= 3 * len(cases)
 
 
 def test_logprobs_are_those_of_the_step_that_wrote_a_token(model: BlockEngines):

@@ -37,7 +37,7 @@ def decode(
         "eotp_threshold": 0.02,
     }
     prompts = [make_prompt(length, 1) for length in LENGTHS]
-    return engine.run(prompts, params(64, dlm=dlm))
+    return engine.run(prompts, params(48, dlm=dlm))
 
 
 def shared(one: list[int], other: list[int]) -> int:
@@ -86,7 +86,7 @@ def test_a_cut_before_an_end_was_written_hides_no_token(
     for one in decode(engine, "token"):
         has_end = one.tokens[-1] == oracle.eos_id
         ended += has_end
-        opened += not has_end and len(one.tokens) < 64
+        opened += not has_end and len(one.tokens) < 48
         assert one.output.finish_reason == ("stop" if has_end else "length")
         shown = one.tokens[:-1] if has_end else one.tokens
         text = tokenizer.decode(shown, skip_special_tokens=True)
@@ -106,7 +106,7 @@ def test_cad_holds_ends_of_text_back(engine: Engine):
     config = {"strategy": "cad", "threshold": 0.5, "most": 2}
     free = decode(engine, "off", **config)
     held = decode(engine, "off", **config, release_end=1.0)
-    assert sum(len(result.tokens) < 64 for result in free) >= 4
+    assert sum(len(result.tokens) < 48 for result in free) >= 4
     assert sum(len(result.tokens) for result in held) > 1.2 * sum(
         len(result.tokens) for result in free
     )

@@ -107,11 +107,13 @@ def test_text_and_forwards(engine: Engine, oracle: TinyModel, count: int):
 
 
 def test_ends_with_the_text(engine: Engine, oracle: TinyModel):
-    eos_ids = {oracle.eos_id}
+    eos_ids, ended = {oracle.eos_id}, 0
     for prompt, _ in sample(2):
         tokens, forwards = linear_spec(oracle, list(prompt), 30, BLOCK, eos_ids)
         (got,) = engine.run([prompt], by(30))
         assert (got.tokens, got.forwards) == (tokens, forwards)
+        ended += tokens[-1] in eos_ids
+    assert ended
 
 
 def test_drawn_tokens_are_those_of_one_by_one(engine: Engine):

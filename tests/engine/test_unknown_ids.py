@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from engine.cases import make_prompt
 from engine.harness import Engine, params
+from tiers import fast
 from vllm.exceptions import VLLMValidationError
 
 PROMPTS = [make_prompt(3 + 5 * number, number) for number in range(8)]
@@ -43,19 +44,18 @@ def careless(
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"min_tokens": 1},
-        {"min_tokens": 24, "temperature": 0.8, "seed": 1},
-        {"min_tokens": 3, "ignore_eos": True, "stop_token_ids": [7]},
-        {"min_tokens": 1, "allowed_token_ids": [0, 11, 121, 127]},
-        {"min_tokens": 1, "logit_bias": {127: 3.0, 0: 3.0}},
-        {"min_tokens": 1, "dlm": {"eotp": "token", "eotp_threshold": 0.1}},
-        {"min_tokens": 2, "logprobs": 20},
-    ],
-    ids=str,
-)
+ASKED: list[dict[str, Any]] = [
+    {"min_tokens": 1},
+    {"min_tokens": 24, "temperature": 0.8, "seed": 1},
+    {"min_tokens": 3, "ignore_eos": True, "stop_token_ids": [7]},
+    {"min_tokens": 1, "allowed_token_ids": [0, 11, 121, 127]},
+    {"min_tokens": 1, "logit_bias": {127: 3.0, 0: 3.0}},
+    {"min_tokens": 1, "dlm": {"eotp": "token", "eotp_threshold": 0.1}},
+    {"min_tokens": 2, "logprobs": 20},
+]
+
+
+@pytest.mark.parametrize("options", fast(*ASKED[1::2], of=ASKED), ids=str)
 def test_texts_are_those_of_the_ids_that_exist(
     careless: Engine, busy_engine: Engine, options: dict[str, Any]
 ):

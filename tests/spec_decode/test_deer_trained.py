@@ -17,6 +17,8 @@ from vllm_dlm.tasks.problems import sample_problems
 
 TARGET, DRAFTER = "llama-tiny", "deer-tiny-block"
 MASKS = 32
+LENGTH = 128
+"""Of the context."""
 PROMPTS = [
     tokenizer.encode_prompt(problem.question, chat=number % 2 == 0)
     for number, problem in enumerate(sample_problems(22, 5, "heldout"))
@@ -30,7 +32,7 @@ LONG = [token for prompt in PROMPTS for token in prompt][:75]
 def deer(engines: Callable[..., Engine]) -> Callable[..., Engine]:
     def engine(context: str = "auto") -> Engine:
         options: Any = speculative(DRAFTER, context, MASKS)
-        return engines(options, model=TARGET)
+        return engines(options, model=TARGET, max_model_len=LENGTH)
 
     return engine
 
@@ -57,7 +59,8 @@ def test_answers_and_drafts(
     answers = engine.run(PROMPTS, ANSWER)
     rounds.close()
     assert not engine.drafter.failed
-    assert answers == engines(model=TARGET).run(PROMPTS, ANSWER)
+    plain = engines(model=TARGET, max_model_len=LENGTH)
+    assert answers == plain.run(PROMPTS, ANSWER)
     # As the oracle drafts, which keeps no keys.
     TrainedReference(Path(resolve(DRAFTER))).check(rounds)
     drafted = sum(bool(draft) for of in rounds.of.values() for _, draft in of)

@@ -126,8 +126,9 @@ def stop(pair: tuple[Engine, Engine], request: pytest.FixtureRequest) -> Iterato
         ("confidence", 1, 12),
         of=[
             ("confidence", 1, 12),
-            *(("confidence", prompt, 60) for prompt in (0, 2, 5)),
-            *((stop, 2, 60) for stop in STOPS if stop != "confidence"),
+            *(("confidence", prompt, 60) for prompt in (0, 1, 5)),
+            # From a prompt of 40 tokens, to the end of the context.
+            *((stop, 2, 39) for stop in STOPS),
         ],
     ),
     indirect=["stop"],
