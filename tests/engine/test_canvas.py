@@ -152,8 +152,14 @@ def test_literal_mask_token_in_a_prompt_is_text(
     assert_equal(cases, run_cases(engine, cases), wanted)
 
 
-@pytest.mark.parametrize("cache", fast("none", of=CACHES))
-def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
+FEW_EXACT = ("none", range(9, 18))
+
+
+@pytest.mark.parametrize(
+    ("cache", "numbers"),
+    fast(FEW_EXACT, of=[FEW_EXACT, *((cache, range(24)) for cache in CACHES)]),
+)
+def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str, numbers: range):
     """The mask id has mass and may be chosen, as in the published static loop.
 
     One block: the published loop goes on to fill masks that are left over from later
@@ -168,7 +174,7 @@ def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
             steps=None if number % 3 else 11,
             ignore_eos=True,
         )
-        for number in range(9, 18)
+        for number in numbers
     ]
     wanted = [expect(case, oracle, forbid_mask=False) for case in cases]
     got = run_cases(engine, cases, reference_exact=True)
@@ -186,15 +192,15 @@ def test_reference_exact(engine: Engine, oracle: TinyLLaDA, cache: str):
     assert sum(e.tokens != b for e, b in zip(wanted, banned, strict=True)) > with_masks
 
 
-PREDICTED = [*itertools.product(CACHES, ("token", "block", "canvas"))]
+FEW_PREDICTED = ("dual", "block", 12)
+PREDICTED = [*itertools.product(CACHES, ("token", "block", "canvas"), (32,))]
 
 
 @pytest.mark.parametrize(
-    ("cache", "eotp"),
-    fast(("dual", "block"), of=PREDICTED),
+    ("cache", "eotp", "longest"), fast(FEW_PREDICTED, of=[FEW_PREDICTED, *PREDICTED])
 )
 def test_end_of_text_predicted_wrongly(
-    engine: Engine, oracle: TinyLLaDA, cache: str, eotp: str
+    engine: Engine, oracle: TinyLLaDA, cache: str, eotp: str, longest: int
 ):
     """An unsure EOS cuts the canvas and then becomes another token.
 
@@ -210,7 +216,7 @@ def test_end_of_text_predicted_wrongly(
             max_tokens=64,
             number=0.02,
         )
-        for length in range(1, 13)
+        for length in range(1, longest + 1)
     ]
     wanted = [expect(case, oracle) for case in cases]
     got = run_cases(engine, cases)
@@ -218,7 +224,7 @@ def test_end_of_text_predicted_wrongly(
     if eotp == "token":
         ended = [r for r in got if len(r.tokens) < 64 and r.tokens[-1] != oracle.eos_id]
         assert len(ended) >= 3
-        assert {result.output.finish_reason for result in ended} == {"stop"}
+        assert {result.output.finish_reason for result in ended} == {"length"}
     else:
         off = [expect(replace(case, rule="learn2pd/off"), oracle) for case in cases]
         went_on = [e.tokens != o.tokens for e, o in zip(wanted, off, strict=True)]
