@@ -81,7 +81,7 @@ def problems() -> list[Problem]:
     return sample_problems(32, seed=7, split="heldout", tasks=tasks)
 
 
-@pytest.mark.parametrize("count", fast(4, of=(4, 32)))
+@pytest.mark.parametrize("count", fast(8, of=(8, 32)))
 def test_best_of_16(llama: Any, problems: list[Problem], count: int):
     """As measured: 47 % greedily, 69 % with 224 generated tokens a prompt."""
     problems = problems[:count]
@@ -96,14 +96,14 @@ def test_best_of_16(llama: Any, problems: list[Problem], count: int):
 
 def test_a_tree_takes_few_tokens(llama: Any, problems: list[Problem]):
     """As measured: 66 %, with 31 generated tokens, 11 requests and 8 scores."""
-    results = ask(llama, "mcts", problems[:12], scorer=check, max_tokens=40)
-    assert accuracy(results) >= 0.5
+    results = ask(llama, "mcts", problems, scorer=check, max_tokens=40)
+    assert accuracy(results) >= 0.6
     assert mean(results, "generated") < 60
     assert mean(results, "requests") < 20
 
 
 def test_look_ahead_that_never_looks_is_greedy(llama: Any, problems: list[Problem]):
-    few = problems[:4]
+    few = problems[:6]
     greedy = ask(llama, "best_of_n", few, n=1, temperature=0, max_tokens=40)
     token_by_token = ask(llama, "lookahead", few, tau=9.0, max_tokens=40)
     assert [(each.best.text, each.best.token_ids) for each in token_by_token] == [
@@ -138,7 +138,7 @@ def digits(candidates: Sequence[Candidate]) -> list[float]:
 
 def test_steps_of_an_addition(llama: Any):
     """Where steps are scored, the wrong ones are left."""
-    sums = sample_problems(8, seed=7, split="heldout", tasks=["add"])
+    sums = sample_problems(12, seed=7, split="heldout", tasks=["add"])
     greedy = ask(llama, "best_of_n", sums, n=1, temperature=0, max_tokens=40)
     results = ask(
         llama, "best_first", sums, scorer=digits, max_tokens=40, step_stop=(", ",)
@@ -147,7 +147,7 @@ def test_steps_of_an_addition(llama: Any):
 
 
 def test_particles_and_another_engine(llama: Any, problems: list[Problem]):
-    few = problems[:2]
+    few = problems[:4]
     for result in ask(llama, "particles", few, max_tokens=40, step_tokens=4):
         assert result.best.finished and result.best.score == result.best.state.logprob
     results = ask(
@@ -235,7 +235,7 @@ def test_best_of_8_blocks(llada: Any, shuffles: list[Problem]):
 
 
 def test_block_by_block_the_same_text(llada: Any, shuffles: list[Problem]):
-    few = shuffles[:3]
+    few = shuffles[:6]
     options = {"temperature": 0, "max_tokens": CANVAS, "sampling": dlm(**BLOCKS)}
     whole = ask(llada, "best_of_n", few, n=1, **options)
     steps = ask(
