@@ -175,8 +175,8 @@ def jobs(parts: Sequence[str], quick: bool, cuda: bool) -> list[Job]:
             tests = ["tests/kernels", "tests/training/test_packing.py", "-m", "gpu"]
         found.append(job("kernels", "", 90, "tests", "--", *tests))
     if "parity" in parts:
-        tests = [f"{_PARITY}[dual-16]"]
-        tests += [] if quick else [f"{_PARITY}[none-32]", f"{_PARITY}[prefix-8]"]
+        tests = [f"{_PARITY}[dual-16-1]"]
+        tests += [] if quick else [f"{_PARITY}[none-32-1]", f"{_PARITY}[prefix-8-1]"]
         tests += [] if quick else [_BLOCKS]
         tests += ["-m", "slow or not slow"]  # whichever tier they are in
         # The oracle is plain float32: no tf32 in attention.

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from tiers import fast
 from torch.profiler import ProfilerActivity, profile
 
 # No part of the package: found beside it, for this import only.
@@ -160,13 +161,13 @@ def test_launches_are_told_apart_by_where_they_are():
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
-@pytest.mark.slow
-def test_its_tests_exist():
+@pytest.mark.parametrize("part", fast("parity", of=("kernels", "parity")))
+def test_its_tests_exist(part: str):
     """Those that it names, and runs, for a CPU and for a GPU."""
     found = {
         one.command[one.command.index("--") + 1 :]
         for cuda in (False, True)
-        for one in gpu_check.jobs(("kernels", "parity"), False, cuda)
+        for one in gpu_check.jobs((part,), False, cuda)
     }
     for arguments in sorted(found):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
