@@ -120,7 +120,7 @@ def noise_of(
 
 
 def add_bias(text: Text, values: torch.Tensor, shard: VocabShard | None) -> None:
-    """Apply a request's `logit_bias` to float32 logits [n, V], in place.
+    """Apply a request's `logit_bias` to logits [n, V], in place.
 
     Args:
         shard: which part of the vocabulary the columns are; None for all of it.
@@ -129,7 +129,7 @@ def add_bias(text: Text, values: torch.Tensor, shard: VocabShard | None) -> None
         return
     ids, bias = text.bias
     first, size = (0, values.shape[1]) if shard is None else (shard.first, shard.size)
-    is_here = ((ids >= first) & (ids < first + size)).float()
+    is_here = ((ids >= first) & (ids < first + size)).to(values.dtype)
     columns = (ids - first).clamp(0, values.shape[1] - 1)
     values.index_add_(1, columns, (bias * is_here).expand(len(values), -1))
 
@@ -206,10 +206,8 @@ class Posterior:
                 share = bits.view(torch.float64)[at][:, class_of]
                 raw = logits
                 if step.text.bias is not None:
-                    ids, bias = step.text.bias
-                    raw = raw.index_add(
-                        1, ids, bias.double().expand(len(raw), -1).contiguous()
-                    )
+                    raw = logits.clone()
+                    add_bias(step.text, raw, None)
                 logits = torch.where(is_own, raw + share, logits)
             yield part, logits
 
